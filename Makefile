@@ -1,0 +1,34 @@
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: setup sweep test check fashion-mnist clean
+
+setup: $(VENV)/.installed
+
+# One install for everything; done again only when the dependencies change.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing the pinned dependencies (about 6 GB, some minutes the first time) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--constraint constraints.txt --editable '.[images,sweep,dev]'
+	@touch $@
+
+sweep: setup
+	@$(BIN)/python sweep/run.py --config sweep/configs/quickstart.yaml
+
+test: setup
+	@$(BIN)/python -m pytest
+
+check: setup
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/pyright
+	@$(BIN)/python -m pytest
+
+fashion-mnist: setup
+	@test -n "$(DATA)" || { echo "usage: make fashion-mnist DATA=folder-with-the-four-idx-files"; exit 2; }
+	@$(BIN)/python -m core compare --config core/configs/fashion_mnist_small.yaml dataset.path="$(DATA)"
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info

@@ -1,0 +1,1 @@
+"""Two-stage differentially private image synthesis: the trainers, free of Ray and MLflow."""

@@ -1,0 +1,142 @@
+"""`python -m core`: one run without Ray and MLflow, and what can be done with its folder."""
+
+import argparse
+import logging
+import secrets
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from core.config import Config, load, parse_overrides
+from core.data import Split, load_dataset
+from core.diffusion.denoiser import build_denoiser
+from core.errors import ConfigError, UserError
+from core.evaluation.metrics import downstream_accuracy, fid_score
+from core.generate import generate
+from core.pipeline import run
+from core.privacy.keys import MasterSecret
+from core.privacy.plan import make_plan
+from core.reporting import Console, write_grid
+from core.training import config_device
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command; returns the exit code: 0, 2 for a user's error, 130 for Ctrl-C."""
+    options = _parser().parse_args(arguments)
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    try:
+        options.command(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m core", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, function: Any, text: str, folder: bool, config: bool) -> Any:
+        command = commands.add_parser(name, help=text, description=text)
+        command.set_defaults(command=function)
+        if config:
+            command.add_argument("--config", required=True, help="YAML file, as in core/configs")
+        if folder:
+            command.add_argument(
+                "--run-dir", type=Path, required=not config, help="folder of the run"
+            )
+        command.add_argument(
+            "overrides", nargs="*", metavar="key=value", help="e.g. stage_split=0.3"
+        )
+        return command
+
+    add("run", _run, "train, generate and score one model", folder=True, config=True)
+    add("account", _account, "what a configuration spends; reads no data", False, True)
+    again = add("generate", _generate, "draw more images from a finished run", True, False)
+    again.add_argument("--num-images", type=int, required=True)
+    again.add_argument("--out", type=Path, required=True, help="npz file to write")
+    add("evaluate", _evaluate, "score a finished run's images again", True, False)
+    return parser
+
+
+def _run(options: argparse.Namespace) -> None:
+    config = load(options.config, parse_overrides(options.overrides))
+    stamp = f"{Path(options.config).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    run_dir = options.run_dir or Path("runs") / stamp
+    console = Console(config.training.num_steps)
+    result = run(
+        config, run_dir, master=MasterSecret.load(), trial=_trial_of(run_dir), report=console
+    )
+    plan = make_plan(config)
+    print(plan.statement)
+    print("Scores are computed from real images and are not private:")
+    for name, value in result.items():
+        if isinstance(value, float):
+            print(f"  {name:<18} {value:.4g}")
+    print(f"samples: {run_dir / 'synthetic' / 'grid.png'}")
+
+
+def _trial_of(run_dir: Path) -> str:
+    """A random identity kept in the run's folder: a new folder never reuses noise."""
+    path = run_dir / "trial_id"
+    run_dir.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        path.write_text(secrets.token_hex(16))
+    return path.read_text()
+
+
+def _account(options: argparse.Namespace) -> None:
+    plan = make_plan(load(options.config, parse_overrides(options.overrides)))
+    print(plan.statement)
+    print(f"central images     epsilon {plan.epsilon_central:.4g} alone")
+    print(
+        f"DP-SGD             noise multiplier {plan.noise_multiplier:g}, sample rate "
+        f"{plan.dp_sgd.sample_rate:.4g}, {plan.dp_sgd.num_steps} steps"
+    )
+
+
+def _finished(run_dir: Path, overrides: list[str]) -> tuple[Config, torch.nn.Module]:
+    if not (run_dir / "model.pt").exists():
+        raise ConfigError(f"'{run_dir}' holds no finished run (no model.pt): finish it first")
+    config = load(run_dir / "config.yaml", parse_overrides(overrides))
+    denoiser = build_denoiser(config).to(config_device(config)).eval()
+    weights = torch.load(
+        run_dir / "model.pt", map_location=config_device(config), weights_only=True
+    )
+    denoiser.load_state_dict(weights)
+    return config, denoiser
+
+
+def _generate(options: argparse.Namespace) -> None:
+    config, denoiser = _finished(options.run_dir, options.overrides)
+    if options.num_images < 1:
+        raise ConfigError(f"--num-images={options.num_images} must be at least 1")
+    images = generate(denoiser, config, options.num_images, config_device(config))
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(options.out, images=images.images.numpy(), labels=images.labels.numpy())
+    write_grid(options.out.with_suffix(".png"), images.images, images.labels)
+    print(f"{options.num_images} images: {options.out}, {options.out.with_suffix('.png')}")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    config, _ = _finished(options.run_dir, options.overrides)
+    dataset = load_dataset(config.dataset)
+    with np.load(options.run_dir / "synthetic" / "images.npz") as stored:
+        synthetic = Split(
+            torch.from_numpy(stored["images"]), torch.from_numpy(stored["labels"])
+        )
+    arguments = (synthetic, dataset, config.evaluation, config.dataset.num_classes)
+    accuracy = downstream_accuracy(*arguments, config.seed, config_device(config))
+    name, distance = fid_score(*arguments, config.seed, config_device(config))
+    print(f"not private: accuracy {accuracy:.4f}  {name} {distance:.4g}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

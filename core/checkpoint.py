@@ -1,0 +1,54 @@
+"""Atomic checkpoints of one run; they hold no key and no generator state."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from core.errors import ConfigError
+
+
+@dataclass
+class Checkpoints:
+    """The latest state of a run, in one file that is either complete or absent.
+
+    Args:
+        folder: `run_dir/checkpoints`.
+        identity: digest of configuration, data set and trial; another identity is refused.
+    """
+
+    folder: Path
+    identity: str
+
+    @property
+    def path(self) -> Path:
+        """The file that holds the latest state."""
+        return self.folder / "last.pt"
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Writes `state`, or leaves the earlier file untouched."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_suffix(".tmp")
+        with temporary.open("wb") as file:
+            torch.save({**state, "identity": self.identity}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(self.path)
+
+    def load(self, device: str) -> dict[str, Any] | None:
+        """The latest state, or None when there is none.
+
+        Raises:
+            ConfigError: the state belongs to another configuration, data set or trial.
+        """
+        if not self.path.exists():
+            return None
+        state = torch.load(self.path, map_location=device, weights_only=True)
+        if state.pop("identity") != self.identity:
+            raise ConfigError(
+                f"the checkpoint '{self.path}' belongs to another configuration, data set or "
+                "trial: choose a new run folder, or restore what the run was started with"
+            )
+        return state

@@ -1,0 +1,363 @@
+"""Configuration of one run: frozen, validated, the same dotted keys everywhere.
+
+`load(path_or_dict, overrides)` is the only way in. `flatten(config)` gives the dotted keys that
+YAML, the command line, the search space and MLflow params share: `load(base, flatten(c)) == c`.
+"""
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+
+from core import yaml_subset
+from core.errors import ConfigError
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Model = TypeVar("Model", bound=BaseModel)
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+PositiveInt = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A frozen part of the configuration that refuses unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DatasetConfig(Section):
+    """The data set and every public fact about it; none of these is computed from the data."""
+
+    name: Literal["digits", "idx", "image_folder"] = "digits"
+    path: str | None = None
+    image_size: Annotated[int, Field(ge=4, le=512)] = 8
+    channels: Literal[1, 3] = 1
+    num_classes: Annotated[int, Field(ge=1, le=1000)] = 10
+    num_examples: Annotated[int, Field(ge=2)] = 1437
+    """Public number N of private training images; refused when the data disagrees."""
+
+
+class PrivacyConfig(Section):
+    """The total budget that both stages of one trial share."""
+
+    target_epsilon: Positive = 10.0
+    target_delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    neighboring_relation: Literal["zero_out", "replace_one"] = "zero_out"
+    scope: Literal["trial"] = "trial"
+
+
+class CentralImagesConfig(Section):
+    """The easy stage's release: noisy aggregates of random private images."""
+
+    kind: Literal["mean", "mode"] = "mean"
+    per_class: Annotated[int, Field(ge=1, le=100_000)] = 5
+    noise_multiplier: Positive = 5.0
+    expected_batch_size: PositiveInt = 144
+    """Expected number of images in the Poisson sample of one release, over all classes."""
+    image_size: Annotated[int, Field(ge=2, le=512)] = 8
+    """Side to which private images are down-scaled before they are summed."""
+    pixel_center: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Public value subtracted from pixels in [0, 1] before the sum; 0.5 halves the sensitivity."""
+    num_bins: Annotated[int, Field(ge=2, le=256)] = 8
+    """Bins of the per-pixel histogram; used by mode images alone."""
+    median_filter: bool = False
+    """3x3 median over the released images; post-processing, hence free."""
+
+
+class WarmUpConfig(Section):
+    """Training on the central images; post-processing, hence free of charge."""
+
+    batch_size: PositiveInt = 64
+    learning_rate: Positive = 3e-4
+    augmentation: Literal["none", "shift", "affine"] = "affine"
+
+
+class PrivateTrainingConfig(Section):
+    """DP-SGD on the private images."""
+
+    expected_batch_size: PositiveInt = 128
+    max_grad_norm: Positive = 1.0
+    noise_multiplicity: Annotated[int, Field(ge=1, le=256)] = 4
+    learning_rate: Positive = 3e-4
+    max_physical_batch_size: PositiveInt = 64
+    """Most images (each with K noise draws) in memory at once; does not change the result."""
+
+
+class TrainingConfig(Section):
+    """Length of the two stages together."""
+
+    num_steps: PositiveInt = 400
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    label_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+
+
+class ModelConfig(Section):
+    """UNet size."""
+
+    base_channels: Annotated[int, Field(ge=4, le=1024)] = 16
+    channel_multipliers: tuple[PositiveInt, ...] = (1, 2)
+    blocks_per_level: PositiveInt = 1
+    attention_sizes: tuple[PositiveInt, ...] = ()
+    """Feature-map sides at which self-attention is applied."""
+
+
+class DiffusionConfig(Section):
+    """EDM training distribution (Karras et al. 2022, table 1)."""
+
+    sigma_data: Positive = 0.5
+    p_mean: Annotated[float, Field(allow_inf_nan=False)] = -1.2
+    p_std: Positive = 1.2
+
+
+class SamplerConfig(Section):
+    """Samplers of Karras et al. 2022 (algorithms 1 and 2)."""
+
+    name: Literal["ddim", "heun"] = "heun"
+    num_steps: Annotated[int, Field(ge=2, le=4096)] = 18
+    sigma_min: Positive = 0.002
+    sigma_max: Positive = 80.0
+    rho: Positive = 7.0
+    s_churn: NonNegative = 0.0
+    s_min: NonNegative = 0.0
+    s_max: Positive = 1e9
+    s_noise: Positive = 1.0
+    guidance: NonNegative = 1.0
+    """Classifier-free guidance weight; 1 is none."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.sigma_min >= self.sigma_max:
+            raise ValueError(
+                f"sigma_min={self.sigma_min} must be smaller than sigma_max={self.sigma_max}"
+            )
+        return self
+
+
+class EvaluationConfig(Section):
+    """How many images are drawn and how they are scored."""
+
+    num_images: Annotated[int, Field(ge=2)] = 1000
+    batch_size: PositiveInt = 500
+    fid_extractor: Literal["inception", "cnn"] = "inception"
+    """`inception` scores as `fid`; `cnn` trains a small network on real data: `fid_cnn`."""
+    inception_weights: str | None = None
+    classifier_epochs: PositiveInt = 10
+    classifier_batch_size: PositiveInt = 128
+
+
+class RuntimeConfig(Section):
+    """Where and how verbosely; no value here changes the result."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    log_every: PositiveInt = 25
+    checkpoint_every: PositiveInt = 200
+
+
+class Config(Section):
+    """One run, complete: both stages, evaluation and budget."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Public seed of weights, diffusion noise and sampling; never of privacy noise or masks."""
+    stage_split: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    """Share of the optimisation steps given to the easy stage; 0 is plain DP-SGD diffusion."""
+    dataset: DatasetConfig = DatasetConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
+    central_images: CentralImagesConfig = CentralImagesConfig()
+    training: TrainingConfig = TrainingConfig()
+    warm_up: WarmUpConfig = WarmUpConfig()
+    private_training: PrivateTrainingConfig = PrivateTrainingConfig()
+    model: ModelConfig = ModelConfig()
+    diffusion: DiffusionConfig = DiffusionConfig()
+    sampler: SamplerConfig = SamplerConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+
+    @property
+    def warm_up_steps(self) -> int:
+        """Optimisation steps of the easy stage, in [0, training.num_steps)."""
+        return min(round(self.stage_split * self.training.num_steps), self.training.num_steps - 1)
+
+    @property
+    def private_steps(self) -> int:
+        """Optimisation steps of the hard stage, at least 1."""
+        return self.training.num_steps - self.warm_up_steps
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        dataset, count = self.dataset, self.dataset.num_examples
+        for key, size in (
+            ("private_training.expected_batch_size", self.private_training.expected_batch_size),
+            ("central_images.expected_batch_size", self.central_images.expected_batch_size),
+        ):
+            if size > count:
+                raise ValueError(
+                    f"{key}={size} must lie in [1, dataset.num_examples={count}]: "
+                    "the sample rate may not exceed 1"
+                )
+        if self.privacy.target_delta >= 1 / count:
+            raise ValueError(
+                f"privacy.target_delta={self.privacy.target_delta:g} must lie in (0, "
+                f"1/dataset.num_examples={1 / count:.3g}): a larger delta allows publishing records"
+            )
+        if self.central_images.image_size > dataset.image_size:
+            raise ValueError(
+                f"central_images.image_size={self.central_images.image_size} must lie in "
+                f"[2, dataset.image_size={dataset.image_size}]"
+            )
+        factor = 2 ** (len(self.model.channel_multipliers) - 1)
+        if dataset.image_size % factor:
+            raise ValueError(
+                f"dataset.image_size={dataset.image_size} must be a multiple of {factor}, as "
+                f"model.channel_multipliers has {len(self.model.channel_multipliers)} levels"
+            )
+        return self
+
+
+def load_yaml(path: str | Path) -> dict[str, Any]:
+    """Reads a YAML mapping.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, or is not a mapping.
+    """
+    try:
+        return yaml_subset.parse(Path(path).read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"no configuration file at '{path}': check the path") from None
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"'{path}' cannot be read: {error}") from None
+
+
+def parse_overrides(arguments: list[str]) -> dict[str, Any]:
+    """Turns `key=value` arguments into a flat mapping; values are read as YAML."""
+    overrides: dict[str, Any] = {}
+    for argument in arguments:
+        key, separator, value = argument.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"'{argument}' is not of the form key=value")
+        try:
+            overrides[key] = yaml_subset.parse_value(value)
+        except ValueError as error:
+            raise ConfigError(f"{key}: {error}") from None
+    return overrides
+
+
+def load(base: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Config:
+    """Builds the configuration from a YAML file or mapping and dotted overrides.
+
+    Args:
+        base: path of a YAML file, or a nested mapping.
+        overrides: flat mapping from dotted key to value; wins over `base`.
+
+    Raises:
+        ConfigError: names the key, its allowed range and the nearest valid name.
+    """
+    content = load_yaml(base) if isinstance(base, (str, Path)) else base
+    return validate(Config, merge(content, overrides or {}))
+
+
+def merge(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a nested copy of `base` with dotted `overrides` set."""
+    merged: dict[str, Any] = {k: merge(v, {}) if isinstance(v, Mapping) else v for k, v in base.items()}
+    for key, value in overrides.items():
+        *parents, leaf = key.split(".")
+        node = merged
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise ConfigError(f"unknown key '{key}': '{parent}' is a value, not a section")
+        node[leaf] = value
+    return merged
+
+
+def flatten(section: BaseModel, prefix: str = "") -> dict[str, Any]:
+    """Returns every leaf of the configuration under its dotted key, tuples as lists."""
+    flat: dict[str, Any] = {}
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        if isinstance(value, BaseModel):
+            flat.update(flatten(value, f"{prefix}{name}."))
+        else:
+            flat[prefix + name] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def nested(section: BaseModel) -> dict[str, Any]:
+    """Returns the configuration as plain nested data, ready for YAML."""
+    return section.model_dump(mode="json")
+
+
+def known_keys(model: type[BaseModel], prefix: str = "") -> dict[str, FieldInfo]:
+    """Maps every dotted key of `model` to its field."""
+    keys: dict[str, FieldInfo] = {}
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys.update(known_keys(field.annotation, f"{prefix}{name}."))
+        else:
+            keys[prefix + name] = field
+    return keys
+
+
+def validate(model: type[Model], content: Mapping[str, Any]) -> Model:
+    """Validates `content`; the first problem becomes one sentence."""
+    try:
+        return model.model_validate(content)
+    except ValidationError as failure:
+        raise ConfigError(_explain(model, failure)) from None
+
+
+def nearest_key(model: type[BaseModel], key: str) -> str:
+    """Returns a hint that names the valid key closest to an unknown one."""
+    keys = list(known_keys(model))
+    match = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
+    if not match:
+        by_leaf = {k.rsplit(".", 1)[-1]: k for k in keys}
+        leaf = difflib.get_close_matches(key.rsplit(".", 1)[-1], list(by_leaf), n=1, cutoff=0.5)
+        match = [by_leaf[leaf[0]]] if leaf else []
+    return f"; did you mean '{match[0]}'?" if match else f"; valid keys start with {sorted({k.split('.')[0] for k in keys})}"
+
+
+def _explain(model: type[BaseModel], failure: ValidationError) -> str:
+    error = failure.errors()[0]
+    keys = known_keys(model)
+    path = ".".join(str(part) for part in error["loc"] if not isinstance(part, int))
+    if error["type"] == "extra_forbidden":
+        return f"unknown key '{path}'{nearest_key(model, path)}"
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"]) if "ctx" in error else error["msg"]
+    field = keys.get(path)
+    allowed = f"; allowed: {describe(field)}" if field is not None else ""
+    if error["type"] == "missing":
+        return f"missing key '{path}'{allowed}"
+    return f"{path}={error['input']!r} is out of range or of the wrong type{allowed}"
+
+
+def describe(field: FieldInfo) -> str:
+    """Names the type and range of a field in words, such as `integer in [1, 256]`."""
+    return _describe(field.annotation, list(field.metadata))
+
+
+def _describe(annotation: Any, metadata: list[Any]) -> str:
+    if get_origin(annotation) is Annotated:
+        inner, *extra = get_args(annotation)
+        for item in extra:
+            metadata = metadata + (list(item.metadata) if isinstance(item, FieldInfo) else [item])
+        return _describe(inner, metadata)
+    if get_origin(annotation) is Literal:
+        return "one of " + ", ".join(repr(choice) for choice in get_args(annotation))
+    if get_origin(annotation) is tuple:
+        return f"list of {_describe(get_args(annotation)[0], [])}"
+    bounds = {
+        name: value
+        for item in metadata
+        for name in ("ge", "gt", "le", "lt")
+        if (value := getattr(item, name, None)) is not None
+    }
+    names = {int: "integer", float: "finite number", str: "text", bool: "true or false"}
+    kind = names.get(annotation, str(annotation).replace("None", "null"))
+    if not bounds:
+        return kind
+    low = f"[{bounds['ge']}" if "ge" in bounds else f"({bounds.get('gt', '-inf')}"
+    high = f"{bounds['le']}]" if "le" in bounds else f"{bounds.get('lt', 'inf')})"
+    return f"{kind} in {low}, {high}"

@@ -1,0 +1,79 @@
+"""The EDM loss with noise multiplicity (Karras et al. 2022, eq. 8; Dockhorn et al. 2023, eq. 7)."""
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from core.config import DiffusionConfig
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Diffusion randomness of B examples, K draws each, copy-major.
+
+    Attributes:
+        log_sigma: standard normal `[K, B]`.
+        noise: standard normal `[K, B, C, H, W]`.
+        dropout: uniform in [0, 1) `[K, B]`; a label is dropped below the dropout rate.
+    """
+
+    log_sigma: torch.Tensor
+    noise: torch.Tensor
+    dropout: torch.Tensor
+
+
+def draw(
+    stream: str, step: int, ids: torch.Tensor, copies: int, shape: tuple[int, ...], device: str
+) -> Draws:
+    """Draws from a generator of each example's own, seeded by (stream, step, id).
+
+    What an example draws depends on neither the rest of its batch, nor the rank, nor the physical
+    batch size; without the first, removing one record would change the others' gradients and the
+    clip norm would not bound the sensitivity.
+
+    Args:
+        stream: public name, such as the run's seed and stage.
+        ids: int64 `[B]`, identity of each example in its data set.
+    """
+    generator = torch.Generator(device)
+    entries = 2 + torch.Size(shape).numel()
+    values = torch.empty((len(ids), copies * entries), device=device)
+    base = hashlib.sha256(f"{stream}/{step}".encode()).digest()
+    for row, identity in enumerate(ids.tolist()):
+        digest = hashlib.sha256(base + identity.to_bytes(8, "big")).digest()
+        generator.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        values[row].normal_(generator=generator)
+    values = values.view(len(ids), copies, entries).transpose(0, 1)
+    uniform = torch.special.ndtr(values[..., 1])
+    return Draws(values[..., 0], values[..., 2:].reshape(copies, len(ids), *shape), uniform)
+
+
+def edm_loss(
+    denoiser: nn.Module,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    draws: Draws,
+    config: DiffusionConfig,
+    label_dropout: float,
+    num_classes: int,
+) -> torch.Tensor:
+    """Loss of each example: weighted squared error, mean over pixels and over its K draws.
+
+    Args:
+        denoiser: `(x, sigma, labels) -> denoised`, called once on `[K * B, C, H, W]`.
+        images: clean images in [-1, 1], `[B, C, H, W]`.
+        labels: int64 `[B]`.
+
+    Returns:
+        `[B]`, fp32.
+    """
+    copies = draws.noise.shape[0]
+    sigma = (config.p_mean + config.p_std * draws.log_sigma).exp()
+    weight = (sigma**2 + config.sigma_data**2) / (sigma * config.sigma_data) ** 2
+    noisy = images + sigma[..., None, None, None] * draws.noise
+    conditions = torch.where(draws.dropout < label_dropout, num_classes, labels)
+    denoised = denoiser(noisy.flatten(0, 1), sigma.flatten(), conditions.flatten())
+    error = (denoised.float().view_as(noisy) - images).square().mean((2, 3, 4))
+    return (weight * error).sum(0) / copies

@@ -1,0 +1,68 @@
+"""EDM samplers (Karras et al. 2022, algorithms 1 and 2) with classifier-free guidance."""
+
+import torch
+from torch import nn
+
+from core.config import SamplerConfig
+
+
+def sigma_steps(config: SamplerConfig) -> torch.Tensor:
+    """Noise levels from sigma_max down to sigma_min, then 0 (equation 5), `[num_steps + 1]`."""
+    i = torch.arange(config.num_steps, dtype=torch.float64)
+    low, high = config.sigma_min ** (1 / config.rho), config.sigma_max ** (1 / config.rho)
+    sigmas = (high + i / (config.num_steps - 1) * (low - high)) ** config.rho
+    return torch.cat((sigmas, sigmas.new_zeros(1)))
+
+
+@torch.no_grad()
+def sample(
+    denoiser: nn.Module,
+    labels: torch.Tensor,
+    shape: tuple[int, int, int],
+    config: SamplerConfig,
+    num_classes: int,
+    generator: torch.Generator,
+) -> torch.Tensor:
+    """Draws one image for each label.
+
+    `ddim` is the first-order deterministic solver (Song et al. 2021, eta 0), `heun` the second
+    order one; `s_churn` > 0 makes either stochastic.
+
+    Args:
+        labels: int64 `[B]` on the device of the denoiser.
+        shape: `(C, H, W)`.
+        generator: source of all randomness, on the same device.
+
+    Returns:
+        Images `[B, C, H, W]`, nominally in [-1, 1], not clamped.
+    """
+    device = labels.device
+
+    def noise() -> torch.Tensor:
+        return torch.randn((len(labels), *shape), generator=generator, device=device)
+
+    def denoise(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        level = sigma.to(x.dtype).expand(len(x))
+        denoised = denoiser(x, level, labels)
+        if config.guidance == 1:
+            return denoised
+        free = denoiser(x, level, torch.full_like(labels, num_classes))
+        return free + config.guidance * (denoised - free)
+
+    t = sigma_steps(config).to(device)
+    gamma_max = min(config.s_churn / config.num_steps, 2**0.5 - 1)
+    x = noise() * t[0].float()
+    for i in range(config.num_steps):
+        t_cur, t_next = t[i], t[i + 1]
+        if gamma_max > 0 and config.s_min <= t_cur <= config.s_max:
+            t_hat = t_cur * (1 + gamma_max)
+            x = x + (t_hat**2 - t_cur**2).sqrt().float() * config.s_noise * noise()
+            t_cur = t_hat
+        slope = (x - denoise(x, t_cur)) / t_cur.float()
+        step = (t_next - t_cur).float()
+        x_next = x + step * slope
+        if config.name == "heun" and t_next > 0:
+            slope_next = (x_next - denoise(x_next, t_next)) / t_next.float()
+            x_next = x + step * 0.5 * (slope + slope_next)
+        x = x_next
+    return x

@@ -1,0 +1,153 @@
+"""A small UNet in the manner of DDPM++ (Song et al. 2021; Dhariwal and Nichol 2021).
+
+Built of layers that keep the examples of a batch apart (no batch norm), so that per-example
+gradients exist.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from core.config import DatasetConfig, ModelConfig
+
+
+class UNet(nn.Module):
+    """Raw network F of the denoiser.
+
+    Args:
+        model: sizes; level l has `base_channels * channel_multipliers[l]` channels and a side of
+            `image_size / 2**l`.
+        dataset: image shape and number of classes.
+    """
+
+    def __init__(self, model: ModelConfig, dataset: DatasetConfig) -> None:
+        super().__init__()
+        base, sides = model.base_channels, dataset.image_size
+        widths = [base * multiplier for multiplier in model.channel_multipliers]
+        embedding = 4 * base
+        self.num_classes = dataset.num_classes
+        self.noise_embedding = nn.Sequential(
+            nn.Linear(2 * base, embedding), nn.SiLU(), nn.Linear(embedding, embedding)
+        )
+        self.label_embedding = nn.Embedding(dataset.num_classes + 1, embedding)
+        self.register_buffer(
+            "frequencies", torch.exp(torch.linspace(0.0, 7.0, base)) * 0.25, persistent=False
+        )
+        self.conv_in = nn.Conv2d(dataset.channels, base, 3, padding=1)
+
+        def block(inputs: int, outputs: int, level: int) -> Block:
+            attention = sides // 2**level in model.attention_sizes
+            return Block(inputs, outputs, embedding, attention)
+
+        channels, skips = base, [base]
+        self.down = nn.ModuleList()
+        for level, width in enumerate(widths):
+            if level:
+                self.down.append(Resample(channels, scale=0.5))
+                skips.append(channels)
+            for _ in range(model.blocks_per_level):
+                self.down.append(block(channels, width, level))
+                channels = width
+                skips.append(channels)
+        last = len(widths) - 1
+        self.middle = nn.ModuleList([block(channels, channels, last) for _ in range(2)])
+        self.up = nn.ModuleList()
+        for level, width in reversed(list(enumerate(widths))):
+            for _ in range(model.blocks_per_level + 1):
+                self.up.append(block(channels + skips.pop(), width, level))
+                channels = width
+            if level:
+                self.up.append(Resample(channels, scale=2.0))
+        self.norm_out = group_norm(channels)
+        self.conv_out = zero(nn.Conv2d(channels, dataset.channels, 3, padding=1))
+
+    def forward(self, x: torch.Tensor, c_noise: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Maps `[B, C, H, W]`, noise condition `[B]` and labels int64 `[B]` to `[B, C, H, W]`.
+
+        The label `num_classes` means "no label".
+        """
+        phase = c_noise[:, None] * self.frequencies
+        emb = self.noise_embedding(torch.cat((phase.cos(), phase.sin()), dim=1))
+        emb = F.silu(emb + self.label_embedding(labels))
+        x = self.conv_in(x)
+        skips = [x]
+        for layer in self.down:
+            x = layer(x, emb)
+            skips.append(x)
+        for layer in self.middle:
+            x = layer(x, emb)
+        for layer in self.up:
+            if isinstance(layer, Block):
+                x = torch.cat((x, skips.pop()), dim=1)
+            x = layer(x, emb)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class Block(nn.Module):
+    """Residual block with the embedding added between its convolutions, then attention."""
+
+    def __init__(self, inputs: int, outputs: int, embedding: int, attention: bool) -> None:
+        super().__init__()
+        self.norm_1 = group_norm(inputs)
+        self.conv_1 = nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.condition = nn.Linear(embedding, outputs)
+        self.norm_2 = group_norm(outputs)
+        self.conv_2 = zero(nn.Conv2d(outputs, outputs, 3, padding=1))
+        self.skip = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
+        self.attention = Attention(outputs) if attention else nn.Identity()
+
+    def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
+        """`[B, inputs, H, W]` and `[B, embedding]` to `[B, outputs, H, W]`."""
+        h = self.conv_1(F.silu(self.norm_1(x)))
+        h = h + self.condition(emb)[:, :, None, None]
+        h = self.conv_2(F.silu(self.norm_2(h)))
+        return self.attention((self.skip(x) + h) * 0.5**0.5)
+
+
+class Attention(nn.Module):
+    """Single-head self-attention over positions (Vaswani et al. 2017)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = group_norm(channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.out = zero(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[B, C, H, W]` to the same shape."""
+        batch, channels, height, width = x.shape
+        qkv = self.qkv(self.norm(x)).view(batch, 3, channels, height * width).transpose(2, 3)
+        query, key, value = qkv.unbind(1)
+        mixed = F.scaled_dot_product_attention(query, key, value)
+        mixed = mixed.transpose(1, 2).reshape(x.shape)
+        return (x + self.out(mixed)) * 0.5**0.5
+
+
+class Resample(nn.Module):
+    """Halves by averaging or doubles by repetition, then a convolution."""
+
+    def __init__(self, channels: int, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
+        """`[B, C, H, W]` to `[B, C, scale * H, scale * W]`; the embedding is not used."""
+        x = F.avg_pool2d(x, 2) if self.scale < 1 else F.interpolate(x, scale_factor=2.0)
+        return self.conv(x)
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """At most 32 groups of at least 4 channels."""
+    groups = min(32, channels // 4)
+    while channels % groups:
+        groups -= 1
+    return nn.GroupNorm(groups, channels, eps=1e-5)
+
+
+def zero(layer: nn.Conv2d) -> nn.Conv2d:
+    """Starts a layer at zero, so that its branch starts as the identity."""
+    nn.init.zeros_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer

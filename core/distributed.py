@@ -1,0 +1,65 @@
+"""The few collective operations that the trainers need; all are no-ops in a single process."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+Value = TypeVar("Value")
+
+
+def rank() -> int:
+    """Rank of this process, 0 without a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes that train together, 1 without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def broadcast_module(module: nn.Module) -> None:
+    """Gives every rank the parameters and buffers of rank 0."""
+    if world_size() > 1:
+        for tensor in module.state_dict().values():
+            dist.broadcast(tensor, src=0)
+
+
+def broadcast_object(value: Any) -> Any:
+    """Returns rank 0's picklable `value` on every rank."""
+    box = [value]
+    if world_size() > 1:
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def on_rank_0(function: Callable[[], Value]) -> Value:
+    """Calls `function` on rank 0 alone; every rank returns its value or raises its error."""
+    outcome: tuple[Any, Exception | None] = (None, None)
+    if rank() == 0:
+        try:
+            outcome = (function(), None)
+        except Exception as error:
+            outcome = (None, error)
+    value, failure = broadcast_object(outcome)
+    if failure is not None:
+        raise failure
+    return value
+
+
+def all_gather_object(value: Any) -> list[Any]:
+    """Returns every rank's picklable `value`, in the order of ranks."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
+    """Returns the sum of `value` over ranks."""
+    if world_size() > 1:
+        dist.all_reduce(value)
+    return value

@@ -1,0 +1,1 @@
+"""Scores of synthetic images: Frechet distances and downstream classification accuracy."""

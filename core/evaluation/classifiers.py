@@ -1,0 +1,174 @@
+"""A small convolutional classifier: downstream accuracy, and features where Inception is absent."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from core.data import Split, to_float
+
+FEATURES = 64
+"""Width of the penultimate layer."""
+
+_PEAK_LEARNING_RATE = 3e-3
+_WEIGHT_DECAY = 1e-2
+_WARM_UP = 0.2
+"""Share of the steps in which the learning rate rises."""
+
+
+class Classifier(nn.Module):
+    """Convolution, batch norm, ReLU, 2x2 pooling; below 9 pixels no more pooling; two dense layers.
+
+    Args:
+        channels: of the images.
+        size: `(H, W)`, each at least 8.
+        num_classes: number of classes, >= 1.
+        generator: CPU generator from which all weights are drawn.
+
+    Raises:
+        ValueError: the images are smaller than 8x8.
+    """
+
+    def __init__(
+        self, channels: int, size: tuple[int, int], num_classes: int, generator: torch.Generator
+    ) -> None:
+        super().__init__()
+        if min(size) < 8:
+            raise ValueError(f"images are {size[0]}x{size[1]}: the classifier needs at least 8x8")
+        halvings = max(1, math.ceil(math.log2(min(size) / 8)))
+        widths = [channels, *(min(32 * 2**level, 128) for level in range(max(3, halvings + 1)))]
+        layers: list[nn.Module] = []
+        for level, (before, after) in enumerate(zip(widths, widths[1:], strict=False)):
+            layers += [_conv(before, after), nn.BatchNorm2d(after), nn.ReLU()]
+            if level < halvings:
+                layers.append(nn.MaxPool2d(2))
+        layers += [nn.AdaptiveAvgPool2d(2), nn.Flatten()]
+        layers += [nn.utils.skip_init(nn.Linear, 4 * 128, FEATURES), nn.ReLU()]
+        self.features = nn.Sequential(*layers)
+        self.head = nn.utils.skip_init(nn.Linear, FEATURES, num_classes)
+        for module in self.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu", generator=generator)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits `[B, num_classes]` of images `[B, C, H, W]` in [0, 1]."""
+        return self.head(self.penultimate(x))
+
+    def penultimate(self, x: torch.Tensor) -> torch.Tensor:
+        """Features `[B, FEATURES]`, >= 0, of images `[B, C, H, W]` in [0, 1]."""
+        return self.features((2 * x - 1).contiguous(memory_format=torch.channels_last))
+
+
+def _conv(before: int, after: int) -> nn.Module:
+    return nn.utils.skip_init(nn.Conv2d, before, after, 3, padding=1, bias=False)
+
+
+def train_classifier(
+    train: Split,
+    validation: Split,
+    num_classes: int,
+    epochs: int,
+    batch_size: int,
+    seed: int,
+    device: torch.device | str,
+    progress: Callable[[int, float], None] | None = None,
+) -> Classifier:
+    """Trains a classifier and returns it as it was after its best epoch, in evaluation mode.
+
+    AdamW; the learning rate rises linearly and falls along a cosine (Loshchilov and Hutter 2017).
+    Best is the epoch with the highest accuracy on `validation`, the latest of equals. The same
+    arguments give the same weights on the CPU, and on a GPU up to the order of its sums. The
+    global random state is neither read nor changed.
+
+    Args:
+        train: images to learn from.
+        validation: images that choose the epoch.
+        num_classes: labels lie in [0, num_classes).
+        epochs: passes over `train`, >= 1.
+        batch_size: >= 1.
+        seed: of weights and order, in [0, 2**63).
+        progress: called after each epoch with its number, from 1, and the validation accuracy.
+
+    Raises:
+        ValueError: a count is below 1, a split is empty, or the images are smaller than 8x8.
+
+    Privacy: the weights depend on `train` and `validation` without protection; with real images
+        they must not be released.
+    """
+    if min(epochs, batch_size, num_classes) < 1:
+        raise ValueError(
+            f"epochs={epochs}, batch_size={batch_size}, num_classes={num_classes}: all must be >= 1"
+        )
+    if not len(train.labels) or not len(validation.labels):
+        raise ValueError("the training and the validation split need at least one image each")
+    generator = torch.Generator().manual_seed(seed)
+    _, channels, height, width = train.images.shape
+    model = Classifier(channels, (height, width), num_classes, generator).to(device)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=_PEAK_LEARNING_RATE, weight_decay=_WEIGHT_DECAY
+    )
+    total = epochs * math.ceil(len(train.labels) / batch_size)
+    step, best, best_state = 0, -1.0, model.state_dict()
+    for epoch in range(1, epochs + 1):
+        model.train()
+        order = torch.randperm(len(train.labels), generator=generator)
+        for index in order.split(batch_size):
+            for group in optimizer.param_groups:
+                group["lr"] = _PEAK_LEARNING_RATE * learning_rate_factor(step, total)
+            with torch.enable_grad():
+                logits = model(to_float(train.images[index].to(device)))
+                loss = F.cross_entropy(logits, train.labels[index].to(device))
+                optimizer.zero_grad()
+                loss.backward()
+            optimizer.step()
+            step += 1
+        score = accuracy(model, validation, batch_size)
+        if score >= best:
+            best = score
+            best_state = {key: value.clone() for key, value in model.state_dict().items()}
+        if progress is not None:
+            progress(epoch, score)
+    model.load_state_dict(best_state)
+    return model.eval()
+
+
+def learning_rate_factor(step: int, total: int) -> float:
+    """Share of the peak learning rate, in (0, 1], at `step` of `total`, counted from 0."""
+    warm_up = max(1, round(_WARM_UP * total))
+    if step < warm_up:
+        return (step + 1) / warm_up
+    return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / (total - warm_up)))
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, split: Split, batch_size: int) -> float:
+    """Share in [0, 1] of the images of `split` whose largest logit is their label.
+
+    Args:
+        model: maps images `[B, C, H, W]` in [0, 1] to logits; judged in evaluation mode, left in
+            the mode it was in.
+        batch_size: images at once, >= 1.
+
+    Raises:
+        ValueError: the split is empty.
+
+    Privacy: with real images the result is not private.
+    """
+    if not len(split.labels):
+        raise ValueError("accuracy needs at least one image")
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    correct = 0
+    for images, labels in zip(
+        split.images.split(batch_size), split.labels.split(batch_size), strict=True
+    ):
+        predicted = model(to_float(images.to(device))).argmax(dim=1)
+        correct += int((predicted == labels.to(device)).sum())
+    model.train(was_training)
+    return correct / len(split.labels)

@@ -1,0 +1,98 @@
+"""Frechet distance between two sets of images, from float64 moments of their features."""
+
+import torch
+
+from core.evaluation.features import FeatureExtractor
+
+
+class Moments:
+    """Mean and covariance of features that arrive in batches, in float64.
+
+    Batches are merged by the pairwise update of Chan, Golub and LeVeque (1983), which does not
+    cancel when the mean is large against the spread.
+
+    Attributes:
+        count: number of feature vectors seen.
+        mean: float64 `[D]`.
+    """
+
+    def __init__(self, dimension: int, device: torch.device | str = "cpu") -> None:
+        self.count = 0
+        self.mean = torch.zeros(dimension, dtype=torch.float64, device=device)
+        self._scatter = torch.zeros(dimension, dimension, dtype=torch.float64, device=device)
+
+    def update(self, features: torch.Tensor) -> None:
+        """Adds features `[B, D]`, B >= 0.
+
+        Raises:
+            ValueError: the features are not `[B, D]` or not all finite.
+        """
+        if features.ndim != 2 or features.shape[1] != len(self.mean):
+            raise ValueError(
+                f"features have shape {list(features.shape)}, not [B, {len(self.mean)}]"
+            )
+        if not len(features):
+            return
+        features = features.detach().to(self.mean)
+        if not features.isfinite().all():
+            raise ValueError("features hold NaN or infinite values")
+        total = self.count + len(features)
+        mean = features.mean(dim=0)
+        centered, shift = features - mean, mean - self.mean
+        self._scatter += centered.T @ centered
+        self._scatter += torch.outer(shift, shift) * (self.count * len(features) / total)
+        self.mean = self.mean + shift * (len(features) / total)
+        self.count = total
+
+    @property
+    def covariance(self) -> torch.Tensor:
+        """Unbiased covariance, float64 `[D, D]`.
+
+        Raises:
+            ValueError: fewer than two feature vectors were seen.
+        """
+        if self.count < 2:
+            raise ValueError(f"a covariance needs at least 2 feature vectors, not {self.count}")
+        return self._scatter / (self.count - 1)
+
+
+def frechet_distance(m1: Moments, m2: Moments) -> float:
+    """Squared Frechet distance of the Gaussians with these moments, >= 0.
+
+    d^2 = |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)): Dowson and Landau (1982), equation 4;
+    Heusel et al. (2017), equation 6. As (S1 S2)^(1/2) and (A S2 A)^(1/2) with A = S1^(1/2) have
+    the same eigenvalues, two symmetric eigen-decompositions give the trace. Singular covariances,
+    which occur whenever there are fewer images than features, need no special care.
+
+    Raises:
+        ValueError: the moments differ in dimension, or one has fewer than two feature vectors.
+    """
+    if m1.mean.shape != m2.mean.shape:
+        raise ValueError(f"moments differ in dimension: {len(m1.mean)} and {len(m2.mean)}")
+    s1, s2 = m1.covariance, m2.covariance.to(m1.mean.device)
+    values, vectors = torch.linalg.eigh(s1)
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    product = root @ s2 @ root
+    trace = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
+    shift = (m1.mean - m2.mean.to(m1.mean.device)).square().sum()
+    distance = shift + s1.trace() + s2.trace() - 2 * trace
+    return max(distance.item(), 0.0)
+
+
+def image_moments(
+    extractor: FeatureExtractor,
+    images: torch.Tensor,
+    batch_size: int,
+    device: torch.device | str = "cpu",
+) -> Moments:
+    """Moments of the features of `images`, which are visited in batches.
+
+    Args:
+        images: uint8 `[N, C, H, W]`, N >= 2.
+        batch_size: most images given to the extractor at once, >= 1.
+        device: where the moments are summed.
+    """
+    moments = Moments(extractor.dimension, device)
+    for batch in images.split(batch_size):
+        moments.update(extractor(batch))
+    return moments

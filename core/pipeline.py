@@ -1,0 +1,228 @@
+"""One run, top to bottom: plan, data, central images, warm-up, DP-SGD, generation, scores."""
+
+import hashlib
+import json
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from core import distributed, yaml_subset
+from core.checkpoint import Checkpoints
+from core.config import Config, flatten, load_yaml, nested
+from core.data import Dataset, Split, load_dataset
+from core.diffusion.denoiser import build_denoiser
+from core.diffusion.ema import Ema
+from core.errors import ConfigError
+from core.evaluation.metrics import downstream_accuracy, fid_score
+from core.generate import generate
+from core.privacy.central_images import CentralImages, release_central_images
+from core.privacy.keys import KeyedStream, MasterSecret
+from core.privacy.plan import PrivacyPlan, make_plan
+from core.reporting import MetricsLog, Report, write_grid, write_json
+from core.training import config_device, private_stage, train, warm_up_stage
+
+_NOT_IDENTITY = ("runtime.", "evaluation.", "sampler.", "private_training.max_physical_batch_size")
+
+
+def run(
+    config: Config, run_dir: Path, *, master: MasterSecret, trial: str, report: Report
+) -> dict[str, Any]:
+    """Trains, generates and scores one model; call it on every rank of a process group.
+
+    A finished run returns its stored result; an interrupted one goes on from its checkpoint,
+    replaying the same masks and noise, so it releases nothing new.
+
+    Args:
+        run_dir: folder that all ranks see; receives everything the run writes.
+        master: root of all keys.
+        trial: identity of the run; another identity draws other masks and noise.
+        report: called on all ranks with the same metrics: `step`, `stage` and numbers.
+
+    Returns:
+        The last reported metrics: scores, epsilons, noise multiplier and seconds.
+
+    Raises:
+        InfeasibleError: the budget cannot pay; no data was opened.
+        ConfigError: the folder holds a run of another configuration.
+        DataError: the data set is missing, malformed or not what the configuration states.
+    """
+    began = time.monotonic()
+    plan = distributed.on_rank_0(lambda: make_plan(config))
+    _claim(run_dir, config, plan)
+    dataset = load_dataset(config.dataset)
+    identity = _identity(config, dataset.fingerprint, trial)
+    if (finished := _finished(run_dir, identity)) is not None:
+        report(finished)
+        return finished
+
+    def stream(stage: str, purpose: str) -> KeyedStream:
+        key = master.derive(
+            fingerprint=dataset.fingerprint, trial=identity, stage=stage, purpose=purpose
+        )
+        return KeyedStream(key)
+
+    checkpoints = Checkpoints(run_dir / "checkpoints", identity)
+    report = _logged(report, run_dir, checkpoints, config)
+    denoiser = build_denoiser(config).to(config_device(config))
+    distributed.broadcast_module(denoiser)
+    ema = Ema(denoiser, config.training.ema_decay)
+
+    if plan.central is not None:
+        central = _central_images(config, dataset, plan, stream, run_dir)
+        if not _is_past_warm_up(checkpoints, config):
+            stage = warm_up_stage(config, denoiser, central)
+            train(stage, denoiser, ema, 0, checkpoints, report, config)
+
+    stage = private_stage(
+        config,
+        denoiser,
+        dataset.train,
+        plan.dp_sgd,
+        masks=stream("private_training", "mask"),
+        noise=stream("private_training", "noise"),
+    )
+    train(stage, denoiser, ema, config.warm_up_steps, checkpoints, report, config)
+
+    report({"step": config.training.num_steps, "stage": "evaluation"})
+    synthetic = generate(
+        ema.module, config, config.evaluation.num_images, config_device(config)
+    )
+    result = {
+        "step": config.training.num_steps,
+        "stage": "done",
+        **_scores(config, synthetic, dataset),
+        "epsilon": plan.epsilon,
+        "epsilon_central": plan.epsilon_central,
+        "noise_multiplier": plan.noise_multiplier,
+        "seconds": time.monotonic() - began,
+    }
+    if distributed.rank() == 0:
+        _store(run_dir, synthetic, ema, {**result, "identity": identity})
+    report(result)
+    return result
+
+
+def _claim(run_dir: Path, config: Config, plan: PrivacyPlan) -> None:
+    """Writes the resolved configuration, or compares it with the one the run began with."""
+    path = run_dir / "config.yaml"
+    if path.exists():
+        earlier, now = flatten(type(config).model_validate(load_yaml(path))), flatten(config)
+        changed = [
+            f"{key}: {earlier.get(key)} -> {now[key]}"
+            for key in now
+            if earlier.get(key) != now[key] and not key.startswith("runtime.")
+        ]
+        if changed:
+            raise ConfigError(
+                f"'{run_dir}' holds a run of another configuration ({'; '.join(changed)}): "
+                "choose a new run folder"
+            )
+    elif distributed.rank() == 0:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_json(run_dir / "privacy.json", plan.summary())
+        environment = {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "device": config_device(config),
+            "world_size": distributed.world_size(),
+        }
+        write_json(run_dir / "environment.json", environment)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(yaml_subset.dump(nested(config)))
+        temporary.replace(path)
+
+
+def _identity(config: Config, fingerprint: str, trial: str) -> str:
+    """Digest of all that decides what is trained; it enters every key."""
+    settings = {k: v for k, v in flatten(config).items() if not k.startswith(_NOT_IDENTITY)}
+    text = json.dumps([settings, fingerprint, trial], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _finished(run_dir: Path, identity: str) -> dict[str, Any] | None:
+    path = run_dir / "evaluation.json"
+    stored = json.loads(path.read_text()) if path.exists() else None
+    found = distributed.broadcast_object(stored)
+    if found is None or found.pop("identity") != identity:
+        return None
+    return found
+
+
+def _logged(report: Report, run_dir: Path, checkpoints: Checkpoints, config: Config) -> Report:
+    if distributed.rank() != 0:
+        return report
+    state = checkpoints.load("cpu")
+    resumed = 0
+    if state is not None:
+        offset = config.warm_up_steps if state["stage"] == "private_training" else 0
+        resumed = offset + state["step"]
+    log = MetricsLog(run_dir / "metrics.jsonl", resumed)
+
+    def both(metrics: dict[str, Any]) -> None:
+        log(metrics)
+        report(metrics)
+
+    return both
+
+
+def _central_images(
+    config: Config, dataset: Dataset, plan: PrivacyPlan, stream: Any, run_dir: Path
+) -> CentralImages:
+    """One release for all workers: rank 0 draws it, the others receive it."""
+    assert plan.central is not None
+    central = None
+    if distributed.rank() == 0:
+        central = release_central_images(
+            dataset.train,
+            config.dataset.num_classes,
+            config.central_images,
+            plan.central,
+            masks=stream("central_images", "mask"),
+            noise=stream("central_images", "noise"),
+        )
+        pixels = (central.images * 255).round().to(torch.uint8)
+        write_grid(run_dir / "central_images" / "grid.png", pixels, central.labels)
+    return distributed.broadcast_object(central)
+
+
+def _is_past_warm_up(checkpoints: Checkpoints, config: Config) -> bool:
+    state = checkpoints.load("cpu")
+    return state is not None and state["stage"] == "private_training"
+
+
+def _scores(config: Config, synthetic: Split, dataset: Dataset) -> dict[str, float]:
+    """Accuracy and Frechet distance, on different ranks where there are several.
+
+    Privacy: both are computed from real images and are not private.
+    """
+    arguments = (synthetic, dataset, config.evaluation, config.dataset.num_classes)
+    device = config_device(config)
+
+    def accuracy() -> dict[str, float]:
+        return {"accuracy": downstream_accuracy(*arguments, config.seed, device)}
+
+    def fid() -> dict[str, float]:
+        name, value = fid_score(*arguments, config.seed, device)
+        return {name: value}
+
+    mine: dict[str, float] = {}
+    for number, task in enumerate((accuracy, fid)):
+        if number % distributed.world_size() == distributed.rank():
+            mine.update(task())
+    return {k: v for part in distributed.all_gather_object(mine) for k, v in part.items()}
+
+
+def _store(run_dir: Path, synthetic: Split, ema: Ema, result: dict[str, Any]) -> None:
+    write_grid(run_dir / "synthetic" / "grid.png", synthetic.images, synthetic.labels)
+    np.savez_compressed(
+        run_dir / "synthetic" / "images.npz",
+        images=synthetic.images.numpy(),
+        labels=synthetic.labels.numpy(),
+    )
+    torch.save(ema.module.state_dict(), run_dir / "model.pt")
+    write_json(run_dir / "evaluation.json", result)

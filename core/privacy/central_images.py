@@ -1,0 +1,136 @@
+"""The easy stage's release: noisy central images of random private samples.
+
+DP-FETA (Li et al. 2024), section on central images. For each class c and release j the released
+object is `(sum over the Poisson sample j of class c of h(x)) + N(0, (sigma * S)^2 I)`; dividing by
+the public expected class count and everything later is post-processing.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from core.config import CentralImagesConfig
+from core.data import Split, to_float
+from core.privacy.keys import KeyedStream
+from core.privacy.plan import CentralPlan
+from core.privacy.sampling import PoissonSampler
+
+_CHUNK = 4096
+
+
+@dataclass(frozen=True)
+class CentralImages:
+    """Released images, safe to publish.
+
+    Attributes:
+        images: float32 `[per_class * num_classes, C, H, W]` in [0, 1].
+        labels: int64 `[per_class * num_classes]`.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+
+
+def release_central_images(
+    train: Split,
+    num_classes: int,
+    config: CentralImagesConfig,
+    plan: CentralPlan,
+    masks: KeyedStream,
+    noise: KeyedStream,
+) -> CentralImages:
+    """Draws and noises the central images; call once per trial and broadcast the result.
+
+    Args:
+        train: private images uint8 `[N, C, H, W]` with labels in [0, num_classes).
+        plan: sample rate, noise and divisor; the only source of these numbers.
+        masks: secret stream of the Poisson samples.
+        noise: secret stream of the Gaussian noise.
+
+    Returns:
+        Images at the side of the private images, in [0, 1].
+
+    Privacy: each record adds at most `plan.sensitivity` in L2 norm to one class's sum of each
+    release it is sampled into; every entry of every class gets noise of `plan.noise_stddev`.
+    """
+    size = (train.images.shape[2], train.images.shape[3])
+    released = [
+        _aggregate(noisy, config, plan.expected_class_count)
+        for noisy in noisy_class_sums(train, num_classes, config, plan, masks, noise)
+    ]
+    labels = torch.arange(num_classes).repeat(plan.num_releases)
+    return CentralImages(_restore(torch.cat(released), size, config), labels)
+
+
+def noisy_class_sums(
+    train: Split,
+    num_classes: int,
+    config: CentralImagesConfig,
+    plan: CentralPlan,
+    masks: KeyedStream,
+    noise: KeyedStream,
+) -> Iterator[torch.Tensor]:
+    """Yields the released sums, one tensor as of `class_sums` for each release.
+
+    Privacy: the subsampled Gaussian mechanism itself; everything made of its output is free.
+    """
+    sampler = PoissonSampler(masks, len(train.labels), plan.sample_rate)
+    for release in range(plan.num_releases):
+        sums = class_sums(train, sampler.indices(release), num_classes, config)
+        yield sums + plan.noise_stddev * noise.normal(release, sums.numel()).view_as(sums)
+
+
+def class_sums(
+    train: Split, chosen: torch.Tensor, num_classes: int, config: CentralImagesConfig
+) -> torch.Tensor:
+    """The sensitive statistic: a sum of bounded features for each class, before any noise.
+
+    Returns:
+        float32 `[num_classes, C, h, w]` for mean images, `[num_classes, bins, C, h, w]` for mode.
+
+    Privacy: not private by itself. Each chosen record adds a vector of L2 norm at most S to the
+    row of its own class and nothing to the others.
+    """
+    side = config.image_size
+    shape = (train.images.shape[1], side, side)
+    if config.kind == "mode":
+        shape = (config.num_bins, *shape)
+    sums = torch.zeros((num_classes, *shape), dtype=torch.float64)
+    for part in chosen.split(_CHUNK):
+        sums.index_add_(0, train.labels[part], _features(train.images[part], config).double())
+    return sums.float()
+
+
+def _features(images: torch.Tensor, config: CentralImagesConfig) -> torch.Tensor:
+    small = to_float(images)
+    if small.shape[-1] != config.image_size:
+        size = (config.image_size, config.image_size)
+        small = F.interpolate(small, size=size, mode="bilinear", antialias=True)
+    small = torch.nan_to_num(small, nan=0.0).clamp(0.0, 1.0)
+    if config.kind == "mean":
+        return small - config.pixel_center
+    bins = (small * config.num_bins).long().clamp(max=config.num_bins - 1)
+    return F.one_hot(bins, config.num_bins).movedim(-1, 1).float()
+
+
+def _aggregate(
+    noisy: torch.Tensor, config: CentralImagesConfig, expected_class_count: float
+) -> torch.Tensor:
+    """Post-processing of one release into images in [0, 1], `[num_classes, C, h, w]`."""
+    if config.kind == "mean":
+        return (noisy / expected_class_count + config.pixel_center).clamp(0.0, 1.0)
+    return (noisy.argmax(dim=1).float() + 0.5) / config.num_bins
+
+
+def _restore(
+    images: torch.Tensor, size: tuple[int, int], config: CentralImagesConfig
+) -> torch.Tensor:
+    """Post-processing: full size, then a median filter against what is left of the noise."""
+    images = F.interpolate(images, size=size, mode="bilinear", antialias=True)
+    if config.median_filter:
+        padded = F.pad(images, (1, 1, 1, 1), mode="replicate")
+        windows = padded.unfold(2, 3, 1).unfold(3, 3, 1).flatten(-2)
+        images = windows.median(dim=-1).values
+    return images.clamp(0.0, 1.0)

@@ -1,0 +1,122 @@
+"""Keys and keyed random streams: what masks and noise are drawn from.
+
+Every stream is derived by HKDF (RFC 5869, SHA-256) from a master secret that the user keeps
+outside the repository and the run folder. A stream is SHAKE-256 of the key and a counter, so any
+step can be drawn again exactly and no generator state needs to be kept.
+"""
+
+import hashlib
+import hmac
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from core.errors import ConfigError
+
+SECRET_FILE_VARIABLE = "FETA_SWEEP_SECRET_FILE"
+_LENGTH = 32
+
+
+class MasterSecret:
+    """The root of all keys; hidden from `repr`, logs and configuration dumps."""
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: bytes) -> None:
+        if len(value) != _LENGTH:
+            raise ConfigError(f"the master secret has {len(value)} bytes; it must have {_LENGTH}")
+        self._value = value
+
+    @classmethod
+    def load(cls) -> "MasterSecret":
+        """Reads the secret file, or creates it with 32 random bytes that only its owner reads.
+
+        The file is `$FETA_SWEEP_SECRET_FILE`, or `feta-sweep/master.secret` in the user's
+        configuration folder.
+
+        Raises:
+            ConfigError: the file is not a secret of 64 hexadecimal digits, or is unreadable.
+        """
+        path = secret_path()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            text = os.urandom(_LENGTH).hex()
+            temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+            if not path.exists():
+                descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+                with os.fdopen(descriptor, "w") as file:
+                    file.write(text + "\n")
+                    file.flush()
+                    os.fsync(file.fileno())
+                try:
+                    os.link(temporary, path)  # Fails where another process was first: keep its.
+                except FileExistsError:
+                    pass
+                finally:
+                    temporary.unlink()
+            return cls(bytes.fromhex(path.read_text().strip()))
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"the master secret at '{path}' cannot be used ({type(error).__name__}): point "
+                f"{SECRET_FILE_VARIABLE} at a private file with 64 hexadecimal digits"
+            ) from None
+
+    def derive(self, *, fingerprint: str, trial: str, stage: str, purpose: str) -> bytes:
+        """Derives one 32-byte key; any other argument gives an unrelated key.
+
+        Args:
+            fingerprint: digest of the data set's content.
+            trial: identity of the run, including the digest of its configuration.
+            stage: `central_images` or `private_training`.
+            purpose: `mask` or `noise`.
+        """
+        info = json.dumps([fingerprint, trial, stage, purpose]).encode()
+        extracted = hmac.digest(b"feta-sweep v1", self._value, "sha256")
+        return hmac.digest(extracted, info + b"\x01", "sha256")
+
+    def __repr__(self) -> str:
+        return "MasterSecret(hidden)"
+
+
+def secret_path() -> Path:
+    """Where the master secret is looked for."""
+    if named := os.environ.get(SECRET_FILE_VARIABLE):
+        return Path(named).expanduser()
+    home = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
+    return Path(home).expanduser() / "feta-sweep" / "master.secret"
+
+
+class KeyedStream:
+    """Random numbers addressed by a counter: the same key and step give the same numbers.
+
+    Privacy: the key stays in memory; whoever knows it can subtract the noise.
+    """
+
+    __slots__ = ("_key",)
+
+    def __init__(self, key: bytes) -> None:
+        self._key = key
+
+    def bits(self, step: int, count: int) -> np.ndarray:
+        """`count` independent uniform uint64 for `step` (any integer in [0, 2**64))."""
+        digest = hashlib.shake_256(self._key + step.to_bytes(8, "big")).digest(8 * count)
+        return np.frombuffer(digest, dtype="<u8")
+
+    def normal(self, step: int, count: int) -> torch.Tensor:
+        """`count` independent standard normal numbers, float32 `[count]`.
+
+        Box and Muller (1958) in float64 from 53-bit uniforms, so that |x| <= 8.6.
+        """
+        pairs = (count + 1) // 2
+        bits = self.bits(step, 2 * pairs) >> np.uint64(11)
+        uniform = torch.from_numpy((bits.astype(np.float64) + 0.5) * 2.0**-53)
+        radius = torch.sqrt(-2.0 * torch.log(uniform[:pairs]))
+        angle = (2.0 * torch.pi) * uniform[pairs:]
+        values = torch.cat((radius * torch.cos(angle), radius * torch.sin(angle)))
+        return values[:count].to(torch.float32)
+
+    def __repr__(self) -> str:
+        return "KeyedStream(hidden)"

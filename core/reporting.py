@@ -1,0 +1,117 @@
+"""What a run leaves for people to read: metrics.jsonl, progress lines, picture grids."""
+
+import json
+import struct
+import sys
+import time
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Report = Callable[[dict[str, Any]], None]
+
+
+class MetricsLog:
+    """Appends reports to `metrics.jsonl`; a resumed run first drops what it will repeat."""
+
+    def __init__(self, path: Path, resumed_step: int) -> None:
+        lines = path.read_text().splitlines() if path.exists() else []
+        kept = [line for line in lines if _step_of(line) <= resumed_step]
+        path.write_text("".join(line + "\n" for line in kept))
+        self._file = path.open("a")
+
+    def __call__(self, metrics: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(dict(metrics)) + "\n")
+        self._file.flush()
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):
+        return float("inf")  # A line that was cut off by a crash.
+
+
+class Console:
+    """One progress line with the time left; plain, sparse lines when not on a terminal."""
+
+    def __init__(self, total_steps: int, interval: float = 10.0) -> None:
+        self._total, self._interval = total_steps, interval
+        self._start: tuple[float, int] | None = None
+        self._printed = -interval
+        self._stage = ""
+        self._tty = sys.stderr.isatty()
+
+    def __call__(self, metrics: dict[str, Any]) -> None:
+        now, step, stage = time.monotonic(), int(metrics["step"]), str(metrics["stage"])
+        self._start = self._start or (now, step)
+        changed = stage != self._stage
+        if not (self._tty or changed or now - self._printed >= self._interval):
+            return
+        self._stage, self._printed = stage, now
+        parts = [f"{stage:<17} step {step}/{self._total}"]
+        if "loss" in metrics:
+            parts.append(f"loss {metrics['loss']:.4f}")
+        done = step - self._start[1]
+        if done > 0 and stage == "private_training":
+            left = (now - self._start[0]) / done * (self._total - step)
+            parts.append(f"about {left:.0f} s of training left")
+        text = "  ".join(parts)
+        if self._tty:
+            print(f"\r\033[K{text}", end="\n" if stage == "done" else "", file=sys.stderr)
+            sys.stderr.flush()
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes indented JSON so that a reader never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.replace(path)
+
+
+def write_grid(
+    path: Path, images: torch.Tensor, labels: torch.Tensor, columns: int = 10, side: int = 56
+) -> None:
+    """Writes a PNG with a row for each class and up to `columns` images in it.
+
+    Args:
+        images: uint8 `[N, C, H, W]`, C 1 or 3.
+        labels: int64 `[N]`.
+        side: images are enlarged by a whole factor to about this many pixels.
+    """
+    _, channels, height, width = images.shape
+    factor = max(1, side // max(height, width))
+    rows: list[torch.Tensor] = []
+    classes = labels.unique().tolist()
+    columns = min(columns, max(int((labels == label).sum()) for label in classes))
+    for label in classes:
+        chosen = images[labels == label][:columns]
+        padding = chosen.new_zeros((columns - len(chosen), channels, height, width))
+        big = torch.cat((chosen, padding)).repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+        framed = torch.nn.functional.pad(big, (1, 1, 1, 1), value=64)
+        rows.append(torch.cat(list(framed), dim=2))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(encode_png(torch.cat(rows, dim=1)))
+
+
+def encode_png(image: torch.Tensor) -> bytes:
+    """Encodes uint8 `[C, H, W]`, C 1 or 3, as PNG (ISO/IEC 15948), without an image library."""
+    channels, height, width = image.shape
+    pixels = image.permute(1, 2, 0).contiguous().numpy()
+    raw = b"".join(b"\x00" + row.tobytes() for row in pixels)
+    header = struct.pack(">IIBBBBB", width, height, 8, {1: 0, 3: 2}[channels], 0, 0, 0)
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        checksum = struct.pack(">I", zlib.crc32(kind + body))
+        return struct.pack(">I", len(body)) + kind + body + checksum
+
+    signature = b"\x89PNG\r\n\x1a\n"
+    return signature + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(raw)) + chunk(
+        b"IEND", b""
+    )

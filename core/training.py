@@ -1,0 +1,197 @@
+"""One training loop for both stages; the step, plain or private, is injected.
+
+Every random number is drawn from a counter, never from a generator's running state, so a step
+can be replayed exactly and does not depend on the number of ranks.
+"""
+
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from core import distributed
+from core.augmentation import augment
+from core.checkpoint import Checkpoints
+from core.config import Config
+from core.data import Split, to_float, to_model_range
+from core.diffusion.denoiser import Denoiser
+from core.diffusion.ema import Ema
+from core.diffusion.loss import draw, edm_loss
+from core.privacy.central_images import CentralImages
+from core.privacy.dp_sgd import DpSgdOptimizer
+from core.privacy.keys import KeyedStream
+from core.privacy.per_example_gradients import PerExampleGradients
+from core.privacy.plan import DpSgdPlan
+from core.privacy.sampling import PoissonSampler, rank_share
+from core.reporting import Report
+
+
+@dataclass
+class Stage:
+    """One of the two stages: how long, what a step does, and the optimizer whose state counts.
+
+    Attributes:
+        step: takes the number of the step within the stage, returns the mean loss of the batch
+            over all ranks as a tensor.
+    """
+
+    name: str
+    num_steps: int
+    step: Callable[[int], torch.Tensor]
+    optimizer: torch.optim.Optimizer
+
+
+def train(
+    stage: Stage,
+    denoiser: Denoiser,
+    ema: Ema,
+    offset: int,
+    checkpoints: Checkpoints,
+    report: Report,
+    config: Config,
+) -> None:
+    """Runs a stage from its last checkpoint, if there is one, to its end.
+
+    Args:
+        offset: steps of earlier stages; reports count over all stages.
+    """
+    start = 0
+    state = checkpoints.load(config_device(config))
+    if state is not None and state["stage"] == stage.name:
+        start = state["step"]
+        denoiser.load_state_dict(state["denoiser"])
+        ema.load_state_dict(state["ema"])
+        stage.optimizer.load_state_dict(state["optimizer"])
+    runtime, began = config.runtime, time.monotonic()
+    for number in range(start, stage.num_steps):
+        loss = stage.step(number)
+        ema.update(denoiser)
+        done = number + 1
+        last = done == stage.num_steps
+        if done % runtime.checkpoint_every == 0 or last:
+            _save(checkpoints, stage, done, denoiser, ema)
+        if done % runtime.log_every == 0 or last or done == start + 1:
+            seconds = (time.monotonic() - began) / (done - start)
+            report(
+                {
+                    "step": offset + done,
+                    "stage": stage.name,
+                    "loss": float(loss),
+                    "seconds_per_step": seconds,
+                }
+            )
+
+
+def _save(
+    checkpoints: Checkpoints, stage: Stage, step: int, denoiser: Denoiser, ema: Ema
+) -> None:
+    if distributed.rank() == 0:
+        checkpoints.save(
+            {
+                "stage": stage.name,
+                "step": step,
+                "denoiser": denoiser.state_dict(),
+                "ema": ema.state_dict(),
+                "optimizer": stage.optimizer.state_dict(),
+            }
+        )
+
+
+def warm_up_stage(config: Config, denoiser: Denoiser, central: CentralImages) -> Stage:
+    """The easy stage: ordinary training, data-parallel, on the released central images."""
+    device, settings = config_device(config), config.warm_up
+    images, labels = to_model_range(central.images).to(device), central.labels.to(device)
+    optimizer = torch.optim.Adam(denoiser.parameters(), lr=settings.learning_rate)
+    network: nn.Module = denoiser
+    if distributed.world_size() > 1:
+        network = DistributedDataParallel(denoiser)
+    stream = f"{config.seed}/warm_up"
+
+    def step(number: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(_seed(stream, number))
+        batch = settings.batch_size
+        chosen = torch.randint(len(images), (batch,), generator=generator)
+        batch_images = augment(images[chosen.to(device)], settings.augmentation, generator)
+        share = rank_share(torch.arange(batch), distributed.rank(), distributed.world_size())
+        draws = draw(stream, number, share, 1, images.shape[1:], device)
+        share = share.to(device)
+        loss = _loss(config, network, batch_images[share], labels[chosen.to(device)][share], draws)
+        # DDP averages over ranks: the factor makes the result that of the whole batch.
+        (loss.sum() * distributed.world_size() / batch).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return distributed.sum_over_ranks(loss.detach().sum()) / batch
+
+    return Stage("warm_up", config.warm_up_steps, step, optimizer)
+
+
+def private_stage(
+    config: Config,
+    denoiser: Denoiser,
+    train_split: Split,
+    plan: DpSgdPlan,
+    masks: KeyedStream,
+    noise: KeyedStream,
+) -> Stage:
+    """The hard stage: DP-SGD on the private images.
+
+    Privacy: one global Poisson mask a step; per-example gradients averaged over K noise draws,
+    clipped over all parameters, summed over ranks and noised once. The reported loss is not
+    private.
+    """
+    device, settings = config_device(config), config.private_training
+    adam = torch.optim.Adam(denoiser.parameters(), lr=settings.learning_rate)
+    per_example = PerExampleGradients(denoiser, settings.noise_multiplicity)
+    optimizer = DpSgdOptimizer(adam, plan, noise)
+    sampler = PoissonSampler(masks, len(train_split.labels), plan.sample_rate)
+    stream = f"{config.seed}/private_training"
+
+    def step(number: int) -> torch.Tensor:
+        total = torch.zeros(2, device=device)
+        chosen = sampler.indices(number)
+        share = rank_share(chosen, distributed.rank(), distributed.world_size())
+        for part in share.split(settings.max_physical_batch_size) if len(share) else ():
+            images = to_model_range(to_float(train_split.images[part])).to(device)
+            labels = train_split.labels[part].to(device)
+            draws = draw(
+                stream, number, part, settings.noise_multiplicity, images.shape[1:], device
+            )
+            loss = _loss(config, per_example, images, labels, draws)
+            loss.sum().backward()
+            optimizer.accumulate()
+            total += torch.stack((loss.detach().sum(), loss.new_tensor(float(len(part)))))
+        optimizer.release(number)
+        total = distributed.sum_over_ranks(total)
+        return total[0] / total[1].clamp(min=1)
+
+    return Stage("private_training", config.private_steps, step, adam)
+
+
+def config_device(config: Config) -> str:
+    """The device a run computes on: `auto` takes CUDA where there is one."""
+    if config.runtime.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return config.runtime.device
+
+
+def _loss(
+    config: Config, network: nn.Module, images: torch.Tensor, labels: torch.Tensor, draws: Any
+) -> torch.Tensor:
+    return edm_loss(
+        network,
+        images,
+        labels,
+        draws,
+        config.diffusion,
+        config.training.label_dropout,
+        config.dataset.num_classes,
+    )
+
+
+def _seed(stream: str, step: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{stream}/{step}".encode()).digest()[:8], "big") >> 1

@@ -1,0 +1,118 @@
+"""The easy stage's release: noise on every entry of every class, bounded records, public divisor."""
+
+import dataclasses
+
+import pytest
+import torch
+from checks import is_normal
+from core.config import CentralImagesConfig
+from core.data import Split
+from core.privacy.central_images import class_sums, noisy_class_sums, release_central_images
+from core.privacy.keys import KeyedStream
+from core.privacy.plan import CentralPlan
+
+MASKS, NOISE = KeyedStream(b"m" * 32), KeyedStream(b"n" * 32)
+CLASSES = 3
+
+
+def blank(count: int, value: int = 0, side: int = 14, channels: int = 1) -> Split:
+    images = torch.full((count, channels, side, side), value, dtype=torch.uint8)
+    return Split(images, torch.arange(count) % CLASSES)
+
+
+def plan_for(config: CentralImagesConfig, **changes: float) -> CentralPlan:
+    reach = max(config.pixel_center, 1 - config.pixel_center) if config.kind == "mean" else 1.0
+    plan = CentralPlan(
+        num_releases=config.per_class,
+        sample_rate=1.0,
+        noise_multiplier=config.noise_multiplier,
+        sensitivity=reach * config.image_size,
+        expected_class_count=100.0,
+    )
+    return dataclasses.replace(plan, **changes)
+
+
+@pytest.mark.parametrize("kind", ["mean", "mode"])
+def test_noise_has_the_planned_scale_on_every_class(kind):
+    config = CentralImagesConfig(kind=kind, per_class=400, image_size=14, noise_multiplier=5.0)
+    plan = plan_for(config, sample_rate=0.5)
+    empty = Split(torch.zeros((0, 1, 14, 14), dtype=torch.uint8), torch.zeros(0, dtype=torch.long))
+    sums = torch.stack(list(noisy_class_sums(empty, CLASSES, config, plan, MASKS, NOISE)))
+    assert plan.noise_stddev == pytest.approx(5.0 * 14)
+    for label in range(CLASSES):
+        noise = sums[:, label].flatten()[:200_000].numpy()
+        assert is_normal(noise, plan.noise_stddev)
+        for wrong in (0.5, 2**-0.5, 2 / 3, 1.03, 3 / 2, 2.0):
+            assert not is_normal(noise, wrong * plan.noise_stddev)
+    flat = sums.flatten(2).transpose(0, 1).flatten(1)[:, :70_000]
+    assert (torch.corrcoef(flat) - torch.eye(CLASSES)).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("kind", ["mean", "mode"])
+@pytest.mark.parametrize("center", [0.0, 0.5])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("record", [0, 255, "random"])
+def test_one_record_moves_the_sums_by_at_most_the_sensitivity(kind, center, channels, record):
+    config = CentralImagesConfig(kind=kind, image_size=7, pixel_center=center)
+    reach = max(center, 1 - center) if kind == "mean" else 1.0
+    sensitivity = reach * (7 * 7 * channels) ** 0.5
+    data = blank(30, 255, channels=channels)
+    if record == "random":
+        data.images[7] = torch.randint(0, 256, (channels, 14, 14), dtype=torch.uint8)
+    else:
+        data.images[7] = record
+    everyone = torch.arange(30)
+    without = everyone[everyone != 7]
+    difference = class_sums(data, everyone, CLASSES, config) - class_sums(
+        data, without, CLASSES, config
+    )
+    assert difference.norm() <= sensitivity * (1 + 1e-5)
+    assert difference[[c for c in range(CLASSES) if c != 7 % CLASSES]].abs().max() == 0
+    if kind == "mode" or (record == 255 or center == 0.5) and record != "random":
+        assert difference.norm() >= sensitivity * (1 - 1e-5)  # The bound is tight.
+
+
+def test_divisor_is_the_public_expected_count():
+    config = CentralImagesConfig(per_class=1, image_size=14)
+    quiet = plan_for(config, noise_multiplier=1e-9)
+    for count in (30, 60):
+        images = release_central_images(blank(count, 255), CLASSES, config, quiet, MASKS, NOISE)
+        assert torch.allclose(images.images, torch.tensor(count / CLASSES / 100), atol=1e-5)
+
+
+def test_empty_class_and_empty_sample_are_ordinary():
+    config = CentralImagesConfig(per_class=2, image_size=14)
+    data = blank(30, 255)
+    only = Split(data.images, torch.zeros(30, dtype=torch.long))
+    images = release_central_images(
+        only, CLASSES, config, plan_for(config, sample_rate=1e-9), MASKS, NOISE
+    )
+    assert torch.isfinite(images.images).all()
+    assert images.images.shape == (2 * CLASSES, 1, 14, 14)
+    assert images.labels.tolist() == [0, 1, 2, 0, 1, 2]
+    assert images.images.std() > 0.1
+
+
+def test_sampling_follows_the_plan():
+    config = CentralImagesConfig(per_class=200, image_size=2, noise_multiplier=1e-6)
+    plan = plan_for(config, sample_rate=0.25)
+    sums = torch.stack(list(noisy_class_sums(blank(3000, 255), CLASSES, config, plan, MASKS, NOISE)))
+    counts = sums.mean(dim=(2, 3, 4))
+    expected, error = 250.0, (1000 * 0.25 * 0.75 / counts.numel()) ** 0.5
+    assert abs(counts.mean().item() - expected) < 5 * error
+    assert 0.7 < counts.var().item() / (1000 * 0.25 * 0.75) < 1.35
+
+
+@pytest.mark.parametrize("kind", ["mean", "mode"])
+def test_central_images_look_like_their_class(kind):
+    stripes = torch.zeros((600, 1, 8, 8), dtype=torch.uint8)
+    labels = torch.arange(600) % 2
+    stripes[labels == 0, :, :, ::2] = 255
+    stripes[labels == 1, :, ::2, :] = 255
+    config = CentralImagesConfig(kind=kind, per_class=1, noise_multiplier=0.5, pixel_center=0.5)
+    plan = plan_for(config, expected_class_count=300.0)
+    images = release_central_images(Split(stripes, labels), 2, config, plan, MASKS, NOISE).images
+    for label in (0, 1):
+        truth = stripes[labels == label][0].float() / 255
+        assert (images[label] - truth).abs().mean() < 0.12
+        assert (images[label] - truth).abs().mean() < (images[1 - label] - truth).abs().mean()

@@ -1,0 +1,87 @@
+"""Masks and noise: the right distribution, and only for the right key."""
+
+import numpy as np
+import pytest
+import torch
+from checks import is_binomial, is_normal
+from core.privacy.keys import KeyedStream, MasterSecret
+from core.privacy.sampling import PoissonSampler, rank_share
+
+MASTER = MasterSecret(bytes(range(32)))
+WHERE = {"fingerprint": "f", "trial": "t", "stage": "private_training", "purpose": "noise"}
+
+
+def stream(**changes: str) -> KeyedStream:
+    return KeyedStream(MASTER.derive(**(WHERE | changes)))
+
+
+def test_noise_is_standard_normal_and_the_test_rejects_other_scales():
+    values = stream().normal(0, 200_000).numpy()
+    assert is_normal(values, 1.0)
+    for wrong in (2 / 3, 0.5, 2**-0.5, 0.98, 1.02, 3 / 2, 2.0):
+        assert not is_normal(wrong * values, 1.0)
+    assert not is_normal(np.random.default_rng(0).uniform(-(3**0.5), 3**0.5, 200_000), 1.0)
+
+
+def test_noise_of_different_steps_and_keys_is_independent():
+    first = stream().normal(0, 100_000)
+    others = [stream().normal(1, 100_000)]
+    others += [stream(**{key: "other"}).normal(0, 100_000) for key in WHERE]
+    for other in others:
+        correlation = torch.corrcoef(torch.stack((first, other)))[0, 1]
+        assert abs(correlation) < 5 / 100_000**0.5
+        assert not torch.equal(first, other)
+
+
+def test_replay_is_exact():
+    assert torch.equal(stream().normal(7, 1001), stream().normal(7, 1001))
+
+
+@pytest.mark.parametrize("rate", [0.001, 0.0683, 0.5, 0.9])
+def test_inclusion_rate_and_independence_over_steps(rate):
+    count, steps = 20_000, 10
+    sampler = PoissonSampler(stream(purpose="mask"), count, rate)
+    masks = torch.zeros(steps, count, dtype=torch.bool)
+    for step in range(steps):
+        masks[step, sampler.indices(step)] = True
+    included = int(masks.sum())
+    assert is_binomial(included, count * steps, rate)
+    if rate > 0.01:
+        assert not is_binomial(included, count * steps, 0.9 * rate)
+        assert not is_binomial(included, count * steps, min(1.1 * rate, 1.0))
+    both = int((masks[:-1] & masks[1:]).sum())
+    assert is_binomial(both, count * (steps - 1), rate**2)
+
+
+def test_batch_sizes_vary_as_poisson_sampling_says():
+    sampler = PoissonSampler(stream(purpose="mask"), 1_000, 0.1)
+    sizes = np.array([len(sampler.indices(step)) for step in range(2_000)])
+    variance = sizes.var() / (1_000 * 0.1 * 0.9)
+    assert 0.83 < variance < 1.19  # 5.4 standard deviations of a chi-square with 1,999 degrees.
+
+
+def test_rate_one_takes_all_and_zero_is_refused():
+    assert len(PoissonSampler(stream(), 100, 1.0).indices(3)) == 100
+    for rate in (0.0, -0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match="sample_rate"):
+            PoissonSampler(stream(), 100, rate)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_ranks_partition_the_global_batch(world_size):
+    chosen = PoissonSampler(stream(), 1_000, 0.3).indices(0)
+    parts = [rank_share(chosen, rank, world_size) for rank in range(world_size)]
+    assert torch.equal(torch.cat(parts).sort().values, chosen)
+
+
+def test_secret_is_created_once_private_and_never_shown(tmp_path, monkeypatch):
+    path = tmp_path / "keys" / "master.secret"
+    monkeypatch.setenv("FETA_SWEEP_SECRET_FILE", str(path))
+    first, second = MasterSecret.load(), MasterSecret.load()
+    assert first.derive(**WHERE) == second.derive(**WHERE)
+    assert path.stat().st_mode & 0o077 == 0
+    assert path.read_text().strip() not in repr(first) + str(first) + repr(stream())
+    path.write_text("not a secret")
+    with pytest.raises(Exception, match="64 hexadecimal digits") as caught:
+        MasterSecret.load()
+    assert "not a secret" not in str(caught.value)

@@ -1,0 +1,140 @@
+"""The plan against figures computed independently, and what it must refuse."""
+
+import pytest
+from core.config import Config, load
+from core.errors import ConfigError, InfeasibleError
+from core.privacy import accounting
+from core.privacy.plan import check_central, composed_epsilon, make_plan
+from dp_accounting.pld import privacy_loss_distribution
+
+REFERENCE = {
+    "dataset.name": "idx",
+    "dataset.num_examples": 60_000,
+    "dataset.image_size": 28,
+    "central_images.image_size": 14,
+    "central_images.noise_multiplier": 5.0,
+    "central_images.expected_batch_size": 6_000,
+    "private_training.expected_batch_size": 4_096,
+    "training.num_steps": 4_394,  # Half of them are DP-SGD steps: 2,197.
+    "privacy.target_delta": 1e-5,
+}
+
+
+def reference(**changes: object) -> Config:
+    return load({}, REFERENCE | {key.replace("__", "."): value for key, value in changes.items()})
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "per_class", "golden"),
+    [(1.0, 5, 12.173), (1.0, 50, 14.290), (10.0, 5, 1.7601), (10.0, 50, 1.7635)],
+)
+def test_noise_multiplier_matches_golden_figures(epsilon, per_class, golden):
+    plan = make_plan(
+        reference(privacy__target_epsilon=epsilon, central_images__per_class=per_class)
+    )
+    assert plan.noise_multiplier == pytest.approx(golden, rel=5e-3)
+    assert plan.noise_multiplier == pytest.approx(golden, rel=2e-4)
+    assert 0.999 * epsilon < plan.epsilon <= epsilon
+    assert plan.dp_sgd.num_steps == 2197
+
+
+@pytest.mark.parametrize(
+    ("per_class", "pld", "rdp"), [(5, 0.1646, 0.188), (50, 0.526, 0.583), (200, 1.098, None)]
+)
+def test_central_images_alone(per_class, pld, rdp):
+    event = accounting.subsampled_gaussian(0.1, 5.0, per_class)
+    assert accounting.epsilon_of([event], 1e-5, "zero_out") == pytest.approx(pld, rel=5e-3)
+    if rdp:
+        assert accounting.rdp_epsilon_of([event], 1e-5, "zero_out") == pytest.approx(rdp, rel=5e-3)
+
+
+def test_central_images_over_the_budget_are_refused_with_the_reason():
+    config = reference(privacy__target_epsilon=1.0, central_images__per_class=200)
+    with pytest.raises(InfeasibleError, match=r"central images alone spend epsilon 1\.098 of 1"):
+        make_plan(config)
+    with pytest.raises(InfeasibleError, match=r"lower central_images\.per_class"):
+        check_central(config)
+
+
+def test_central_images_that_leave_too_little_are_refused():
+    config = reference(
+        privacy__target_epsilon=1.0981, central_images__per_class=200, training__num_steps=4_394
+    )
+    with pytest.raises(InfeasibleError, match="leave too little"):
+        make_plan(config)
+
+
+def test_without_easy_stage_nothing_is_released_or_charged():
+    plan = make_plan(reference(stage_split=0.0, training__num_steps=2_197))
+    assert plan.central is None
+    assert plan.epsilon_central == 0
+    assert plan.events == [plan.dp_sgd.event]
+
+
+def test_full_batch_equals_the_analytic_gaussian():
+    event = accounting.subsampled_gaussian(1.0, 3.0, 1)
+    exact = privacy_loss_distribution.from_gaussian_mechanism(3.0).get_epsilon_for_delta(1e-5)
+    assert accounting.epsilon_of([event], 1e-5, "zero_out") == pytest.approx(exact, rel=1e-3)
+
+
+def test_pld_never_exceeds_rdp_and_calibration_then_accounting_is_the_identity():
+    plan = make_plan(reference(privacy__target_epsilon=3.0))
+    again = accounting.epsilon_of(plan.events, 1e-5, "zero_out")
+    assert again == pytest.approx(plan.epsilon, rel=1e-9)
+    assert again <= accounting.rdp_epsilon_of(plan.events, 1e-5, "zero_out")
+
+
+def test_replace_one_costs_about_twice():
+    plan = make_plan(reference(privacy__target_epsilon=10.0))
+    twice = accounting.epsilon_of(plan.events, 1e-5, "replace_one", accounting.COARSE)
+    assert twice == pytest.approx(21.4, rel=0.01)
+
+
+def test_sixteen_trials_compose_to_the_golden_figure():
+    plan = make_plan(reference(privacy__target_epsilon=10.0))
+    assert composed_epsilon([plan] * 16) == pytest.approx(63.5, rel=5e-3)
+    one = make_plan(reference(privacy__target_epsilon=1.0))
+    assert composed_epsilon([one] * 16) == pytest.approx(4.75, rel=5e-3)
+
+
+def test_public_numbers_come_from_the_configuration_alone():
+    plan = make_plan(reference())
+    assert plan.dp_sgd.sample_rate == 4_096 / 60_000
+    assert plan.dp_sgd.expected_batch_size == 4_096
+    assert plan.central is not None
+    assert plan.central.sample_rate == 0.1
+    assert plan.central.expected_class_count == 600
+    assert plan.central.sensitivity == pytest.approx(14.0)
+    assert plan.central.noise_stddev == pytest.approx(70.0)
+    centred = make_plan(reference(central_images__pixel_center=0.5))
+    assert centred.central is not None
+    assert centred.central.sensitivity == pytest.approx(7.0)
+    colour = make_plan(reference(dataset__channels=3))
+    assert colour.central is not None
+    assert colour.central.sensitivity == pytest.approx((14 * 14 * 3) ** 0.5)
+    mode = make_plan(reference(central_images__kind="mode", central_images__pixel_center=0.5))
+    assert mode.central is not None
+    assert mode.central.sensitivity == pytest.approx(14.0)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("privacy.target_epsilon", 0),
+        ("privacy.target_epsilon", -1),
+        ("privacy.target_epsilon", float("nan")),
+        ("privacy.target_epsilon", float("inf")),
+        ("privacy.target_delta", 0),
+        ("privacy.target_delta", 1 / 60_000),
+        ("central_images.noise_multiplier", 0),
+        ("central_images.noise_multiplier", -2),
+        ("private_training.expected_batch_size", 0),
+        ("private_training.expected_batch_size", 60_001),
+        ("central_images.expected_batch_size", 60_001),
+        ("private_training.max_grad_norm", 0),
+        ("central_images.pixel_center", 1.5),
+    ],
+)
+def test_meaningless_privacy_settings_are_refused(key, value):
+    with pytest.raises(ConfigError, match=key.replace(".", r"\.")):
+        load({}, REFERENCE | {key: value})
