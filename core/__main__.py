@@ -1,17 +1,18 @@
 """`python -m core`: one run without Ray and MLflow, and what can be done with its folder."""
 
 import argparse
+import hashlib
+import json
 import logging
 import secrets
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from core.config import Config, load, parse_overrides
+from core.config import Config, flatten, load, nested, parse_overrides
 from core.data import Split, load_dataset
 from core.diffusion.denoiser import build_denoiser
 from core.errors import ConfigError, UserError
@@ -58,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
         return command
 
     add("run", _run, "train, generate and score one model", folder=True, config=True)
+    add("compare", _compare, "the easy stage against plain DP-SGD, same budget", False, True)
     add("account", _account, "what a configuration spends; reads no data", False, True)
     again = add("generate", _generate, "draw more images from a finished run", True, False)
     again.add_argument("--num-images", type=int, required=True)
@@ -68,19 +70,55 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(options: argparse.Namespace) -> None:
     config = load(options.config, parse_overrides(options.overrides))
-    stamp = f"{Path(options.config).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-    run_dir = options.run_dir or Path("runs") / stamp
-    console = Console(config.training.num_steps)
-    result = run(
-        config, run_dir, master=MasterSecret.load(), trial=_trial_of(run_dir), report=console
-    )
-    plan = make_plan(config)
-    print(plan.statement)
+    run_dir = options.run_dir or _run_dir(options.config, config)
+    result = _train(config, run_dir)
+    print(make_plan(config).statement)
     print("Scores are computed from real images and are not private:")
     for name, value in result.items():
         if isinstance(value, float):
             print(f"  {name:<18} {value:.4g}")
     print(f"samples: {run_dir / 'synthetic' / 'grid.png'}")
+
+
+def _compare(options: argparse.Namespace) -> None:
+    config = load(options.config, parse_overrides(options.overrides))
+    if config.warm_up_steps == 0:
+        raise ConfigError(
+            f"stage_split={config.stage_split:g} has no easy stage to compare: set it in (0, 1)"
+        )
+    baseline = load(nested(config), {"stage_split": 0.0})
+    rows: list[tuple[Config, Path, dict[str, Any]]] = []
+    for each in (config, baseline):
+        run_dir = _run_dir(options.config, each)
+        print(f"stage_split={each.stage_split:g}: {run_dir}", file=sys.stderr, flush=True)
+        rows.append((each, run_dir, _train(each, run_dir)))
+    print(make_plan(config).statement)
+    print("Scores are computed from real images and are not private.")
+    metric = next(name for name in rows[0][2] if name.startswith("fid"))
+    print(
+        f"{'stage_split':>11} {'steps':>6} {'DP-SGD steps':>13} {'epsilon':>8} "
+        f"{'noise multiplier':>17} {'accuracy':>9} {metric:>8} {'seconds':>8}  samples"
+    )
+    for each, run_dir, result in rows:
+        print(
+            f"{each.stage_split:>11g} {each.training.num_steps:>6} {each.private_steps:>13} "
+            f"{result['epsilon']:>8.4g} {result['noise_multiplier']:>17.4f} "
+            f"{result['accuracy']:>9.4f} {result[metric]:>8.4g} {result['seconds']:>8.0f}  "
+            f"{run_dir / 'synthetic' / 'grid.png'}"
+        )
+
+
+def _train(config: Config, run_dir: Path) -> dict[str, Any]:
+    console = Console(config.training.num_steps)
+    trial = _trial_of(run_dir)
+    return run(config, run_dir, master=MasterSecret.load(), trial=trial, report=console)
+
+
+def _run_dir(path: str, config: Config) -> Path:
+    """The same command names the same folder, so it goes on where it was stopped."""
+    settings = {k: v for k, v in flatten(config).items() if not k.startswith("runtime.")}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    return Path("runs") / f"{Path(path).stem}-{digest[:8]}"
 
 
 def _trial_of(run_dir: Path) -> str:
@@ -129,9 +167,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     config, _ = _finished(options.run_dir, options.overrides)
     dataset = load_dataset(config.dataset)
     with np.load(options.run_dir / "synthetic" / "images.npz") as stored:
-        synthetic = Split(
-            torch.from_numpy(stored["images"]), torch.from_numpy(stored["labels"])
-        )
+        synthetic = Split(torch.from_numpy(stored["images"]), torch.from_numpy(stored["labels"]))
     arguments = (synthetic, dataset, config.evaluation, config.dataset.num_classes)
     accuracy = downstream_accuracy(*arguments, config.seed, config_device(config))
     name, distance = fid_score(*arguments, config.seed, config_device(config))

@@ -24,9 +24,9 @@ def augment(images: torch.Tensor, kind: str, generator: torch.Generator) -> torc
     matrices = torch.eye(2).repeat(batch, 1, 1)
     if kind == "affine":
         angle, shear, scale = uniform(0.17), uniform(0.1), 1 + uniform(0.1)
-        rotation = torch.stack(
-            (angle.cos(), -angle.sin(), angle.sin(), angle.cos()), dim=1
-        ).view(batch, 2, 2)
+        rotation = torch.stack((angle.cos(), -angle.sin(), angle.sin(), angle.cos()), dim=1).view(
+            batch, 2, 2
+        )
         slant = torch.stack((scale, shear, zero, 1 + uniform(0.1)), dim=1).view(batch, 2, 2)
         matrices = rotation @ slant
     shift = torch.stack((uniform(0.125), uniform(0.125)), dim=1)[..., None]

@@ -99,6 +99,8 @@ class ModelConfig(Section):
     base_channels: Annotated[int, Field(ge=4, le=1024)] = 16
     channel_multipliers: tuple[PositiveInt, ...] = (1, 2)
     blocks_per_level: PositiveInt = 1
+    patch_size: PositiveInt = 1
+    """Pixels of a patch of this side become channels (Hoogeboom et al. 2023): a cheaper network."""
     attention_sizes: tuple[PositiveInt, ...] = ()
     """Feature-map sides at which self-attention is applied."""
 
@@ -206,11 +208,12 @@ class Config(Section):
                 f"central_images.image_size={self.central_images.image_size} must lie in "
                 f"[2, dataset.image_size={dataset.image_size}]"
             )
-        factor = 2 ** (len(self.model.channel_multipliers) - 1)
+        factor = self.model.patch_size * 2 ** (len(self.model.channel_multipliers) - 1)
         if dataset.image_size % factor:
             raise ValueError(
-                f"dataset.image_size={dataset.image_size} must be a multiple of {factor}, as "
-                f"model.channel_multipliers has {len(self.model.channel_multipliers)} levels"
+                f"dataset.image_size={dataset.image_size} must be a multiple of {factor}: "
+                f"model.patch_size={self.model.patch_size} times a halving for each level of "
+                "model.channel_multipliers but the first"
             )
         return self
 
@@ -243,7 +246,9 @@ def parse_overrides(arguments: list[str]) -> dict[str, Any]:
     return overrides
 
 
-def load(base: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Config:
+def load(
+    base: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None = None
+) -> Config:
     """Builds the configuration from a YAML file or mapping and dotted overrides.
 
     Args:
@@ -259,7 +264,9 @@ def load(base: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | No
 
 def merge(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a nested copy of `base` with dotted `overrides` set."""
-    merged: dict[str, Any] = {k: merge(v, {}) if isinstance(v, Mapping) else v for k, v in base.items()}
+    merged: dict[str, Any] = {
+        k: merge(v, {}) if isinstance(v, Mapping) else v for k, v in base.items()
+    }
     for key, value in overrides.items():
         *parents, leaf = key.split(".")
         node = merged
@@ -315,7 +322,11 @@ def nearest_key(model: type[BaseModel], key: str) -> str:
         by_leaf = {k.rsplit(".", 1)[-1]: k for k in keys}
         leaf = difflib.get_close_matches(key.rsplit(".", 1)[-1], list(by_leaf), n=1, cutoff=0.5)
         match = [by_leaf[leaf[0]]] if leaf else []
-    return f"; did you mean '{match[0]}'?" if match else f"; valid keys start with {sorted({k.split('.')[0] for k in keys})}"
+    return (
+        f"; did you mean '{match[0]}'?"
+        if match
+        else f"; valid keys start with {sorted({k.split('.')[0] for k in keys})}"
+    )
 
 
 def _explain(model: type[BaseModel], failure: ValidationError) -> str:

@@ -25,7 +25,13 @@ from core.privacy.plan import PrivacyPlan, make_plan
 from core.reporting import MetricsLog, Report, write_grid, write_json
 from core.training import config_device, private_stage, train, warm_up_stage
 
-_NOT_IDENTITY = ("runtime.", "evaluation.", "sampler.", "private_training.max_physical_batch_size")
+_NOT_IDENTITY = (
+    "runtime.",
+    "evaluation.",
+    "sampler.",
+    "dataset.path",  # The fingerprint stands for the content, wherever it lies.
+    "private_training.max_physical_batch_size",
+)
 
 
 def run(
@@ -88,9 +94,7 @@ def run(
     train(stage, denoiser, ema, config.warm_up_steps, checkpoints, report, config)
 
     report({"step": config.training.num_steps, "stage": "evaluation"})
-    synthetic = generate(
-        ema.module, config, config.evaluation.num_images, config_device(config)
-    )
+    synthetic = generate(ema.module, config, config.evaluation.num_images, config_device(config))
     result = {
         "step": config.training.num_steps,
         "stage": "done",
@@ -100,6 +104,7 @@ def run(
         "noise_multiplier": plan.noise_multiplier,
         "seconds": time.monotonic() - began,
     }
+    result = distributed.broadcast_object(result)  # One clock: that of rank 0.
     if distributed.rank() == 0:
         _store(run_dir, synthetic, ema, {**result, "identity": identity})
     report(result)

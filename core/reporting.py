@@ -24,6 +24,7 @@ class MetricsLog:
         self._file = path.open("a")
 
     def __call__(self, metrics: Mapping[str, Any]) -> None:
+        """Appends one line."""
         self._file.write(json.dumps(dict(metrics)) + "\n")
         self._file.flush()
 
@@ -46,6 +47,7 @@ class Console:
         self._tty = sys.stderr.isatty()
 
     def __call__(self, metrics: dict[str, Any]) -> None:
+        """Shows `step`, `stage` and, where given, `loss`."""
         now, step, stage = time.monotonic(), int(metrics["step"]), str(metrics["stage"])
         self._start = self._start or (now, step)
         changed = stage != self._stage
@@ -112,6 +114,9 @@ def encode_png(image: torch.Tensor) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + checksum
 
     signature = b"\x89PNG\r\n\x1a\n"
-    return signature + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(raw)) + chunk(
-        b"IEND", b""
+    return (
+        signature
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(raw))
+        + chunk(b"IEND", b"")
     )

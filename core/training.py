@@ -87,9 +87,7 @@ def train(
             )
 
 
-def _save(
-    checkpoints: Checkpoints, stage: Stage, step: int, denoiser: Denoiser, ema: Ema
-) -> None:
+def _save(checkpoints: Checkpoints, stage: Stage, step: int, denoiser: Denoiser, ema: Ema) -> None:
     if distributed.rank() == 0:
         checkpoints.save(
             {

@@ -16,13 +16,15 @@ class UNet(nn.Module):
 
     Args:
         model: sizes; level l has `base_channels * channel_multipliers[l]` channels and a side of
-            `image_size / 2**l`.
+            `image_size / patch_size / 2**l`.
         dataset: image shape and number of classes.
     """
 
     def __init__(self, model: ModelConfig, dataset: DatasetConfig) -> None:
         super().__init__()
-        base, sides = model.base_channels, dataset.image_size
+        base, patch = model.base_channels, model.patch_size
+        side = dataset.image_size // patch
+        pixels = dataset.channels * patch**2
         widths = [base * multiplier for multiplier in model.channel_multipliers]
         embedding = 4 * base
         self.num_classes = dataset.num_classes
@@ -33,10 +35,11 @@ class UNet(nn.Module):
         self.register_buffer(
             "frequencies", torch.exp(torch.linspace(0.0, 7.0, base)) * 0.25, persistent=False
         )
-        self.conv_in = nn.Conv2d(dataset.channels, base, 3, padding=1)
+        self.patch_size = patch
+        self.conv_in = nn.Conv2d(pixels, base, 3, padding=1)
 
         def block(inputs: int, outputs: int, level: int) -> Block:
-            attention = sides // 2**level in model.attention_sizes
+            attention = side // 2**level in model.attention_sizes
             return Block(inputs, outputs, embedding, attention)
 
         channels, skips = base, [base]
@@ -59,7 +62,7 @@ class UNet(nn.Module):
             if level:
                 self.up.append(Resample(channels, scale=2.0))
         self.norm_out = group_norm(channels)
-        self.conv_out = zero(nn.Conv2d(channels, dataset.channels, 3, padding=1))
+        self.conv_out = zero(nn.Conv2d(channels, pixels, 3, padding=1))
 
     def forward(self, x: torch.Tensor, c_noise: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Maps `[B, C, H, W]`, noise condition `[B]` and labels int64 `[B]` to `[B, C, H, W]`.
@@ -69,7 +72,7 @@ class UNet(nn.Module):
         phase = c_noise[:, None] * self.frequencies
         emb = self.noise_embedding(torch.cat((phase.cos(), phase.sin()), dim=1))
         emb = F.silu(emb + self.label_embedding(labels))
-        x = self.conv_in(x)
+        x = self.conv_in(F.pixel_unshuffle(x, self.patch_size))
         skips = [x]
         for layer in self.down:
             x = layer(x, emb)
@@ -80,7 +83,8 @@ class UNet(nn.Module):
             if isinstance(layer, Block):
                 x = torch.cat((x, skips.pop()), dim=1)
             x = layer(x, emb)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        x = self.conv_out(F.silu(self.norm_out(x)))
+        return F.pixel_shuffle(x, self.patch_size)
 
 
 class Block(nn.Module):

@@ -1,5 +1,6 @@
 """A small convolutional classifier: downstream accuracy, and features where Inception is absent."""
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -40,7 +41,7 @@ class Classifier(nn.Module):
         halvings = max(1, math.ceil(math.log2(min(size) / 8)))
         widths = [channels, *(min(32 * 2**level, 128) for level in range(max(3, halvings + 1)))]
         layers: list[nn.Module] = []
-        for level, (before, after) in enumerate(zip(widths, widths[1:], strict=False)):
+        for level, (before, after) in enumerate(itertools.pairwise(widths)):
             layers += [_conv(before, after), nn.BatchNorm2d(after), nn.ReLU()]
             if level < halvings:
                 layers.append(nn.MaxPool2d(2))

@@ -1,6 +1,7 @@
 """Feature extractors for the Frechet distance: Inception, or a small network on real images."""
 
 import hashlib
+import http.client
 import logging
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,7 +25,7 @@ _REMEDIES = (
     f"{WEIGHTS_URL}, or evaluation.fid_extractor=cnn, which scores as fid_cnn"
 )
 _BATCH = 64
-"""Most images of 299x299 pixels at once: about 400 MB of activations."""
+"""Most images of 299x299 pixels at once; bounds the memory and does not change the result."""
 
 _log = logging.getLogger(__name__)
 
@@ -69,12 +70,7 @@ class InceptionExtractor:
         path = find_weights(weights)
         self.digest = _sha256(path)
         if not self.digest.startswith(WEIGHTS_SHA256):
-            _log.warning(
-                "'%s' (SHA-256 %s...) is not the published Inception network: "
-                "its fid is not comparable to published values",
-                path,
-                self.digest[:8],
-            )
+            _log.warning("'%s' is not the published Inception: fid not comparable to papers", path)
         self._device = device
         self._network = _load_network(inception, path).to(device).eval()
 
@@ -159,7 +155,7 @@ def find_weights(weights: str | Path | None) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(WEIGHTS_URL, str(path), WEIGHTS_SHA256, progress=False)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, http.client.HTTPException) as error:
         raise ConfigError(
             f"no Inception weights for fid: '{path}' {found}, and the download failed ({error}); "
             f"{_REMEDIES}"
@@ -187,7 +183,7 @@ def _load_network(inception: Any, path: Path) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             return inception.InceptionV3([inception.InceptionV3.DEFAULT_BLOCK_INDEX])
     except Exception as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ConfigError(
             f"'{path}' does not hold pytorch-fid's Inception weights ({reason}); {_REMEDIES}"
         ) from None

@@ -59,7 +59,7 @@ class Moments:
 def frechet_distance(m1: Moments, m2: Moments) -> float:
     """Squared Frechet distance of the Gaussians with these moments, >= 0.
 
-    d^2 = |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)): Dowson and Landau (1982), equation 4;
+    d^2 = |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)): Dowson and Landau (1982);
     Heusel et al. (2017), equation 6. As (S1 S2)^(1/2) and (A S2 A)^(1/2) with A = S1^(1/2) have
     the same eigenvalues, two symmetric eigen-decompositions give the trace. Singular covariances,
     which occur whenever there are fewer images than features, need no special care.

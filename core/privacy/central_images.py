@@ -76,43 +76,51 @@ def noisy_class_sums(
 
     Privacy: the subsampled Gaussian mechanism itself; everything made of its output is free.
     """
-    sampler = PoissonSampler(masks, len(train.labels), plan.sample_rate)
+    small = down_scaled(train.images, config)
+    sampler = PoissonSampler(masks, len(small), plan.sample_rate)
     for release in range(plan.num_releases):
-        sums = class_sums(train, sampler.indices(release), num_classes, config)
+        chosen = sampler.indices(release)
+        sums = class_sums(small[chosen], train.labels[chosen], num_classes, config)
         yield sums + plan.noise_stddev * noise.normal(release, sums.numel()).view_as(sums)
 
 
+def down_scaled(images: torch.Tensor, config: CentralImagesConfig) -> torch.Tensor:
+    """Down-scales uint8 `[N, C, H, W]` to float32 `[N, C, h, w]` in [0, 1].
+
+    Privacy: acts on each image alone; the final clamp is what bounds a record's norm.
+    """
+    size = (config.image_size, config.image_size)
+    parts: list[torch.Tensor] = []
+    for part in images.split(_CHUNK):
+        small = to_float(part)
+        if small.shape[-2:] != size:
+            small = F.interpolate(small, size=size, mode="bilinear", antialias=True)
+        parts.append(torch.nan_to_num(small, nan=0.0).clamp(0.0, 1.0))
+    return torch.cat(parts)
+
+
 def class_sums(
-    train: Split, chosen: torch.Tensor, num_classes: int, config: CentralImagesConfig
+    small: torch.Tensor, labels: torch.Tensor, num_classes: int, config: CentralImagesConfig
 ) -> torch.Tensor:
     """The sensitive statistic: a sum of bounded features for each class, before any noise.
+
+    Args:
+        small: sampled images in [0, 1], `[B, C, h, w]`.
+        labels: their classes `[B]`.
 
     Returns:
         float32 `[num_classes, C, h, w]` for mean images, `[num_classes, bins, C, h, w]` for mode.
 
-    Privacy: not private by itself. Each chosen record adds a vector of L2 norm at most S to the
-    row of its own class and nothing to the others.
+    Privacy: not private by itself. Each image adds a vector of L2 norm at most the plan's
+    sensitivity to the row of its own class and nothing to the others.
     """
-    side = config.image_size
-    shape = (train.images.shape[1], side, side)
-    if config.kind == "mode":
-        shape = (config.num_bins, *shape)
-    sums = torch.zeros((num_classes, *shape), dtype=torch.float64)
-    for part in chosen.split(_CHUNK):
-        sums.index_add_(0, train.labels[part], _features(train.images[part], config).double())
-    return sums.float()
-
-
-def _features(images: torch.Tensor, config: CentralImagesConfig) -> torch.Tensor:
-    small = to_float(images)
-    if small.shape[-1] != config.image_size:
-        size = (config.image_size, config.image_size)
-        small = F.interpolate(small, size=size, mode="bilinear", antialias=True)
-    small = torch.nan_to_num(small, nan=0.0).clamp(0.0, 1.0)
     if config.kind == "mean":
-        return small - config.pixel_center
-    bins = (small * config.num_bins).long().clamp(max=config.num_bins - 1)
-    return F.one_hot(bins, config.num_bins).movedim(-1, 1).float()
+        features = small - config.pixel_center
+    else:
+        bins = (small * config.num_bins).long().clamp(max=config.num_bins - 1)
+        features = F.one_hot(bins, config.num_bins).movedim(-1, 1)
+    sums = torch.zeros((num_classes, *features.shape[1:]), dtype=torch.float64)
+    return sums.index_add_(0, labels, features.double()).float()
 
 
 def _aggregate(

@@ -8,9 +8,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from importlib import metadata
 from typing import Any
 
-import dp_accounting
 from dp_accounting import dp_event
 
 from core.config import Config
@@ -112,7 +112,7 @@ class PrivacyPlan:
         """Plain data for privacy.json."""
         return {
             **asdict(self),
-            "accountant": f"PLD, dp-accounting {dp_accounting.__version__}",
+            "accountant": f"PLD, dp-accounting {metadata.version('dp-accounting')}",
             "statement": self.statement,
         }
 
@@ -187,9 +187,7 @@ def composed_epsilon(plans: Sequence[PrivacyPlan]) -> float:
         return 0.0
     events = [event for plan in plans for event in plan.events]
     first = plans[0]
-    return accounting.epsilon_of(
-        events, first.delta, first.neighboring_relation, accounting.COARSE
-    )
+    return accounting.epsilon_of(events, first.delta, first.neighboring_relation, accounting.COARSE)
 
 
 def _central_plan(config: Config) -> CentralPlan | None:

@@ -5,6 +5,8 @@ import dataclasses
 import pytest
 import torch
 from checks import is_normal
+from torch import nn
+
 from core.config import load
 from core.diffusion.denoiser import build_denoiser
 from core.diffusion.loss import Draws, draw, edm_loss
@@ -13,7 +15,6 @@ from core.privacy.dp_sgd import DpSgdOptimizer
 from core.privacy.keys import KeyedStream
 from core.privacy.per_example_gradients import PerExampleGradients
 from core.privacy.plan import DpSgdPlan
-from torch import nn
 
 NOISE = KeyedStream(b"n" * 32)
 PLAN = DpSgdPlan(
@@ -130,7 +131,9 @@ def test_per_example_gradients_equal_one_example_at_a_time():
     reference = []
     for i in range(batch):
         denoiser.zero_grad()
-        one = Draws(*(tensor[:, i : i + 1] for tensor in (draws.log_sigma, draws.noise, draws.dropout)))
+        one = Draws(
+            *(tensor[:, i : i + 1] for tensor in (draws.log_sigma, draws.noise, draws.dropout))
+        )
         loss = edm_loss(
             denoiser, images[i : i + 1], labels[i : i + 1], one, CONFIG.diffusion, 0.1, 10
         )
@@ -171,5 +174,7 @@ def test_removed_hooks_leave_an_ordinary_module():
     denoiser = perturbed_denoiser()
     wrapped = PerExampleGradients(denoiser, 1)
     wrapped.remove_hooks()
-    denoiser(torch.zeros(1, 1, 8, 8), torch.ones(1), torch.zeros(1, dtype=torch.long)).sum().backward()
+    denoiser(
+        torch.zeros(1, 1, 8, 8), torch.ones(1), torch.zeros(1, dtype=torch.long)
+    ).sum().backward()
     assert all(parameter.grad is not None for parameter in denoiser.parameters())

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from checks import is_binomial, is_normal
+
 from core.privacy.keys import KeyedStream, MasterSecret
 from core.privacy.sampling import PoissonSampler, rank_share
 

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from core import yaml_subset
-from core.config import ConfigError, flatten, load, nested, parse_overrides
 from hypothesis import given
 from hypothesis import strategies as st
+
+from core import yaml_subset
+from core.config import ConfigError, flatten, load, nested, parse_overrides
 
 CONFIGS = sorted(Path("core/configs").glob("*.yaml")) + sorted(Path("sweep/configs").glob("*.yaml"))
 
@@ -91,7 +92,16 @@ def test_what_is_written_reads_back(content):
 
 @pytest.mark.parametrize(
     "text",
-    ["- a", "a: &x 1", "a: {b: 1}", "a: 1\na: 2", "a: [1, 2", "a: |\n  x", "  b: 1\n c: 2", "a: b: c"],
+    [
+        "- a",
+        "a: &x 1",
+        "a: {b: 1}",
+        "a: 1\na: 2",
+        "a: [1, 2",
+        "a: |\n  x",
+        "  b: 1\n c: 2",
+        "a: b: c",
+    ],
 )
 def test_what_lies_outside_the_subset_is_an_error_with_its_line(text):
     with pytest.raises(ValueError, match="line"):

@@ -1,11 +1,12 @@
 """The plan against figures computed independently, and what it must refuse."""
 
 import pytest
+from dp_accounting.pld import privacy_loss_distribution
+
 from core.config import Config, load
 from core.errors import ConfigError, InfeasibleError
 from core.privacy import accounting
 from core.privacy.plan import check_central, composed_epsilon, make_plan
-from dp_accounting.pld import privacy_loss_distribution
 
 REFERENCE = {
     "dataset.name": "idx",

@@ -1,0 +1,96 @@
+"""One process and several gloo ranks: the same model, the same noise, once."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from checks import is_normal
+from two_ranks import tiny_run
+
+SCRIPT = Path(__file__).parent / "two_ranks.py"
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone")
+    return folder, tiny_run(folder)
+
+
+def run_ranks(folder: Path, world_size: int) -> list[dict]:
+    processes = [
+        subprocess.Popen([sys.executable, SCRIPT, str(rank), str(world_size), str(folder)])
+        for rank in range(world_size)
+    ]
+    assert [process.wait(timeout=120) for process in processes] == [0] * world_size
+    return [torch.load(folder / f"rank_{rank}.pt") for rank in range(world_size)]
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_give_the_model_of_one_process(alone, tmp_path, world_size):
+    ranks = run_ranks(tmp_path, world_size)
+    single, reports = alone
+    expected = torch.load(single / "model.pt")
+    found = torch.load(tmp_path / "run" / "model.pt")
+    assert found.keys() == expected.keys()
+    moved = 0.0
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=1e-5)
+        moved += float(value.abs().sum())
+    assert moved > 0
+    for outcome in ranks:
+        assert torch.equal(outcome["noise"], ranks[0]["noise"])
+        assert outcome["reports"][-1] == ranks[0]["reports"][-1]
+        assert outcome["reports"][-1]["epsilon"] == reports[-1]["epsilon"]
+    noise = ranks[0]["noise"].numpy()
+    assert is_normal(noise, 1.0)
+    for wrong in (0.0001, world_size**-0.5, world_size**0.5, 1 / world_size, world_size):
+        assert not is_normal(noise, wrong)
+
+
+def test_physical_batch_size_does_not_change_the_model(alone, tmp_path):
+    single, _ = alone
+    tiny_run(tmp_path, **{"private_training.max_physical_batch_size": 5})
+    for name, value in torch.load(single / "model.pt").items():
+        torch.testing.assert_close(
+            torch.load(tmp_path / "model.pt")[name], value, rtol=0, atol=1e-5
+        )
+
+
+def test_interrupted_run_goes_on_bit_for_bit(alone, tmp_path):
+    single, _ = alone
+
+    class StopRunError(Exception):
+        pass
+
+    def tiny_interrupted(at: int) -> None:
+        from two_ranks import TINY
+
+        from core.config import load
+        from core.pipeline import run
+        from core.privacy.keys import MasterSecret
+
+        def report(metrics: dict) -> None:
+            if metrics["step"] >= at and metrics["stage"] != "evaluation":
+                raise StopRunError
+
+        config = load({}, TINY | {"runtime.checkpoint_every": 1})
+        run(config, tmp_path, master=MasterSecret(b"s" * 32), trial="tiny", report=report)
+
+    for at in (2, 4):
+        with pytest.raises(StopRunError):
+            tiny_interrupted(at)
+    tiny_run(tmp_path)
+    for name, value in torch.load(single / "model.pt").items():
+        assert torch.equal(torch.load(tmp_path / "model.pt")[name], value)
+    again = tiny_run(tmp_path)
+    assert len(again) == 1
+    assert again[0]["stage"] == "done"
+
+
+def test_another_configuration_in_the_same_folder_is_refused(alone):
+    from core.errors import ConfigError
+
+    with pytest.raises(ConfigError, match=r"stage_split: 0\.5 -> 0\.25"):
+        tiny_run(alone[0], stage_split=0.25)

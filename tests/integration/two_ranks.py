@@ -1,0 +1,55 @@
+"""Started once for each rank by test_ranks.py: trains a tiny run and saves what it released."""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from core.config import load
+from core.pipeline import run
+from core.privacy.dp_sgd import DpSgdOptimizer
+from core.privacy.keys import KeyedStream, MasterSecret
+from core.privacy.plan import DpSgdPlan
+
+TINY = {
+    "training.num_steps": 6,
+    "central_images.per_class": 2,
+    "private_training.expected_batch_size": 40,
+    "private_training.max_physical_batch_size": 16,
+    "model.base_channels": 8,
+    "sampler.num_steps": 3,
+    "evaluation.num_images": 40,
+    "evaluation.batch_size": 16,
+    "evaluation.classifier_epochs": 1,
+    "evaluation.fid_extractor": "cnn",
+    "runtime.log_every": 2,
+}
+
+
+def tiny_run(run_dir: Path, **changes: object) -> list[dict]:
+    """Runs the tiny configuration and returns its reports."""
+    reports: list[dict] = []
+    config = load({}, TINY | changes)
+    run(config, run_dir, master=MasterSecret(b"s" * 32), trial="tiny", report=reports.append)
+    return reports
+
+
+def released_noise() -> torch.Tensor:
+    """What one step with no examples releases on this rank."""
+    parameter = torch.nn.Parameter(torch.zeros(200_000))
+    plan = DpSgdPlan(1, 0.1, noise_multiplier=2.0, max_grad_norm=0.5, expected_batch_size=1)
+    optimizer = DpSgdOptimizer(torch.optim.SGD([parameter], 1.0), plan, KeyedStream(b"k" * 32))
+    optimizer.release(0)
+    return -parameter.detach()
+
+
+if __name__ == "__main__":
+    rank, world_size, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size
+    )
+    reports = tiny_run(folder / "run")
+    torch.save({"noise": released_noise(), "reports": reports}, folder / f"rank_{rank}.pt")
+    dist.destroy_process_group()

@@ -1,0 +1,262 @@
+"""Frechet distance, its moments, and the extractors that feed it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from core.config import EvaluationConfig
+from core.data import Dataset, Split
+from core.errors import ConfigError, DataError
+from core.evaluation import features, metrics
+from core.evaluation.features import CnnExtractor, InceptionExtractor, find_weights
+from core.evaluation.fid import Moments, frechet_distance, image_moments
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def _generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _moments(values: torch.Tensor) -> Moments:
+    moments = Moments(values.shape[1])
+    moments.update(values)
+    return moments
+
+
+def _correlated(count: int, dimension: int, seed: int) -> torch.Tensor:
+    generator = _generator(seed)
+    mixing = torch.randn(dimension, dimension, dtype=torch.float64, generator=generator)
+    offset = torch.randn(dimension, dtype=torch.float64, generator=generator)
+    noise = torch.randn(count, dimension, dtype=torch.float64, generator=generator)
+    return noise @ mixing + offset
+
+
+def _cross(mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    """Points `mean +- c std_i e_i`, whose unbiased covariance is exactly `diag(std^2)`."""
+    arms = torch.diag(std) * ((2 * len(std) - 1) / 2) ** 0.5
+    return torch.cat((mean + arms, mean - arms))
+
+
+def _images(count: int, seed: int, channels: int = 1) -> Split:
+    generator = _generator(seed)
+    shape = (count, channels, 8, 8)
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    return Split(images, torch.arange(count) % 2)
+
+
+def test_diagonal_gaussians_have_the_closed_form() -> None:
+    generator = _generator()
+    mean1, mean2 = torch.randn(2, 16, dtype=torch.float64, generator=generator)
+    std1, std2 = torch.rand(2, 16, dtype=torch.float64, generator=generator)
+    distance = frechet_distance(_moments(_cross(mean1, std1)), _moments(_cross(mean2, std2)))
+    expected = (mean1 - mean2).square().sum() + (std1 - std2).square().sum()
+    assert distance == pytest.approx(expected.item(), rel=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_agrees_with_pytorch_fid() -> None:
+    fid_score = pytest.importorskip("pytorch_fid.fid_score")
+    one, two = _correlated(500, 64, seed=1).numpy(), _correlated(400, 64, seed=2).numpy()
+    expected = fid_score.calculate_frechet_distance(
+        one.mean(0), np.cov(one, rowvar=False), two.mean(0), np.cov(two, rowvar=False)
+    )
+    distance = frechet_distance(_moments(torch.from_numpy(one)), _moments(torch.from_numpy(two)))
+    assert distance == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_rank_deficient_covariances_keep_the_distance_of_their_subspace() -> None:
+    one, two = _correlated(50, 5, seed=1), _correlated(60, 5, seed=2)
+    square = torch.randn(64, 64, dtype=torch.float64, generator=_generator(3))
+    basis = torch.linalg.qr(square).Q[:5]
+    embedded = frechet_distance(_moments(one @ basis), _moments(two @ basis))
+    assert embedded == pytest.approx(frechet_distance(_moments(one), _moments(two)), rel=1e-5)
+
+
+def test_fewer_images_than_features_give_a_finite_distance() -> None:
+    one, two = _moments(_correlated(3, 64, seed=1)), _moments(_correlated(2, 64, seed=2))
+    assert 0 < frechet_distance(one, two) < float("inf")
+    constant = _moments(torch.ones(4, 64))
+    assert frechet_distance(constant, constant) == 0
+
+
+def test_distance_is_zero_to_itself_and_symmetric() -> None:
+    one, two = _moments(_correlated(300, 32, seed=1)), _moments(_correlated(300, 32, seed=2))
+    scale = one.covariance.trace().item()
+    assert frechet_distance(one, one) < 1e-9 * scale
+    assert frechet_distance(one, two) == pytest.approx(frechet_distance(two, one), rel=1e-9)
+    assert frechet_distance(one, two) > 0.01 * scale
+
+
+def test_streamed_moments_equal_those_of_the_whole() -> None:
+    values = _correlated(101, 6, seed=0) + 1e6
+    moments = Moments(6)
+    for batch in values.split([1, 0, 40, 7, 53]):
+        moments.update(batch)
+    assert moments.count == 101
+    np.testing.assert_allclose(moments.mean.numpy(), values.numpy().mean(0), rtol=1e-12)
+    np.testing.assert_allclose(
+        moments.covariance.numpy(), np.cov(values.numpy(), rowvar=False), rtol=1e-8
+    )
+
+
+def test_moments_refuse_what_they_cannot_describe() -> None:
+    moments = Moments(3)
+    with pytest.raises(ValueError, match="NaN"):
+        moments.update(torch.full((2, 3), float("nan")))
+    with pytest.raises(ValueError, match=r"not \[B, 3\]"):
+        moments.update(torch.zeros(2, 4))
+    moments.update(torch.zeros(1, 3))
+    with pytest.raises(ValueError, match="at least 2"):
+        _ = moments.covariance
+    with pytest.raises(ValueError, match="dimension"):
+        frechet_distance(_moments(torch.zeros(2, 3)), _moments(torch.zeros(2, 4)))
+
+
+@pytest.fixture
+def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty torch.hub cache and no network; returns where the cached file would lie."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
+    return tmp_path / "checkpoints" / "pt_inception-2015-12-05-6726825d.pth"
+
+
+def test_missing_weights_are_an_error_with_remedies(offline: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        find_weights(None)
+    for part in (str(offline), "no route to host", "inception_weights=", "fid_extractor=cnn"):
+        assert part in str(caught.value)
+
+
+def test_damaged_cached_weights_are_not_used(offline: Path) -> None:
+    offline.parent.mkdir(parents=True)
+    offline.write_bytes(b"half a file")
+    with pytest.raises(ConfigError, match="damaged"):
+        find_weights(None)
+
+
+def test_cached_weights_are_found(offline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    offline.parent.mkdir(parents=True)
+    offline.write_bytes(b"weights")
+    monkeypatch.setattr(features, "WEIGHTS_SHA256", features._sha256(offline)[:8])
+    assert find_weights(None) == offline
+
+
+def test_a_given_path_is_never_replaced_by_the_cache(offline: Path) -> None:
+    with pytest.raises(ConfigError, match=r"evaluation\.inception_weights='/absent\.pth'"):
+        find_weights("/absent.pth")
+
+
+def test_a_file_without_inception_weights_is_named(tmp_path: Path) -> None:
+    pytest.importorskip("pytorch_fid")
+    path = tmp_path / "other.pth"
+    torch.save({"weight": torch.zeros(1)}, path)
+    with pytest.raises(ConfigError, match=r"other\.pth.*does not hold"):
+        InceptionExtractor(path, "cpu")
+
+
+@pytest.fixture(scope="module")
+def random_inception(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Path, torch.nn.Module]:
+    """A file of random weights, and pytorch-fid's network that holds them."""
+    inception = pytest.importorskip("pytorch_fid.inception")
+    path = tmp_path_factory.mktemp("inception") / "random.pth"
+    with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        patch.setattr(inception, "load_state_dict_from_url", lambda *_, **__: {})
+        patch.setattr(torch.nn.Module, "load_state_dict", lambda *_: None)
+        network = inception.fid_inception_v3()
+        for module in network.modules():
+            if isinstance(module, torch.nn.Conv2d):
+                module.weight.data.mul_(6**0.5)  # Keeps the scale of activations with depth.
+        patch.setattr(inception, "fid_inception_v3", lambda: network)
+        reference = inception.InceptionV3([3]).eval()
+    torch.save(network.state_dict(), path)
+    return path, reference
+
+
+def test_inception_weights_load_from_a_path(
+    random_inception: tuple[Path, torch.nn.Module], offline: Path
+) -> None:
+    path, reference = random_inception
+    state = torch.get_rng_state()
+    extractor = InceptionExtractor(path, "cpu")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert extractor.digest == features._sha256(path)
+    grey = _images(2, seed=0).images
+    found = extractor(grey)
+    expected = reference(grey.repeat(1, 3, 1, 1) / 255)[0].flatten(1)
+    assert found.shape == (2, extractor.dimension)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5 * expected.max().item())
+    assert (found[0] - found[1]).abs().max() > 1e-3 * expected.max()
+    with pytest.raises(ValueError, match="1 or 3"):
+        extractor(torch.zeros(1, 2, 8, 8, dtype=torch.uint8))
+
+
+def test_the_metric_is_named_after_its_extractor(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Pixels:
+        name, dimension = "fid", 64
+
+        def __init__(self, weights: str | None, device: str) -> None:
+            assert weights == "weights.pth"
+
+        def __call__(self, images: torch.Tensor) -> torch.Tensor:
+            return images.flatten(1).float()
+
+    monkeypatch.setattr(metrics, "InceptionExtractor", Pixels)
+    dataset = Dataset(_images(40, seed=0), _images(8, seed=1), "")
+    inception = EvaluationConfig(inception_weights="weights.pth", batch_size=7)
+    cnn = EvaluationConfig(fid_extractor="cnn", classifier_epochs=1, batch_size=7)
+    for config, expected in ((inception, "fid"), (cnn, "fid_cnn")):
+        name, same = metrics.fid_score(dataset.train, dataset, config, 2, 0, "cpu")
+        assert name == expected
+        assert same == pytest.approx(0, abs=1e-6)
+        darker = Split(dataset.train.images // 2, dataset.train.labels)
+        assert metrics.fid_score(darker, dataset, config, 2, 0, "cpu")[1] > 1e-3
+
+
+def test_inception_never_falls_back_to_the_cnn(offline: Path) -> None:
+    pytest.importorskip("pytorch_fid")
+    dataset = Dataset(_images(8, seed=0), _images(8, seed=1), "")
+    with pytest.raises(ConfigError, match="no Inception weights"):
+        metrics.fid_score(dataset.train, dataset, EvaluationConfig(), 2, 0, "cpu")
+
+
+def test_images_of_another_shape_are_refused() -> None:
+    dataset = Dataset(_images(8, seed=0), _images(8, seed=1), "")
+    colour = _images(8, seed=2, channels=3)
+    with pytest.raises(DataError, match=r"\[3, 8, 8\].*\[1, 8, 8\]"):
+        metrics.fid_score(colour, dataset, EvaluationConfig(), 2, 0, "cpu")
+
+
+def test_cnn_features_are_those_of_their_seed() -> None:
+    train, validation, new = _images(40, 0), _images(8, 1), _images(9, 2)
+
+    def extract(seed: int) -> torch.Tensor:
+        return CnnExtractor(train, validation, 2, 1, 16, seed, "cpu")(new.images)
+
+    one = extract(0)
+    assert one.shape == (9, CnnExtractor.dimension)
+    assert torch.equal(one, extract(0))
+    assert not torch.allclose(one, extract(1))
+
+
+def test_batches_do_not_change_the_moments() -> None:
+    train = _images(40, 0)
+    extractor = CnnExtractor(train, _images(8, 1), 2, 1, 16, 0, "cpu")
+    whole, parts = (image_moments(extractor, train.images, size) for size in (100, 7))
+    torch.testing.assert_close(whole.covariance, parts.covariance, rtol=1e-4, atol=1e-6)
