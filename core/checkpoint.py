@@ -37,15 +37,15 @@ class Checkpoints:
             os.fsync(file.fileno())
         temporary.replace(self.path)
 
-    def load(self, device: str) -> dict[str, Any] | None:
-        """The latest state, or None when there is none.
+    def load(self) -> dict[str, Any] | None:
+        """The latest state, on the CPU, or None when there is none.
 
         Raises:
             ConfigError: the state belongs to another configuration, data set or trial.
         """
         if not self.path.exists():
             return None
-        state = torch.load(self.path, map_location=device, weights_only=True)
+        state = torch.load(self.path, map_location="cpu", weights_only=True)
         if state.pop("identity") != self.identity:
             raise ConfigError(
                 f"the checkpoint '{self.path}' belongs to another configuration, data set or "

@@ -5,7 +5,7 @@ YAML, the command line, the search space and MLflow params share: `load(base, fl
 """
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_origin
 
@@ -208,6 +208,12 @@ class Config(Section):
                 f"central_images.image_size={self.central_images.image_size} must lie in "
                 f"[2, dataset.image_size={dataset.image_size}]"
             )
+        if self.evaluation.num_images < 2 * dataset.num_classes:
+            raise ValueError(
+                f"evaluation.num_images={self.evaluation.num_images} must be at least "
+                f"{2 * dataset.num_classes}, two for each of dataset.num_classes="
+                f"{dataset.num_classes}: one to train the classifier, one to choose its epoch"
+            )
         factor = self.model.patch_size * 2 ** (len(self.model.channel_multipliers) - 1)
         if dataset.image_size % factor:
             raise ValueError(
@@ -314,19 +320,16 @@ def validate(model: type[Model], content: Mapping[str, Any]) -> Model:
         raise ConfigError(_explain(model, failure)) from None
 
 
-def nearest_key(model: type[BaseModel], key: str) -> str:
+def nearest_key(keys: Collection[str], key: str) -> str:
     """Returns a hint that names the valid key closest to an unknown one."""
-    keys = list(known_keys(model))
     match = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
     if not match:
         by_leaf = {k.rsplit(".", 1)[-1]: k for k in keys}
         leaf = difflib.get_close_matches(key.rsplit(".", 1)[-1], list(by_leaf), n=1, cutoff=0.5)
         match = [by_leaf[leaf[0]]] if leaf else []
-    return (
-        f"; did you mean '{match[0]}'?"
-        if match
-        else f"; valid keys start with {sorted({k.split('.')[0] for k in keys})}"
-    )
+    if match:
+        return f"; did you mean '{match[0]}'?"
+    return f"; valid keys start with {', '.join(sorted({k.split('.')[0] for k in keys}))}"
 
 
 def _explain(model: type[BaseModel], failure: ValidationError) -> str:
@@ -334,7 +337,7 @@ def _explain(model: type[BaseModel], failure: ValidationError) -> str:
     keys = known_keys(model)
     path = ".".join(str(part) for part in error["loc"] if not isinstance(part, int))
     if error["type"] == "extra_forbidden":
-        return f"unknown key '{path}'{nearest_key(model, path)}"
+        return f"unknown key '{path}'{nearest_key(keys, path)}"
     if error["type"] == "value_error":
         return str(error["ctx"]["error"]) if "ctx" in error else error["msg"]
     field = keys.get(path)

@@ -1,7 +1,7 @@
 """The few collective operations that the trainers need; all are no-ops in a single process."""
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -37,16 +37,20 @@ def broadcast_object(value: Any) -> Any:
 
 def on_rank_0(function: Callable[[], Value]) -> Value:
     """Calls `function` on rank 0 alone; every rank returns its value or raises its error."""
-    outcome: tuple[Any, Exception | None] = (None, None)
-    if rank() == 0:
-        try:
-            outcome = (function(), None)
-        except Exception as error:
-            outcome = (None, error)
-    value, failure = broadcast_object(outcome)
-    if failure is not None:
-        raise failure
-    return value
+    return broadcast_object(together(function if rank() == 0 else lambda: None))
+
+
+def together(function: Callable[[], Value]) -> Value:
+    """Calls `function` on every rank; an error on one is raised on all, so that none waits."""
+    value, failure = None, None
+    try:
+        value = function()
+    except Exception as error:
+        failure = error
+    for other in all_gather_object(failure):
+        if other is not None:
+            raise other
+    return cast(Value, value)
 
 
 def all_gather_object(value: Any) -> list[Any]:

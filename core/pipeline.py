@@ -17,10 +17,11 @@ from core.data import Dataset, Split, load_dataset
 from core.diffusion.denoiser import build_denoiser
 from core.diffusion.ema import Ema
 from core.errors import ConfigError
+from core.evaluation.features import find_weights
 from core.evaluation.metrics import downstream_accuracy, fid_score
 from core.generate import generate
 from core.privacy.central_images import CentralImages, release_central_images
-from core.privacy.keys import KeyedStream, MasterSecret
+from core.privacy.keys import SECRET_FILE_VARIABLE, KeyedStream, MasterSecret
 from core.privacy.plan import PrivacyPlan, make_plan
 from core.reporting import MetricsLog, Report, write_grid, write_json
 from core.training import config_device, private_stage, train, warm_up_stage
@@ -58,9 +59,11 @@ def run(
     """
     began = time.monotonic()
     plan = distributed.on_rank_0(lambda: make_plan(config))
-    _claim(run_dir, config, plan)
-    dataset = load_dataset(config.dataset)
-    identity = _identity(config, dataset.fingerprint, trial)
+    if config.evaluation.fid_extractor == "inception":
+        distributed.on_rank_0(lambda: find_weights(config.evaluation.inception_weights))
+    distributed.on_rank_0(lambda: _claim(run_dir, config, plan))
+    dataset = distributed.together(lambda: load_dataset(config.dataset))
+    identity = _identity(config, dataset.fingerprint, trial, master.public_id)
     if (finished := _finished(run_dir, identity)) is not None:
         report(finished)
         return finished
@@ -95,10 +98,14 @@ def run(
 
     report({"step": config.training.num_steps, "stage": "evaluation"})
     synthetic = generate(ema.module, config, config.evaluation.num_images, config_device(config))
+    parts = distributed.all_gather_object(
+        distributed.together(lambda: _my_scores(config, synthetic, dataset))
+    )
+    scores = {name: value for part in parts for name, value in part.items()}
     result = {
         "step": config.training.num_steps,
         "stage": "done",
-        **_scores(config, synthetic, dataset),
+        **scores,
         "epsilon": plan.epsilon,
         "epsilon_central": plan.epsilon_central,
         "noise_multiplier": plan.noise_multiplier,
@@ -126,7 +133,7 @@ def _claim(run_dir: Path, config: Config, plan: PrivacyPlan) -> None:
                 f"'{run_dir}' holds a run of another configuration ({'; '.join(changed)}): "
                 "choose a new run folder"
             )
-    elif distributed.rank() == 0:
+    else:
         run_dir.mkdir(parents=True, exist_ok=True)
         write_json(run_dir / "privacy.json", plan.summary())
         environment = {
@@ -142,11 +149,21 @@ def _claim(run_dir: Path, config: Config, plan: PrivacyPlan) -> None:
         temporary.replace(path)
 
 
-def _identity(config: Config, fingerprint: str, trial: str) -> str:
-    """Digest of all that decides what is trained; it enters every key."""
+def _identity(config: Config, fingerprint: str, trial: str, secret_id: str) -> str:
+    """Digest of all that decides what is trained; it enters every key.
+
+    Raises:
+        ConfigError: the ranks do not agree on it.
+    """
     settings = {k: v for k, v in flatten(config).items() if not k.startswith(_NOT_IDENTITY)}
-    text = json.dumps([settings, fingerprint, trial], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    text = json.dumps([settings, fingerprint, trial, secret_id], sort_keys=True)
+    identity = hashlib.sha256(text.encode()).hexdigest()
+    if len(set(distributed.all_gather_object(identity))) > 1:
+        raise ConfigError(
+            "the ranks hold different data or master secrets: give every machine the same files "
+            f"at dataset.path and the same secret file (${SECRET_FILE_VARIABLE})"
+        )
+    return identity
 
 
 def _finished(run_dir: Path, identity: str) -> dict[str, Any] | None:
@@ -161,7 +178,7 @@ def _finished(run_dir: Path, identity: str) -> dict[str, Any] | None:
 def _logged(report: Report, run_dir: Path, checkpoints: Checkpoints, config: Config) -> Report:
     if distributed.rank() != 0:
         return report
-    state = checkpoints.load("cpu")
+    state = checkpoints.load()
     resumed = 0
     if state is not None:
         offset = config.warm_up_steps if state["stage"] == "private_training" else 0
@@ -196,12 +213,12 @@ def _central_images(
 
 
 def _is_past_warm_up(checkpoints: Checkpoints, config: Config) -> bool:
-    state = checkpoints.load("cpu")
+    state = distributed.on_rank_0(checkpoints.load)
     return state is not None and state["stage"] == "private_training"
 
 
-def _scores(config: Config, synthetic: Split, dataset: Dataset) -> dict[str, float]:
-    """Accuracy and Frechet distance, on different ranks where there are several.
+def _my_scores(config: Config, synthetic: Split, dataset: Dataset) -> dict[str, float]:
+    """This rank's share of accuracy and Frechet distance; together the ranks have both.
 
     Privacy: both are computed from real images and are not private.
     """
@@ -219,7 +236,7 @@ def _scores(config: Config, synthetic: Split, dataset: Dataset) -> dict[str, flo
     for number, task in enumerate((accuracy, fid)):
         if number % distributed.world_size() == distributed.rank():
             mine.update(task())
-    return {k: v for part in distributed.all_gather_object(mine) for k, v in part.items()}
+    return mine
 
 
 def _store(run_dir: Path, synthetic: Split, ema: Ema, result: dict[str, Any]) -> None:

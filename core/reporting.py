@@ -1,6 +1,7 @@
 """What a run leaves for people to read: metrics.jsonl, progress lines, picture grids."""
 
 import json
+import math
 import struct
 import sys
 import time
@@ -30,30 +31,52 @@ class MetricsLog:
 
 
 def _step_of(line: str) -> float:
+    """Step of a line; infinite for one that was cut off or comes again after every resumption."""
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):
-        return float("inf")  # A line that was cut off by a crash.
+        metrics = json.loads(line)
+        return math.inf if metrics["stage"] == "evaluation" else metrics["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+class ProgressLine:
+    """One line that is written over on a terminal; elsewhere sparse lines of their own."""
+
+    def __init__(self, interval: float = 10.0) -> None:
+        self._interval = interval
+        self._printed = -math.inf
+        self._tty = sys.stderr.isatty()
+
+    def show(self, text: str, important: bool = False) -> None:
+        """Shows `text`; not on a terminal, only if `important` or the interval has passed."""
+        now = time.monotonic()
+        if self._tty:
+            print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+        elif important or now - self._printed >= self._interval:
+            self._printed = now
+            print(text, file=sys.stderr, flush=True)
+
+    def keep(self, text: str) -> None:
+        """Prints `text` as a line that stays."""
+        print(f"\r\033[K{text}" if self._tty else text, file=sys.stderr, flush=True)
 
 
 class Console:
-    """One progress line with the time left; plain, sparse lines when not on a terminal."""
+    """The progress of one run, with the time left."""
 
-    def __init__(self, total_steps: int, interval: float = 10.0) -> None:
-        self._total, self._interval = total_steps, interval
+    def __init__(self, total_steps: int) -> None:
+        self._total = total_steps
+        self._line = ProgressLine()
         self._start: tuple[float, int] | None = None
-        self._printed = -interval
         self._stage = ""
-        self._tty = sys.stderr.isatty()
 
     def __call__(self, metrics: dict[str, Any]) -> None:
         """Shows `step`, `stage` and, where given, `loss`."""
         now, step, stage = time.monotonic(), int(metrics["step"]), str(metrics["stage"])
-        self._start = self._start or (now, step)
         changed = stage != self._stage
-        if not (self._tty or changed or now - self._printed >= self._interval):
-            return
-        self._stage, self._printed = stage, now
+        if changed:
+            self._start, self._stage = (now, step), stage
+        assert self._start is not None
         parts = [f"{stage:<17} step {step}/{self._total}"]
         if "loss" in metrics:
             parts.append(f"loss {metrics['loss']:.4f}")
@@ -61,12 +84,10 @@ class Console:
         if done > 0 and stage == "private_training":
             left = (now - self._start[0]) / done * (self._total - step)
             parts.append(f"about {left:.0f} s of training left")
-        text = "  ".join(parts)
-        if self._tty:
-            print(f"\r\033[K{text}", end="\n" if stage == "done" else "", file=sys.stderr)
-            sys.stderr.flush()
+        if stage == "done":
+            self._line.keep("  ".join(parts))
         else:
-            print(text, file=sys.stderr, flush=True)
+            self._line.show("  ".join(parts), important=changed)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -61,7 +61,7 @@ def train(
         offset: steps of earlier stages; reports count over all stages.
     """
     start = 0
-    state = checkpoints.load(config_device(config))
+    state = distributed.on_rank_0(checkpoints.load)
     if state is not None and state["stage"] == stage.name:
         start = state["step"]
         denoiser.load_state_dict(state["denoiser"])
@@ -167,7 +167,7 @@ def private_stage(
         total = distributed.sum_over_ranks(total)
         return total[0] / total[1].clamp(min=1)
 
-    return Stage("private_training", config.private_steps, step, adam)
+    return Stage("private_training", plan.num_steps, step, adam)
 
 
 def config_device(config: Config) -> str:

@@ -3,11 +3,14 @@
 The accountant of record is `dp_accounting.pld.PLDAccountant` (Koskela et al. 2020; Doroshenko et
 al. 2022), discretised at 1e-4. RDP (Mironov 2017) brackets the search and cross-checks.
 """
+# scipy has no types, and those of dp_accounting come without stubs:
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
 
 import copy
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import Any
 
 import dp_accounting
 from dp_accounting import dp_event
@@ -27,6 +30,7 @@ MAX_NOISE_MULTIPLIER = 1e4
 # Integer orders only: fractional ones do not converge at the small noise that epsilon 10 allows.
 RDP_ORDERS = (*range(2, 65), 80, 96, 128, 192, 256, 512, 1024)
 _DECIMALS = 4
+_find_root: Any = optimize.brentq
 
 
 def subsampled_gaussian(
@@ -74,6 +78,24 @@ def rdp_epsilon_of(events: Sequence[dp_event.DpEvent], delta: float, relation: s
     return float(accountant.get_epsilon(delta))
 
 
+def check_room(
+    spent: Sequence[dp_event.DpEvent],
+    sample_rate: float,
+    num_steps: int,
+    target_epsilon: float,
+    delta: float,
+    relation: str,
+) -> None:
+    """Whether the largest noise multiplier keeps the total within the target; see the solver.
+
+    Raises:
+        InfeasibleError: it does not.
+    """
+    cheapest = subsampled_gaussian(sample_rate, MAX_NOISE_MULTIPLIER, num_steps)
+    if epsilon_of([*spent, cheapest], delta, relation, COARSE) > target_epsilon:
+        raise InfeasibleError(_too_little(target_epsilon))
+
+
 def solve_noise_multiplier(
     spent: Sequence[dp_event.DpEvent],
     sample_rate: float,
@@ -106,7 +128,7 @@ def solve_noise_multiplier(
         return total(noise_multiplier, COARSE) - target_epsilon
 
     low, high = _bracket(excess, spent, sample_rate, num_steps, target_epsilon, delta, relation)
-    coarse = float(optimize.brentq(excess, low, high, rtol=1e-4))
+    coarse = float(_find_root(excess, low, high, rtol=1e-4))
     # One Newton step from the coarse grid to the fine one, then up to four decimals and a proof.
     slope = (excess(1.005 * coarse) - excess(coarse)) / (0.005 * coarse)
     fine = coarse - (total(coarse, FINE) - target_epsilon) / slope
@@ -136,7 +158,7 @@ def _bracket(
 
     low, high = 0.1, 1.0
     if relation == "zero_out" and rdp_excess(MAX_NOISE_MULTIPLIER) < 0:
-        guess = float(optimize.brentq(rdp_excess, 0.02, MAX_NOISE_MULTIPLIER, rtol=1e-3))
+        guess = float(_find_root(rdp_excess, 0.02, MAX_NOISE_MULTIPLIER, rtol=1e-3))
         low, high = 0.7 * guess, 1.01 * guess
     while excess(high) > 0:
         low, high = high, 2 * high

@@ -31,11 +31,15 @@ class MasterSecret:
         self._value = value
 
     @classmethod
-    def load(cls) -> "MasterSecret":
+    def load(cls, create: bool = True) -> "MasterSecret":
         """Reads the secret file, or creates it with 32 random bytes that only its owner reads.
 
         The file is `$FETA_SWEEP_SECRET_FILE`, or `feta-sweep/master.secret` in the user's
         configuration folder.
+
+        Args:
+            create: False where another process has created it: a second secret would draw other
+                masks and noise.
 
         Raises:
             ConfigError: the file is not a secret of 64 hexadecimal digits, or is unreadable.
@@ -45,7 +49,7 @@ class MasterSecret:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             text = os.urandom(_LENGTH).hex()
             temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-            if not path.exists():
+            if create and not path.exists():
                 descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
                 with os.fdopen(descriptor, "w") as file:
                     file.write(text + "\n")
@@ -61,7 +65,8 @@ class MasterSecret:
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"the master secret at '{path}' cannot be used ({type(error).__name__}): point "
-                f"{SECRET_FILE_VARIABLE} at a private file with 64 hexadecimal digits"
+                f"{SECRET_FILE_VARIABLE} at a private file with 64 hexadecimal digits, the same "
+                "on every machine of a run"
             ) from None
 
     def derive(self, *, fingerprint: str, trial: str, stage: str, purpose: str) -> bytes:
@@ -76,6 +81,11 @@ class MasterSecret:
         info = json.dumps([fingerprint, trial, stage, purpose]).encode()
         extracted = hmac.digest(b"feta-sweep v1", self._value, "sha256")
         return hmac.digest(extracted, info + b"\x01", "sha256")
+
+    @property
+    def public_id(self) -> str:
+        """Tells secrets apart and gives nothing of them away; 16 hexadecimal digits."""
+        return self.derive(fingerprint="", trial="", stage="", purpose="public id")[:8].hex()
 
     def __repr__(self) -> str:
         return "MasterSecret(hidden)"
@@ -112,7 +122,7 @@ class KeyedStream:
         """
         pairs = (count + 1) // 2
         bits = self.bits(step, 2 * pairs) >> np.uint64(11)
-        uniform = torch.from_numpy((bits.astype(np.float64) + 0.5) * 2.0**-53)
+        uniform = torch.as_tensor((bits.astype(np.float64) + 0.5) * 2.0**-53)
         radius = torch.sqrt(-2.0 * torch.log(uniform[:pairs]))
         angle = (2.0 * torch.pi) * uniform[pairs:]
         values = torch.cat((radius * torch.cos(angle), radius * torch.sin(angle)))

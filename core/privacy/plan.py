@@ -3,6 +3,7 @@
 `make_plan(config)` solves the DP-SGD noise multiplier that is left after the central images, so
 that both stages together spend the target epsilon. It touches no data.
 """
+# pyright: reportMissingTypeStubs=false
 
 import math
 from collections.abc import Sequence
@@ -140,6 +141,16 @@ def check_central(config: Config) -> float:
     return epsilon
 
 
+def check_feasible(config: Config) -> None:
+    """Whether some DP-SGD noise keeps the total within the target, without solving for it.
+
+    Raises:
+        InfeasibleError: the budget cannot pay; the reason is that of `make_plan`.
+    """
+    check_central(config)
+    accounting.check_room(*_question(config))
+
+
 def make_plan(config: Config) -> PrivacyPlan:
     """Solves the DP-SGD noise multiplier under the total budget, in seconds.
 
@@ -148,15 +159,7 @@ def make_plan(config: Config) -> PrivacyPlan:
     """
     epsilon_central = check_central(config)
     central, private, privacy = _central_plan(config), config.private_training, config.privacy
-    sample_rate = private.expected_batch_size / config.dataset.num_examples
-    noise_multiplier, epsilon = _solve(
-        (central.event,) if central else (),
-        sample_rate,
-        config.private_steps,
-        privacy.target_epsilon,
-        privacy.target_delta,
-        privacy.neighboring_relation,
-    )
+    noise_multiplier, epsilon = _solve(*_question(config))
     return PrivacyPlan(
         num_examples=config.dataset.num_examples,
         target_epsilon=privacy.target_epsilon,
@@ -165,7 +168,7 @@ def make_plan(config: Config) -> PrivacyPlan:
         central=central,
         dp_sgd=DpSgdPlan(
             num_steps=config.private_steps,
-            sample_rate=sample_rate,
+            sample_rate=_dp_sgd_sample_rate(config),
             noise_multiplier=noise_multiplier,
             max_grad_norm=private.max_grad_norm,
             expected_batch_size=private.expected_batch_size,
@@ -188,6 +191,25 @@ def composed_epsilon(plans: Sequence[PrivacyPlan]) -> float:
     events = [event for plan in plans for event in plan.events]
     first = plans[0]
     return accounting.epsilon_of(events, first.delta, first.neighboring_relation, accounting.COARSE)
+
+
+def _dp_sgd_sample_rate(config: Config) -> float:
+    return config.private_training.expected_batch_size / config.dataset.num_examples
+
+
+def _question(
+    config: Config,
+) -> tuple[tuple[dp_event.DpEvent, ...], float, int, float, float, str]:
+    """What is spent before DP-SGD, its sample rate and steps, target, delta, relation."""
+    central, privacy = _central_plan(config), config.privacy
+    return (
+        (central.event,) if central else (),
+        _dp_sgd_sample_rate(config),
+        config.private_steps,
+        privacy.target_epsilon,
+        privacy.target_delta,
+        privacy.neighboring_relation,
+    )
 
 
 def _central_plan(config: Config) -> CentralPlan | None:

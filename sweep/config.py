@@ -1,0 +1,227 @@
+"""Configuration of a sweep: a base run, what is fixed, what is searched, and the objective.
+
+On the command line and in the file, keys of the sweep and dotted keys of the run stand side by
+side; a key that is not the sweep's own is a key of the run and holds for every trial.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+from pydantic.fields import FieldInfo
+
+from core.config import (
+    Config,
+    PositiveInt,
+    Section,
+    flatten,
+    known_keys,
+    load,
+    load_yaml,
+    merge,
+    nearest_key,
+    nested,
+    validate,
+)
+from core.errors import ConfigError
+
+DIRECTIONS = {"accuracy": "maximize", "fid": "minimize", "fid_cnn": "minimize"}
+Number = int | float
+
+
+class Dimension(Section):
+    """Values of one key: an interval `low` to `high`, or `choices`."""
+
+    low: Number | None = None
+    high: Number | None = None
+    log: bool = False
+    """Uniform in the logarithm."""
+    step: Annotated[float, Field(gt=0)] | None = None
+    choices: tuple[Number | bool | str, ...] | None = None
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        if (self.choices is None) == (self.low is None or self.high is None):
+            raise ValueError("a search_space entry needs either low and high, or choices")
+        if self.choices is None:
+            assert self.low is not None
+            assert self.high is not None
+            if self.low > self.high or (self.log and self.low <= 0):
+                raise ValueError(
+                    f"a search_space entry has low={self.low:g}, high={self.high:g}: low must not "
+                    "exceed high, and must be positive with log=true"
+                )
+            if self.log and self.step is not None:
+                raise ValueError("a search_space entry cannot have both log=true and step")
+        elif not self.choices:
+            raise ValueError("a search_space entry has no choices: list at least one")
+        return self
+
+    @property
+    def extremes(self) -> tuple[Any, ...]:
+        """Values that must be valid if all are."""
+        return self.choices if self.choices is not None else (self.low, self.high)
+
+
+class Objective(Section):
+    """What makes a trial the best one."""
+
+    metric: Literal["accuracy", "fid", "fid_cnn"] = "accuracy"
+    direction: Literal["maximize", "minimize"] = "maximize"
+
+    @model_validator(mode="after")
+    def _sensible(self) -> Self:
+        if self.direction != DIRECTIONS[self.metric]:
+            raise ValueError(
+                f"objective.direction={self.direction!r} would search for the worst "
+                f"{self.metric}: set it to {DIRECTIONS[self.metric]!r}"
+            )
+        return self
+
+
+class SweepConfig(Section):
+    """A sweep, complete."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-]{0,63}$")]
+    """Also the folder below `storage_path`, the MLflow parent run, and how a sweep is resumed."""
+    base: str
+    """YAML file of the run, relative to the sweep's own file."""
+    fixed: Annotated[dict[str, Any], Field(default_factory=dict)]
+    """Dotted keys of the run with values that hold for every trial."""
+    search_space: dict[str, Dimension]
+    """Dotted numeric (or, with `choices`, any) keys of the run."""
+    objective: Objective = Objective()
+    num_trials: PositiveInt = 8
+    workers_per_trial: PositiveInt = 2
+    cpus_per_worker: Annotated[float, Field(gt=0)] = 1.0
+    gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
+    max_concurrent_trials: PositiveInt | None = None
+    """None: as many as the cluster has room for when the sweep starts."""
+    max_failures: Annotated[int, Field(ge=0)] = 2
+    """Restarts of a trial whose worker died; each goes on from the last checkpoint."""
+    search_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    num_startup_trials: PositiveInt = 10
+    """Random trials before TPE (Bergstra et al. 2011) starts to model the results."""
+    experiment: str = "feta-sweep"
+    """MLflow experiment."""
+    storage_path: str = "runs"
+    """Folder that the driver and all workers see."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        keys = known_keys(Config)
+        for key, dimension in self.search_space.items():
+            if key not in keys:
+                raise ValueError(f"search_space: unknown key '{key}'{nearest_key(keys, key)}")
+            if key in self.fixed:
+                raise ValueError(f"'{key}' stands both in search_space and in fixed: remove one")
+            if dimension.choices is None and not {int, float} & set(_types(keys[key])):
+                raise ValueError(f"search_space.{key} is not numeric: give choices")
+        if not self.search_space:
+            raise ValueError("search_space is empty: name at least one key to search")
+        return self
+
+    def trial_config(self, parameters: Mapping[str, Any]) -> Config:
+        """The run's configuration at a point of the search space.
+
+        Args:
+            parameters: value by dotted key.
+
+        Raises:
+            ConfigError: the point is not a valid configuration.
+        """
+        return load(self.base, {**self.fixed, **parameters})
+
+    @property
+    def folder(self) -> Path:
+        """Where everything of this sweep lies."""
+        return Path(self.storage_path) / self.name
+
+
+def trial_id_of(config: Config) -> str:
+    """Short digest of a trial's configuration: the same point always has the same folder."""
+    text = json.dumps(flatten(config), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def load_sweep(path: str | Path, overrides: Mapping[str, Any]) -> SweepConfig:
+    """Reads a sweep's file; overrides that are not keys of a sweep go to every trial's run.
+
+    Raises:
+        ConfigError: names the key, its allowed range and the nearest valid name.
+    """
+    content = load_yaml(path)
+    content["fixed"] = _flat(content.get("fixed") or {})
+    content["search_space"] = _dimensions(content.get("search_space") or {})
+    fixed: dict[str, Any] = {}
+    for key, value in overrides.items():
+        top, _, rest = key.partition(".")
+        if top == "search_space" and "." in rest:
+            name, _, attribute = rest.rpartition(".")
+            content[top].setdefault(name, {})[attribute] = value
+        elif top in SweepConfig.model_fields and top not in ("fixed", "search_space"):
+            content = merge(content, {key: value})
+        else:
+            fixed[key] = value
+    content["fixed"] = {**content["fixed"], **fixed}
+    if isinstance(content.get("base"), str):
+        content["base"] = str((Path(path).parent / content["base"]).resolve())
+    sweep = validate(SweepConfig, content)
+    # Absolute, as Ray gives trials and workers another working directory.
+    sweep = sweep.model_copy(update={"storage_path": str(Path(sweep.storage_path).absolute())})
+    _check_run(sweep, fixed)
+    return sweep
+
+
+def dump_sweep(sweep: SweepConfig) -> dict[str, Any]:
+    """The resolved sweep as plain nested data, with every value of the base run."""
+    run = nested(load(sweep.base, sweep.fixed))
+    return {**sweep.model_dump(mode="json"), "base": run}
+
+
+def _check_run(sweep: SweepConfig, overrides: Mapping[str, Any]) -> None:
+    keys = known_keys(Config)
+    for key in overrides:
+        if key not in keys:
+            sweep_keys = set(known_keys(SweepConfig)) - {"fixed", "search_space"}
+            raise ConfigError(f"unknown key '{key}'{nearest_key({*keys, *sweep_keys}, key)}")
+    start = {key: dimension.extremes[0] for key, dimension in sweep.search_space.items()}
+    sweep.trial_config(start)
+    for key, dimension in sweep.search_space.items():
+        for value in dimension.extremes:
+            sweep.trial_config({**start, key: value})
+
+
+def _types(field: FieldInfo) -> tuple[Any, ...]:
+    annotation = field.annotation
+    return getattr(annotation, "__args__", (annotation,))
+
+
+def is_integer(key: str) -> bool:
+    """Whether a key of the run takes whole numbers alone."""
+    types = _types(known_keys(Config)[key])
+    return int in types and float not in types
+
+
+def _dimensions(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys and nested sections mean the same in a file."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        if not isinstance(value, Mapping) or set(value) & set(Dimension.model_fields):
+            found[prefix + key] = dict(value) if isinstance(value, Mapping) else value
+        else:
+            found.update(_dimensions(value, f"{prefix}{key}."))
+    return found
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat

@@ -1,0 +1,75 @@
+"""Runs a sweep: `python sweep/run.py --config sweep/configs/quickstart.yaml [key=value ...]`.
+
+The same command starts a sweep, continues an interrupted one, or shows the results of a complete
+one. `ray job submit --working-dir . -- python sweep/run.py ...` runs it on a cluster.
+"""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+# ruff: noqa: E402
+# As a script this folder would come first on the path and hide packages of the same names.
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from core.config import parse_overrides
+from core.errors import UserError
+from sweep.config import load_sweep
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit code.
+
+    Returns:
+        0 when all trials have finished, 1 when some failed or none could be found, 2 for a user's
+        error, 130 when interrupted.
+    """
+    parser = argparse.ArgumentParser(prog="python sweep/run.py", description=__doc__)
+    parser.add_argument("--config", required=True, help="YAML file, as in sweep/configs")
+    parser.add_argument("--name", help="name of the sweep; the same name continues it")
+    parser.add_argument(
+        "--plan", action="store_true", help="print what would run; reads no data, trains nothing"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="key of the sweep or of the run"
+    )
+    options = parser.parse_args(arguments)
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    try:
+        return _run(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on where it stopped", file=sys.stderr)
+        return 130
+
+
+def _run(options: argparse.Namespace) -> int:
+    overrides = parse_overrides(options.overrides)
+    if options.name:
+        overrides["name"] = options.name
+    sweep = load_sweep(options.config, overrides)
+    if options.plan:
+        from sweep.feasibility import print_plan
+
+        print_plan(sweep)
+        return 0
+    from sweep.launch import run_sweep
+    from sweep.results import print_results
+    from sweep.tracking import ui_command
+
+    outcome = run_sweep(sweep)
+    print_results(sweep, outcome.rows, len(outcome.pruned), ui_command(outcome.uri))
+    if outcome.stopped == "interrupted":
+        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
+        return 130
+    if outcome.stopped:
+        print(f"the search gave up: {outcome.stopped}", file=sys.stderr)
+        return 1
+    return 0 if all(row.state == "finished" for row in outcome.rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

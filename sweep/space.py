@@ -1,0 +1,167 @@
+"""The search: TPE over the space, where points that the budget cannot pay never become trials."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from ray.tune.search.optuna import OptunaSearch
+
+from core.errors import ConfigError, InfeasibleError
+from core.privacy.plan import check_feasible
+from sweep.config import SweepConfig, is_integer, trial_id_of
+
+MAX_ATTEMPTS = 200
+"""Points in a row that may be unaffordable or known before the search gives up."""
+
+
+def distributions(sweep: SweepConfig) -> dict[str, BaseDistribution]:
+    """The search space in Optuna's terms, by dotted key."""
+    space: dict[str, BaseDistribution] = {}
+    for key, dimension in sweep.search_space.items():
+        if dimension.choices is not None:
+            space[key] = CategoricalDistribution(dimension.choices)
+            continue
+        assert dimension.low is not None
+        assert dimension.high is not None
+        if is_integer(key):
+            step = int(dimension.step or 1)
+            space[key] = IntDistribution(
+                int(dimension.low), int(dimension.high), log=dimension.log, step=step
+            )
+        else:
+            space[key] = FloatDistribution(
+                float(dimension.low), float(dimension.high), log=dimension.log, step=dimension.step
+            )
+    return space
+
+
+class FeasibleSearch(OptunaSearch):
+    """Optuna's TPE that prunes unaffordable or repeated points before they become trials.
+
+    The study lives in the sweep's folder, so a sweep that is started again goes on with all that
+    it learnt: points that were interrupted or failed are tried again first.
+
+    Args:
+        sweep: space, objective and folder.
+        finished: objective by trial id of the trials that have their result already.
+        on_pruned: called with the point and the reason.
+    """
+
+    def __init__(
+        self,
+        sweep: SweepConfig,
+        finished: Mapping[str, float],
+        on_pruned: Callable[[dict[str, Any], str], None],
+    ) -> None:
+        self._sweep = sweep
+        self._known = {trial_id: "finished earlier" for trial_id in finished}
+        self._on_pruned = on_pruned
+        self._asked: dict[str, str] = {}
+        self._gave_up = ""
+        storage = open_storage(sweep.folder)
+        earlier = _settle(sweep, storage, finished)
+        super().__init__(
+            space=distributions(sweep),
+            metric=sweep.objective.metric,
+            mode="max" if sweep.objective.direction == "maximize" else "min",
+            sampler=optuna.samplers.TPESampler(
+                seed=sweep.search_seed + earlier,  # Else a restart would draw the same again.
+                n_startup_trials=sweep.num_startup_trials,
+                constant_liar=True,
+                multivariate=True,
+            ),
+            study_name=sweep.name,
+            storage=storage,
+        )
+
+    @property
+    def gave_up(self) -> str:
+        """Why no further point was found; empty if the search did not give up."""
+        return self._gave_up
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str:
+        """The next affordable, new point, or FINISHED when none was found."""
+        reason = ""
+        for attempt in range(MAX_ATTEMPTS):
+            asked = f"{trial_id}/{attempt}"
+            point = super().suggest(asked)
+            assert point is not None
+            identity, reason = self._judge(point)
+            if not reason:
+                self._asked[trial_id] = asked
+                self._known[identity] = "being tried"
+                return point
+            super().on_trial_complete(asked)  # Without a result: Optuna counts it as pruned.
+            self._on_pruned(point, reason)
+        self._gave_up = f"{MAX_ATTEMPTS} points in a row could not be tried, the last as {reason}"
+        return OptunaSearch.FINISHED
+
+    def save(self, checkpoint_path: str) -> None:
+        """Tune's own snapshot of the search stays empty: the study's journal is the record."""
+        Path(checkpoint_path).touch()
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Progress is of no use to TPE: only final results carry the objective."""
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        """Tells Optuna how a trial ended; one stopped half-way counts as failed, not as bad."""
+        scored = result is not None and self.metric in result
+        super().on_trial_complete(
+            self._asked[trial_id], result if scored else None, error or not scored
+        )
+
+    def _judge(self, point: dict[str, Any]) -> tuple[str, str]:
+        try:
+            config = self._sweep.trial_config(point)
+            check_feasible(config)
+        except (InfeasibleError, ConfigError) as error:
+            return "", str(error)
+        identity = trial_id_of(config)
+        known = self._known.get(identity)
+        return identity, f"trial {identity} has the same configuration ({known})" if known else ""
+
+
+def open_storage(folder: Path) -> JournalStorage:
+    """The study's journal in the sweep's folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return JournalStorage(JournalFileBackend(str(folder / "optuna.journal")))
+
+
+def _settle(
+    sweep: SweepConfig, storage: optuna.storages.BaseStorage, finished: Mapping[str, float]
+) -> int:
+    """Closes what an earlier driver left open, queues what has no result, counts all trials."""
+    study = optuna.create_study(
+        study_name=sweep.name,
+        storage=storage,
+        load_if_exists=True,
+        direction=sweep.objective.direction,
+    )
+    states = optuna.trial.TrialState
+    again: dict[str, dict[str, Any]] = {}
+    for trial in study.get_trials(deepcopy=False):
+        identity = trial_id_of(sweep.trial_config(trial.params)) if trial.params else ""
+        if trial.state == states.RUNNING:
+            if identity in finished:
+                study.tell(trial.number, finished[identity])
+            else:
+                study.tell(trial.number, state=states.FAIL)
+        if trial.state in (states.RUNNING, states.FAIL) and identity not in {"", *finished}:
+            again[identity] = trial.params
+        if trial.state == states.WAITING:
+            study.tell(trial.number, state=states.FAIL)  # Queued anew below, in order.
+    for parameters in again.values():
+        study.enqueue_trial(parameters)
+    return len(study.trials)

@@ -1,0 +1,118 @@
+"""MLflow: one parent run a sweep, one child a trial, found again rather than created twice.
+
+The only file that imports mlflow.
+"""
+
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+
+from mlflow.entities import Metric, Param, Run, RunTag
+from mlflow.tracking import MlflowClient
+from mlflow.utils.time import get_current_time_millis
+
+logging.getLogger("mlflow").setLevel(logging.WARNING)
+logging.getLogger("alembic").setLevel(logging.WARNING)
+
+_KEY = "sweep.key"
+_PARENT = "mlflow.parentRunId"
+_MAX_BATCH = 100
+
+
+class Tracker:
+    """A run of MLflow that is found by its key, or created.
+
+    Args:
+        uri: tracking URI; absolute, as Ray changes the working directory.
+        experiment_id: as of `open_experiment`.
+        key: `sweep` for the parent, `sweep/trial` for a child; unique in the experiment.
+        parent_id: run id of the parent, for a child.
+    """
+
+    def __init__(
+        self, uri: str, experiment_id: str, key: str, parent_id: str | None = None
+    ) -> None:
+        self._client = MlflowClient(tracking_uri=uri)
+        found = self._client.search_runs(
+            [experiment_id], filter_string=f"tags.`{_KEY}` = '{key}'", max_results=1
+        )
+        self._run = found[0] if found else self._create(experiment_id, key, parent_id)
+        self.run_id: str = self._run.info.run_id
+        self._last_step = int(self._run.data.metrics.get("step", -1))
+        self._client.update_run(self.run_id, status="RUNNING")
+
+    def _create(self, experiment_id: str, key: str, parent_id: str | None) -> Run:
+        tags = {_KEY: key, **({_PARENT: parent_id} if parent_id else {})}
+        return self._client.create_run(experiment_id, tags=tags, run_name=key.rsplit("/", 1)[-1])
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Logs parameters; those that are logged already stay as they are."""
+        known = self._run.data.params
+        new = [Param(k, str(v)[:6000]) for k, v in params.items() if k not in known]
+        for start in range(0, len(new), _MAX_BATCH):
+            self._client.log_batch(self.run_id, params=new[start : start + _MAX_BATCH])
+
+    def log_tags(self, tags: Mapping[str, str]) -> None:
+        """Sets tags."""
+        self._client.log_batch(self.run_id, tags=[RunTag(k, v) for k, v in tags.items()])
+
+    def log_step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Logs a point of the curves, unless a run before a restart has logged it."""
+        if step > self._last_step:
+            self._last_step = step
+            self.log_metrics({**metrics, "step": step}, step)
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
+        """Logs numbers at a step."""
+        now = get_current_time_millis()
+        self._client.log_batch(
+            self.run_id, metrics=[Metric(k, float(v), now, step) for k, v in metrics.items()]
+        )
+
+    def log_file(self, path: Path, folder: str = "") -> None:
+        """Uploads a file, if it exists, as an artifact."""
+        if path.exists():
+            self._client.log_artifact(self.run_id, str(path), folder or None)
+
+    def finish(self, status: str) -> None:
+        """Ends the run as FINISHED, FAILED or KILLED."""
+        self._client.set_terminated(self.run_id, status)
+
+
+def tracking_uri(storage: Path) -> str:
+    """`MLFLOW_TRACKING_URI`, or SQLite in the storage folder."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{storage}/mlflow.db"
+
+
+def open_experiment(uri: str, name: str, storage: Path) -> str:
+    """Id of the experiment; creates it, and the data base, if there is none."""
+    storage.mkdir(parents=True, exist_ok=True)
+    client = MlflowClient(tracking_uri=uri)
+    if (experiment := client.get_experiment_by_name(name)) is not None:
+        return experiment.experiment_id
+    local = uri.startswith("sqlite:")
+    artifacts = (storage / "mlartifacts").as_uri() if local else None
+    return client.create_experiment(name, artifact_location=artifacts)
+
+
+def kill_stale(uri: str, experiment_id: str, parent_id: str, sweep: str) -> None:
+    """Marks children that an interrupted driver left running; those tried again are reopened."""
+    client = MlflowClient(tracking_uri=uri)
+    for run in client.search_runs(
+        [experiment_id],
+        filter_string=f"tags.`{_PARENT}` = '{parent_id}' and attributes.status = 'RUNNING'",
+    ):
+        if run.data.tags.get(_KEY, "").startswith(f"{sweep}/"):
+            client.set_terminated(run.info.run_id, "KILLED")
+
+
+def ui_command(uri: str) -> str:
+    """The command that opens the MLflow UI on this data."""
+    if uri.startswith("http"):
+        return f"open {uri}"
+    return f"mlflow ui --backend-store-uri {uri}"

@@ -1,0 +1,182 @@
+"""The whole product on one machine: Ray, two workers a trial, Optuna, MLflow, real digits."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from mlflow.tracking import MlflowClient
+
+ROOT = Path(__file__).resolve().parents[2]
+SWEEP = f"""
+name: tiny
+base: {ROOT}/core/configs/digits.yaml
+num_trials: 3
+num_startup_trials: 10
+search_seed: 10
+fixed:
+  training.num_steps: 20
+  private_training.expected_batch_size: 60
+  model.base_channels: 8
+  sampler.num_steps: 3
+  evaluation.num_images: 60
+  evaluation.classifier_epochs: 1
+  runtime.checkpoint_every: 5
+  runtime.log_every: 5
+search_space:
+  central_images.per_class:
+    low: 1
+    high: 400
+    log: true
+  central_images.noise_multiplier:
+    low: 0.5
+    high: 20.0
+    log: true
+  stage_split:
+    low: 0.2
+    high: 0.6
+  dataset.name:
+    choices: [digits, idx]
+"""
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen:
+    environment = os.environ | {"COLUMNS": "160"}
+    environment.pop("MLFLOW_TRACKING_URI", None)
+    return subprocess.Popen(
+        [sys.executable, ROOT / "sweep" / "run.py", "--config", folder / "sweep.yaml", *arguments],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sweep")
+    (folder / "sweep.yaml").write_text(SWEEP)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stories(folder):
+    """The sweep is interrupted in its first trial's training, continued, and asked again."""
+    first = start(folder)
+    metrics = folder / "runs" / "tiny" / "trials"
+    deadline = time.monotonic() + 240
+    while not list(metrics.glob("*/checkpoints/last.pt")):
+        assert first.poll() is None, first.communicate()
+        assert time.monotonic() < deadline, "the first trial did not reach a checkpoint"
+        time.sleep(0.2)
+    first.send_signal(signal.SIGINT)
+    told = [first.communicate(timeout=120)]
+    codes = [first.returncode]
+    for _ in range(2):
+        process = start(folder)
+        told.append(process.communicate(timeout=500))
+        codes.append(process.returncode)
+    return codes, told
+
+
+def children(folder: Path) -> list:
+    client = MlflowClient(tracking_uri=f"sqlite:///{folder}/runs/mlflow.db")
+    experiment = client.get_experiment_by_name("feta-sweep")
+    return client.search_runs(
+        [experiment.experiment_id], filter_string="tags.`sweep.key` LIKE 'tiny/%'"
+    )
+
+
+def test_interrupting_says_how_to_go_on(stories):
+    codes, told = stories
+    assert codes[0] == 130
+    assert "the same command goes on where it stopped" in told[0][1]
+    assert "Traceback" not in told[0][0] + told[0][1]
+
+
+def test_a_failed_trial_is_shown_and_does_not_stop_the_others(folder, stories):
+    codes, told = stories
+    out = told[1][0]
+    assert codes[1] == 1
+    assert "dataset.name=idx needs a folder" in out
+    assert "Traceback" not in out + told[1][1]
+    done = list((folder / "runs" / "tiny" / "trials").glob("*/evaluation.json"))
+    assert len(done) >= 1
+    assert re.search(r"best trial: [0-9a-f]{8} \(accuracy 0\.\d+, fid_cnn ", out)
+
+
+def test_unaffordable_points_cost_nothing(folder, stories):
+    _, told = stories
+    assert "pruned without compute" in told[0][1] + told[1][1]
+    assert "the central images alone spend epsilon" in told[0][1] + told[1][1]
+    assert "points were pruned without compute" in told[0][0] + told[1][0]
+
+
+def test_table_states_scores_and_all_epsilons(folder, stories):
+    out = stories[1][1][0]
+    for column in ("trial", "count", "noise", "split", "DP-SGD noise", "eps trial", "eps sweep"):
+        assert column in out
+    assert "the end-to-end guarantee is epsilon" in out
+    grid = Path(re.search(r"samples: (\S+)", out)[1])
+    assert grid.read_bytes().startswith(b"\x89PNG")
+    assert f"mlflow ui --backend-store-uri sqlite:///{folder}/runs/mlflow.db" in out
+
+
+def test_each_trial_is_two_workers_and_one_record(folder, stories):
+    runs = children(folder)
+    finished = [run for run in runs if run.info.status == "FINISHED"]
+    failed = [run for run in runs if run.info.status == "FAILED"]
+    folders = {path.name for path in (folder / "runs" / "tiny" / "trials").iterdir()}
+    assert {run.info.run_name for run in runs} == folders
+    assert len(runs) == len(folders) == 3
+    assert len(finished) + len(failed) == 3
+    client = MlflowClient(tracking_uri=f"sqlite:///{folder}/runs/mlflow.db")
+    for run in finished:
+        run_dir = folder / "runs" / "tiny" / "trials" / run.info.run_name
+        assert json.loads((run_dir / "environment.json").read_text())["world_size"] == 2
+        result = json.loads((run_dir / "evaluation.json").read_text())
+        for name in ("accuracy", "fid_cnn", "epsilon", "epsilon_central", "noise_multiplier"):
+            assert run.data.metrics[name] == pytest.approx(result[name])
+        assert result["epsilon"] <= 10.0
+        assert "central_images.per_class" in run.data.params
+        artifacts = {a.path for a in client.list_artifacts(run.info.run_id)}
+        assert artifacts >= {"config.yaml", "privacy.json", "synthetic", "central_images"}
+        steps = [m.step for m in client.get_metric_history(run.info.run_id, "step")]
+        assert steps == sorted(set(steps))
+
+
+def test_the_interrupted_trial_went_on_from_its_checkpoint(folder, stories):
+    """A fresh start would have logged step 1 of the warm-up a second time at a later time."""
+    for metrics in (folder / "runs" / "tiny" / "trials").glob("*/metrics.jsonl"):
+        steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+        assert steps == sorted(steps)
+
+
+def test_nothing_secret_is_written(folder, stories):
+    secret = Path(os.environ["FETA_SWEEP_SECRET_FILE"]).read_text().strip()
+    assert len(secret) == 64
+    for path in folder.rglob("*"):
+        if path.is_file():
+            content = path.read_bytes()
+            assert secret.encode() not in content
+            assert bytes.fromhex(secret) not in content
+
+
+def test_the_same_command_again_retries_only_what_failed(folder, stories):
+    codes, told = stories
+    assert codes[2] == 1
+    assert "trials had finished before" in told[2][1]
+
+
+def test_another_sweep_under_the_same_name_is_refused(folder, stories):
+    process = start(folder, "training.num_steps=21")
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == 2
+    assert "base.training.num_steps: 20 -> 21" in err
+    assert "name=" in err

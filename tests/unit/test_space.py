@@ -1,0 +1,110 @@
+"""The search: what cannot be paid never becomes a trial, what is known is not tried twice."""
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from sweep.config import load_sweep, trial_id_of
+from sweep.feasibility import print_plan
+from sweep.space import MAX_ATTEMPTS, FeasibleSearch, open_storage
+
+
+@pytest.fixture
+def make(tmp_path):
+    def make(finished=(), **overrides):
+        keys = {key.replace("__", "."): value for key, value in overrides.items()}
+        sweep = load_sweep("sweep/configs/quickstart.yaml", {"storage_path": str(tmp_path), **keys})
+        pruned = []
+        search = FeasibleSearch(sweep, dict(finished), lambda *item: pruned.append(item))
+        return sweep, search, pruned
+
+    return make
+
+
+def study_of(sweep) -> optuna.Study:
+    return optuna.load_study(study_name=sweep.name, storage=open_storage(sweep.folder))
+
+
+def test_unaffordable_points_are_pruned_with_the_reason(make):
+    sweep, search, pruned = make(privacy__target_epsilon=1.0)
+    points = [search.suggest(str(i)) for i in range(8)]
+    assert all(isinstance(point, dict) for point in points)
+    assert pruned, "at epsilon 1 a good part of this space cannot be paid"
+    for point, reason in pruned:
+        assert "epsilon" in reason
+        assert "lower central_images.per_class" in reason
+        assert set(point) == set(sweep.search_space)
+    states = [trial.state for trial in study_of(sweep).trials]
+    assert states.count(TrialState.PRUNED) == len(pruned)
+    assert states.count(TrialState.RUNNING) == 8
+
+
+def test_an_unaffordable_space_ends_the_search(make, monkeypatch):
+    monkeypatch.setattr("sweep.space.MAX_ATTEMPTS", 5)
+    assert MAX_ATTEMPTS > 5
+    _, search, pruned = make(
+        privacy__target_epsilon=0.1,
+        search_space__central_images__noise_multiplier__high=1.5,
+        search_space__stage_split__low=0.5,
+    )
+    assert search.suggest("a") == FeasibleSearch.FINISHED
+    assert len(pruned) == 5
+    assert "5 points in a row" in search.gave_up
+
+
+def test_results_reach_the_study_and_failures_do_not_count_as_bad(make):
+    sweep, search, _ = make()
+    for name in "abc":
+        search.suggest(name)
+    search.on_trial_result("a", {"training_iteration": 1, "loss": 1.0})
+    search.on_trial_complete("a", {"training_iteration": 2, "accuracy": 0.75})
+    search.on_trial_complete("b", {"training_iteration": 1, "loss": 1.0})
+    search.on_trial_complete("c", None, error=True)
+    trials = study_of(sweep).trials
+    assert [trial.state.name for trial in trials] == ["COMPLETE", "FAIL", "FAIL"]
+    assert trials[0].value == 0.75
+
+
+def test_a_new_driver_tries_interrupted_points_first_and_keeps_results(make):
+    sweep, search, _ = make()
+    done, cut, lost = (search.suggest(name) for name in "abc")
+    search.on_trial_complete("a", {"training_iteration": 1, "accuracy": 0.5})
+    ids = [trial_id_of(sweep.trial_config(point)) for point in (done, lost)]
+    _, again, pruned = make(finished={ids[0]: 0.5, ids[1]: 0.9})
+    assert again.suggest("d") == cut
+    assert again.suggest("e") not in (done, cut, lost)
+    assert not pruned
+    values = [trial.value for trial in study_of(sweep).trials if trial.state == TrialState.COMPLETE]
+    assert values == [0.5, 0.9]
+
+
+def test_a_point_is_not_tried_twice(make, monkeypatch):
+    monkeypatch.setattr("sweep.space.MAX_ATTEMPTS", 20)
+    _, search, pruned = make(
+        search_space__central_images__noise_multiplier__low=20.0,
+        search_space__central_images__per_class__high=2,
+        search_space__stage_split__low=0.8,
+    )
+    points = [search.suggest(str(i)) for i in range(3)]
+    assert points[2] == FeasibleSearch.FINISHED
+    assert {point["central_images.per_class"] for point in points[:2]} == {1, 2}
+    assert all("same configuration" in reason for _, reason in pruned)
+
+
+def test_plan_reads_no_data(capsys, monkeypatch):
+    monkeypatch.setattr("sweep.feasibility._POINTS", 2)
+    sweep = load_sweep(
+        "sweep/configs/quickstart.yaml",
+        {
+            "dataset.name": "idx",
+            "dataset.path": "/nowhere",
+            "privacy.target_epsilon": 1.0,
+            "search_space.central_images.per_class.high": 20,
+        },
+    )
+    print_plan(sweep)
+    text = capsys.readouterr().out
+    assert "5 trials of 2 workers" in text
+    assert "central_images.per_class: 1 to 20, logarithmic" in text
+    assert " - " in text, "twenty images at the smallest noise cannot be paid at epsilon 1"
+    assert "epsilon of one trial" in text
