@@ -19,8 +19,11 @@ from core.errors import ConfigError, UserError
 from core.evaluation.metrics import downstream_accuracy, fid_score
 from core.generate import generate
 from core.pipeline import run
+from core.privacy.card import ledger_text
 from core.privacy.keys import MasterSecret
+from core.privacy.ledger import Ledger
 from core.privacy.plan import make_plan
+from core.release import release_card, verify_release, write_release
 from core.reporting import Console, write_grid
 from core.training import config_device
 
@@ -65,6 +68,16 @@ def _parser() -> argparse.ArgumentParser:
     again.add_argument("--num-images", type=int, required=True)
     again.add_argument("--out", type=Path, required=True, help="npz file to write")
     add("evaluate", _evaluate, "score a finished run's images again", True, False)
+    ledger = commands.add_parser("ledger", help="what was spent on each data set")
+    ledger.set_defaults(command=_ledger)
+    ledger.add_argument("action", choices=("show", "verify"))
+    ledger.add_argument("--folder", type=Path, default=Path("runs/ledger"), help="runtime.ledger")
+    release = commands.add_parser("release", help="write or verify the bundle to publish")
+    release.set_defaults(command=_release)
+    release.add_argument("--run-dir", type=Path, help="folder of a finished run")
+    release.add_argument("--out", type=Path, required=True, help="new folder of the bundle")
+    release.add_argument("--verify", action="store_true", help="check the digests of --out")
+    release.add_argument("--formats", default="folder,npz,parquet", help="any of them, by commas")
     return parser
 
 
@@ -111,7 +124,8 @@ def _compare(options: argparse.Namespace) -> None:
 def _train(config: Config, run_dir: Path) -> dict[str, Any]:
     console = Console(config.training.num_steps)
     trial = _trial_of(run_dir)
-    return run(config, run_dir, master=MasterSecret.load(), trial=trial, report=console)
+    master = MasterSecret.load()
+    return run(config, run_dir, master=master, name=run_dir.name, trial=trial, report=console)
 
 
 def _run_dir(path: str, config: Config) -> Path:
@@ -138,6 +152,32 @@ def _account(options: argparse.Namespace) -> None:
         f"DP-SGD             noise multiplier {plan.noise_multiplier:g}, sample rate "
         f"{plan.dp_sgd.sample_rate:.4g}, {plan.dp_sgd.num_steps} steps"
     )
+
+
+def _ledger(options: argparse.Namespace) -> None:
+    files = sorted(options.folder.glob("*.jsonl"))
+    if not files:
+        raise ConfigError(f"'{options.folder}' holds no ledger: name its folder with --folder")
+    for path in files:
+        ledger = Ledger.at(path)
+        if options.action == "verify":
+            print(f"{path}: {ledger.verify()} lines, unbroken")
+        else:
+            print(ledger_text(ledger.summary()))
+
+
+def _release(options: argparse.Namespace) -> None:
+    if options.verify:
+        print(f"{options.out}: {verify_release(options.out)} files as released")
+        return
+    if options.run_dir is None:
+        raise ConfigError("name the finished run to release with --run-dir")
+    config, _ = _finished(options.run_dir, [])
+    card = release_card(config, options.run_dir)
+    formats = options.formats.split(",")
+    write_release(options.run_dir, options.out, card, config.privacy.target_epsilon, formats)
+    print(card["statement"])
+    print(f"bundle: {options.out} ({', '.join(formats)}, privacy_card.md, digests.json)")
 
 
 def _finished(run_dir: Path, overrides: list[str]) -> tuple[Config, torch.nn.Module]:
@@ -170,7 +210,8 @@ def _evaluate(options: argparse.Namespace) -> None:
         synthetic = Split(torch.from_numpy(stored["images"]), torch.from_numpy(stored["labels"]))
     arguments = (synthetic, dataset, config.evaluation, config.dataset.num_classes)
     accuracy = downstream_accuracy(*arguments, config.seed, config_device(config))
-    name, distance = fid_score(*arguments, config.seed, config_device(config))
+    cache = Path(config.runtime.cache)
+    name, distance = fid_score(*arguments, config.seed, config_device(config), cache)
     print(f"not private: accuracy {accuracy:.4f}  {name} {distance:.4g}")
 
 

@@ -1,5 +1,7 @@
 """Augmentation of the central images; they are public by then, so all of it is free."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
@@ -10,7 +12,7 @@ def augment(images: torch.Tensor, kind: str, generator: torch.Generator) -> torc
     Args:
         images: float32 `[B, C, H, W]` in [-1, 1].
         kind: `none`; `shift` (up to an eighth of the side); `affine` (shift, rotation up to 10
-            degrees, shear and scale up to 10 %, brightness and contrast up to 15 %).
+            degrees, shear and scale up to 10 %, then a random tone curve).
         generator: source of all randomness, on the CPU.
     """
     if kind == "none":
@@ -34,8 +36,20 @@ def augment(images: torch.Tensor, kind: str, generator: torch.Generator) -> torc
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     changed = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
     if kind == "affine":
-        contrast = (1 + uniform(0.15)).view(-1, 1, 1, 1).to(images.device)
-        brightness = uniform(0.15).view(-1, 1, 1, 1).to(images.device)
-        dark = (changed + 1) * contrast - 1  # Black stays black: most backgrounds are.
-        changed = dark + brightness * (changed > -0.9)
+        changed = _tone_curve((changed + 1) / 2, uniform) * 2 - 1
     return changed.clamp(-1.0, 1.0)
+
+
+def _tone_curve(light: torch.Tensor, uniform: Callable[[float], torch.Tensor]) -> torch.Tensor:
+    """Stretches a random range of brightness: a mean image becomes one of many crisp objects.
+
+    A mean's grey rim is where only some objects reach; each cut through it is a possible outline.
+    Black stays black: most backgrounds are.
+    """
+
+    def column(values: torch.Tensor) -> torch.Tensor:
+        return values.view(-1, 1, 1, 1).to(light.device)
+
+    peak = light.amax((1, 2, 3), keepdim=True).clamp(min=1e-3)
+    low, width = column(0.15 + uniform(0.15)), column(0.45 + uniform(0.25))
+    return ((light / peak - low) / width).clamp(0.0, 1.0) * column(0.85 + uniform(0.4))

@@ -20,6 +20,9 @@ Model = TypeVar("Model", bound=BaseModel)
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PositiveInt = Annotated[int, Field(ge=1)]
 
+DIRECTIONS = {"accuracy": "maximize", "fid": "minimize", "fid_cnn": "minimize"}
+"""Every score and the direction in which it improves."""
+
 
 class Section(BaseModel):
     """A frozen part of the configuration that refuses unknown keys."""
@@ -46,6 +49,8 @@ class PrivacyConfig(Section):
     target_delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
     neighboring_relation: Literal["zero_out", "replace_one"] = "zero_out"
     scope: Literal["trial"] = "trial"
+    data_set_budget: Positive | None = None
+    """Epsilon that all runs ever made on this data set may spend together; null is no cap."""
 
 
 class CentralImagesConfig(Section):
@@ -155,6 +160,10 @@ class RuntimeConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     log_every: PositiveInt = 25
     checkpoint_every: PositiveInt = 200
+    cache: str = "runs/cache"
+    """Folder of what depends on real images alone, such as FID's real side; not to be released."""
+    ledger: str = "runs/ledger"
+    """Folder of the privacy ledgers; one for all runs on the same data."""
 
 
 class Config(Section):

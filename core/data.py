@@ -18,7 +18,6 @@ from core.config import DatasetConfig
 from core.errors import DataError
 
 _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
-_GREY_MODES = ("1", "L", "I", "I;16", "F")
 
 
 @dataclass(frozen=True)
@@ -77,35 +76,38 @@ def load_dataset(config: DatasetConfig) -> Dataset:
         _check(name, split, config)
     if len(train.labels) != config.num_examples:
         raise DataError(
-            f"dataset.num_examples={config.num_examples}, but {config.path or config.name} holds "
+            f"dataset.num_examples={config.num_examples}, but '{config.path or config.name}' holds "
             f"{len(train.labels)} training images: N is a public constant that every privacy "
             "figure rests on, so state it or choose the right data"
         )
     missing = sorted(set(range(config.num_classes)) - set(train.labels.unique().tolist()))
     if missing:
         raise DataError(
-            f"class {missing[0]} of {config.path or config.name} has no training image: "
-            f"dataset.num_classes={config.num_classes} must count the classes that exist"
+            f"class {missing[0]} of '{config.path or config.name}' has no training image: add "
+            f"some, or lower dataset.num_classes={config.num_classes}"
         )
     return Dataset(train, test, _fingerprint(train, test))
 
 
 def _check(name: str, split: Split, config: DatasetConfig) -> None:
+    source = config.path or config.name
+    if len(split.labels) == 0:
+        raise DataError(f"'{source}' holds no {name} image: add some, or choose another data set")
     expected = (config.channels, config.image_size, config.image_size)
     if tuple(split.images.shape[1:]) != expected:
         raise DataError(
-            f"the {name} images of {config.path or config.name} have shape "
-            f"{tuple(split.images.shape[1:])}, not {expected}: set dataset.channels and "
-            "dataset.image_size to what the data is"
+            f"the {name} images of '{source}' have shape {tuple(split.images.shape[1:])}, not "
+            f"{expected}: set dataset.channels to what the data is"
         )
-    if len(split.labels) == 0:
-        raise DataError(f"{config.path or config.name} holds no {name} image")
-    low, high = int(split.labels.min()), int(split.labels.max())
-    if low < 0 or high >= config.num_classes:
+
+
+def _check_labels(path: Path, labels: np.ndarray, config: DatasetConfig) -> torch.Tensor:
+    if len(labels) and labels.max() >= config.num_classes:
         raise DataError(
-            f"a {name} label of {config.path or config.name} is {low if low < 0 else high}; it "
-            f"must lie in [0, dataset.num_classes={config.num_classes})"
+            f"'{path}' holds label {labels.max()}, which must lie in [0, dataset.num_classes="
+            f"{config.num_classes}): raise dataset.num_classes, or repair the labels"
         )
+    return torch.from_numpy(labels.astype(np.int64))
 
 
 def _fingerprint(*splits: Split) -> str:
@@ -118,8 +120,13 @@ def _fingerprint(*splits: Split) -> str:
     return digest.hexdigest()
 
 
-def _resize(images: torch.Tensor, size: int) -> torch.Tensor:
-    if images.shape[-2:] == (size, size):
+def _fit(images: torch.Tensor, size: int) -> torch.Tensor:
+    """Crops uint8 `[N, C, H, W]` to the central square and resizes it with antialiasing."""
+    height, width = images.shape[-2:]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    images = images[..., top : top + side, left : left + side]
+    if side == size or not len(images):
         return images
     resized = F.interpolate(
         images.to(torch.float32), size=(size, size), mode="bilinear", antialias=True
@@ -129,6 +136,11 @@ def _resize(images: torch.Tensor, size: int) -> torch.Tensor:
 
 def _load_digits(config: DatasetConfig) -> tuple[Split, Split]:
     """Scikit-learn's 1,797 digits of 8x8 pixels (Alpaydin and Kaynak 1998); every fifth tests."""
+    if config.path is not None:
+        raise DataError(
+            f"dataset.name=digits reads no folder, but dataset.path='{config.path}': set "
+            "dataset.name to idx or image_folder, or leave dataset.path out"
+        )
     spec = importlib.util.find_spec("sklearn")  # Finds the file without the cost of the import.
     if spec is None or not spec.submodule_search_locations:
         raise DataError(
@@ -141,14 +153,17 @@ def _load_digits(config: DatasetConfig) -> tuple[Split, Split]:
     except (OSError, ValueError) as error:
         raise DataError(f"'{path}' cannot be read ({error}): reinstall scikit-learn") from None
     pixels = np.rint(table[:, :64] * (255 / 16)).astype(np.uint8).reshape(-1, 1, 8, 8)
-    images = _resize(torch.from_numpy(pixels), config.image_size)
-    labels = torch.from_numpy(table[:, 64].astype(np.int64))
+    images = _fit(torch.from_numpy(pixels), config.image_size)
+    labels = _check_labels(path, table[:, 64].astype(np.int64), config)
     test = torch.arange(len(labels)) % 5 == 0
     return Split(images[~test], labels[~test]), Split(images[test], labels[test])
 
 
 def _load_idx(config: DatasetConfig) -> tuple[Split, Split]:
-    """The four files of MNIST and its kin (LeCun et al. 1998), gzipped or not."""
+    """The four files of MNIST and its kin (LeCun et al. 1998), plain or, failing that, gzipped.
+
+    Images are cropped to their central square and resized with antialiasing.
+    """
     folder = _folder(config)
     splits: list[Split] = []
     for prefix in ("train", "t10k"):
@@ -157,42 +172,39 @@ def _load_idx(config: DatasetConfig) -> tuple[Split, Split]:
         if len(images) != len(labels):
             raise DataError(
                 f"'{images_path}' holds {len(images)} images, but '{labels_path}' {len(labels)} "
-                "labels: the files do not belong together"
+                "labels: they do not belong together: fetch both again"
             )
-        pixels = torch.from_numpy(images[:, None])
-        splits.append(
-            Split(
-                _resize(pixels, config.image_size) if len(pixels) else pixels,
-                torch.from_numpy(labels.astype(np.int64)),
-            )
-        )
+        pixels = _fit(torch.from_numpy(images[:, None]), config.image_size)
+        splits.append(Split(pixels, _check_labels(labels_path, labels, config)))
     return splits[0], splits[1]
 
 
 def _folder(config: DatasetConfig) -> Path:
-    if config.path is None:
+    if not config.path:
         raise DataError(f"dataset.name={config.name} needs a folder: set dataset.path=FOLDER")
     folder = Path(config.path).expanduser()
     if not folder.is_dir():
-        raise DataError(f"no folder at dataset.path='{folder}': check the path")
+        raise DataError(f"no folder at dataset.path='{folder}': correct the path")
     return folder
 
 
 def _read_idx(folder: Path, name: str, dimensions: int) -> tuple[Path, np.ndarray]:
     path = next((p for p in (folder / name, folder / f"{name}.gz") if p.exists()), None)
     if path is None:
-        raise DataError(f"'{folder}' holds neither '{name}' nor '{name}.gz': check dataset.path")
+        raise DataError(
+            f"'{folder}' holds neither '{name}' nor '{name}.gz': fetch it, or correct dataset.path"
+        )
     try:
         content = path.read_bytes()
         content = gzip.decompress(content) if path.suffix == ".gz" else content
     except (EOFError, OSError, zlib.error) as error:
-        raise DataError(f"'{path}' is truncated or damaged ({error}): fetch it again") from None
+        raise DataError(f"'{path}' is damaged or unreadable ({error}): fetch it again") from None
     header = 4 + 4 * dimensions
     magic = int.from_bytes(content[:4], "big")
     if len(content) >= 4 and magic != 0x800 + dimensions:
         raise DataError(
-            f"'{path}' begins with magic number {magic:#010x}, not {0x800 + dimensions:#010x}: it "
-            f"is no IDX file of unsigned bytes in {dimensions} dimensions"
+            f"'{path}' begins with magic number {magic:#010x}, not {0x800 + dimensions:#010x}: "
+            f"put an IDX file of unsigned bytes in {dimensions} dimensions there"
         )
     shape = [int.from_bytes(content[i : i + 4], "big") for i in range(4, header, 4)]
     expected = header + math.prod(shape)
@@ -202,6 +214,8 @@ def _read_idx(folder: Path, name: str, dimensions: int) -> tuple[Path, np.ndarra
             f"'{path}' is {state}: {len(content)} bytes where its header says {expected}; fetch "
             "it again"
         )
+    if 0 in shape[1:]:
+        raise DataError(f"'{path}' holds images of {shape[1]}x{shape[2]} pixels: fetch it again")
     return path, np.frombuffer(content, np.uint8, offset=header).reshape(shape).copy()
 
 
@@ -216,6 +230,12 @@ def _load_image_folder(config: DatasetConfig) -> tuple[Split, Split]:
             _list_classes(folder / "train", config),
             _list_classes(folder / "test", config),
         )
+        names = [{path.parent.name for path, _ in items} for items in (train, test)]
+        if odd := sorted(names[0] ^ names[1]):
+            raise DataError(
+                f"class folder '{odd[0]}' of '{folder}' is not in both train and test: give both "
+                "the same classes"
+            )
     else:
         everything = _list_classes(folder, config)
         held_out = [
@@ -233,7 +253,7 @@ def _list_classes(folder: Path, config: DatasetConfig) -> list[tuple[Path, int]]
     if len(classes) != config.num_classes:
         raise DataError(
             f"'{folder}' holds {len(classes)} class folders, not dataset.num_classes="
-            f"{config.num_classes}"
+            f"{config.num_classes}: correct dataset.num_classes or dataset.path"
         )
     items: list[tuple[Path, int]] = []
     for label, path in enumerate(classes):
@@ -262,9 +282,15 @@ def _read_image(path: Path, config: DatasetConfig, kinds: dict[int, Path]) -> to
         with Image.open(path) as file:
             file.load()
             image: Any = file.copy()
-    except (OSError, SyntaxError, ValueError) as error:
+    except Exception as error:  # A decoder may raise anything on a damaged file.
         raise DataError(f"'{path}' is no readable image ({error}): repair or remove it") from None
-    kinds.setdefault(1 if image.mode in _GREY_MODES else 3, path)
+    if image.mode not in ("1", "L", "RGB", "P") or "transparency" in image.info:
+        alpha = " with transparency" if "transparency" in image.info else ""
+        raise DataError(
+            f"'{path}' has pixel format {image.mode}{alpha}: convert it to 8-bit grey or RGB "
+            "without transparency"
+        )
+    kinds.setdefault(1 if image.mode in ("1", "L") else 3, path)
     if len(kinds) > 1:
         raise DataError(
             f"'{kinds[1]}' is grey and '{kinds[3]}' is in colour: convert the files to one kind"
@@ -275,17 +301,9 @@ def _read_image(path: Path, config: DatasetConfig, kinds: dict[int, Path]) -> to
             f"'{path}' has {'one channel' if found == 1 else 'colours'}: set "
             f"dataset.channels={found}, or convert the files"
         )
-    if image.mode not in ("1", "L", "RGB", "P"):
-        raise DataError(
-            f"'{path}' has pixel format {image.mode}; convert it to 8-bit grey or RGB without "
-            "transparency"
-        )
-    image = image.convert("L" if config.channels == 1 else "RGB")
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    image = image.crop((left, top, left + side, top + side))
-    pixels = torch.from_numpy(np.array(image)).view(side, side, -1).permute(2, 0, 1)
-    return _resize(pixels[None], config.image_size)[0]
+    array = np.array(image.convert("L" if config.channels == 1 else "RGB"))
+    pixels = torch.from_numpy(array).view(image.height, image.width, -1).permute(2, 0, 1)
+    return _fit(pixels[None], config.image_size)[0]
 
 
 LOADERS: dict[str, Callable[[DatasetConfig], tuple[Split, Split]]] = {

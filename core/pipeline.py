@@ -23,9 +23,11 @@ from core.generate import generate
 from core.privacy.central_images import CentralImages, release_central_images
 from core.privacy.keys import SECRET_FILE_VARIABLE, KeyedStream, MasterSecret
 from core.privacy.plan import PrivacyPlan, make_plan
+from core.privacy.spending import Spending, require_same_data
 from core.reporting import MetricsLog, Report, write_grid, write_json
 from core.training import config_device, private_stage, train, warm_up_stage
 
+_ORIGIN = ("identity", "fingerprint", "name")
 _NOT_IDENTITY = (
     "runtime.",
     "evaluation.",
@@ -36,7 +38,7 @@ _NOT_IDENTITY = (
 
 
 def run(
-    config: Config, run_dir: Path, *, master: MasterSecret, trial: str, report: Report
+    config: Config, run_dir: Path, *, master: MasterSecret, name: str, trial: str, report: Report
 ) -> dict[str, Any]:
     """Trains, generates and scores one model; call it on every rank of a process group.
 
@@ -46,14 +48,15 @@ def run(
     Args:
         run_dir: folder that all ranks see; receives everything the run writes.
         master: root of all keys.
-        trial: identity of the run; another identity draws other masks and noise.
+        name: of the sweep or the single run, in the ledger.
+        trial: random identity of the run or its sweep; another draws other masks and noise.
         report: called on all ranks with the same metrics: `step`, `stage` and numbers.
 
     Returns:
         The last reported metrics: scores, epsilons, noise multiplier and seconds.
 
     Raises:
-        InfeasibleError: the budget cannot pay; no data was opened.
+        InfeasibleError: the budget of the trial or of the data set cannot pay; nothing ran.
         ConfigError: the folder holds a run of another configuration.
         DataError: the data set is missing, malformed or not what the configuration states.
     """
@@ -62,16 +65,24 @@ def run(
     if config.evaluation.fid_extractor == "inception":
         distributed.on_rank_0(lambda: find_weights(config.evaluation.inception_weights))
     distributed.on_rank_0(lambda: _claim(run_dir, config, plan))
-    dataset = distributed.together(lambda: load_dataset(config.dataset))
-    identity = _identity(config, dataset.fingerprint, trial, master.public_id)
+    begun = run_dir / "checkpoints" / "steps_begun"
+    spending = Spending(config, plan, Path(config.runtime.ledger), name, begun)
+    dataset = None
+    if (fingerprint := distributed.on_rank_0(spending.known_fingerprint)) is None:
+        dataset = distributed.together(lambda: load_dataset(config.dataset))
+        fingerprint = distributed.broadcast_object(dataset.fingerprint)
+    identity = _identity(config, fingerprint, trial, master.public_id)
     if (finished := _finished(run_dir, identity)) is not None:
         report(finished)
         return finished
+    reservation = distributed.on_rank_0(lambda: spending.reserve(fingerprint, identity))
+    dataset = dataset or distributed.together(lambda: load_dataset(config.dataset))
+    found = dataset.fingerprint
+    distributed.together(lambda: require_same_data(fingerprint, found, config))
+    distributed.on_rank_0(lambda: spending.remember(fingerprint))
 
     def stream(stage: str, purpose: str) -> KeyedStream:
-        key = master.derive(
-            fingerprint=dataset.fingerprint, trial=identity, stage=stage, purpose=purpose
-        )
+        key = master.derive(fingerprint=fingerprint, trial=identity, stage=stage, purpose=purpose)
         return KeyedStream(key)
 
     checkpoints = Checkpoints(run_dir / "checkpoints", identity)
@@ -93,8 +104,13 @@ def run(
         plan.dp_sgd,
         masks=stream("private_training", "mask"),
         noise=stream("private_training", "noise"),
+        before_step=spending.count if distributed.rank() == 0 else lambda _: None,
     )
-    train(stage, denoiser, ema, config.warm_up_steps, checkpoints, report, config)
+    try:
+        train(stage, denoiser, ema, config.warm_up_steps, checkpoints, report, config)
+    finally:
+        if distributed.rank() == 0:
+            spending.settle(fingerprint, reservation)
 
     report({"step": config.training.num_steps, "stage": "evaluation"})
     synthetic = generate(ema.module, config, config.evaluation.num_images, config_device(config))
@@ -113,7 +129,8 @@ def run(
     }
     result = distributed.broadcast_object(result)  # One clock: that of rank 0.
     if distributed.rank() == 0:
-        _store(run_dir, synthetic, ema, {**result, "identity": identity})
+        origin = {"identity": identity, "fingerprint": fingerprint, "name": name}
+        _store(run_dir, synthetic, ema, {**result, **origin})
     report(result)
     return result
 
@@ -160,8 +177,8 @@ def _identity(config: Config, fingerprint: str, trial: str, secret_id: str) -> s
     identity = hashlib.sha256(text.encode()).hexdigest()
     if len(set(distributed.all_gather_object(identity))) > 1:
         raise ConfigError(
-            "the ranks hold different data or master secrets: give every machine the same files "
-            f"at dataset.path and the same secret file (${SECRET_FILE_VARIABLE})"
+            "the ranks hold different master secrets: give every machine the same secret file "
+            f"(${SECRET_FILE_VARIABLE})"
         )
     return identity
 
@@ -170,9 +187,9 @@ def _finished(run_dir: Path, identity: str) -> dict[str, Any] | None:
     path = run_dir / "evaluation.json"
     stored = json.loads(path.read_text()) if path.exists() else None
     found = distributed.broadcast_object(stored)
-    if found is None or found.pop("identity") != identity:
+    if found is None or found["identity"] != identity:
         return None
-    return found
+    return {key: value for key, value in found.items() if key not in _ORIGIN}
 
 
 def _logged(report: Report, run_dir: Path, checkpoints: Checkpoints, config: Config) -> Report:
@@ -229,7 +246,7 @@ def _my_scores(config: Config, synthetic: Split, dataset: Dataset) -> dict[str, 
         return {"accuracy": downstream_accuracy(*arguments, config.seed, device)}
 
     def fid() -> dict[str, float]:
-        name, value = fid_score(*arguments, config.seed, device)
+        name, value = fid_score(*arguments, config.seed, device, Path(config.runtime.cache))
         return {name: value}
 
     mine: dict[str, float] = {}

@@ -135,8 +135,12 @@ def private_stage(
     plan: DpSgdPlan,
     masks: KeyedStream,
     noise: KeyedStream,
+    before_step: Callable[[int], None],
 ) -> Stage:
     """The hard stage: DP-SGD on the private images.
+
+    Args:
+        before_step: called with a step's number before anything of it is computed.
 
     Privacy: one global Poisson mask a step; per-example gradients averaged over K noise draws,
     clipped over all parameters, summed over ranks and noised once. The reported loss is not
@@ -150,6 +154,7 @@ def private_stage(
     stream = f"{config.seed}/private_training"
 
     def step(number: int) -> torch.Tensor:
+        before_step(number)
         total = torch.zeros(2, device=device)
         chosen = sampler.indices(number)
         share = rank_share(chosen, distributed.rank(), distributed.world_size())

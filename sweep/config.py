@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from pydantic.fields import FieldInfo
 
 from core.config import (
+    DIRECTIONS,
     Config,
     PositiveInt,
     Section,
@@ -28,7 +29,7 @@ from core.config import (
 )
 from core.errors import ConfigError
 
-DIRECTIONS = {"accuracy": "maximize", "fid": "minimize", "fid_cnn": "minimize"}
+_FOLDERS = ("runtime.ledger", "runtime.cache")
 Number = int | float
 
 
@@ -133,7 +134,10 @@ class SweepConfig(Section):
         Raises:
             ConfigError: the point is not a valid configuration.
         """
-        return load(self.base, {**self.fixed, **parameters})
+        config = load(self.base, {**self.fixed, **parameters})
+        here = Path(self.storage_path).parent  # Ray gives its workers another directory.
+        folders = {key: str(here / flatten(config)[key]) for key in _FOLDERS}
+        return load(nested(config), folders)
 
     @property
     def folder(self) -> Path:
@@ -143,7 +147,8 @@ class SweepConfig(Section):
 
 def trial_id_of(config: Config) -> str:
     """Short digest of a trial's configuration: the same point always has the same folder."""
-    text = json.dumps(flatten(config), sort_keys=True)
+    settings = {k: v for k, v in flatten(config).items() if not k.startswith("runtime.")}
+    text = json.dumps(settings, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 

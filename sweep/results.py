@@ -9,9 +9,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from core.config import Config, flatten, load, load_yaml
+from core.config import DIRECTIONS, Config, flatten, load, load_yaml
 from core.privacy.plan import composed_epsilon, make_plan
-from sweep.config import DIRECTIONS, SweepConfig
+from sweep.config import SweepConfig
 
 
 @dataclass(frozen=True)

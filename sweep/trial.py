@@ -114,6 +114,7 @@ def _train(context: Context, config: Config, trial_id: str) -> Iterator[dict[str
         train_loop_config={
             "config": nested(config),
             "run_dir": str(context.run_dir(trial_id)),
+            "name": sweep.name,
             "release_id": context.release_id,
             "threads": max(1, int(sweep.cpus_per_worker)),
         },
@@ -183,6 +184,7 @@ def train_worker(settings: dict[str, Any]) -> None:
             load(settings["config"]),
             Path(settings["run_dir"]),
             master=distributed.together(lambda: MasterSecret.load(create=False)),
+            name=settings["name"],
             trial=settings["release_id"],
             report=ray.train.report,
         )

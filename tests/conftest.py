@@ -1,4 +1,4 @@
-"""What every test shares: the secret lives in a folder of its own, threads are few."""
+"""What every test shares: the secret lives in a folder of its own, there is one thread."""
 
 import sys
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-for _folder in ("statistical", "integration"):
+for _folder in ("unit", "statistical", "integration"):
     sys.path.insert(0, str(Path(__file__).parent / _folder))
 
 
@@ -17,5 +17,5 @@ def _private_secret(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytes
 
 
 @pytest.fixture(autouse=True)
-def _few_threads():
-    torch.set_num_threads(2)
+def _one_thread():
+    torch.set_num_threads(1)  # The tensors are small: more threads would only wait.

@@ -23,8 +23,8 @@ class Ema:
         """Moves the average towards the module's parameters."""
         decay = min(self._decay, (1 + self._updates) / (10 + self._updates))
         self._updates += 1
-        averages = [p for p in self.module.parameters()]
-        torch._foreach_lerp_(averages, [p.detach() for p in module.parameters()], 1 - decay)
+        for average, parameter in zip(self.module.parameters(), module.parameters(), strict=True):
+            average.lerp_(parameter, 1 - decay)
 
     def state_dict(self) -> dict[str, object]:
         """Averages and the update counter."""

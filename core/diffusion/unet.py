@@ -20,6 +20,8 @@ class UNet(nn.Module):
         dataset: image shape and number of classes.
     """
 
+    frequencies: torch.Tensor
+
     def __init__(self, model: ModelConfig, dataset: DatasetConfig) -> None:
         super().__init__()
         base, patch = model.base_channels, model.patch_size

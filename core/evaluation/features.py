@@ -11,7 +11,7 @@ from torch import nn
 
 from core.data import Split, to_float
 from core.errors import ConfigError
-from core.evaluation.classifiers import FEATURES, train_classifier
+from core.evaluation.classifiers import FEATURES, Classifier, train_classifier
 
 WEIGHTS_URL = (
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
@@ -122,6 +122,26 @@ class CnnExtractor:
         self._network = train_classifier(
             train, validation, num_classes, epochs, batch_size, seed, device
         )
+
+    @classmethod
+    def restored(
+        cls,
+        state: dict[str, torch.Tensor],
+        like: Split,
+        num_classes: int,
+        device: torch.device | str,
+    ) -> "CnnExtractor":
+        """The extractor whose `state_dict` was kept, for images of the shape of `like`."""
+        extractor = cls.__new__(cls)
+        _, channels, height, width = like.images.shape
+        network = Classifier(channels, (height, width), num_classes, torch.Generator())
+        network.load_state_dict(state)
+        extractor._device, extractor._network = device, network.to(device).eval()
+        return extractor
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """What `restored` needs."""
+        return self._network.state_dict()
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:

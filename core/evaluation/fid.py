@@ -1,5 +1,8 @@
 """Frechet distance between two sets of images, from float64 moments of their features."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
 from core.evaluation.features import FeatureExtractor
@@ -43,6 +46,18 @@ class Moments:
         self._scatter += torch.outer(shift, shift) * (self.count * len(features) / total)
         self.mean = self.mean + shift * (len(features) / total)
         self.count = total
+
+    def state_dict(self) -> dict[str, torch.Tensor | int]:
+        """What `restored` needs."""
+        return {"count": self.count, "mean": self.mean, "scatter": self._scatter}
+
+    @classmethod
+    def restored(cls, state: Mapping[str, Any]) -> "Moments":
+        """The moments whose `state_dict` was kept, on the device where that lies."""
+        moments = cls(len(state["mean"]), state["mean"].device)
+        moments.count, moments.mean = state["count"], state["mean"]
+        moments._scatter = state["scatter"]
+        return moments
 
     @property
     def covariance(self) -> torch.Tensor:

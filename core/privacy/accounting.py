@@ -8,13 +8,14 @@ al. 2022), discretised at 1e-4. RDP (Mironov 2017) brackets the search and cross
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import cast
 
 import dp_accounting
 from dp_accounting import dp_event
-from dp_accounting.pld import pld_privacy_accountant
+from dp_accounting.pld import pld_privacy_accountant, privacy_loss_distribution
+from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
 from dp_accounting.rdp import rdp_privacy_accountant
 from scipy import optimize
 
@@ -30,7 +31,15 @@ MAX_NOISE_MULTIPLIER = 1e4
 # Integer orders only: fractional ones do not converge at the small noise that epsilon 10 allows.
 RDP_ORDERS = (*range(2, 65), 80, 96, 128, 192, 256, 512, 1024)
 _DECIMALS = 4
-_find_root: Any = optimize.brentq
+# Up to so many mechanisms the figures are those of a plan, to the last digit.
+_FEW = 4
+# Up to this product of mechanisms and epsilon the fine discretisation is fast; above it the
+# coarse one decides, whose figures are a little larger.
+_FINE_WORK = 400
+
+Mechanism = tuple[float, float, int]
+"""Sample rate, noise multiplier, count of a Poisson-subsampled Gaussian mechanism."""
+_find_root = cast(Callable[..., float], optimize.brentq)
 
 
 def subsampled_gaussian(
@@ -68,6 +77,71 @@ def epsilon_of(
     if not events:
         return 0.0
     return float(_composed(tuple(events), relation, discretization).get_epsilon(delta))
+
+
+def grouped(mechanisms: Iterable[Mechanism]) -> tuple[Mechanism, ...]:
+    """Equal mechanisms as one each, with their counts added, in the order of first use."""
+    counts: dict[tuple[float, float], int] = {}
+    for sample_rate, noise_multiplier, count in mechanisms:
+        key = (sample_rate, noise_multiplier)
+        counts[key] = counts.get(key, 0) + count
+    return tuple((*key, count) for key, count in counts.items())
+
+
+def discretization_for(mechanisms: Sequence[Mechanism], scale: float) -> float:
+    """The grid on which a composition of about epsilon `scale` takes a second or less."""
+    count = len(mechanisms)
+    return FINE if count <= _FEW or count * scale <= _FINE_WORK else COARSE
+
+
+@lru_cache(maxsize=4096)
+def epsilon_of_mechanisms(
+    mechanisms: tuple[Mechanism, ...], delta: float, relation: str, discretization: float
+) -> float:
+    """Epsilon at `delta` of many mechanisms together, as of `grouped`; 0 when there are none."""
+    if not mechanisms:
+        return 0.0
+    if len(mechanisms) <= _FEW:
+        events = [subsampled_gaussian(*mechanism) for mechanism in mechanisms]
+        return epsilon_of(events, delta, relation, discretization)
+    total = _composed_in_binary(mechanisms, relation, discretization)
+    return float(total.get_epsilon_for_delta(delta))
+
+
+def _composed_in_binary(
+    mechanisms: Sequence[Mechanism], relation: str, discretization: float
+) -> PrivacyLossDistribution:
+    """What the accountant composes, in a tenth of its time where the mechanisms are many.
+
+    The counts are read in binary from the highest bit: square the total, then compose one
+    release of each mechanism that has this bit. Tails cut off on the way, at most about 1e-15
+    for each release, count as infinite loss, so the result stays an upper bound.
+    """
+    total = privacy_loss_distribution.identity(discretization)
+    for bit in reversed(range(max(count for *_, count in mechanisms).bit_length())):
+        parts = [
+            _one_release(sample_rate, noise_multiplier, relation, discretization)
+            for sample_rate, noise_multiplier, count in mechanisms
+            if count >> bit & 1
+        ]
+        parts.append(total.compose(total))
+        while len(parts) > 1:  # In pairs, as the time of one composition grows with both sizes.
+            pairs = zip(parts[::2], parts[1::2], strict=False)
+            parts = [one.compose(other) for one, other in pairs] + parts[len(parts) & ~1 :]
+        total = parts[0]
+    return total
+
+
+@lru_cache(maxsize=1024)
+def _one_release(
+    sample_rate: float, noise_multiplier: float, relation: str, discretization: float
+) -> PrivacyLossDistribution:
+    return privacy_loss_distribution.from_gaussian_mechanism(
+        noise_multiplier,
+        value_discretization_interval=discretization,
+        sampling_prob=sample_rate,
+        neighboring_relation=RELATIONS[relation],
+    )
 
 
 def rdp_epsilon_of(events: Sequence[dp_event.DpEvent], delta: float, relation: str) -> float:
@@ -128,7 +202,7 @@ def solve_noise_multiplier(
         return total(noise_multiplier, COARSE) - target_epsilon
 
     low, high = _bracket(excess, spent, sample_rate, num_steps, target_epsilon, delta, relation)
-    coarse = float(_find_root(excess, low, high, rtol=1e-4))
+    coarse = _find_root(excess, low, high, rtol=1e-4)
     # One Newton step from the coarse grid to the fine one, then up to four decimals and a proof.
     slope = (excess(1.005 * coarse) - excess(coarse)) / (0.005 * coarse)
     fine = coarse - (total(coarse, FINE) - target_epsilon) / slope
@@ -158,7 +232,7 @@ def _bracket(
 
     low, high = 0.1, 1.0
     if relation == "zero_out" and rdp_excess(MAX_NOISE_MULTIPLIER) < 0:
-        guess = float(_find_root(rdp_excess, 0.02, MAX_NOISE_MULTIPLIER, rtol=1e-3))
+        guess = _find_root(rdp_excess, 0.02, MAX_NOISE_MULTIPLIER, rtol=1e-3)
         low, high = 0.7 * guess, 1.01 * guess
     while excess(high) > 0:
         low, high = high, 2 * high

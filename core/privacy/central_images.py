@@ -91,7 +91,7 @@ def down_scaled(images: torch.Tensor, config: CentralImagesConfig) -> torch.Tens
     """
     size = (config.image_size, config.image_size)
     parts: list[torch.Tensor] = []
-    for part in images.split(_CHUNK):
+    for part in torch.split(images, _CHUNK):
         small = to_float(part)
         if small.shape[-2:] != size:
             small = F.interpolate(small, size=size, mode="bilinear", antialias=True)

@@ -1,4 +1,8 @@
 """DP-SGD (Abadi et al. 2016): clip each example over all parameters, sum, noise once, divide."""
+# Opacus has no stubs, and its constructor's types are incomplete:
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
+
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -35,6 +39,11 @@ class DpSgdOptimizer(DPOptimizer):
         self._noise = noise
         self._step = -1
 
+    @property
+    def params(self) -> list[Any]:
+        """The parameters; Opacus keeps `grad_sample` and `summed_grad` as attributes of them."""
+        return super().params
+
     def accumulate(self) -> None:
         """Clips the per-example gradients of one physical batch and adds them to the sum."""
         self.clip_and_accumulate()
@@ -55,14 +64,14 @@ class DpSgdOptimizer(DPOptimizer):
         An example whose gradient is not finite counts as zero: one record must not be able to
         destroy, abort or reveal itself in the step.
         """
-        grad_samples = self.grad_samples
-        squares = torch.stack([g.flatten(1).float().square().sum(1) for g in grad_samples])
-        norms = squares.sum(0).sqrt()
+        rows: list[torch.Tensor] = [g.flatten(1).float() for g in self.grad_samples]
+        parts = torch.stack([torch.linalg.vector_norm(row, dim=1) for row in rows])
+        norms = torch.linalg.vector_norm(parts, dim=0)
         finite = torch.isfinite(norms)
         factors = torch.where(finite, (self.max_grad_norm / (norms + 1e-6)).clamp(max=1.0), 0.0)
-        for parameter, grad_sample in zip(self.params, grad_samples, strict=True):
-            rows = torch.where(finite[:, None], grad_sample.flatten(1).float(), 0.0)
-            total = (factors @ rows).view_as(parameter)
+        for parameter, row in zip(self.params, rows, strict=True):
+            # Zero times NaN is NaN; in place, as these gradients are dropped after this.
+            total = (factors @ row.nan_to_num_(0.0, 0.0, 0.0)).view_as(parameter)
             earlier = parameter.summed_grad
             parameter.summed_grad = total if earlier is None else earlier + total
 
@@ -82,7 +91,7 @@ class DpSgdOptimizer(DPOptimizer):
             dist.all_reduce(flat, op=dist.ReduceOp.SUM)
         noise = self._noise.normal(self._step, flat.numel()).to(flat.device)
         flat = flat + (self.noise_multiplier * self.max_grad_norm) * noise
-        parts = flat.split([parameter.numel() for parameter in self.params])
+        parts = torch.split(flat, [parameter.numel() for parameter in self.params])
         for parameter, part in zip(self.params, parts, strict=True):
             parameter.grad = part.view_as(parameter).clone()
 

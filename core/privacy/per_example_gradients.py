@@ -5,10 +5,13 @@ weight gradient, one weight gradient for each example over its K copies, put int
 `parameter.grad_sample` where Opacus's optimizers look for it. The gradient of a single copy never
 exists, so memory is 1/K of that of hooks on `K * B` examples.
 """
+# Opacus has no stubs, and torch's iterators over a module have no types:
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 from collections.abc import Callable
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -74,7 +77,7 @@ def _store(parameter: nn.Parameter | None, grad_sample: torch.Tensor) -> None:
     if parameter is None or not parameter.requires_grad:
         return
     earlier = getattr(parameter, "grad_sample", None)
-    parameter.grad_sample = grad_sample if earlier is None else earlier + grad_sample
+    cast(Any, parameter).grad_sample = grad_sample if earlier is None else earlier + grad_sample
 
 
 class _Conv2d(torch.autograd.Function):
@@ -104,7 +107,7 @@ class _Conv2d(torch.autograd.Function):
         grouped = torch.ops.aten.convolution_backward(
             grad.reshape(copies, -1, *grad.shape[2:]),
             x.contiguous().reshape(copies, -1, *x.shape[2:]),
-            weight.detach().repeat(batch, 1, 1, 1),
+            weight.new_empty(1).expand(batch * len(weight), *weight.shape[1:]),  # Shape alone.
             None, *shape, batch, [False, True, False],
         )[1]  # fmt: skip
         _store(layer.weight, grouped.view(batch, *weight.shape))

@@ -28,7 +28,7 @@ class PoissonSampler:
         if self._threshold >= 2**64:
             return torch.arange(self._num_examples)
         mask = self._stream.bits(step, self._num_examples) < np.uint64(self._threshold)
-        return torch.from_numpy(np.flatnonzero(mask))
+        return torch.as_tensor(np.flatnonzero(mask))
 
 
 def rank_share(indices: torch.Tensor, rank: int, world_size: int) -> torch.Tensor:

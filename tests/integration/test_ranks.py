@@ -75,8 +75,16 @@ def test_interrupted_run_goes_on_bit_for_bit(alone, tmp_path):
             if metrics["step"] >= at and metrics["stage"] != "evaluation":
                 raise StopRunError
 
-        config = load({}, TINY | {"runtime.checkpoint_every": 1})
-        run(config, tmp_path, master=MasterSecret(b"s" * 32), trial="tiny", report=report)
+        ledger = str(tmp_path / "ledger")
+        config = load({}, TINY | {"runtime.checkpoint_every": 1, "runtime.ledger": ledger})
+        run(
+            config,
+            tmp_path,
+            master=MasterSecret(b"s" * 32),
+            name="tiny",
+            trial="tiny",
+            report=report,
+        )
 
     for at in (2, 4):
         with pytest.raises(StopRunError):

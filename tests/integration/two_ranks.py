@@ -30,8 +30,15 @@ TINY = {
 def tiny_run(run_dir: Path, **changes: object) -> list[dict]:
     """Runs the tiny configuration and returns its reports."""
     reports: list[dict] = []
-    config = load({}, TINY | changes)
-    run(config, run_dir, master=MasterSecret(b"s" * 32), trial="tiny", report=reports.append)
+    config = load({}, TINY | {"runtime.ledger": str(run_dir / "ledger")} | changes)
+    run(
+        config,
+        run_dir,
+        master=MasterSecret(b"s" * 32),
+        name="tiny",
+        trial="tiny",
+        report=reports.append,
+    )
     return reports
 
 

@@ -39,6 +39,7 @@ def test_noise_of_an_empty_batch_has_the_planned_scale():
     noise = released(optimizer).numpy()
     planned = PLAN.noise_multiplier * PLAN.max_grad_norm / PLAN.expected_batch_size
     assert is_normal(noise, planned)
+    assert (noise != 0).all()  # No parameter, however small, is left out.
     for wrong in (0.5, 2**-0.5, 2 / 3, 0.98, 1.02, 3 / 2, 2.0, 64.0):
         assert not is_normal(noise, wrong * planned)
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from core.config import DatasetConfig, EvaluationConfig
+from core.config import DIRECTIONS, DatasetConfig, EvaluationConfig
 from core.data import Dataset, Split, load_dataset
 from core.errors import ConfigError, DataError
 from core.evaluation import classifiers
@@ -15,7 +15,7 @@ from core.evaluation.classifiers import (
     learning_rate_factor,
     train_classifier,
 )
-from core.evaluation.metrics import DIRECTIONS, downstream_accuracy, synthetic_split
+from core.evaluation.metrics import downstream_accuracy, synthetic_split
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ import torch
 from core.config import EvaluationConfig
 from core.data import Dataset, Split
 from core.errors import ConfigError, DataError
-from core.evaluation import features, metrics
+from core.evaluation import features, metrics, reference
 from core.evaluation.features import CnnExtractor, InceptionExtractor, find_weights
 from core.evaluation.fid import Moments, frechet_distance, image_moments
 
@@ -207,8 +207,11 @@ def test_inception_weights_load_from_a_path(
         extractor(torch.zeros(1, 2, 8, 8, dtype=torch.uint8))
 
 
-def test_the_metric_is_named_after_its_extractor(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_metric_is_named_after_its_extractor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Pixels:
+        digest = "pixels"
         name, dimension = "fid", 64
 
         def __init__(self, weights: str | None, device: str) -> None:
@@ -217,30 +220,51 @@ def test_the_metric_is_named_after_its_extractor(monkeypatch: pytest.MonkeyPatch
         def __call__(self, images: torch.Tensor) -> torch.Tensor:
             return images.flatten(1).float()
 
-    monkeypatch.setattr(metrics, "InceptionExtractor", Pixels)
+    monkeypatch.setattr(reference, "InceptionExtractor", Pixels)
     dataset = Dataset(_images(40, seed=0), _images(8, seed=1), "")
     inception = EvaluationConfig(inception_weights="weights.pth", batch_size=7)
     cnn = EvaluationConfig(fid_extractor="cnn", classifier_epochs=1, batch_size=7)
     for config, expected in ((inception, "fid"), (cnn, "fid_cnn")):
-        name, same = metrics.fid_score(dataset.train, dataset, config, 2, 0, "cpu")
+        name, same = metrics.fid_score(dataset.train, dataset, config, 2, 0, "cpu", tmp_path)
         assert name == expected
         assert same == pytest.approx(0, abs=1e-6)
         darker = Split(dataset.train.images // 2, dataset.train.labels)
-        assert metrics.fid_score(darker, dataset, config, 2, 0, "cpu")[1] > 1e-3
+        assert metrics.fid_score(darker, dataset, config, 2, 0, "cpu", tmp_path)[1] > 1e-3
 
 
-def test_inception_never_falls_back_to_the_cnn(offline: Path) -> None:
+def test_inception_never_falls_back_to_the_cnn(offline: Path, tmp_path: Path) -> None:
     pytest.importorskip("pytorch_fid")
     dataset = Dataset(_images(8, seed=0), _images(8, seed=1), "")
     with pytest.raises(ConfigError, match="no Inception weights"):
-        metrics.fid_score(dataset.train, dataset, EvaluationConfig(), 2, 0, "cpu")
+        metrics.fid_score(dataset.train, dataset, EvaluationConfig(), 2, 0, "cpu", tmp_path)
 
 
-def test_images_of_another_shape_are_refused() -> None:
+def test_images_of_another_shape_are_refused(tmp_path: Path) -> None:
     dataset = Dataset(_images(8, seed=0), _images(8, seed=1), "")
     colour = _images(8, seed=2, channels=3)
     with pytest.raises(DataError, match=r"\[3, 8, 8\].*\[1, 8, 8\]"):
-        metrics.fid_score(colour, dataset, EvaluationConfig(), 2, 0, "cpu")
+        metrics.fid_score(colour, dataset, EvaluationConfig(), 2, 0, "cpu", tmp_path)
+
+
+def test_the_real_side_is_kept_for_the_same_data_and_settings_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = Dataset(_images(40, seed=0), _images(8, seed=1), "a")
+    other = Dataset(_images(40, seed=5), _images(8, seed=1), "b")
+    cnn = EvaluationConfig(fid_extractor="cnn", classifier_epochs=1, batch_size=7)
+    images = _images(20, seed=2)
+    first = metrics.fid_score(images, dataset, cnn, 2, 0, "cpu", tmp_path)
+    fresh = metrics.fid_score(images, other, cnn, 2, 0, "cpu", tmp_path)
+    assert fresh != first
+    assert metrics.fid_score(images, dataset, cnn, 2, 1, "cpu", tmp_path) != first
+    assert len(list(tmp_path.glob("cnn-*.pt"))) == 3
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(features, "train_classifier", refuse)
+    assert metrics.fid_score(images, dataset, cnn, 2, 0, "cpu", tmp_path) == first
+    assert metrics.fid_score(images, other, cnn, 2, 0, "cpu", tmp_path) == fresh
 
 
 def test_cnn_features_are_those_of_their_seed() -> None:

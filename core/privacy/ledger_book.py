@@ -1,0 +1,112 @@
+"""What the lines of a ledger add up to: a charge for each key, the writers of each run."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+
+from core.privacy.ledger_file import Chain, Event, Key, LedgerError, Terms
+
+
+@dataclass(frozen=True)
+class Reservation:
+    """Leave to run `events` once; handed to `commit` or `void`."""
+
+    key: Key
+    events: tuple[Event, ...]
+
+
+@dataclass
+class Charge:
+    """One key's state: the whole counts while it is open, then the committed steps alone."""
+
+    events: tuple[Event, ...]
+    note: str
+    time: str
+    open: bool = True
+    committed: int | None = None
+
+    @property
+    def settled(self) -> tuple[Event, ...]:
+        """What was executed."""
+        return () if self.committed is None else _executed(self.events, self.committed)
+
+    @property
+    def counted(self) -> tuple[Event, ...]:
+        """What counts against the budget."""
+        return self.events if self.open else self.settled
+
+    @property
+    def state(self) -> str:
+        """`reserved`, `committed` or `void`."""
+        if self.open:
+            return "reserved"
+        return "void" if self.committed is None else "committed"
+
+
+@dataclass
+class Book:
+    """What the lines add up to: charges by key; for each run its last token and owner."""
+
+    charges: dict[Key, Charge] = field(default_factory=dict[Key, Charge])
+    leases: dict[str, tuple[int, str]] = field(default_factory=dict[str, tuple[int, str]])
+
+    def charge(self, reservation: Reservation) -> Charge:
+        """The charge that `reserve` made for this reservation."""
+        found = self.charges.get(reservation.key)
+        if found is None or found.events != reservation.events:
+            raise LedgerError(
+                f"{reservation.key} was never reserved with these releases: reserve it before "
+                "anything runs"
+            )
+        return found
+
+
+def stated_terms(path: Path, chain: Chain) -> Terms:
+    """The terms in the first line."""
+    first = chain.entries[0]
+    try:
+        return Terms(**{each.name: first[each.name] for each in fields(Terms)})
+    except (KeyError, TypeError):
+        raise _unknown(path, 1) from None
+
+
+def add_up(path: Path, chain: Chain) -> Book:
+    """Reads all lines after the first, in order."""
+    book = Book()
+    for number, entry in enumerate(chain.entries[1:], 2):
+        try:
+            if entry["kind"] == "lease":
+                book.leases[entry["run"]] = (entry["token"], entry["owner"])
+                continue
+            key = Key(**entry["key"])
+            if entry["kind"] == "reserve":
+                events = tuple(Event(**event) for event in entry["events"])
+                new = Charge(events, entry["note"], entry["time"])
+                book.charges.setdefault(key, new).open = True
+            elif entry["kind"] in ("commit", "void"):
+                book.charges[key].open = False
+                if entry["kind"] == "commit":
+                    book.charges[key].committed = entry["executed_steps"]
+            else:
+                raise _unknown(path, number)
+        except (KeyError, TypeError):
+            raise _unknown(path, number) from None
+    return book
+
+
+def _unknown(path: Path, number: int) -> LedgerError:
+    return LedgerError(
+        f"line {number} of the ledger '{path}' is of a form that this version does not know: use "
+        "the version that wrote it"
+    )
+
+
+def dp_sgd_steps(events: Iterable[Event]) -> int:
+    """DP-SGD steps of all events."""
+    return sum(event.count for event in events if event.kind == "dp_sgd")
+
+
+def _executed(events: Iterable[Event], steps: int) -> tuple[Event, ...]:
+    """`events` with the DP-SGD count replaced; at 0 steps that event is left out."""
+    kept = (event for event in events if steps or event.kind != "dp_sgd")
+    return tuple(replace(e, count=steps) if e.kind == "dp_sgd" else e for e in kept)

@@ -1,0 +1,297 @@
+"""What the lines of a ledger say, and the file that keeps them: append-only, chained, locked.
+
+Every line holds its number, the time, a kind, the SHA-256 of the line before and its own SHA-256
+over canonical JSON, so an edited, deleted, inserted or moved line is found. A head file beside
+it names the last line, so a shortened file is found too. Both are fsynced before an append
+returns. There is no secret: whoever rewrites the file together with its head is not found out.
+
+A process killed inside an append leaves one of two states, both repaired by the next reader: a
+last line without its newline (dropped: its append never returned) or one whole line more than
+the head names (kept, the head follows). The files must lie where flock works: a local disk, or a
+shared one that passes locks between hosts.
+"""
+
+import fcntl
+import hashlib
+import json
+import math
+import operator
+import os
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from core.errors import UserError
+from core.privacy.accounting import RELATIONS
+
+Entry = dict[str, Any]
+_BEFORE_FIRST = "0" * 64
+
+
+class LedgerError(UserError):
+    """A ledger is missing, edited, truncated, of other terms, or used against its rules."""
+
+
+def require(condition: bool, name: str, value: object, allowed: str) -> None:
+    """Raises the one-sentence error of a value out of its range.
+
+    Raises:
+        LedgerError: `condition` is false.
+    """
+    if not condition:
+        raise LedgerError(f"{name}={value!r} is refused: it must be {allowed}")
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a ledger states in its first line and never changes.
+
+    Attributes:
+        fingerprint: SHA-256 of the data set, 64 hexadecimal digits.
+        num_examples: public N, at least 1.
+        delta: in (0, 1/N).
+        neighboring_relation: `zero_out` or `replace_one`.
+        budget: total epsilon of all that is ever computed on the data, or None for no cap.
+    """
+
+    fingerprint: str
+    num_examples: int
+    delta: float
+    neighboring_relation: str
+    budget: float | None = None
+
+    def __post_init__(self) -> None:
+        digits, count, relation = self.fingerprint, self.num_examples, self.neighboring_relation
+        is_hash = len(digits) == 64 and set(digits) <= set("0123456789abcdef")
+        require(is_hash, "fingerprint", digits, "64 hexadecimal digits")
+        require(count >= 1, "num_examples", count, "at least 1")
+        require(0 < self.delta < 1 / count, "delta", self.delta, f"in (0, 1/N={1 / count:.3g})")
+        known = " or ".join(RELATIONS)
+        require(relation in RELATIONS, "neighboring_relation", relation, known)
+        positive = self.budget is None or 0 < self.budget < math.inf
+        require(positive, "budget", self.budget, "a positive, finite epsilon, or none for no cap")
+
+
+@dataclass(frozen=True)
+class Event:
+    """`count` releases of a Poisson-subsampled Gaussian mechanism, as plain data.
+
+    Attributes:
+        kind: `central_images` or `dp_sgd`; only the latter can stop half-way.
+        sample_rate: q in (0, 1].
+        noise_multiplier: standard deviation over sensitivity, positive and finite.
+        count: at least 1.
+    """
+
+    kind: str
+    sample_rate: float
+    noise_multiplier: float
+    count: int
+
+    def __post_init__(self) -> None:
+        kinds, sigma = ("central_images", "dp_sgd"), self.noise_multiplier
+        require(self.kind in kinds, "event kind", self.kind, "central_images or dp_sgd")
+        require(0 < self.sample_rate <= 1, "sample_rate", self.sample_rate, "in (0, 1]")
+        require(0 < sigma < math.inf, "noise_multiplier", sigma, "positive and finite")
+        require(operator.index(self.count) >= 1, "count", self.count, "at least 1")
+
+
+@dataclass(frozen=True)
+class Key:
+    """What makes a reservation the same as an earlier one, so that it is charged once.
+
+    Attributes:
+        run: sweep or single run.
+        trial: identity from which masks and noise are drawn. Other noise is another trial: only
+            an exact replay is free.
+        stage: name of what runs, such as `all`.
+        first_step: first DP-SGD step, from 0.
+        end_step: DP-SGD step after the last; the difference is the DP-SGD count.
+    """
+
+    run: str
+    trial: str
+    stage: str
+    first_step: int
+    end_step: int
+
+    def __str__(self) -> str:
+        steps = f"steps {self.first_step} to {self.end_step}"
+        return f"trial {self.trial[:16]} of run {self.run} ({self.stage}, {steps})"
+
+
+class Chain:
+    """The verified lines of a ledger while its lock is held.
+
+    Attributes:
+        entries: all lines, oldest first.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.entries = _read_and_repair(path)
+
+    def append(self, kind: str, body: Mapping[str, Any]) -> None:
+        """Adds one line; when this returns, line and head have reached the disk.
+
+        Args:
+            kind: what the line is.
+            body: plain JSON data; floats survive exactly.
+
+        Raises:
+            ValueError: `body` holds NaN or infinity; nothing was written.
+        """
+        entry: Entry = {
+            **body,
+            "kind": kind,
+            "sequence": len(self.entries),
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "previous": self.entries[-1]["hash"] if self.entries else _BEFORE_FIRST,
+        }
+        entry["hash"] = _digest(entry)
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+        _write_and_sync(os.open(self._path, flags, 0o644), _canonical(entry) + b"\n")
+        _sync_folder(self._path)
+        _write_head(self._path, entry)
+        self.entries.append(entry)
+
+
+@contextmanager
+def locked(path: Path, create: bool = False) -> Generator[Chain, None, None]:
+    """Holds the exclusive lock of the ledger at `path` and gives its verified lines.
+
+    Args:
+        path: the `.jsonl` file; head and lock lie beside it.
+        create: also where there is no ledger yet; its folder is made, the chain is empty.
+
+    Raises:
+        LedgerError: the file is missing, edited or truncated, or cannot be read or written.
+    """
+    try:
+        if create:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        elif not path.exists() and not _head(path).exists():
+            raise _missing(path)
+        descriptor = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)  # The kernel frees it when the process dies.
+            chain = Chain(path)
+            if not chain.entries and not create:
+                raise _missing(path)
+            yield chain
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise LedgerError(
+            f"the ledger '{path}' cannot be used ({error.strerror}): it needs a folder that this "
+            "user may write to, with space left"
+        ) from None
+
+
+def _read_and_repair(path: Path) -> list[Entry]:
+    content = path.read_bytes() if path.exists() else b""
+    known, last_hash = _read_head(path)
+    *lines, torn = content.split(b"\n")
+    entries: list[Entry] = []
+    for line in lines:
+        entries.append(_verified(path, line, entries))
+    if len(entries) < known:
+        raise _damaged(path, f"it holds {len(entries)} whole lines of {known}")
+    if len(entries) > known + 1:
+        raise _damaged(path, f"it holds {len(entries)} lines where its head names {known}")
+    if known and entries[known - 1]["hash"] != last_hash:
+        raise _damaged(path, f"line {known} is not the one that its head names")
+    if torn and len(entries) > known:  # A writer moves the head on before it appends again.
+        raise _damaged(path, f"line {len(entries) + 1} is incomplete")
+    if torn:
+        os.truncate(path, len(content) - len(torn))
+        _write_and_sync(os.open(path, os.O_WRONLY), b"")
+    elif len(entries) > known:
+        # Whoever wrote it may have died before it was on the disk.
+        _write_and_sync(os.open(path, os.O_WRONLY), b"")
+        _write_head(path, entries[-1])
+    return entries
+
+
+def _verified(path: Path, line: bytes, before: list[Entry]) -> Entry:
+    """The line as data, if it is just what `append` would have written after `before`."""
+    number = len(before) + 1
+    try:
+        entry: Entry = json.loads(line)
+        # Canonical form admits no other spacing, order or spelling of numbers.
+        if _canonical(entry) == line and entry["hash"] == _digest(entry):
+            previous = before[-1]["hash"] if before else _BEFORE_FIRST
+            if (entry["sequence"], entry["previous"]) == (number - 1, previous):
+                return entry
+            raise _damaged(path, f"line {number} does not follow the line before it")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass
+    raise _damaged(path, f"line {number} is not as it was written")
+
+
+def _read_head(path: Path) -> tuple[int, str]:
+    """How many lines the head vouches for, and the hash of the last; (0, "") where none is."""
+    if not _head(path).exists():
+        return 0, ""
+    try:
+        content = _head(path).read_bytes()
+        head: Entry = json.loads(content)
+        if _canonical(head) + b"\n" == content and head["sequence"] >= 0:
+            return int(head["sequence"]) + 1, head["hash"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise _damaged(path, f"its head '{_head(path).name}' is not as it was written")
+
+
+def _write_head(path: Path, entry: Entry) -> None:
+    temporary = path.with_suffix(".head.tmp")
+    head = {"sequence": entry["sequence"], "hash": entry["hash"]}
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    _write_and_sync(os.open(temporary, flags, 0o644), _canonical(head) + b"\n")
+    os.replace(temporary, _head(path))
+    _sync_folder(path)
+
+
+def _head(path: Path) -> Path:
+    return path.with_suffix(".head")
+
+
+def _write_and_sync(descriptor: int, content: bytes) -> None:
+    """Writes all of `content`, forces it to the disk and closes the descriptor."""
+    try:
+        while content:
+            content = content[os.write(descriptor, content) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_folder(path: Path) -> None:
+    """Makes the names in a folder durable: without it a new file can vanish with the power."""
+    _write_and_sync(os.open(path.parent, os.O_RDONLY), b"")
+
+
+def _canonical(value: Entry) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def _digest(entry: Entry) -> str:
+    content = {key: value for key, value in entry.items() if key != "hash"}
+    return hashlib.sha256(_canonical(content)).hexdigest()
+
+
+def _missing(path: Path) -> LedgerError:
+    return LedgerError(
+        f"no ledger at '{path}': it must hold what was spent on this data set so far, so restore "
+        "the file and its head, or name the folder in which they are"
+    )
+
+
+def _damaged(path: Path, finding: str) -> LedgerError:
+    return LedgerError(
+        f"the ledger '{path}' was edited or truncated: {finding}; nothing more can be spent on "
+        "this data set until the file and its head are restored from a copy"
+    )

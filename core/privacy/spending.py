@@ -1,0 +1,133 @@
+"""One run's dealings with the ledger: reserve before the data is opened, settle when it ends."""
+# pyright: reportUnknownMemberType=false
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from core.config import Config, flatten
+from core.errors import DataError
+from core.privacy.ledger import Ledger, Reservation, events_of
+from core.privacy.ledger_file import Key, Terms
+from core.privacy.plan import PrivacyPlan
+
+_SOURCES = "sources.json"
+_BLOCK = 25
+"""Steps that are noted together; a stopped run pays for at most so many too many."""
+
+
+@dataclass
+class Spending:
+    """What one run asks of the ledger; used on rank 0 alone.
+
+    The ledger of a data set is named by the fingerprint of its content, which is known without
+    opening the data from the second run on: the folder remembers which source had which content.
+
+    Args:
+        folder: of the ledgers, `runtime.ledger`.
+        run: name of the sweep or of the single run.
+        begun: file in the run's folder that counts the DP-SGD steps that ever began.
+    """
+
+    config: Config
+    plan: PrivacyPlan
+    folder: Path
+    run: str
+    begun: Path
+
+    def known_fingerprint(self) -> str | None:
+        """Fingerprint that this source had when a run opened it last."""
+        return self._sources().get(self._source())
+
+    def reserve(self, fingerprint: str, identity: str) -> Reservation:
+        """Charges the whole plan, or finds that this run has done so before.
+
+        Args:
+            fingerprint: of the data set's content.
+            identity: of the trial; masks and noise are drawn from it.
+
+        Raises:
+            BudgetExceededError: the data set's budget cannot pay; nothing was opened or changed.
+        """
+        reservation = self._ledger(fingerprint).reserve(
+            self._key(identity), events_of(self.plan), note=self.config.privacy.scope
+        )
+        if not self.begun.exists():
+            self._write_begun(0)
+        return reservation
+
+    def settle(self, fingerprint: str, reservation: Reservation) -> None:
+        """Settles what ran: all steps that ever began, by this process or one before it."""
+        self._ledger(fingerprint).commit(reservation, steps_begun(self.begun))
+
+    def count(self, step: int) -> None:
+        """Notes that a step is about to begin, in blocks: the file is never behind."""
+        if step >= steps_begun(self.begun):
+            block = step - step % _BLOCK + _BLOCK
+            self._write_begun(min(block, self.plan.dp_sgd.num_steps))
+
+    def _write_begun(self, steps: int) -> None:
+        self.begun.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.begun.with_suffix(".tmp")
+        with temporary.open("w") as file:
+            file.write(str(steps))
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(self.begun)
+
+    def remember(self, fingerprint: str) -> None:
+        """Notes the source's fingerprint, so that the next run is refused before it opens it."""
+        sources = self._sources()
+        if sources.get(self._source()) != fingerprint:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            temporary = self.folder / f"{_SOURCES}.{os.getpid()}.tmp"
+            temporary.write_text(json.dumps({**sources, self._source(): fingerprint}, indent=1))
+            temporary.replace(self.folder / _SOURCES)
+
+    def _sources(self) -> dict[str, str]:
+        path = self.folder / _SOURCES
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    def _source(self) -> str:
+        settings: dict[str, Any] = flatten(self.config.dataset)
+        if self.config.dataset.path is not None:
+            settings["path"] = str(Path(self.config.dataset.path).expanduser().resolve())
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+    def _ledger(self, fingerprint: str) -> Ledger:
+        privacy = self.config.privacy
+        terms = Terms(
+            fingerprint,
+            self.config.dataset.num_examples,
+            privacy.target_delta,
+            privacy.neighboring_relation,
+            privacy.data_set_budget,
+        )
+        # A run that has begun must find the ledger that it was charged to, never a fresh one.
+        opened = Ledger.open_existing if self.begun.exists() else Ledger.open
+        return opened(self.folder, terms)
+
+    def _key(self, identity: str) -> Key:
+        return Key(self.run, identity, "all", 0, self.plan.dp_sgd.num_steps)
+
+
+def steps_begun(path: Path) -> int:
+    """DP-SGD steps of a run that ever began; 0 where none did."""
+    return int(path.read_text()) if path.exists() else 0
+
+
+def require_same_data(stated: str, found: str, config: Config) -> None:
+    """Refuses data of another content than the one whose budget was reserved.
+
+    Raises:
+        DataError: it differs; what was reserved stays reserved.
+    """
+    if stated != found:
+        raise DataError(
+            f"the content of '{config.dataset.path or config.dataset.name}' differs from what it "
+            "was when it was last used, or from what another machine holds (SHA-256): restore it, "
+            "or put new data at another path, where it gets a ledger of its own"
+        )

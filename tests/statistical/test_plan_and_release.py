@@ -1,0 +1,111 @@
+"""The plan's numbers against what the releases do, and its epsilon against the library's own."""
+
+import dataclasses
+
+import dp_accounting
+import pytest
+import torch
+from dp_accounting import dp_event, pld, rdp
+from dp_accounting.pld import privacy_loss_distribution
+
+from core.config import load
+from core.privacy import accounting
+from core.privacy.central_images import class_sums, down_scaled
+from core.privacy.plan import composed_epsilon, make_plan
+
+SMALL = {
+    "dataset.num_examples": 1_000,
+    "dataset.image_size": 8,
+    "central_images.per_class": 4,
+    "central_images.noise_multiplier": 4.0,
+    "central_images.expected_batch_size": 200,
+    "central_images.image_size": 5,
+    "private_training.expected_batch_size": 50,
+    "private_training.max_grad_norm": 0.25,
+    "training.num_steps": 24,
+    "stage_split": 0.25,
+    "privacy.target_epsilon": 1.0,
+    "privacy.target_delta": 1e-4,
+}
+
+
+@pytest.mark.parametrize("kind", ["mean", "mode"])
+@pytest.mark.parametrize("center", [0.0, 0.3, 0.5, 0.8, 1.0])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_sensitivity_is_the_most_that_a_record_can_move_the_sums(kind, center, channels):
+    changes = {
+        "central_images.kind": kind,
+        "central_images.pixel_center": center,
+        "dataset.channels": channels,
+    }
+    config = load({}, SMALL | changes)
+    plan = make_plan(config).central
+    assert plan is not None
+    extremes = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1)
+    small = down_scaled(extremes.repeat(1, channels, 8, 8), config.central_images)
+    moved = [
+        class_sums(small[i : i + 1], torch.tensor([i]), 2, config.central_images).norm().item()
+        for i in (0, 1)
+    ]
+    assert max(moved) == pytest.approx(plan.sensitivity, rel=1e-5)
+    assert plan.noise_stddev == pytest.approx(4.0 * max(moved), rel=1e-5)
+
+
+RELATIONS = {
+    "zero_out": dp_accounting.NeighboringRelation.REPLACE_SPECIAL,
+    "replace_one": dp_accounting.NeighboringRelation.REPLACE_ONE,
+}
+
+
+@pytest.mark.parametrize(("relation", "delta"), [("zero_out", 1e-7), ("replace_one", 1e-4)])
+def test_epsilon_is_that_of_everything_that_runs(relation, delta):
+    """Composed here by hand from the configuration, without the project's accounting."""
+    settings = {"privacy.neighboring_relation": relation, "privacy.target_delta": delta}
+    plan = make_plan(load({}, SMALL | settings))
+
+    def epsilon(accountant, noise_multiplier: float, releases: int = 4, steps: int = 18) -> float:
+        for rate, sigma, count in ((0.2, 4.0, releases), (0.05, noise_multiplier, steps)):
+            event = dp_event.PoissonSampledDpEvent(rate, dp_event.GaussianDpEvent(sigma))
+            accountant.compose(event, count)
+        return accountant.get_epsilon(delta)
+
+    def by_pld(noise_multiplier: float, grid: float = 1e-3, **changes: int) -> float:
+        return epsilon(pld.PLDAccountant(RELATIONS[relation], grid), noise_multiplier, **changes)
+
+    sigma = plan.noise_multiplier
+    assert plan.epsilon == pytest.approx(by_pld(sigma, 1e-4), rel=1e-6)
+    assert 0.99 < plan.epsilon <= 1.0
+    if relation == "zero_out":  # The library's RDP knows no other for Poisson samples.
+        by_rdp = epsilon(rdp.RdpAccountant(accounting.RDP_ORDERS, RELATIONS[relation]), sigma)
+        assert by_rdp == pytest.approx(accounting.rdp_epsilon_of(plan.events, delta, relation))
+        assert 1.0 <= by_rdp <= 1.6
+    assert by_pld(sigma) == pytest.approx(1.0, rel=5e-3)  # The coarse grid tells these apart:
+    assert by_pld(0.97 * sigma) > 1.01
+    for changes in ({"steps": 20}, {"releases": 6}):
+        assert by_pld(sigma, **changes) > 1.01
+
+
+def test_plan_and_configuration_agree_on_every_number():
+    plan = make_plan(load({}, SMALL))
+    assert plan.central is not None
+    assert dataclasses.astuple(plan.dp_sgd) == (18, 0.05, plan.noise_multiplier, 0.25, 50)
+    assert plan.dp_sgd.noise_stddev == plan.noise_multiplier * 0.25
+    assert dataclasses.astuple(plan.central) == (4, 0.2, 4.0, 5.0, 20.0)
+    alone = accounting.epsilon_of([plan.central.event], 1e-4, "zero_out")
+    assert plan.epsilon_central == pytest.approx(alone)
+
+
+def test_a_sweep_pays_for_the_central_images_of_every_trial():
+    plan = make_plan(load({}, SMALL))
+    without = dataclasses.replace(plan, central=None)
+    both = composed_epsilon([plan, plan])
+    assert both > 1.02 * composed_epsilon([without, without])
+    assert both == pytest.approx(accounting.epsilon_of(plan.events * 2, 1e-4, "zero_out"), rel=5e-3)
+
+
+@pytest.mark.parametrize(("relation", "distance"), [("zero_out", 1.0), ("replace_one", 2.0)])
+def test_two_records_of_the_bounded_norm_are_up_to_twice_it_apart(relation, distance):
+    """Without subsampling, replacing one record by any other moves a sum by up to 2 S."""
+    found = accounting.epsilon_of([accounting.subsampled_gaussian(1.0, 3.0, 1)], 1e-5, relation)
+    exact = privacy_loss_distribution.from_gaussian_mechanism(3.0, sensitivity=distance)
+    assert found == pytest.approx(exact.get_epsilon_for_delta(1e-5), rel=1e-3)

@@ -1,0 +1,370 @@
+"""Data sets: what is read, and errors that name the file and the remedy."""
+
+import gzip
+import hashlib
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from idx_files import TEST_IMAGES, TEST_LABELS, TRAIN_IMAGES, TRAIN_LABELS, write_idx
+from PIL import Image
+
+from core.config import DatasetConfig
+from core.data import from_model_range, load_dataset, to_float, to_model_range
+from core.errors import DataError
+
+
+def config(folder: Path | None, **changes: object) -> DatasetConfig:
+    settings = {"name": "idx", "image_size": 6, "num_classes": 3, "num_examples": 30} | changes
+    return DatasetConfig(path=None if folder is None else str(folder), **settings)  # type: ignore[arg-type]
+
+
+def refuses(settings: DatasetConfig, *parts: str | Path) -> None:
+    """The error is one sentence that holds all `parts` in this order."""
+    pattern = ".*".join(re.escape(str(part)) for part in parts)
+    with pytest.raises(DataError, match=pattern) as caught:
+        load_dataset(settings)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_idx_is_read_to_the_byte(tmp_path, zipped):
+    write_idx(tmp_path, zipped)
+    dataset = load_dataset(config(tmp_path))
+    random = np.random.default_rng(0)
+    train = random.integers(0, 256, (30, 6, 6)).astype(np.uint8)
+    test = random.integers(0, 256, (12, 6, 6)).astype(np.uint8)
+    assert np.array_equal(dataset.train.images.numpy()[:, 0], train)
+    assert np.array_equal(dataset.test.images.numpy()[:, 0], test)
+    assert dataset.train.labels.tolist() == [i % 3 for i in range(30)]
+    assert dataset.test.labels.tolist() == [i % 3 for i in range(12)]
+    assert (dataset.train.images.dtype, dataset.train.labels.dtype) == (torch.uint8, torch.int64)
+
+
+def test_idx_images_are_cropped_to_their_centre_and_resized(tmp_path):
+    images = np.zeros((30, 6, 10))
+    images[:, :, 2:8] = 200
+    write_idx(tmp_path, train_images=images)
+    for size in (4, 6, 12):
+        train = load_dataset(config(tmp_path, image_size=size)).train
+        assert train.images.shape == (30, 1, size, size)
+        assert (train.images == 200).all()
+
+
+def test_fingerprint_is_that_of_the_content(tmp_path):
+    write_idx(tmp_path / "plain")
+    write_idx(tmp_path / "zipped", zipped=True)
+    plain = load_dataset(config(tmp_path / "plain")).fingerprint
+    assert re.fullmatch("[0-9a-f]{64}", plain)
+    assert load_dataset(config(tmp_path / "zipped")).fingerprint == plain
+    # One pixel or one label of either split.
+    for name, place in ((TRAIN_IMAGES, 500), (TEST_IMAGES, 100), (TEST_LABELS, 10)):
+        folder = tmp_path / f"{name}-changed"
+        write_idx(folder)
+        content = bytearray((folder / name).read_bytes())
+        content[place] = (content[place] + 1) % (256 if "images" in name else 3)
+        (folder / name).write_bytes(content)
+        assert load_dataset(config(folder)).fingerprint != plain
+    swapped = np.arange(30) % 3
+    swapped[[0, 1]] = swapped[[1, 0]]
+    write_idx(tmp_path / "swapped", train_labels=swapped)
+    assert load_dataset(config(tmp_path / "swapped")).fingerprint != plain
+
+
+@pytest.mark.parametrize("path", [None, ""])
+def test_missing_path(path):
+    settings = config(None).model_copy(update={"path": path})
+    refuses(settings, "dataset.name=idx needs a folder", "set dataset.path=FOLDER")
+
+
+def test_missing_folder(tmp_path):
+    refuses(config(tmp_path / "nowhere"), tmp_path / "nowhere", "correct the path")
+
+
+@pytest.mark.parametrize("name", [TRAIN_IMAGES, TRAIN_LABELS, TEST_IMAGES, TEST_LABELS])
+def test_missing_file(tmp_path, name):
+    write_idx(tmp_path)
+    (tmp_path / name).unlink()
+    refuses(config(tmp_path), tmp_path, f"neither '{name}' nor '{name}.gz'", "fetch it")
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_wrong_magic_number(tmp_path, zipped):
+    write_idx(tmp_path, zipped)
+    suffix = ".gz" if zipped else ""
+    shutil.copy(tmp_path / f"{TRAIN_LABELS}{suffix}", tmp_path / f"{TRAIN_IMAGES}{suffix}")
+    refuses(
+        config(tmp_path),
+        tmp_path / f"{TRAIN_IMAGES}{suffix}",
+        "magic number 0x00000801, not 0x00000803",
+        "put an IDX file of unsigned bytes in 3 dimensions there",
+    )
+
+
+@pytest.mark.parametrize("size", [0, 3, 10, 16, 400])
+def test_truncated_file(tmp_path, size):
+    write_idx(tmp_path)
+    path = tmp_path / TEST_IMAGES
+    path.write_bytes(path.read_bytes()[:size])
+    refuses(config(tmp_path), path, f"truncated: {size} bytes", "fetch it again")
+
+
+def test_truncated_gzip(tmp_path):
+    write_idx(tmp_path, zipped=True)
+    path = tmp_path / f"{TRAIN_IMAGES}.gz"
+    whole = path.read_bytes()
+    for content in (whole[:-20], whole[:-8], whole[:30], b"", whole[:40] + b"\xff" * 9, b"text"):
+        path.write_bytes(content)
+        refuses(config(tmp_path), path, "fetch it again")
+    path.write_bytes(gzip.compress(gzip.decompress(whole)[:99]))
+    refuses(config(tmp_path), path, "truncated: 99 bytes where its header says 1096")
+
+
+def test_too_long_file(tmp_path):
+    write_idx(tmp_path)
+    path = tmp_path / TRAIN_LABELS
+    path.write_bytes(path.read_bytes() + b"\x00")
+    refuses(config(tmp_path), path, "too long: 39 bytes where its header says 38", "fetch it again")
+
+
+def test_images_without_pixels(tmp_path):
+    write_idx(tmp_path, train_images=np.zeros((30, 0, 6)))
+    refuses(config(tmp_path), tmp_path / TRAIN_IMAGES, "0x6 pixels", "fetch it again")
+
+
+def test_counts_that_differ(tmp_path):
+    write_idx(tmp_path, train_labels=np.arange(29) % 3)
+    refuses(
+        config(tmp_path),
+        f"'{tmp_path / TRAIN_IMAGES}' holds 30 images",
+        f"'{tmp_path / TRAIN_LABELS}' 29",
+        "do not belong together: fetch both again",
+    )
+
+
+def test_label_out_of_range(tmp_path):
+    write_idx(tmp_path, test_labels=np.arange(12) % 4)
+    refuses(
+        config(tmp_path),
+        tmp_path / TEST_LABELS,
+        "label 3, which must lie in [0, dataset.num_classes=3)",
+        "raise dataset.num_classes",
+    )
+
+
+def test_class_without_training_images(tmp_path):
+    write_idx(tmp_path)
+    refuses(config(tmp_path, num_classes=4), "class 3", tmp_path, "lower dataset.num_classes=4")
+    write_idx(tmp_path, test_labels=np.zeros(12))  # The test split need not have every class.
+    assert len(load_dataset(config(tmp_path)).test.labels) == 12
+
+
+def test_split_without_images(tmp_path):
+    write_idx(tmp_path, test_images=np.zeros((0, 9, 9)), test_labels=np.zeros(0))
+    refuses(config(tmp_path), tmp_path, "no test image: add some")
+
+
+def test_stated_number_of_examples_must_be_that_of_the_data(tmp_path):
+    write_idx(tmp_path)
+    refuses(config(tmp_path, num_examples=31), "num_examples=31", tmp_path, "30", "state it")
+
+
+def test_stated_channels_must_be_those_of_the_data(tmp_path):
+    write_idx(tmp_path)
+    refuses(config(tmp_path, channels=3), tmp_path, "(1, 6, 6), not (3, 6, 6)", "dataset.channels")
+
+
+def picture(path: Path, array: np.ndarray, **options: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array.astype(np.uint8)).save(path, **options)
+
+
+def write_folder(folder: Path, classes: int = 2, each: int = 20, colour: bool = False) -> None:
+    shape = (6, 6, 3) if colour else (6, 6)
+    for label in range(classes):
+        for number in range(each):
+            pixels = np.full(shape, 100 * label + number)
+            picture(folder / f"class{label}" / f"{number:03}.png", pixels)
+
+
+def folder_config(folder: Path, **changes: object) -> DatasetConfig:
+    return config(folder, **{"name": "image_folder", "num_classes": 2} | changes)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_image_folder_with_train_and_test(tmp_path, channels):
+    write_folder(tmp_path / "train", colour=channels == 3)
+    write_folder(tmp_path / "test", each=3, colour=channels == 3)
+    dataset = load_dataset(folder_config(tmp_path, channels=channels, num_examples=40))
+    assert dataset.train.images.shape == (40, channels, 6, 6)
+    assert dataset.train.labels.tolist() == [0] * 20 + [1] * 20
+    assert dataset.test.labels.tolist() == [0] * 3 + [1] * 3
+    values = dataset.train.images[:, 0, 0, 0].tolist()
+    assert values == [*range(20), *range(100, 120)]
+    assert (dataset.train.images == dataset.train.images[:, :1, :1, :1]).all()
+
+
+def test_colours_keep_their_channels(tmp_path):
+    write_folder(tmp_path / "train", colour=True)
+    write_folder(tmp_path / "test", colour=True)
+    picture(tmp_path / "train" / "class0" / "000.png", np.tile([10, 20, 30], (6, 6, 1)))
+    train = load_dataset(folder_config(tmp_path, channels=3, num_examples=40)).train
+    assert train.images[0, :, 2, 4].tolist() == [10, 20, 30]
+
+
+def test_images_are_cropped_to_their_centre_and_resized(tmp_path):
+    write_folder(tmp_path / "train")
+    write_folder(tmp_path / "test")
+    tall, wide = np.zeros((40, 12)), np.zeros((12, 40))
+    tall[14:26], wide[:, 14:26] = 77, 88
+    picture(tmp_path / "train" / "class0" / "000.png", tall)
+    picture(tmp_path / "train" / "class0" / "001.png", wide)
+    halves = np.zeros((12, 12))
+    halves[:, 6:] = 200
+    picture(tmp_path / "train" / "class0" / "002.png", halves)
+    images = load_dataset(folder_config(tmp_path, num_examples=40)).train.images
+    assert (images[0] == 77).all()
+    assert (images[1] == 88).all()
+    assert (images[2, :, :, :2] == 0).all()
+    assert (images[2, :, :, 4:] == 200).all()
+
+
+def split_of(folder: Path, **changes: object) -> tuple[set[int], set[int]]:
+    """Pixel values, which name the images, of the training and the test split."""
+    dataset = load_dataset(folder_config(folder, **changes))
+    return (
+        set(dataset.train.images[:, 0, 0, 0].tolist()),
+        set(dataset.test.images[:, 0, 0, 0].tolist()),
+    )
+
+
+def test_fixed_fifth_does_not_depend_on_the_other_files(tmp_path):
+    write_folder(tmp_path, each=60)
+    train, test = split_of(tmp_path, num_examples=99)
+    assert (len(train), len(test)) == (99, 21)
+    assert train.isdisjoint(test)
+    for number in range(0, 60, 2):
+        (tmp_path / "class0" / f"{number:03}.png").unlink()
+    left = {*range(1, 60, 2), *range(100, 160)}
+    fewer = split_of(tmp_path, num_examples=len(train & left))
+    assert fewer == (train & left, test & left)
+    assert len(test & left) < len(test)
+
+
+def test_other_files_and_hidden_folders_are_not_images(tmp_path):
+    write_folder(tmp_path / "train")
+    write_folder(tmp_path / "test")
+    (tmp_path / "train" / ".thumbnails").mkdir()
+    (tmp_path / "train" / "class0" / "notes.txt").write_text("no image")
+    dataset = load_dataset(folder_config(tmp_path, num_examples=40))
+    assert len(dataset.train.labels) == 40
+
+
+def test_grey_and_colour_do_not_mix(tmp_path):
+    write_folder(tmp_path / "train")
+    write_folder(tmp_path / "test")
+    odd = tmp_path / "train" / "class1" / "007.png"
+    picture(odd, np.zeros((6, 6, 3)))
+    first = tmp_path / "train" / "class0" / "000.png"
+    refuses(
+        folder_config(tmp_path, num_examples=40),
+        f"'{first}' is grey and '{odd}' is in colour",
+        "convert the files to one kind",
+    )
+
+
+@pytest.mark.parametrize(("channels", "found"), [(1, "colours"), (3, "one channel")])
+def test_files_with_other_channels_than_stated(tmp_path, channels, found):
+    write_folder(tmp_path, colour=channels == 1)
+    refuses(
+        folder_config(tmp_path, channels=channels),
+        tmp_path / "class0",
+        f"has {found}: set dataset.channels={4 - channels}",
+    )
+
+
+@pytest.mark.parametrize("kind", ["LA", "RGBA", "P", "L", "I;16", "CMYK"])
+def test_transparency_and_odd_formats_are_refused(tmp_path, kind):
+    write_folder(tmp_path, colour=kind not in ("L", "LA", "I;16"))
+    path = next(iter(sorted((tmp_path / "class0").iterdir())))
+    if kind == "CMYK":
+        path.unlink()
+        Image.new("CMYK", (6, 6)).save(path := path.with_suffix(".jpg"))
+    else:
+        transparent = {"transparency": 0} if kind in ("P", "L") else {}
+        Image.new(kind, (6, 6)).save(path, **transparent)
+    channels = 1 if kind in ("L", "LA", "I;16") else 3
+    refuses(
+        folder_config(tmp_path, channels=channels),
+        path,
+        f"pixel format {kind}",
+        "convert it to 8-bit grey or RGB without transparency",
+    )
+
+
+@pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\n1234", "half"])
+def test_corrupt_image(tmp_path, content):
+    write_folder(tmp_path)
+    path = tmp_path / "class1" / "003.png"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2] if content == "half" else content)
+    refuses(folder_config(tmp_path), path, "repair or remove it")
+
+
+def test_class_folder_without_images(tmp_path):
+    write_folder(tmp_path)
+    shutil.rmtree(tmp_path / "class1")
+    (tmp_path / "class1").mkdir()
+    refuses(folder_config(tmp_path), tmp_path / "class1", "holds no image: remove it or fill it")
+
+
+@pytest.mark.parametrize("classes", [0, 1, 3])
+def test_wrong_number_of_class_folders(tmp_path, classes):
+    write_folder(tmp_path, classes)
+    refuses(
+        folder_config(tmp_path),
+        tmp_path,
+        f"{classes} class folders, not dataset.num_classes=2: correct",
+    )
+
+
+def test_train_and_test_must_have_the_same_classes(tmp_path):
+    write_folder(tmp_path / "train")
+    write_folder(tmp_path / "test")
+    (tmp_path / "test" / "class1").rename(tmp_path / "test" / "other")
+    refuses(folder_config(tmp_path), "'class1'", tmp_path, "give both the same classes")
+
+
+def test_image_folder_without_test_images(tmp_path):
+    def in_test(name: str) -> bool:
+        return int(hashlib.sha256(name.encode()).hexdigest(), 16) % 5 == 0
+
+    for label in (0, 1):
+        names = [f"class{label}/{number}.png" for number in range(20)]
+        picture(tmp_path / next(name for name in names if not in_test(name)), np.zeros((6, 6)))
+    refuses(folder_config(tmp_path), tmp_path, "no test image: add some")
+
+
+def test_digits_have_every_class():
+    dataset = load_dataset(DatasetConfig())
+    assert dataset.train.images.shape == (1437, 1, 8, 8)
+    assert dataset.test.images.shape == (360, 1, 8, 8)
+    for split in (dataset.train, dataset.test):
+        assert split.labels.unique().tolist() == list(range(10))
+        assert (int(split.images.min()), int(split.images.max())) == (0, 255)
+
+
+def test_digits_read_no_folder(tmp_path):
+    refuses(DatasetConfig(path=str(tmp_path)), "digits", tmp_path, "set dataset.name to idx or")
+
+
+def test_ranges_are_those_of_bytes_and_of_the_model():
+    images = torch.tensor([0, 51, 255], dtype=torch.uint8)
+    assert to_float(images).tolist() == pytest.approx([0.0, 0.2, 1.0])
+    assert to_model_range(to_float(images)).tolist() == pytest.approx([-1.0, -0.6, 1.0])
+    again = from_model_range(to_model_range(to_float(images))) * 255
+    assert torch.equal(again.round().byte(), images)
+    assert from_model_range(torch.tensor([-3.0, 3.0])).tolist() == [0.0, 1.0]
