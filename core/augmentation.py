@@ -11,7 +11,7 @@ def augment(images: torch.Tensor, kind: str, generator: torch.Generator) -> torc
 
     Args:
         images: float32 `[B, C, H, W]` in [-1, 1].
-        kind: `none`; `shift` (up to an eighth of the side); `affine` (shift, rotation up to 10
+        kind: `none`; `shift` (up to a sixteenth of the side); `affine` (shift, rotation up to 10
             degrees, shear and scale up to 10 %, then a random tone curve).
         generator: source of all randomness, on the CPU.
     """

@@ -58,7 +58,8 @@ class CentralImagesConfig(Section):
 
     kind: Literal["mean", "mode"] = "mean"
     per_class: Annotated[int, Field(ge=1, le=100_000)] = 5
-    noise_multiplier: Positive = 5.0
+    noise_multiplier: Annotated[float, Field(ge=0.3, allow_inf_nan=False)] = 5.0
+    """Noise standard deviation over sensitivity; below 0.3 a single release is hardly private."""
     expected_batch_size: PositiveInt = 144
     """Expected number of images in the Poisson sample of one release, over all classes."""
     image_size: Annotated[int, Field(ge=2, le=512)] = 8
@@ -150,6 +151,8 @@ class EvaluationConfig(Section):
     fid_extractor: Literal["inception", "cnn"] = "inception"
     """`inception` scores as `fid`; `cnn` trains a small network on real data: `fid_cnn`."""
     inception_weights: str | None = None
+    extractor_epochs: PositiveInt = 8
+    """Passes of the `cnn` extractor over the real training images."""
     classifier_epochs: PositiveInt = 10
     classifier_batch_size: PositiveInt = 128
 

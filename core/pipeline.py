@@ -71,7 +71,7 @@ def run(
     if (fingerprint := distributed.on_rank_0(spending.known_fingerprint)) is None:
         dataset = distributed.together(lambda: load_dataset(config.dataset))
         fingerprint = distributed.broadcast_object(dataset.fingerprint)
-    identity = _identity(config, fingerprint, trial, master.public_id)
+    identity = _identity(config, plan, fingerprint, trial, master.public_id)
     if (finished := _finished(run_dir, identity)) is not None:
         report(finished)
         return finished
@@ -166,14 +166,20 @@ def _claim(run_dir: Path, config: Config, plan: PrivacyPlan) -> None:
         temporary.replace(path)
 
 
-def _identity(config: Config, fingerprint: str, trial: str, secret_id: str) -> str:
-    """Digest of all that decides what is trained; it enters every key.
+def _identity(
+    config: Config, plan: PrivacyPlan, fingerprint: str, trial: str, secret_id: str
+) -> str:
+    """Digest of all that decides what is released; it enters every key.
+
+    The plan is part of it: were another version to solve another noise multiplier, the same key
+    would draw the same noise at another scale, and the difference would give the gradients away.
 
     Raises:
         ConfigError: the ranks do not agree on it.
     """
     settings = {k: v for k, v in flatten(config).items() if not k.startswith(_NOT_IDENTITY)}
-    text = json.dumps([settings, fingerprint, trial, secret_id], sort_keys=True)
+    parts = [settings, plan.mechanisms, fingerprint, trial, secret_id]
+    text = json.dumps(parts, sort_keys=True)
     identity = hashlib.sha256(text.encode()).hexdigest()
     if len(set(distributed.all_gather_object(identity))) > 1:
         raise ConfigError(

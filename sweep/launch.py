@@ -239,7 +239,11 @@ def _sweep_params(sweep: SweepConfig) -> dict[str, Any]:
 def _log_summary(parent: Any, sweep: SweepConfig, outcome: Outcome) -> None:
     if (winner := best(sweep, outcome.rows)) is not None:
         parent.log_metrics(
-            {**winner.scores, "epsilon": winner.epsilon, "epsilon_sweep": sweep_epsilon(sweep)}
+            {
+                **winner.scores,
+                "epsilon": winner.plan.epsilon,
+                "epsilon_sweep": sweep_epsilon(outcome.rows),
+            }
         )
         parent.log_tags({"best_trial": winner.trial})
         parent.log_file(winner.run_dir / "synthetic" / "grid.png", "synthetic")

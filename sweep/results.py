@@ -1,6 +1,7 @@
 """What a sweep has to show: read from the trials' folders, printed as a table."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from core.config import DIRECTIONS, Config, flatten, load, load_yaml
-from core.privacy.plan import composed_epsilon, make_plan
+from core.privacy.plan import PrivacyPlan, composed_epsilon
 from sweep.config import SweepConfig
 
 
@@ -29,8 +30,7 @@ class Row:
     config: Config
     state: str
     scores: dict[str, float]
-    epsilon: float
-    noise_multiplier: float
+    plan: PrivacyPlan
     seconds: float
     error: str
 
@@ -44,7 +44,7 @@ def load_rows(sweep: SweepConfig) -> list[Row]:
 
 def _row(folder: Path) -> Row:
     config = load(load_yaml(folder / "config.yaml"))
-    privacy = json.loads((folder / "privacy.json").read_text())
+    plan = PrivacyPlan.restored(json.loads((folder / "privacy.json").read_text()))
     evaluation, error = folder / "evaluation.json", folder / "error.txt"
     result: dict[str, Any] = {}
     state, reason = "unfinished", ""
@@ -58,8 +58,7 @@ def _row(folder: Path) -> Row:
         config=config,
         state=state,
         scores={name: result[name] for name in DIRECTIONS if name in result},
-        epsilon=privacy["epsilon"],
-        noise_multiplier=privacy["dp_sgd"]["noise_multiplier"],
+        plan=plan,
         seconds=float(result.get("seconds", 0.0)),
         error=reason,
     )
@@ -75,19 +74,19 @@ def best(sweep: SweepConfig, rows: list[Row]) -> Row | None:
     return max(finished, key=lambda row: sign * row.scores[metric])
 
 
-def sweep_epsilon(sweep: SweepConfig) -> float:
-    """Epsilon of publishing everything that the sweep's trials computed, unfinished ones in full.
+def sweep_epsilon(rows: Sequence[Row]) -> float:
+    """Epsilon of publishing everything that the trials computed, unfinished ones in full.
 
     Privacy: composition of the whole plan of each trial that began.
     """
-    return composed_epsilon([make_plan(row.config) for row in load_rows(sweep)])
+    return composed_epsilon([row.plan for row in rows])
 
 
 def print_results(sweep: SweepConfig, rows: list[Row], pruned: int, ui: str) -> None:
     """Prints the table, the best trial, the epsilons and where to look next."""
     winner = best(sweep, rows)
     metrics = [name for name in DIRECTIONS if any(name in row.scores for row in rows)]
-    total = sweep_epsilon(sweep)
+    total = sweep_epsilon(rows)
     print(f"sweep {sweep.name}: {len(rows)} trials, {pruned} points pruned without compute")
     Console().print(_table(sweep, rows, winner, metrics, total))
     for row in rows:
@@ -98,7 +97,7 @@ def print_results(sweep: SweepConfig, rows: list[Row], pruned: int, ui: str) -> 
     scores = ", ".join(f"{name} {winner.scores[name]:.4g}" for name in metrics)
     print(f"best trial: {winner.trial} ({scores}; scores are not private)")
     print(
-        f"privacy: each trial alone is ({winner.epsilon:.4g}, "
+        f"privacy: each trial alone is ({winner.plan.epsilon:.4g}, "
         f"{winner.config.privacy.target_delta:g})-differentially private. The choice among "
         f"{len(rows)} trials used their results and scores that are not private: the end-to-end "
         f"guarantee is not that epsilon but {total:.4g} by composition, and does not cover the "
@@ -127,7 +126,7 @@ def _table(
             f"{flat['stage_split']:.2f}",
         ]
         cells += [f"{flat[k]:.3g}" if isinstance(flat[k], float) else str(flat[k]) for k in others]
-        cells += [f"{row.noise_multiplier:.4f}", f"{row.epsilon:.4g}", f"{total:.4g}"]
+        cells += [f"{row.plan.noise_multiplier:.4f}", f"{row.plan.epsilon:.4g}", f"{total:.4g}"]
         cells += [
             f"{row.scores[m]:.4g}" if m in row.scores else row.state for m in metrics or ["state"]
         ][: len(metrics)]

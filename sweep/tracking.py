@@ -5,6 +5,7 @@ The only file that imports mlflow.
 
 import logging
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -115,4 +116,7 @@ def ui_command(uri: str) -> str:
     """The command that opens the MLflow UI on this data."""
     if uri.startswith("http"):
         return f"open {uri}"
-    return f"mlflow ui --backend-store-uri {uri}"
+    program = Path(sys.executable).with_name("mlflow")
+    if program.is_relative_to(Path.cwd()):
+        program = program.relative_to(Path.cwd())
+    return f"{program} ui --backend-store-uri {uri}"

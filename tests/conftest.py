@@ -9,13 +9,11 @@ import torch
 for _folder in ("unit", "statistical", "integration"):
     sys.path.insert(0, str(Path(__file__).parent / _folder))
 
+# Tensors are small, so more threads would only wait; and sums keep their order, to the bit.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def _private_secret(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch):
     folder = tmp_path_factory.getbasetemp() / "secret"
     monkeypatch.setenv("FETA_SWEEP_SECRET_FILE", str(folder / "master.secret"))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)  # The tensors are small: more threads would only wait.

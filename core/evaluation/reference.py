@@ -44,7 +44,7 @@ def real_reference(
         inception = InceptionExtractor(config.inception_weights, device)
         origin.append(inception.digest)
     else:
-        origin += [num_classes, config.classifier_epochs, config.classifier_batch_size, seed]
+        origin += [num_classes, config.extractor_epochs, config.classifier_batch_size, seed]
     digest = hashlib.sha256(json.dumps(origin).encode()).hexdigest()
     path = cache / f"{config.fid_extractor}-{digest[:16]}.pt"
     stored = torch.load(path, map_location=device, weights_only=True) if path.exists() else None
@@ -56,7 +56,7 @@ def real_reference(
     real = dataset.train
     if inception is None:
         train, validation = synthetic_split(real.images, real.labels)
-        settings = (config.classifier_epochs, config.classifier_batch_size, seed, device)
+        settings = (config.extractor_epochs, config.classifier_batch_size, seed, device)
         extractor = CnnExtractor(train, validation, num_classes, *settings)
         network = extractor.state_dict()
     else:

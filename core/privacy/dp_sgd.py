@@ -2,7 +2,8 @@
 # Opacus has no stubs, and its constructor's types are incomplete:
 # pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -11,6 +12,8 @@ from torch.optim import Optimizer
 
 from core.privacy.keys import KeyedStream
 from core.privacy.plan import DpSgdPlan
+
+_norm = cast(Callable[..., torch.Tensor], torch.linalg.vector_norm)
 
 
 class DpSgdOptimizer(DPOptimizer):
@@ -65,8 +68,7 @@ class DpSgdOptimizer(DPOptimizer):
         destroy, abort or reveal itself in the step.
         """
         rows: list[torch.Tensor] = [g.flatten(1).float() for g in self.grad_samples]
-        parts = torch.stack([torch.linalg.vector_norm(row, dim=1) for row in rows])
-        norms = torch.linalg.vector_norm(parts, dim=0)
+        norms = _norm(torch.stack([_norm(row, dim=1) for row in rows]), dim=0)
         finite = torch.isfinite(norms)
         factors = torch.where(finite, (self.max_grad_norm / (norms + 1e-6)).clamp(max=1.0), 0.0)
         for parameter, row in zip(self.params, rows, strict=True):

@@ -6,7 +6,7 @@ that both stages together spend the target epsilon. It touches no data.
 # pyright: reportMissingTypeStubs=false
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from importlib import metadata
@@ -109,6 +109,24 @@ class PrivacyPlan:
             f"for {unit}; the public facts are the configuration, with N={self.num_examples}."
         )
 
+    @property
+    def mechanisms(self) -> list[accounting.Mechanism]:
+        """The same as plain numbers."""
+        last = self.dp_sgd
+        found = [(last.sample_rate, last.noise_multiplier, last.num_steps)]
+        if (first := self.central) is not None:
+            found.insert(0, (first.sample_rate, first.noise_multiplier, first.num_releases))
+        return found
+
+    @classmethod
+    def restored(cls, summary: Mapping[str, Any]) -> "PrivacyPlan":
+        """The plan whose `summary` was kept; nothing is solved again."""
+        central = CentralPlan(**summary["central"]) if summary["central"] else None
+        dp_sgd = DpSgdPlan(**summary["dp_sgd"])
+        names = ("num_examples", "target_epsilon", "delta", "neighboring_relation", "epsilon")
+        numbers = {name: summary[name] for name in (*names, "epsilon_central")}
+        return cls(central=central, dp_sgd=dp_sgd, **numbers)
+
     def summary(self) -> dict[str, Any]:
         """Plain data for privacy.json."""
         return {
@@ -188,9 +206,12 @@ def composed_epsilon(plans: Sequence[PrivacyPlan]) -> float:
         raise ValueError("plans of one sweep must share delta and neighbouring relation")
     if not plans:
         return 0.0
-    events = [event for plan in plans for event in plan.events]
     first = plans[0]
-    return accounting.epsilon_of(events, first.delta, first.neighboring_relation, accounting.COARSE)
+    mechanisms = accounting.grouped(each for plan in plans for each in plan.mechanisms)
+    grid = accounting.discretization_for(mechanisms, sum(plan.epsilon for plan in plans))
+    return accounting.epsilon_of_mechanisms(
+        mechanisms, first.delta, first.neighboring_relation, grid
+    )
 
 
 def _dp_sgd_sample_rate(config: Config) -> float:

@@ -26,6 +26,7 @@ fixed:
   sampler.num_steps: 3
   evaluation.num_images: 60
   evaluation.classifier_epochs: 1
+  evaluation.extractor_epochs: 1
   runtime.checkpoint_every: 5
   runtime.log_every: 5
 search_space:
@@ -125,7 +126,7 @@ def test_table_states_scores_and_all_epsilons(folder, stories):
     assert "the end-to-end guarantee is epsilon" in out
     grid = Path(re.search(r"samples: (\S+)", out)[1])
     assert grid.read_bytes().startswith(b"\x89PNG")
-    assert f"mlflow ui --backend-store-uri sqlite:///{folder}/runs/mlflow.db" in out
+    assert f"/mlflow ui --backend-store-uri sqlite:///{folder}/runs/mlflow.db" in out
 
 
 def test_each_trial_is_two_workers_and_one_record(folder, stories):

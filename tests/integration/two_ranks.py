@@ -1,6 +1,7 @@
 """Started once for each rank by test_ranks.py: trains a tiny run and saves what it released."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -22,22 +23,38 @@ TINY = {
     "evaluation.num_images": 40,
     "evaluation.batch_size": 16,
     "evaluation.classifier_epochs": 1,
+    "evaluation.extractor_epochs": 1,
     "evaluation.fid_extractor": "cnn",
     "runtime.log_every": 2,
 }
 
 
-def tiny_run(run_dir: Path, **changes: object) -> list[dict]:
-    """Runs the tiny configuration and returns its reports."""
+def tiny_run(
+    run_dir: Path, also: Callable[[dict], None] = lambda _: None, **changes: object
+) -> list[dict]:
+    """Runs the tiny configuration and returns its reports, each given to `also` as well."""
     reports: list[dict] = []
-    config = load({}, TINY | {"runtime.ledger": str(run_dir / "ledger")} | changes)
+
+    def report(metrics: dict) -> None:
+        reports.append(metrics)
+        also(metrics)
+
+    config = load(
+        {},
+        TINY
+        | {
+            "runtime.ledger": str(run_dir / "ledger"),
+            "runtime.cache": str(run_dir / "cache"),
+        }
+        | changes,
+    )
     run(
         config,
         run_dir,
         master=MasterSecret(b"s" * 32),
         name="tiny",
         trial="tiny",
-        report=reports.append,
+        report=report,
     )
     return reports
 

@@ -52,13 +52,21 @@ def streams_of(tmp_path, monkeypatch):
         write_idx(folder, train_images=images, test_images=images[:12])
         chosen = {
             "dataset.path": str(folder),
+            "runtime.ledger": str(folder / "ledger"),
             "seed": choice["seed"],
             "private_training.learning_rate": choice["learning_rate"],
         }
         config, master = load({}, SETTINGS | chosen), MasterSecret(choice["secret"] * 32)
         starts.clear()
         with pytest.raises(StopRunError):
-            run(config, folder / "run", master=master, trial=choice["trial"], report=report)
+            run(
+                config,
+                folder / "run",
+                master=master,
+                name="run",
+                trial=choice["trial"],
+                report=report,
+            )
         return list(starts)
 
     monkeypatch.setattr(KeyedStream, "__init__", record)

@@ -109,3 +109,16 @@ def test_two_records_of_the_bounded_norm_are_up_to_twice_it_apart(relation, dist
     found = accounting.epsilon_of([accounting.subsampled_gaussian(1.0, 3.0, 1)], 1e-5, relation)
     exact = privacy_loss_distribution.from_gaussian_mechanism(3.0, sensitivity=distance)
     assert found == pytest.approx(exact.get_epsilon_for_delta(1e-5), rel=1e-3)
+
+
+@pytest.mark.parametrize("relation", list(RELATIONS))
+def test_many_mechanisms_compose_as_in_the_library(relation):
+    many = (*((0.2, 3.0 + i, 2 + i) for i in range(6)), (1.0, 6.0, 1))
+    accountant = pld.PLDAccountant(RELATIONS[relation], 1e-3)
+    for rate, sigma, count in many:
+        event = dp_event.PoissonSampledDpEvent(rate, dp_event.GaussianDpEvent(sigma))
+        accountant.compose(event, count)
+    found = accounting.epsilon_of_mechanisms(many, 1e-5, relation, 1e-3)
+    assert found == pytest.approx(accountant.get_epsilon(1e-5), rel=1e-6)
+    parts = [(rate, sigma, 1) for rate, sigma, count in many for _ in range(count)]
+    assert accounting.grouped(parts) == many

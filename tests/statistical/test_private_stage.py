@@ -54,13 +54,15 @@ def released(
     network = Tiny(unused)
     start = nn.utils.parameters_to_vector(network.parameters()).detach().clone()
     split = Split(images, torch.zeros(len(images), dtype=torch.long))
-    stage = private_stage(config, network, split, plan, MASKS, NOISE)  # type: ignore[arg-type]
+    begun: list[int] = []
+    stage = private_stage(config, network, split, plan, MASKS, NOISE, begun.append)  # type: ignore[arg-type]
     assert stage.num_steps == plan.num_steps
     rows = []
     for step in range(steps):
         nn.utils.vector_to_parameters(start.clone(), network.parameters())
         stage.step(step)
         rows.append(start - nn.utils.parameters_to_vector(network.parameters()).detach())
+    assert begun == list(range(steps))  # What the ledger is told.
     return torch.stack(rows) * plan.expected_batch_size
 
 

@@ -223,7 +223,7 @@ def test_the_metric_is_named_after_its_extractor(
     monkeypatch.setattr(reference, "InceptionExtractor", Pixels)
     dataset = Dataset(_images(40, seed=0), _images(8, seed=1), "")
     inception = EvaluationConfig(inception_weights="weights.pth", batch_size=7)
-    cnn = EvaluationConfig(fid_extractor="cnn", classifier_epochs=1, batch_size=7)
+    cnn = EvaluationConfig(fid_extractor="cnn", extractor_epochs=1, batch_size=7)
     for config, expected in ((inception, "fid"), (cnn, "fid_cnn")):
         name, same = metrics.fid_score(dataset.train, dataset, config, 2, 0, "cpu", tmp_path)
         assert name == expected
@@ -251,7 +251,7 @@ def test_the_real_side_is_kept_for_the_same_data_and_settings_alone(
 ) -> None:
     dataset = Dataset(_images(40, seed=0), _images(8, seed=1), "a")
     other = Dataset(_images(40, seed=5), _images(8, seed=1), "b")
-    cnn = EvaluationConfig(fid_extractor="cnn", classifier_epochs=1, batch_size=7)
+    cnn = EvaluationConfig(fid_extractor="cnn", extractor_epochs=1, batch_size=7)
     images = _images(20, seed=2)
     first = metrics.fid_score(images, dataset, cnn, 2, 0, "cpu", tmp_path)
     fresh = metrics.fid_score(images, other, cnn, 2, 0, "cpu", tmp_path)

@@ -41,7 +41,7 @@ def test_core_imports_only_what_it_may(path):
     found = list(imports(path.read_text()))
     assert not {name for name, _ in found} & FORBIDDEN
     assert {name for name, at_once in found if at_once} <= own | needed
-    assert {name for name, _ in found} <= own | needed | {"PIL", "pytorch_fid"}
+    assert {name for name, _ in found} <= own | needed | {"PIL", "pyarrow", "pytorch_fid"}
 
 
 def test_nested_imports_are_seen():
@@ -129,7 +129,9 @@ def test_a_run_needs_no_package_but_the_required_ones(tmp_path):
     command += ["run", "--config", config, "--run-dir", tmp_path / "run", "runtime.device=cpu"]
     command += [f"dataset.path={tmp_path / 'data'}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(CORE.parent)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     assert "every package was refused" in done.stdout
     result = json.loads((tmp_path / "run" / "evaluation.json").read_text())
