@@ -2,7 +2,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup sweep test check fashion-mnist clean
+.PHONY: setup sweep test check mutants fashion-mnist clean
 
 setup: $(VENV)/.installed
 
@@ -25,6 +25,9 @@ check: setup
 	@$(BIN)/ruff format --check .
 	@$(BIN)/pyright
 	@$(BIN)/python -m pytest
+
+mutants: setup
+	@$(BIN)/python tests/mutants.py
 
 fashion-mnist: setup
 	@test -n "$(DATA)" || { echo "usage: make fashion-mnist DATA=folder-with-the-four-idx-files"; exit 2; }

@@ -16,7 +16,7 @@ from core.config import Config
 from core.data import Split
 from core.errors import ConfigError
 from core.privacy.card import card_markdown, make_card
-from core.privacy.ledger import Ledger
+from core.privacy.ledger import Ledger, ledger_path
 from core.reporting import encode_png, write_grid, write_json
 
 FORMATS = ("folder", "npz", "parquet")
@@ -89,7 +89,7 @@ def release_card(config: Config, run_dir: Path) -> dict[str, Any]:
         raise ConfigError(f"'{run_dir}' holds no finished run (no evaluation.json): finish it")
     result = json.loads(path.read_text())
     name, fingerprint = result["name"], result["fingerprint"]
-    ledger = Ledger.at(Path(config.runtime.ledger) / f"{fingerprint[:16]}.jsonl")
+    ledger = Ledger.at(ledger_path(Path(config.runtime.ledger), fingerprint))
     summary = ledger.summary()
     trials = sum(entry["run"] == name for entry in summary["entries"])
     return make_card(

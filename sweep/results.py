@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from core.config import DIRECTIONS, Config, flatten, load, load_yaml
+from core.privacy.ledger import Ledger, ledger_path
 from core.privacy.plan import PrivacyPlan, composed_epsilon
 from sweep.config import SweepConfig
 
@@ -103,8 +104,16 @@ def print_results(sweep: SweepConfig, rows: list[Row], pruned: int, ui: str) -> 
         f"guarantee is not that epsilon but {total:.4g} by composition, and does not cover the "
         "scores."
     )
+    spent = _data_set_epsilon(winner)
+    print(f"all runs recorded on this data set: epsilon {spent:.4g} (python -m core ledger show)")
     print(f"samples: {winner.run_dir / 'synthetic' / 'grid.png'}")
     print(f"compare: {ui}")
+
+
+def _data_set_epsilon(row: Row) -> float:
+    result = json.loads((row.run_dir / "evaluation.json").read_text())
+    path = ledger_path(Path(row.config.runtime.ledger), result["fingerprint"])
+    return Ledger.at(path).summary()["epsilon_committed_and_reserved"]
 
 
 def _table(

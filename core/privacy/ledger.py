@@ -47,7 +47,7 @@ class Ledger:
         Raises:
             LedgerError: it was begun with other terms.
         """
-        ledger = cls(_path(folder, terms), terms, lease)
+        ledger = cls(ledger_path(folder, terms.fingerprint), terms, lease)
         with locked(ledger.path, create=True) as chain:
             if not chain.entries:
                 chain.append("open", {**asdict(terms), "unit": UNIT})
@@ -61,7 +61,7 @@ class Ledger:
         Raises:
             LedgerError: there is none, or it was begun with other terms.
         """
-        ledger = cls(_path(folder, terms), terms, lease)
+        ledger = cls(ledger_path(folder, terms.fingerprint), terms, lease)
         ledger.verify()
         return ledger
 
@@ -268,6 +268,11 @@ class Ledger:
         )
 
 
+def ledger_path(folder: Path, fingerprint: str) -> Path:
+    """Where the ledger of a data set lies."""
+    return folder / f"{fingerprint[:16]}.jsonl"
+
+
 def events_of(plan: PrivacyPlan) -> tuple[Event, ...]:
     """All that one trial releases, in the order in which it runs."""
     last = plan.dp_sgd
@@ -281,10 +286,6 @@ def events_of(plan: PrivacyPlan) -> tuple[Event, ...]:
 def _mechanisms(events: Iterable[Event]) -> tuple[accounting.Mechanism, ...]:
     """The only way from a ledger's plain data to what the accountant composes."""
     return accounting.grouped((e.sample_rate, e.noise_multiplier, e.count) for e in events)
-
-
-def _path(folder: Path, terms: Terms) -> Path:
-    return folder / f"{terms.fingerprint[:16]}.jsonl"
 
 
 def _check_request(asked: Reservation) -> None:

@@ -1,0 +1,157 @@
+"""Deliberate privacy bugs, each of which must turn the suite red: `make mutants`.
+
+Every mutant is one replaced piece of text in a copy of the tree; the tests named beside it run
+there until the first failure. A mutant that survives, or whose text is no longer found, is a
+failure of this program.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+STATISTICAL = ("tests/statistical", "tests/unit/test_plan.py")
+RANKS = ("tests/integration/test_ranks.py",)
+DP_SGD, CENTRAL = "core/privacy/dp_sgd.py", "core/privacy/central_images.py"
+PLAN, SAMPLING = "core/privacy/plan.py", "core/privacy/sampling.py"
+NOISE = "flat = flat + (self.noise_multiplier * self.max_grad_norm) * noise"
+NORMS = "norms = _norm(torch.stack([_norm(row, dim=1) for row in rows]), dim=0)"
+CLIP = "(self.max_grad_norm / (norms + 1e-6)).clamp(max=1.0)"
+SUMS = "sums = class_sums(small[chosen], train.labels[chosen], num_classes, config)"
+RELEASE = "yield sums + plan.noise_stddev * noise.normal(release, sums.numel()).view_as(sums)"
+REDUCE = """        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(flat, op=dist.ReduceOp.SUM)
+"""
+DP_SGD_EVENT = "self.sample_rate, self.noise_multiplier, self.num_steps"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One bug: in `file`, `old` becomes `new`; `tests` must fail."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...] = STATISTICAL
+
+
+MUTANTS = (
+    Mutant("DP-SGD noise halved", DP_SGD, NOISE, f"{NOISE} / 2"),
+    Mutant("DP-SGD noise over sqrt(2)", DP_SGD, NOISE, f"{NOISE} / 2**0.5"),
+    Mutant("no DP-SGD noise", DP_SGD, NOISE, f"{NOISE} * 0"),
+    Mutant("same DP-SGD noise every step", DP_SGD, "normal(self._step,", "normal(0,"),
+    Mutant("no clipping", DP_SGD, CLIP, "torch.ones_like(norms)"),
+    Mutant("clip at 2 C", DP_SGD, CLIP, f"(2 * {CLIP[1:]}"),
+    Mutant(
+        "the batch is clipped, not each example",
+        DP_SGD,
+        NORMS,
+        "norms = torch.cat([row.sum(0) for row in rows]).norm().expand(len(rows[0]))",
+    ),
+    Mutant(
+        "K copies counted as examples",
+        "core/training.py",
+        "PerExampleGradients(denoiser, settings.noise_multiplicity)",
+        "PerExampleGradients(denoiser, 1)",
+    ),
+    Mutant(
+        "division by the actual batch",
+        DP_SGD,
+        "finite = torch.isfinite(norms)",
+        "finite = torch.isfinite(norms); self.expected_batch_size = max(len(norms), 1)",
+    ),
+    Mutant(
+        "sample rate doubled",
+        SAMPLING,
+        "int(sample_rate * 2.0**64)",
+        "int(min(1.0, 2 * sample_rate) * 2.0**64)",
+    ),
+    Mutant(
+        "no noise on one class's central images",
+        CENTRAL,
+        RELEASE,
+        "drawn = noise.normal(release, sums.numel()).view_as(sums); drawn[0] = 0; "
+        "yield sums + plan.noise_stddev * drawn",
+    ),
+    Mutant("central noise halved", CENTRAL, RELEASE, RELEASE.replace("* noise", "/ 2 * noise")),
+    Mutant(
+        "central images divided by the actual class count",
+        CENTRAL,
+        SUMS,
+        f"{SUMS}; counts = torch.bincount(train.labels[chosen], minlength=num_classes); "
+        "shape = (-1, *[1] * (sums.ndim - 1)); "
+        "sums = sums / counts.clamp(min=1).view(shape) * plan.expected_class_count",
+    ),
+    Mutant("half of the steps charged", PLAN, DP_SGD_EVENT, f"{DP_SGD_EVENT} // 2"),
+    Mutant("sensitivity halved", PLAN, "sensitivity=reach *", "sensitivity=reach / 2 *"),
+    Mutant(
+        "noise added by every rank",
+        DP_SGD,
+        REDUCE,
+        "        flat = flat + (self.noise_multiplier * self.max_grad_norm) * self._noise.normal("
+        f"self._step + 7, flat.numel())\n{REDUCE}",
+        RANKS,
+    ),
+    Mutant(
+        "every rank computes the whole batch",
+        SAMPLING,
+        "return indices[rank::world_size]",
+        "return indices",
+        RANKS,
+    ),
+)
+
+
+def killed(mutant: Mutant) -> bool:
+    """Whether the tests fail on the mutant.
+
+    Raises:
+        ValueError: the text to replace is not found exactly once.
+    """
+    source = (ROOT / mutant.file).read_text()
+    if source.count(mutant.old) != 1:
+        raise ValueError(f"{mutant.name}: its text is not found exactly once in {mutant.file}")
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        for name in ("core", "sweep", "tests"):
+            ignore = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(ROOT / name, copy / name, ignore=ignore)
+        shutil.copy(ROOT / "pyproject.toml", copy)
+        (copy / mutant.file).write_text(source.replace(mutant.old, mutant.new))
+        ended = subprocess.run(
+            [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *mutant.tests],
+            cwd=copy,
+            env=os.environ | {"PYTHONPATH": str(copy)},
+            capture_output=True,
+            text=True,
+        )
+    # 1 is a failed test; anything else, such as an import error, proves nothing.
+    if ended.returncode not in (0, 1):
+        raise ValueError(f"{mutant.name}: pytest ended with {ended.returncode}\n{ended.stdout}")
+    return ended.returncode == 1
+
+
+def main() -> int:
+    """Runs all mutants, two at a time; 0 if every one of them was killed."""
+    began, survivors = time.monotonic(), 0
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        for mutant, dead in zip(MUTANTS, pool.map(killed, MUTANTS), strict=True):
+            survivors += not dead
+            seconds = time.monotonic() - began
+            print(
+                f"{seconds:6.0f} s  {'killed' if dead else 'SURVIVED':<8}  {mutant.name}",
+                flush=True,
+            )
+    print(f"{len(MUTANTS)} mutants, {len(MUTANTS) - survivors} killed")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
