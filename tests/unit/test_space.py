@@ -104,7 +104,7 @@ def test_plan_reads_no_data(capsys, monkeypatch):
     )
     print_plan(sweep)
     text = capsys.readouterr().out
-    assert "5 trials of 2 workers" in text
+    assert "4 trials of 2 workers" in text
     assert "central_images.per_class: 1 to 20, logarithmic" in text
     assert " - " in text, "twenty images at the smallest noise cannot be paid at epsilon 1"
     assert "epsilon of one trial" in text
