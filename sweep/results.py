@@ -89,7 +89,8 @@ def print_results(sweep: SweepConfig, rows: list[Row], pruned: int, ui: str) -> 
     metrics = [name for name in DIRECTIONS if any(name in row.scores for row in rows)]
     total = sweep_epsilon(rows)
     print(f"sweep {sweep.name}: {len(rows)} trials, {pruned} points pruned without compute")
-    Console().print(_table(sweep, rows, winner, metrics, total))
+    width = max(Console().width, _WIDTH)  # A narrow terminal wraps, rather than hides, figures.
+    Console(width=width).print(_table(sweep, rows, winner, metrics, total))
     for row in rows:
         if row.state == "failed":
             print(f"trial {row.trial} failed: {row.error}")
@@ -144,4 +145,5 @@ def _table(
     return table
 
 
+_WIDTH = 104
 _SHOWN = ("central_images.per_class", "central_images.noise_multiplier", "stage_split")

@@ -43,7 +43,7 @@ def test_keys_of_sweep_and_run_stand_side_by_side():
     )
     assert sweep.num_trials == 7
     assert sweep.objective.metric == "fid_cnn"
-    assert sweep.fixed == {"training.num_steps": 40}
+    assert sweep.fixed["training.num_steps"] == 40
     assert sweep.search_space["stage_split"].high == 0.5
     assert sweep.search_space["private_training.learning_rate"].low == 1e-4
     config = sweep.trial_config({"stage_split": 0.25})
