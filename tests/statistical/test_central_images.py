@@ -101,8 +101,8 @@ def test_empty_class_and_empty_sample_are_ordinary():
 
 
 def test_sampling_follows_the_plan():
-    config = CentralImagesConfig(per_class=200, image_size=2, noise_multiplier=1e-6)
-    plan = plan_for(config, sample_rate=0.25)
+    config = CentralImagesConfig(per_class=200, image_size=2)
+    plan = plan_for(config, sample_rate=0.25, noise_multiplier=1e-6)
     sums = torch.stack(
         list(noisy_class_sums(blank(3000, 255), CLASSES, config, plan, MASKS, NOISE))
     )
