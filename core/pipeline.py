@@ -124,6 +124,7 @@ def run(
         **scores,
         "epsilon": plan.epsilon,
         "epsilon_central": plan.epsilon_central,
+        "epsilon_dp_sgd": plan.epsilon_dp_sgd,
         "noise_multiplier": plan.noise_multiplier,
         "seconds": time.monotonic() - began,
     }

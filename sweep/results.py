@@ -126,7 +126,8 @@ def _table(
     columns += [key.rsplit(".", 1)[-1] for key in others]
     columns += ["DP-SGD noise", "eps trial", "eps sweep", *metrics, "seconds"]
     for name in columns:
-        table.add_column(name, justify="left" if name == "trial" else "right")
+        first = name == "trial"
+        table.add_column(name, justify="left" if first else "right", no_wrap=first)
     for row in rows:
         flat = flatten(row.config)
         cells = [row.trial + (" *" if row is winner else "")]

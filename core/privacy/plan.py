@@ -93,6 +93,11 @@ class PrivacyPlan:
         return self.dp_sgd.noise_multiplier
 
     @property
+    def epsilon_dp_sgd(self) -> float:
+        """Epsilon of DP-SGD alone; with that of the central images it adds up to more than all."""
+        return accounting.epsilon_of([self.dp_sgd.event], self.delta, self.neighboring_relation)
+
+    @property
     def events(self) -> list[dp_event.DpEvent]:
         """Both stages, in the order in which they run."""
         return [self.central.event, self.dp_sgd.event] if self.central else [self.dp_sgd.event]

@@ -144,7 +144,7 @@ def test_each_trial_is_two_workers_and_one_record(folder, stories):
         run_dir = folder / "runs" / "tiny" / "trials" / run.info.run_name
         assert json.loads((run_dir / "environment.json").read_text())["world_size"] == 2
         result = json.loads((run_dir / "evaluation.json").read_text())
-        for name in ("accuracy", "fid_cnn", "epsilon", "epsilon_central", "noise_multiplier"):
+        for name in ("accuracy", "fid_cnn", "epsilon", "epsilon_central", "epsilon_dp_sgd"):
             assert run.data.metrics[name] == pytest.approx(result[name])
         assert result["epsilon"] <= 10.0
         assert "central_images.per_class" in run.data.params
