@@ -11,15 +11,6 @@ from core.errors import UserError
 from sweep.config import SweepConfig, trial_id_of
 
 CURVES = ("loss", "seconds_per_step")
-SUMMARY = (
-    "accuracy",
-    "fid",
-    "fid_cnn",
-    "epsilon",
-    "epsilon_central",
-    "noise_multiplier",
-    "seconds",
-)
 
 
 class TrialError(Exception):
@@ -78,7 +69,8 @@ def run_trial(parameters: dict[str, Any], context: Context) -> None:
                 tune.report({**metrics, "trial": trial_id})
         if result is None:
             raise TrialError("the workers ended without a result")
-        tracker.log_metrics({k: result[k] for k in SUMMARY if k in result}, result["step"])
+        figures = {k: v for k, v in result.items() if isinstance(v, float)}
+        tracker.log_metrics(figures, result["step"])
         for name in ("config.yaml", "privacy.json"):
             tracker.log_file(run_dir / name)
         tracker.log_file(run_dir / "synthetic" / "grid.png", "synthetic")
