@@ -30,7 +30,12 @@ from core.training import config_device
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0, 2 for a user's error, 130 for Ctrl-C."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, more = parser.parse_known_args(arguments)
+    if more:  # argparse takes key=value arguments on one side of the flags alone.
+        if "overrides" not in options or any(argument.startswith("-") for argument in more):
+            parser.error(f"unrecognized arguments: {' '.join(more)}")
+        options.overrides += more
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
         options.command(options)

@@ -9,9 +9,9 @@ import logging
 import sys
 from pathlib import Path
 
-# ruff: noqa: E402
 # As a script this folder would come first on the path and hide packages of the same names.
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from core.config import parse_overrides
 from core.errors import UserError
@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="key of the sweep or of the run"
     )
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
         return _run(options)
