@@ -1,7 +1,6 @@
 """`python -m core`: one run without Ray and MLflow, and what can be done with its folder."""
 
 import argparse
-import hashlib
 import json
 import logging
 import secrets
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from core.config import Config, flatten, load, nested, parse_overrides
+from core.config import Config, load, nested, parse_overrides, short_digest
 from core.data import Split, load_dataset
 from core.diffusion.denoiser import build_denoiser
 from core.errors import ConfigError, UserError
@@ -135,9 +134,7 @@ def _train(config: Config, run_dir: Path) -> dict[str, Any]:
 
 def _run_dir(path: str, config: Config) -> Path:
     """The same command names the same folder, so it goes on where it was stopped."""
-    settings = {k: v for k, v in flatten(config).items() if not k.startswith("runtime.")}
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-    return Path("runs") / f"{Path(path).stem}-{digest[:8]}"
+    return Path("runs") / f"{Path(path).stem}-{short_digest(config)}"
 
 
 def _trial_of(run_dir: Path) -> str:

@@ -5,6 +5,8 @@ YAML, the command line, the search space and MLflow params share: `load(base, fl
 """
 
 import difflib
+import hashlib
+import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_origin
@@ -306,6 +308,12 @@ def flatten(section: BaseModel, prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + name] = list(value) if isinstance(value, tuple) else value
     return flat
+
+
+def short_digest(config: "Config") -> str:
+    """Names a configuration by all that decides its result; 8 hexadecimal digits."""
+    settings = {k: v for k, v in flatten(config).items() if not k.startswith("runtime.")}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def nested(section: BaseModel) -> dict[str, Any]:

@@ -4,8 +4,6 @@ On the command line and in the file, keys of the sweep and dotted keys of the ru
 side; a key that is not the sweep's own is a key of the run and holds for every trial.
 """
 
-import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -25,6 +23,7 @@ from core.config import (
     merge,
     nearest_key,
     nested,
+    short_digest,
     validate,
 )
 from core.errors import ConfigError
@@ -147,9 +146,7 @@ class SweepConfig(Section):
 
 def trial_id_of(config: Config) -> str:
     """Short digest of a trial's configuration: the same point always has the same folder."""
-    settings = {k: v for k, v in flatten(config).items() if not k.startswith("runtime.")}
-    text = json.dumps(settings, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
+    return short_digest(config)
 
 
 def load_sweep(path: str | Path, overrides: Mapping[str, Any]) -> SweepConfig:
@@ -159,7 +156,7 @@ def load_sweep(path: str | Path, overrides: Mapping[str, Any]) -> SweepConfig:
         ConfigError: names the key, its allowed range and the nearest valid name.
     """
     content = load_yaml(path)
-    content["fixed"] = _flat(content.get("fixed") or {})
+    content["fixed"] = flat(content.get("fixed") or {})
     content["search_space"] = _dimensions(content.get("search_space") or {})
     fixed: dict[str, Any] = {}
     for key, value in overrides.items():
@@ -222,11 +219,12 @@ def _dimensions(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Leaves of a nested mapping under their dotted keys."""
+    leaves: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            flat.update(_flat(value, f"{prefix}{key}."))
+            leaves.update(flat(value, f"{prefix}{key}."))
         else:
-            flat[prefix + key] = value
-    return flat
+            leaves[prefix + key] = value
+    return leaves

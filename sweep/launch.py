@@ -14,7 +14,7 @@ from core.config import flatten, load
 from core.errors import ConfigError
 from core.privacy.keys import MasterSecret
 from core.reporting import ProgressLine, write_json
-from sweep.config import SweepConfig, dump_sweep, trial_id_of
+from sweep.config import SweepConfig, dump_sweep, flat, trial_id_of
 from sweep.results import Row, best, load_rows, sweep_epsilon
 
 DRIVER_RESOURCE = "trial_driver"
@@ -157,7 +157,7 @@ def _claim(sweep: SweepConfig) -> None:
         return
     earlier = json.loads(path.read_text())
     free = ("num_trials", "max_concurrent_trials", "cpus_per_worker", "storage_path")
-    old, new = _leaves(earlier), _leaves(now)
+    old, new = flat(earlier), flat(now)
     changed = [
         f"{key}: {old.get(key)} -> {new.get(key)}"
         for key in sorted(old | new)
@@ -169,15 +169,6 @@ def _claim(sweep: SweepConfig) -> None:
             "choose another name=..., or restore what it was started with"
         )
     write_json(path, now)
-
-
-def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    leaves: dict[str, Any] = {}
-    for key, value in tree.items():
-        leaves.update(_leaves(value, f"{prefix}.{key}" if prefix else key))
-    return leaves
 
 
 def _release_id(sweep: SweepConfig) -> str:

@@ -275,12 +275,10 @@ def ledger_path(folder: Path, fingerprint: str) -> Path:
 
 def events_of(plan: PrivacyPlan) -> tuple[Event, ...]:
     """All that one trial releases, in the order in which it runs."""
-    last = plan.dp_sgd
-    dp_sgd = Event("dp_sgd", last.sample_rate, last.noise_multiplier, last.num_steps)
-    if (first := plan.central) is None:
+    dp_sgd = Event("dp_sgd", *plan.dp_sgd.mechanism)
+    if plan.central is None:
         return (dp_sgd,)
-    central = ("central_images", first.sample_rate, first.noise_multiplier, first.num_releases)
-    return Event(*central), dp_sgd
+    return Event("central_images", *plan.central.mechanism), dp_sgd
 
 
 def _mechanisms(events: Iterable[Event]) -> tuple[accounting.Mechanism, ...]:

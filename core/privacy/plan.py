@@ -46,9 +46,12 @@ class CentralPlan:
     @property
     def event(self) -> dp_event.DpEvent:
         """What the accountant composes."""
-        return accounting.subsampled_gaussian(
-            self.sample_rate, self.noise_multiplier, self.num_releases
-        )
+        return accounting.subsampled_gaussian(*self.mechanism)
+
+    @property
+    def mechanism(self) -> accounting.Mechanism:
+        """The same as plain numbers."""
+        return self.sample_rate, self.noise_multiplier, self.num_releases
 
 
 @dataclass(frozen=True)
@@ -69,9 +72,12 @@ class DpSgdPlan:
     @property
     def event(self) -> dp_event.DpEvent:
         """What the accountant composes."""
-        return accounting.subsampled_gaussian(
-            self.sample_rate, self.noise_multiplier, self.num_steps
-        )
+        return accounting.subsampled_gaussian(*self.mechanism)
+
+    @property
+    def mechanism(self) -> accounting.Mechanism:
+        """The same as plain numbers."""
+        return self.sample_rate, self.noise_multiplier, self.num_steps
 
 
 @dataclass(frozen=True)
@@ -117,11 +123,8 @@ class PrivacyPlan:
     @property
     def mechanisms(self) -> list[accounting.Mechanism]:
         """The same as plain numbers."""
-        last = self.dp_sgd
-        found = [(last.sample_rate, last.noise_multiplier, last.num_steps)]
-        if (first := self.central) is not None:
-            found.insert(0, (first.sample_rate, first.noise_multiplier, first.num_releases))
-        return found
+        stages = [self.central, self.dp_sgd] if self.central else [self.dp_sgd]
+        return [stage.mechanism for stage in stages]
 
     @classmethod
     def restored(cls, summary: Mapping[str, Any]) -> "PrivacyPlan":

@@ -65,26 +65,11 @@ def test_interrupted_run_goes_on_bit_for_bit(alone, tmp_path):
         pass
 
     def tiny_interrupted(at: int) -> None:
-        from two_ranks import TINY
-
-        from core.config import load
-        from core.pipeline import run
-        from core.privacy.keys import MasterSecret
-
         def report(metrics: dict) -> None:
             if metrics["step"] >= at and metrics["stage"] != "evaluation":
                 raise StopRunError
 
-        ledger = str(tmp_path / "ledger")
-        config = load({}, TINY | {"runtime.checkpoint_every": 1, "runtime.ledger": ledger})
-        run(
-            config,
-            tmp_path,
-            master=MasterSecret(b"s" * 32),
-            name="tiny",
-            trial="tiny",
-            report=report,
-        )
+        tiny_run(tmp_path, report, **{"runtime.checkpoint_every": 1})
 
     for at in (2, 4):
         with pytest.raises(StopRunError):
