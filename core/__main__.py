@@ -1,30 +1,12 @@
 """`python -m core`: one run without Ray and MLflow, and what can be done with its folder."""
 
 import argparse
-import json
+import importlib
 import logging
-import secrets
 import sys
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import torch
-
-from core.config import Config, load, nested, parse_overrides, short_digest
-from core.data import Split, load_dataset
-from core.diffusion.denoiser import build_denoiser
-from core.errors import ConfigError, UserError
-from core.evaluation.metrics import downstream_accuracy, fid_score
-from core.generate import generate
-from core.pipeline import run
-from core.privacy.card import ledger_text
-from core.privacy.keys import MasterSecret
-from core.privacy.ledger import Ledger
-from core.privacy.plan import make_plan
-from core.release import release_card, verify_release, write_release
-from core.reporting import Console, write_grid
-from core.training import config_device
+from core.errors import UserError
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -37,7 +19,8 @@ def main(arguments: list[str] | None = None) -> int:
         options.overrides += more
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
-        options.command(options)
+        module, _, function = options.command.partition(":")
+        getattr(importlib.import_module(module), function)(options)  # Some need torch, not all.
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -51,7 +34,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m core", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def add(name: str, function: Any, text: str, folder: bool, config: bool) -> Any:
+    def add(
+        name: str, function: str, text: str, folder: bool, config: bool
+    ) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text)
         command.set_defaults(command=function)
         if config:
@@ -65,156 +50,34 @@ def _parser() -> argparse.ArgumentParser:
         )
         return command
 
-    add("run", _run, "train, generate and score one model", folder=True, config=True)
-    add("compare", _compare, "the easy stage against plain DP-SGD, same budget", False, True)
-    add("account", _account, "what a configuration spends; reads no data", False, True)
-    again = add("generate", _generate, "draw more images from a finished run", True, False)
+    add("run", "core.commands:run", "train, generate and score one model", folder=True, config=True)
+    add(
+        "compare",
+        "core.commands:compare",
+        "the easy stage against plain DP-SGD, same budget",
+        False,
+        True,
+    )
+    add(
+        "account", "core.account:account", "what a configuration spends; reads no data", False, True
+    )
+    again = add(
+        "generate", "core.commands:generate", "draw more images from a finished run", True, False
+    )
     again.add_argument("--num-images", type=int, required=True)
     again.add_argument("--out", type=Path, required=True, help="npz file to write")
-    add("evaluate", _evaluate, "score a finished run's images again", True, False)
+    add("evaluate", "core.commands:evaluate", "score a finished run's images again", True, False)
     ledger = commands.add_parser("ledger", help="what was spent on each data set")
-    ledger.set_defaults(command=_ledger)
+    ledger.set_defaults(command="core.commands:ledger")
     ledger.add_argument("action", choices=("show", "verify"))
     ledger.add_argument("--folder", type=Path, default=Path("runs/ledger"), help="runtime.ledger")
     release = commands.add_parser("release", help="write or verify the bundle to publish")
-    release.set_defaults(command=_release)
+    release.set_defaults(command="core.commands:release")
     release.add_argument("--run-dir", type=Path, help="folder of a finished run")
     release.add_argument("--out", type=Path, required=True, help="new folder of the bundle")
     release.add_argument("--verify", action="store_true", help="check the digests of --out")
     release.add_argument("--formats", default="folder,npz,parquet", help="any of them, by commas")
     return parser
-
-
-def _run(options: argparse.Namespace) -> None:
-    config = load(options.config, parse_overrides(options.overrides))
-    run_dir = options.run_dir or _run_dir(options.config, config)
-    result = _train(config, run_dir)
-    print(json.loads((run_dir / "privacy.json").read_text())["statement"])
-    print("Scores are computed from real images and are not private:")
-    for name, value in result.items():
-        if isinstance(value, float):
-            print(f"  {name:<18} {value:.4g}")
-    print(f"samples: {run_dir / 'synthetic' / 'grid.png'}")
-
-
-def _compare(options: argparse.Namespace) -> None:
-    config = load(options.config, parse_overrides(options.overrides))
-    if config.warm_up_steps == 0:
-        raise ConfigError(
-            f"stage_split={config.stage_split:g} has no easy stage to compare: set it in (0, 1)"
-        )
-    baseline = load(nested(config), {"stage_split": 0.0})
-    rows: list[tuple[Config, Path, dict[str, Any]]] = []
-    for each in (config, baseline):
-        run_dir = _run_dir(options.config, each)
-        print(f"stage_split={each.stage_split:g}: {run_dir}", file=sys.stderr, flush=True)
-        rows.append((each, run_dir, _train(each, run_dir)))
-    print(json.loads((rows[0][1] / "privacy.json").read_text())["statement"])
-    print("Scores are computed from real images and are not private.")
-    metric = next(name for name in rows[0][2] if name.startswith("fid"))
-    print(
-        f"{'stage_split':>11} {'steps':>6} {'DP-SGD steps':>13} {'epsilon':>8} "
-        f"{'noise multiplier':>17} {'accuracy':>9} {metric:>8} {'seconds':>8}  samples"
-    )
-    for each, run_dir, result in rows:
-        print(
-            f"{each.stage_split:>11g} {each.training.num_steps:>6} {each.private_steps:>13} "
-            f"{result['epsilon']:>8.4g} {result['noise_multiplier']:>17.4f} "
-            f"{result['accuracy']:>9.4f} {result[metric]:>8.4g} {result['seconds']:>8.0f}  "
-            f"{run_dir / 'synthetic' / 'grid.png'}"
-        )
-
-
-def _train(config: Config, run_dir: Path) -> dict[str, Any]:
-    console = Console(config.training.num_steps)
-    trial = _trial_of(run_dir)
-    master = MasterSecret.load()
-    return run(config, run_dir, master=master, name=run_dir.name, trial=trial, report=console)
-
-
-def _run_dir(path: str, config: Config) -> Path:
-    """The same command names the same folder, so it goes on where it was stopped."""
-    return Path("runs") / f"{Path(path).stem}-{short_digest(config)}"
-
-
-def _trial_of(run_dir: Path) -> str:
-    """A random identity kept in the run's folder: a new folder never reuses noise."""
-    path = run_dir / "trial_id"
-    run_dir.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        path.write_text(secrets.token_hex(16))
-    return path.read_text()
-
-
-def _account(options: argparse.Namespace) -> None:
-    plan = make_plan(load(options.config, parse_overrides(options.overrides)))
-    print(plan.statement)
-    print(f"central images     epsilon {plan.epsilon_central:.4g} alone")
-    print(
-        f"DP-SGD             noise multiplier {plan.noise_multiplier:g}, sample rate "
-        f"{plan.dp_sgd.sample_rate:.4g}, {plan.dp_sgd.num_steps} steps"
-    )
-
-
-def _ledger(options: argparse.Namespace) -> None:
-    files = sorted(options.folder.glob("*.jsonl"))
-    if not files:
-        raise ConfigError(f"'{options.folder}' holds no ledger: name its folder with --folder")
-    for path in files:
-        ledger = Ledger.at(path)
-        if options.action == "verify":
-            print(f"{path}: {ledger.verify()} lines, unbroken")
-        else:
-            print(ledger_text(ledger.summary()))
-
-
-def _release(options: argparse.Namespace) -> None:
-    if options.verify:
-        print(f"{options.out}: {verify_release(options.out)} files as released")
-        return
-    if options.run_dir is None:
-        raise ConfigError("name the finished run to release with --run-dir")
-    config, _ = _finished(options.run_dir, [])
-    card = release_card(config, options.run_dir)
-    formats = options.formats.split(",")
-    write_release(options.run_dir, options.out, card, config.privacy.target_epsilon, formats)
-    print(card["statement"])
-    print(f"bundle: {options.out} ({', '.join(formats)}, privacy_card.md, digests.json)")
-
-
-def _finished(run_dir: Path, overrides: list[str]) -> tuple[Config, torch.nn.Module]:
-    if not (run_dir / "model.pt").exists():
-        raise ConfigError(f"'{run_dir}' holds no finished run (no model.pt): finish it first")
-    config = load(run_dir / "config.yaml", parse_overrides(overrides))
-    denoiser = build_denoiser(config).to(config_device(config)).eval()
-    weights = torch.load(
-        run_dir / "model.pt", map_location=config_device(config), weights_only=True
-    )
-    denoiser.load_state_dict(weights)
-    return config, denoiser
-
-
-def _generate(options: argparse.Namespace) -> None:
-    config, denoiser = _finished(options.run_dir, options.overrides)
-    if options.num_images < 1:
-        raise ConfigError(f"--num-images={options.num_images} must be at least 1")
-    images = generate(denoiser, config, options.num_images, config_device(config))
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(options.out, images=images.images.numpy(), labels=images.labels.numpy())
-    write_grid(options.out.with_suffix(".png"), images.images, images.labels)
-    print(f"{options.num_images} images: {options.out}, {options.out.with_suffix('.png')}")
-
-
-def _evaluate(options: argparse.Namespace) -> None:
-    config, _ = _finished(options.run_dir, options.overrides)
-    dataset = load_dataset(config.dataset)
-    with np.load(options.run_dir / "synthetic" / "images.npz") as stored:
-        synthetic = Split(torch.from_numpy(stored["images"]), torch.from_numpy(stored["labels"]))
-    arguments = (synthetic, dataset, config.evaluation, config.dataset.num_classes)
-    accuracy = downstream_accuracy(*arguments, config.seed, config_device(config))
-    cache = Path(config.runtime.cache)
-    name, distance = fid_score(*arguments, config.seed, config_device(config), cache)
-    print(f"not private: accuracy {accuracy:.4f}  {name} {distance:.4g}")
 
 
 if __name__ == "__main__":

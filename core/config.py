@@ -4,17 +4,16 @@
 YAML, the command line, the search space and MLflow params share: `load(base, flatten(c)) == c`.
 """
 
-import difflib
 import hashlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic.fields import FieldInfo
 
 from core import yaml_subset
+from core.config_keys import explain
 from core.errors import ConfigError
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -22,7 +21,12 @@ Model = TypeVar("Model", bound=BaseModel)
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PositiveInt = Annotated[int, Field(ge=1)]
 
-DIRECTIONS = {"accuracy": "maximize", "fid": "minimize", "fid_cnn": "minimize"}
+DIRECTIONS = {
+    "accuracy": "maximize",
+    "dp_accuracy": "maximize",
+    "fid": "minimize",
+    "fid_cnn": "minimize",
+}
 """Every score and the direction in which it improves."""
 
 
@@ -42,15 +46,30 @@ class DatasetConfig(Section):
     num_classes: Annotated[int, Field(ge=1, le=1000)] = 10
     num_examples: Annotated[int, Field(ge=2)] = 1437
     """Public number N of private training images; refused when the data disagrees."""
+    public: bool = False
+    """Whether the images are public, so that scores on them are: a stand-in to tune on."""
 
 
 class PrivacyConfig(Section):
-    """The total budget that both stages of one trial share."""
+    """The total budget, and what it covers."""
 
     target_epsilon: Positive = 10.0
     target_delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
     neighboring_relation: Literal["zero_out", "replace_one"] = "zero_out"
-    scope: Literal["trial"] = "trial"
+    scope: Literal["trial", "sweep", "selection", "public"] = "trial"
+    """What the target covers: one trial; all trials of a sweep together; the best of a secret
+    number of trials; or the one run on this data, after tuning on public data."""
+    num_shares: PositiveInt = 1
+    """Scope `sweep`: how many complete trials the target pays for."""
+    adaptive: bool = True
+    """Scope `sweep`: whether the noise of a trial may depend on the results of others."""
+    selection_law: Literal["geometric", "logarithmic"] = "logarithmic"
+    """Scope `selection`: law of the secret number of trials (Papernot and Steinke 2022)."""
+    selection_mean: Annotated[float, Field(gt=1, le=10_000)] = 16.0
+    """Scope `selection`: its mean."""
+    dp_accuracy_stddev: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = None
+    """Noise, in images, on the number of private images that the downstream classifier gets
+    right; its charge is part of the trial's. Null: there is no `dp_accuracy`."""
     data_set_budget: Positive | None = None
     """Epsilon that all runs ever made on this data set may spend together; null is no cap."""
 
@@ -148,6 +167,8 @@ class SamplerConfig(Section):
 class EvaluationConfig(Section):
     """How many images are drawn and how they are scored."""
 
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Public seed of the classifier and the extractor; scores compare under one seed alone."""
     num_images: Annotated[int, Field(ge=2)] = 1000
     batch_size: PositiveInt = 500
     fid_extractor: Literal["inception", "cnn"] = "inception"
@@ -216,6 +237,19 @@ class Config(Section):
             raise ValueError(
                 f"privacy.target_delta={self.privacy.target_delta:g} must lie in (0, "
                 f"1/dataset.num_examples={1 / count:.3g}): a larger delta allows publishing records"
+            )
+        privacy = self.privacy
+        renyi = privacy.scope == "selection" or (privacy.scope == "sweep" and privacy.adaptive)
+        if renyi and privacy.neighboring_relation != "zero_out":
+            raise ValueError(
+                f"privacy.scope={privacy.scope!r} is proven for privacy.neighboring_relation="
+                f"'zero_out' alone, not for {privacy.neighboring_relation!r}: choose that, or "
+                "scope 'trial'"
+            )
+        if privacy.scope == "selection" and privacy.data_set_budget is not None:
+            raise ValueError(
+                "privacy.data_set_budget cannot be combined with privacy.scope='selection': a "
+                "refused trial would change the law of their secret number; set it to null"
             )
         if self.central_images.image_size > dataset.image_size:
             raise ValueError(
@@ -321,77 +355,9 @@ def nested(section: BaseModel) -> dict[str, Any]:
     return section.model_dump(mode="json")
 
 
-def known_keys(model: type[BaseModel], prefix: str = "") -> dict[str, FieldInfo]:
-    """Maps every dotted key of `model` to its field."""
-    keys: dict[str, FieldInfo] = {}
-    for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys.update(known_keys(field.annotation, f"{prefix}{name}."))
-        else:
-            keys[prefix + name] = field
-    return keys
-
-
 def validate(model: type[Model], content: Mapping[str, Any]) -> Model:
     """Validates `content`; the first problem becomes one sentence."""
     try:
         return model.model_validate(content)
     except ValidationError as failure:
-        raise ConfigError(_explain(model, failure)) from None
-
-
-def nearest_key(keys: Collection[str], key: str) -> str:
-    """Returns a hint that names the valid key closest to an unknown one."""
-    match = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
-    if not match:
-        by_leaf = {k.rsplit(".", 1)[-1]: k for k in keys}
-        leaf = difflib.get_close_matches(key.rsplit(".", 1)[-1], list(by_leaf), n=1, cutoff=0.5)
-        match = [by_leaf[leaf[0]]] if leaf else []
-    if match:
-        return f"; did you mean '{match[0]}'?"
-    return f"; valid keys start with {', '.join(sorted({k.split('.')[0] for k in keys}))}"
-
-
-def _explain(model: type[BaseModel], failure: ValidationError) -> str:
-    error = failure.errors()[0]
-    keys = known_keys(model)
-    path = ".".join(str(part) for part in error["loc"] if not isinstance(part, int))
-    if error["type"] == "extra_forbidden":
-        return f"unknown key '{path}'{nearest_key(keys, path)}"
-    if error["type"] == "value_error":
-        return str(error["ctx"]["error"]) if "ctx" in error else error["msg"]
-    field = keys.get(path)
-    allowed = f"; allowed: {describe(field)}" if field is not None else ""
-    if error["type"] == "missing":
-        return f"missing key '{path}'{allowed}"
-    return f"{path}={error['input']!r} is out of range or of the wrong type{allowed}"
-
-
-def describe(field: FieldInfo) -> str:
-    """Names the type and range of a field in words, such as `integer in [1, 256]`."""
-    return _describe(field.annotation, list(field.metadata))
-
-
-def _describe(annotation: Any, metadata: list[Any]) -> str:
-    if get_origin(annotation) is Annotated:
-        inner, *extra = get_args(annotation)
-        for item in extra:
-            metadata = metadata + (list(item.metadata) if isinstance(item, FieldInfo) else [item])
-        return _describe(inner, metadata)
-    if get_origin(annotation) is Literal:
-        return "one of " + ", ".join(repr(choice) for choice in get_args(annotation))
-    if get_origin(annotation) is tuple:
-        return f"list of {_describe(get_args(annotation)[0], [])}"
-    bounds = {
-        name: value
-        for item in metadata
-        for name in ("ge", "gt", "le", "lt")
-        if (value := getattr(item, name, None)) is not None
-    }
-    names = {int: "integer", float: "finite number", str: "text", bool: "true or false"}
-    kind = names.get(annotation, str(annotation).replace("None", "null"))
-    if not bounds:
-        return kind
-    low = f"[{bounds['ge']}" if "ge" in bounds else f"({bounds.get('gt', '-inf')}"
-    high = f"{bounds['le']}]" if "le" in bounds else f"{bounds.get('lt', 'inf')})"
-    return f"{kind} in {low}, {high}"
+        raise ConfigError(explain(model, failure)) from None

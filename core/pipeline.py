@@ -4,6 +4,8 @@ import hashlib
 import json
 import platform
 import time
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,16 @@ from core.data import Dataset, Split, load_dataset
 from core.diffusion.denoiser import build_denoiser
 from core.diffusion.ema import Ema
 from core.errors import ConfigError
+from core.evaluation.classifiers import Classifier
 from core.evaluation.features import find_weights
-from core.evaluation.metrics import downstream_accuracy, fid_score
+from core.evaluation.metrics import (
+    downstream_accuracy,
+    downstream_classifier,
+    dp_accuracy,
+    fid_score,
+)
 from core.generate import generate
+from core.locks import held
 from core.privacy.central_images import CentralImages, release_central_images
 from core.privacy.keys import SECRET_FILE_VARIABLE, KeyedStream, MasterSecret
 from core.privacy.plan import PrivacyPlan, make_plan
@@ -27,18 +36,27 @@ from core.privacy.spending import Spending, require_same_data
 from core.reporting import MetricsLog, Report, write_grid, write_json
 from core.training import config_device, private_stage, train, warm_up_stage
 
-_ORIGIN = ("identity", "fingerprint", "name")
+_PATIENCE = 15.0
+"""Seconds in which a worker that was given up by its supervisor may still let the folder go."""
+_ORIGIN = ("identity", "fingerprint", "name", "tags")
 _NOT_IDENTITY = (
     "runtime.",
-    "evaluation.",
-    "sampler.",
     "dataset.path",  # The fingerprint stands for the content, wherever it lies.
     "private_training.max_physical_batch_size",
 )
+_SCORING = ("evaluation.", "sampler.")
+"""What a score alone depends on: part of the identity where the score is a private release."""
 
 
 def run(
-    config: Config, run_dir: Path, *, master: MasterSecret, name: str, trial: str, report: Report
+    config: Config,
+    run_dir: Path,
+    *,
+    master: MasterSecret,
+    name: str,
+    trial: str,
+    report: Report,
+    lease: int | None = None,
 ) -> dict[str, Any]:
     """Trains, generates and scores one model; call it on every rank of a process group.
 
@@ -51,22 +69,38 @@ def run(
         name: of the sweep or the single run, in the ledger.
         trial: random identity of the run or its sweep; another draws other masks and noise.
         report: called on all ranks with the same metrics: `step`, `stage` and numbers.
+        lease: token of the driver that started this; the ledger refuses older ones of a sweep.
 
     Returns:
         The last reported metrics: scores, epsilons, noise multiplier and seconds.
 
     Raises:
         InfeasibleError: the budget of the trial or of the data set cannot pay; nothing ran.
-        ConfigError: the folder holds a run of another configuration.
+        ConfigError: the folder holds a run of another configuration, or another process runs it.
         DataError: the data set is missing, malformed or not what the configuration states.
     """
+    with ExitStack() as stack:
+        lock = held(run_dir / "run.lock", _PATIENCE)
+        distributed.on_rank_0(lambda: stack.enter_context(lock))
+        return _run(config, run_dir, master, name, trial, report, lease)
+
+
+def _run(
+    config: Config,
+    run_dir: Path,
+    master: MasterSecret,
+    name: str,
+    trial: str,
+    report: Report,
+    lease: int | None,
+) -> dict[str, Any]:
     began = time.monotonic()
     plan = distributed.on_rank_0(lambda: make_plan(config))
     if config.evaluation.fid_extractor == "inception":
         distributed.on_rank_0(lambda: find_weights(config.evaluation.inception_weights))
     distributed.on_rank_0(lambda: _claim(run_dir, config, plan))
     begun = run_dir / "checkpoints" / "steps_begun"
-    spending = Spending(config, plan, Path(config.runtime.ledger), name, begun)
+    spending = Spending(config, plan, Path(config.runtime.ledger), name, begun, lease)
     dataset = None
     if (fingerprint := distributed.on_rank_0(spending.known_fingerprint)) is None:
         dataset = distributed.together(lambda: load_dataset(config.dataset))
@@ -112,10 +146,21 @@ def run(
         if distributed.rank() == 0:
             spending.settle(fingerprint, reservation)
 
+    def kept_accuracy(model: Classifier) -> float:
+        """Drawn once: the same noise on what another classifier gets right would give both away."""
+        path = run_dir / "dp_accuracy.json"
+        if path.exists() and (kept := json.loads(path.read_text()))["identity"] == identity:
+            return kept["dp_accuracy"]
+        noise = stream("evaluation", "noise")
+        assert plan.score is not None
+        value = dp_accuracy(model, dataset, config.evaluation, plan.score, noise)
+        write_json(path, {"identity": identity, "dp_accuracy": value})
+        return value
+
     report({"step": config.training.num_steps, "stage": "evaluation"})
     synthetic = generate(ema.module, config, config.evaluation.num_images, config_device(config))
     parts = distributed.all_gather_object(
-        distributed.together(lambda: _my_scores(config, synthetic, dataset))
+        distributed.together(lambda: _my_scores(config, plan, synthetic, dataset, kept_accuracy))
     )
     scores = {name: value for part in parts for name, value in part.items()}
     result = {
@@ -130,7 +175,8 @@ def run(
     }
     result = distributed.broadcast_object(result)  # One clock: that of rank 0.
     if distributed.rank() == 0:
-        origin = {"identity": identity, "fingerprint": fingerprint, "name": name}
+        tags = {metric: plan.tag(metric) for metric in (*scores, "loss")}
+        origin = {"identity": identity, "fingerprint": fingerprint, "name": name, "tags": tags}
         _store(run_dir, synthetic, ema, {**result, **origin})
     report(result)
     return result
@@ -178,7 +224,8 @@ def _identity(
     Raises:
         ConfigError: the ranks do not agree on it.
     """
-    settings = {k: v for k, v in flatten(config).items() if not k.startswith(_NOT_IDENTITY)}
+    others = _NOT_IDENTITY if plan.score else (*_NOT_IDENTITY, *_SCORING)
+    settings = {k: v for k, v in flatten(config).items() if not k.startswith(others)}
     parts = [settings, plan.mechanisms, fingerprint, trial, secret_id]
     text = json.dumps(parts, sort_keys=True)
     identity = hashlib.sha256(text.encode()).hexdigest()
@@ -241,23 +288,36 @@ def _is_past_warm_up(checkpoints: Checkpoints, config: Config) -> bool:
     return state is not None and state["stage"] == "private_training"
 
 
-def _my_scores(config: Config, synthetic: Split, dataset: Dataset) -> dict[str, float]:
-    """This rank's share of accuracy and Frechet distance; together the ranks have both.
+def _my_scores(
+    config: Config,
+    plan: PrivacyPlan,
+    synthetic: Split,
+    dataset: Dataset,
+    kept_accuracy: Callable[[Classifier], float],
+) -> dict[str, float]:
+    """This rank's share of accuracies and Frechet distance; together the ranks have all.
 
-    Privacy: both are computed from real images and are not private.
+    Args:
+        kept_accuracy: the private accuracy of a classifier.
+
+    Privacy: all are computed from real images; `plan.tag` says which are private.
     """
-    arguments = (synthetic, dataset, config.evaluation, config.dataset.num_classes)
-    device = config_device(config)
+    num_classes, device = config.dataset.num_classes, config_device(config)
 
-    def accuracy() -> dict[str, float]:
-        return {"accuracy": downstream_accuracy(*arguments, config.seed, device)}
+    def accuracies() -> dict[str, float]:
+        model = downstream_classifier(synthetic, config.evaluation, num_classes, device)
+        scores = {"accuracy": downstream_accuracy(model, synthetic, dataset, config.evaluation)}
+        if plan.score is not None:
+            scores["dp_accuracy"] = kept_accuracy(model)
+        return scores
 
     def fid() -> dict[str, float]:
-        name, value = fid_score(*arguments, config.seed, device, Path(config.runtime.cache))
+        cache = Path(config.runtime.cache)
+        name, value = fid_score(synthetic, dataset, config.evaluation, num_classes, device, cache)
         return {name: value}
 
     mine: dict[str, float] = {}
-    for number, task in enumerate((accuracy, fid)):
+    for number, task in enumerate((accuracies, fid)):
         if number % distributed.world_size() == distributed.rank():
             mine.update(task())
     return mine

@@ -17,9 +17,12 @@ from core.data import Split
 from core.errors import ConfigError
 from core.privacy.card import card_markdown, make_card
 from core.privacy.ledger import Ledger, ledger_path
+from core.privacy.plan import PrivacyPlan
 from core.reporting import encode_png, write_grid, write_json
 
 FORMATS = ("folder", "npz", "parquet")
+SELECTED = "selected.json"
+"""What a complete sweep leaves in the folder of its best trial: the objective that chose it."""
 
 
 def write_release(
@@ -51,7 +54,8 @@ def write_release(
         raise ConfigError(f"format {unknown[:1]} is unknown: choose of {', '.join(FORMATS)}")
     if "parquet" in formats and importlib.util.find_spec("pyarrow") is None:
         raise ConfigError("parquet needs pyarrow: pip install pyarrow, or leave parquet out")
-    claimed = card["epsilon_trial"] if card["scope"] == "trial" else card["epsilon_computed"]
+    released = "epsilon_trial" if card["scope"] == "trial" else "epsilon_released_with_selection"
+    claimed = card[released]
     if claimed > target_epsilon * (1 + 1e-9):
         raise ConfigError(
             f"this release spends epsilon {claimed:.6g} of the target {target_epsilon:g}: nothing "
@@ -81,27 +85,28 @@ def release_card(config: Config, run_dir: Path) -> dict[str, Any]:
     """The privacy card of a finished run, from its ledger.
 
     Raises:
-        ConfigError: the run is not finished.
+        ConfigError: the run is not finished, or scope `selection` did not select it.
         LedgerError: its ledger is missing or damaged.
     """
     path = run_dir / "evaluation.json"
     if not path.exists():
         raise ConfigError(f"'{run_dir}' holds no finished run (no evaluation.json): finish it")
     result = json.loads(path.read_text())
-    name, fingerprint = result["name"], result["fingerprint"]
-    ledger = Ledger.at(ledger_path(Path(config.runtime.ledger), fingerprint))
-    summary = ledger.summary()
-    trials = sum(entry["run"] == name for entry in summary["entries"])
+    chosen, objective = run_dir / SELECTED, "scores computed on real images, which are not private"
+    if chosen.exists():
+        objective = json.loads(chosen.read_text())["objective"]
+    elif config.privacy.scope == "selection":
+        raise ConfigError(
+            f"'{run_dir}' was not selected, or its sweep is not complete: under scope selection "
+            "only the best of all trials may leave, so finish the sweep and release that one"
+        )
     return make_card(
-        summary,
-        name,
-        scope=config.privacy.scope,
-        epsilon_trial=result["epsilon"],
-        epsilon_computed=ledger.epsilon_of_run(name),
-        chosen_by="given beforehand"
-        if trials == 1
-        else f"the best of {trials} trials by its "
-        "score, which was computed on real images and is not private",
+        Ledger.at(ledger_path(Path(config.runtime.ledger), result["fingerprint"])),
+        result["name"],
+        PrivacyPlan.restored(json.loads((run_dir / "privacy.json").read_text())),
+        config.privacy,
+        result["identity"],
+        objective,
     )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import struct
 import sys
 import time
@@ -91,10 +92,14 @@ class Console:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes indented JSON so that a reader never sees half a file."""
+    """Writes indented JSON so that a reader never sees half a file, nor after a power cut."""
+    text = json.dumps(content, indent=2) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     temporary.replace(path)
 
 

@@ -17,16 +17,16 @@ from core.config import (
     PositiveInt,
     Section,
     flatten,
-    known_keys,
     load,
     load_yaml,
     merge,
-    nearest_key,
     nested,
     short_digest,
     validate,
 )
+from core.config_keys import known_keys, nearest_key
 from core.errors import ConfigError
+from sweep.scope import SEED, scope_settings
 
 _FOLDERS = ("runtime.ledger", "runtime.cache")
 Number = int | float
@@ -69,7 +69,7 @@ class Dimension(Section):
 class Objective(Section):
     """What makes a trial the best one."""
 
-    metric: Literal["accuracy", "fid", "fid_cnn"] = "accuracy"
+    metric: Literal["accuracy", "dp_accuracy", "fid", "fid_cnn"] = "accuracy"
     direction: Literal["maximize", "minimize"] = "maximize"
 
     @model_validator(mode="after")
@@ -94,7 +94,12 @@ class SweepConfig(Section):
     search_space: dict[str, Dimension]
     """Dotted numeric (or, with `choices`, any) keys of the run."""
     objective: Objective = Objective()
-    num_trials: PositiveInt = 8
+    sampler: Literal["tpe", "random"] = "tpe"
+    """TPE (Bergstra et al. 2011) learns from results; random draws alike and independently."""
+    final: Annotated[dict[str, Any], Field(default_factory=dict)]
+    """Scope `public`: dotted keys that turn the best trial into the one run on sensitive data."""
+    num_trials: PositiveInt | None = None
+    """8 if not given; under scope `selection` drawn secretly, and never given."""
     workers_per_trial: PositiveInt = 2
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1.0
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
@@ -104,7 +109,7 @@ class SweepConfig(Section):
     """Restarts of a trial whose worker died; each goes on from the last checkpoint."""
     search_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     num_startup_trials: PositiveInt = 10
-    """Random trials before TPE (Bergstra et al. 2011) starts to model the results."""
+    """Random trials before TPE starts to model the results."""
     experiment: str = "feta-sweep"
     """MLflow experiment."""
     storage_path: str = "runs"
@@ -139,6 +144,11 @@ class SweepConfig(Section):
         return load(nested(config), folders)
 
     @property
+    def run(self) -> Config:
+        """What all trials share: the base run with all that is fixed."""
+        return load(self.base, self.fixed)
+
+    @property
     def folder(self) -> Path:
         """Where everything of this sweep lies."""
         return Path(self.storage_path) / self.name
@@ -157,6 +167,7 @@ def load_sweep(path: str | Path, overrides: Mapping[str, Any]) -> SweepConfig:
     """
     content = load_yaml(path)
     content["fixed"] = flat(content.get("fixed") or {})
+    content["final"] = flat(content.get("final") or {})
     content["search_space"] = _dimensions(content.get("search_space") or {})
     fixed: dict[str, Any] = {}
     for key, value in overrides.items():
@@ -164,7 +175,9 @@ def load_sweep(path: str | Path, overrides: Mapping[str, Any]) -> SweepConfig:
         if top == "search_space" and "." in rest:
             name, _, attribute = rest.rpartition(".")
             content[top].setdefault(name, {})[attribute] = value
-        elif top in SweepConfig.model_fields and top not in ("fixed", "search_space"):
+        elif top == "final" and rest:
+            content["final"][rest] = value
+        elif top in SweepConfig.model_fields and top not in ("fixed", "search_space", "final"):
             content = merge(content, {key: value})
         else:
             fixed[key] = value
@@ -175,13 +188,41 @@ def load_sweep(path: str | Path, overrides: Mapping[str, Any]) -> SweepConfig:
     # Absolute, as Ray gives trials and workers another working directory.
     sweep = sweep.model_copy(update={"storage_path": str(Path(sweep.storage_path).absolute())})
     _check_run(sweep, fixed)
-    return sweep
+    return _scoped(sweep)
 
 
 def dump_sweep(sweep: SweepConfig) -> dict[str, Any]:
     """The resolved sweep as plain nested data, with every value of the base run."""
-    run = nested(load(sweep.base, sweep.fixed))
-    return {**sweep.model_dump(mode="json"), "base": run}
+    return {**sweep.model_dump(mode="json"), "base": nested(sweep.run)}
+
+
+def _scoped(sweep: SweepConfig) -> SweepConfig:
+    """The sweep with what its scope decides for every trial.
+
+    Raises:
+        ConfigError: the claim of the scope would be false for this search.
+    """
+    base = sweep.run
+    settings = scope_settings(
+        base, sweep.objective.metric, sweep.sampler, sweep.num_trials, sweep.final
+    )
+    if base.privacy.scope != "trial":
+        for key in sweep.search_space:
+            if key.startswith(("privacy.", "dataset.")):
+                raise ConfigError(
+                    f"search_space.{key} cannot be searched under privacy.scope="
+                    f"{base.privacy.scope!r}, whose budget all trials share: fix it"
+                )
+    for key, value in settings.items():
+        if sweep.fixed.get(key, value) != value:
+            raise ConfigError(
+                f"{key}={sweep.fixed[key]} contradicts sampler={sweep.sampler!r}, which needs "
+                f"{value}: leave it out"
+            )
+    space = dict(sweep.search_space)
+    if base.privacy.scope == "selection":
+        space.setdefault(SEED, Dimension(low=0, high=2**31 - 1))
+    return sweep.model_copy(update={"fixed": {**sweep.fixed, **settings}, "search_space": space})
 
 
 def _check_run(sweep: SweepConfig, overrides: Mapping[str, Any]) -> None:

@@ -8,9 +8,11 @@ from rich.console import Console
 from rich.table import Table
 
 from core.errors import InfeasibleError
+from core.privacy.card import accountant_of
 from core.privacy.plan import composed_epsilon, make_plan
 from core.reporting import ProgressLine
 from sweep.config import Dimension, SweepConfig, is_integer
+from sweep.scope import DEFAULT_NUM_TRIALS
 
 _POINTS = 4
 COUNT, NOISE = "central_images.per_class", "central_images.noise_multiplier"
@@ -20,25 +22,36 @@ def print_plan(sweep: SweepConfig) -> None:
     """Prints trials, search space, and the solved noise multiplier over count x noise."""
     middle = {key: _middle(key, dimension) for key, dimension in sweep.search_space.items()}
     config = sweep.trial_config(middle)
+    privacy = config.privacy
+    total = sweep.num_trials or DEFAULT_NUM_TRIALS
+    secret = privacy.scope == "selection"
+    trials = f"a secret number (mean {privacy.selection_mean:g}) of" if secret else str(total)
     print(
-        f"sweep {sweep.name}: {sweep.num_trials} trials of {sweep.workers_per_trial} workers, "
-        f"{config.training.num_steps} steps each, at epsilon "
-        f"{config.privacy.target_epsilon:g}, delta {config.privacy.target_delta:g}, "
+        f"sweep {sweep.name}: {trials} trials of {sweep.workers_per_trial} workers, "
+        f"{config.training.num_steps} steps each, scope {privacy.scope} at epsilon "
+        f"{privacy.target_epsilon:g}, delta {privacy.target_delta:g}, "
         f"N={config.dataset.num_examples}"
     )
     for key, dimension in sweep.search_space.items():
         print(f"  {key}: {_describe(dimension)}")
-    print(f"objective: {sweep.objective.direction} {sweep.objective.metric} (not private)")
+    print(
+        f"objective: {sweep.objective.direction} {sweep.objective.metric}, sampler {sweep.sampler}"
+    )
     _print_grid(sweep, middle)
     try:
         plan = make_plan(config)
     except InfeasibleError as error:
         print(f"the middle of the space cannot be paid: {error}")
         return
-    print(
-        f"epsilon of one trial {plan.epsilon:.4g}; of all {sweep.num_trials} together "
-        f"{composed_epsilon([plan] * sweep.num_trials):.4g}"
-    )
+    print(f"epsilon of one trial in the middle of the space: {plan.epsilon:.4g}")
+    if privacy.scope == "trial":
+        together = composed_epsilon([plan] * total)
+        print(f"epsilon of all {total} together, and so of choosing among them: {together:.4g}")
+    else:
+        print(
+            f"epsilon that scope {privacy.scope} claims: {privacy.target_epsilon:g}, by "
+            f"{accountant_of(privacy)}"
+        )
 
 
 def _print_grid(sweep: SweepConfig, middle: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """What a sweep has to show: read from the trials' folders, printed as a table."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,11 @@ from rich.console import Console
 from rich.table import Table
 
 from core.config import DIRECTIONS, Config, flatten, load, load_yaml
+from core.privacy.card import card_markdown, make_card, three_epsilons
 from core.privacy.ledger import Ledger, ledger_path
 from core.privacy.plan import PrivacyPlan, composed_epsilon
+from core.release import SELECTED
+from core.reporting import write_json
 from sweep.config import SweepConfig
 
 
@@ -65,56 +68,113 @@ def _row(folder: Path) -> Row:
     )
 
 
-def best(sweep: SweepConfig, rows: list[Row]) -> Row | None:
-    """The finished trial with the best objective."""
-    metric = sweep.objective.metric
-    finished = [row for row in rows if metric in row.scores]
+def final_row(sweep: SweepConfig, rows: Sequence[Row]) -> Row | None:
+    """The one run on sensitive data after a search on public data, if it began."""
+    return next((row for row in rows if sweep.final and not row.config.dataset.public), None)
+
+
+def best(sweep: SweepConfig, rows: Sequence[Row]) -> Row | None:
+    """The finished trial of the search with the best objective."""
+    metric, last = sweep.objective.metric, final_row(sweep, rows)
+    finished = [row for row in rows if metric in row.scores and row is not last]
     if not finished:
         return None
     sign = 1 if sweep.objective.direction == "maximize" else -1
     return max(finished, key=lambda row: sign * row.scores[metric])
 
 
-def sweep_epsilon(rows: Sequence[Row]) -> float:
-    """Epsilon of publishing everything that the trials computed, unfinished ones in full.
+def sweep_epsilon(sweep: SweepConfig, rows: Sequence[Row]) -> float:
+    """Epsilon of publishing everything that the trials computed.
 
-    Privacy: composition of the whole plan of each trial that began.
+    Privacy: what the ledger holds of the sweep; before any trial has finished, the composition of
+        the whole plan of each trial that began.
     """
+    if (winner := best(sweep, rows)) is not None:
+        return _ledger(winner).epsilon_of_run(sweep.name)
     return composed_epsilon([row.plan for row in rows])
 
 
-def print_results(sweep: SweepConfig, rows: list[Row], pruned: int, ui: str) -> None:
+def sweep_card(sweep: SweepConfig, rows: Sequence[Row], complete: bool) -> dict[str, Any]:
+    """The sweep's privacy card, which is also written into its folder.
+
+    Args:
+        rows: with a finished trial.
+        complete: whether the sweep is; then its best trial is marked as the one to release.
+    """
+    winner, last = best(sweep, rows), final_row(sweep, rows)
+    assert winner is not None
+    released = last if last is not None and last.state == "finished" else winner
+    metric = sweep.objective.metric
+    objective = f"{metric} ({winner.plan.tag(metric)})"
+    card = make_card(
+        _ledger(released),
+        sweep.name,
+        released.plan,
+        released.config.privacy,
+        _result(released)["identity"],
+        objective,
+    )
+    write_json(sweep.folder / "privacy_card.json", card)
+    (sweep.folder / "privacy_card.md").write_text(card_markdown(card))
+    for row in rows:
+        (row.run_dir / SELECTED).unlink(missing_ok=True)
+    if complete:
+        write_json(released.run_dir / SELECTED, {"objective": objective})
+    return card
+
+
+def three_figures(card: Mapping[str, Any]) -> dict[str, float]:
+    """The card's epsilons under the names of metrics, but for those that must stay secret."""
+    names = {
+        "epsilon": "epsilon_trial",
+        "epsilon_sweep": "epsilon_computed",
+        "epsilon_released": "epsilon_released_with_selection",
+    }
+    return {name: card[key] for name, key in names.items() if card[key] is not None}
+
+
+def print_results(
+    sweep: SweepConfig, rows: list[Row], complete: bool, pruned: int, ui: str
+) -> None:
     """Prints the table, the best trial, the epsilons and where to look next."""
-    winner = best(sweep, rows)
+    winner, last = best(sweep, rows), final_row(sweep, rows)
     metrics = [name for name in DIRECTIONS if any(name in row.scores for row in rows)]
-    total = sweep_epsilon(rows)
     print(f"sweep {sweep.name}: {len(rows)} trials, {pruned} points pruned without compute")
     width = max(Console().width, _WIDTH)  # A narrow terminal wraps, rather than hides, figures.
-    Console(width=width).print(_table(sweep, rows, winner, metrics, total))
+    Console(width=width).print(_table(sweep, rows, winner, metrics, sweep_epsilon(sweep, rows)))
     for row in rows:
         if row.state == "failed":
             print(f"trial {row.trial} failed: {row.error}")
     if winner is None:
         return
-    scores = ", ".join(f"{name} {winner.scores[name]:.4g}" for name in metrics)
-    print(f"best trial: {winner.trial} ({scores}; scores are not private)")
-    print(
-        f"privacy: each trial alone is ({winner.plan.epsilon:.4g}, "
-        f"{winner.config.privacy.target_delta:g})-differentially private. The choice among "
-        f"{len(rows)} trials used their results and scores that are not private: the end-to-end "
-        f"guarantee is not that epsilon but {total:.4g} by composition, and does not cover the "
-        "scores."
-    )
-    spent = _data_set_epsilon(winner)
-    print(f"all runs recorded on this data set: epsilon {spent:.4g} (python -m core ledger show)")
-    print(f"samples: {winner.run_dir / 'synthetic' / 'grid.png'}")
+    for title, row in (("best trial", winner), ("final run", last)):
+        if row is not None and row.scores:
+            print(f"{title}: {row.trial} ({_scores(row)})")
+    card = sweep_card(sweep, rows, complete)
+    print(f"privacy: {card['statement']}")
+    for name, value in three_epsilons(card):
+        print(f"  {name}: {value}")
+    spent = _ledger(last or winner).summary()["epsilon_committed_and_reserved"]
+    print(f"  epsilon of all runs on this data set: {spent:.4g} (python -m core ledger show)")
+    print(f"card: {sweep.folder / 'privacy_card.md'}")
+    print(f"samples: {(last or winner).run_dir / 'synthetic' / 'grid.png'}")
     print(f"compare: {ui}")
 
 
-def _data_set_epsilon(row: Row) -> float:
-    result = json.loads((row.run_dir / "evaluation.json").read_text())
-    path = ledger_path(Path(row.config.runtime.ledger), result["fingerprint"])
-    return Ledger.at(path).summary()["epsilon_committed_and_reserved"]
+def _scores(row: Row) -> str:
+    """Scores with their tags, equal tags said once."""
+    by_tag: dict[str, list[str]] = {}
+    for name, value in row.scores.items():
+        by_tag.setdefault(row.plan.tag(name), []).append(f"{name} {value:.4g}")
+    return "; ".join(f"{', '.join(scores)}: {tag}" for tag, scores in by_tag.items())
+
+
+def _result(row: Row) -> dict[str, Any]:
+    return json.loads((row.run_dir / "evaluation.json").read_text())
+
+
+def _ledger(row: Row) -> Ledger:
+    return Ledger.at(ledger_path(Path(row.config.runtime.ledger), _result(row)["fingerprint"]))
 
 
 def _table(

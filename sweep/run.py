@@ -61,7 +61,8 @@ def _run(options: argparse.Namespace) -> int:
     from sweep.tracking import ui_command
 
     outcome = run_sweep(sweep)
-    print_results(sweep, outcome.rows, len(outcome.pruned), ui_command(outcome.uri))
+    ui = ui_command(outcome.uri)
+    print_results(sweep, outcome.rows, outcome.complete, len(outcome.pruned), ui)
     if outcome.stopped == "interrupted":
         print("interrupted; the same command goes on where it stopped", file=sys.stderr)
         return 130

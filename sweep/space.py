@@ -1,4 +1,4 @@
-"""The search: TPE over the space, where points that the budget cannot pay never become trials."""
+"""The search over the space, where points that the budget cannot pay never become trials."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -45,40 +45,35 @@ def distributions(sweep: SweepConfig) -> dict[str, BaseDistribution]:
 
 
 class FeasibleSearch(OptunaSearch):
-    """Optuna's TPE that prunes unaffordable or repeated points before they become trials.
+    """Optuna's search that prunes unaffordable or repeated points before they become trials.
 
     The study lives in the sweep's folder, so a sweep that is started again goes on with all that
     it learnt: points that were interrupted or failed are tried again first.
 
     Args:
         sweep: space, objective and folder.
-        finished: objective by trial id of the trials that have their result already.
+        ended: by trial id of the trials that are not tried again their objective, or None.
         on_pruned: called with the point and the reason.
     """
 
     def __init__(
         self,
         sweep: SweepConfig,
-        finished: Mapping[str, float],
+        ended: Mapping[str, float | None],
         on_pruned: Callable[[dict[str, Any], str], None],
     ) -> None:
         self._sweep = sweep
-        self._known = {trial_id: "finished earlier" for trial_id in finished}
+        self._known = {trial_id: "tried earlier" for trial_id in ended}
         self._on_pruned = on_pruned
         self._asked: dict[str, str] = {}
         self._gave_up = ""
         storage = open_storage(sweep.folder)
-        earlier = _settle(sweep, storage, finished)
+        earlier = _settle(sweep, storage, ended)
         super().__init__(
             space=distributions(sweep),
             metric=sweep.objective.metric,
             mode="max" if sweep.objective.direction == "maximize" else "min",
-            sampler=optuna.samplers.TPESampler(
-                seed=sweep.search_seed + earlier,  # Else a restart would draw the same again.
-                n_startup_trials=sweep.num_startup_trials,
-                constant_liar=True,
-                multivariate=True,
-            ),
+            sampler=_sampler(sweep, sweep.search_seed + earlier),  # A restart draws new points.
             study_name=sweep.name,
             storage=storage,
         )
@@ -132,6 +127,17 @@ class FeasibleSearch(OptunaSearch):
         return identity, f"trial {identity} has the same configuration ({known})" if known else ""
 
 
+def _sampler(sweep: SweepConfig, seed: int) -> optuna.samplers.BaseSampler:
+    if sweep.sampler == "random":
+        return optuna.samplers.RandomSampler(seed)
+    return optuna.samplers.TPESampler(
+        seed=seed,
+        n_startup_trials=sweep.num_startup_trials,
+        constant_liar=True,
+        multivariate=True,
+    )
+
+
 def open_storage(folder: Path) -> JournalStorage:
     """The study's journal in the sweep's folder."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -140,7 +146,7 @@ def open_storage(folder: Path) -> JournalStorage:
 
 
 def _settle(
-    sweep: SweepConfig, storage: optuna.storages.BaseStorage, finished: Mapping[str, float]
+    sweep: SweepConfig, storage: optuna.storages.BaseStorage, ended: Mapping[str, float | None]
 ) -> int:
     """Closes what an earlier driver left open, queues what has no result, counts all trials."""
     study = optuna.create_study(
@@ -154,11 +160,11 @@ def _settle(
     for trial in study.get_trials(deepcopy=False):
         identity = trial_id_of(sweep.trial_config(trial.params)) if trial.params else ""
         if trial.state == states.RUNNING:
-            if identity in finished:
-                study.tell(trial.number, finished[identity])
+            if (objective := ended.get(identity)) is not None:
+                study.tell(trial.number, objective)
             else:
                 study.tell(trial.number, state=states.FAIL)
-        if trial.state in (states.RUNNING, states.FAIL) and identity not in {"", *finished}:
+        if trial.state in (states.RUNNING, states.FAIL) and identity not in {"", *ended}:
             again[identity] = trial.params
         if trial.state == states.WAITING:
             study.tell(trial.number, state=states.FAIL)  # Queued anew below, in order.

@@ -1,5 +1,6 @@
 """One trial: a Tune function that runs a Ray Train group of `core.pipeline.run` workers."""
 
+import json
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,16 +23,19 @@ class Context:
     """What every trial of one sweep shares; small, as it is sent to each.
 
     Attributes:
+        launch: token of the driver that started this; the ledger refuses workers of an older one.
         release_id: random, kept in the sweep's folder; with a trial's configuration it is the
             identity that enters the trial's keys.
+        is_final: whether this is the run on sensitive data after a search on public data.
     """
 
     sweep: SweepConfig
-    launch: str
+    launch: int
     release_id: str
     uri: str
     experiment_id: str
     parent_id: str
+    is_final: bool = False
 
     def run_dir(self, trial_id: str) -> Path:
         """Folder of a trial."""
@@ -71,6 +75,8 @@ def run_trial(parameters: dict[str, Any], context: Context) -> None:
             raise TrialError("the workers ended without a result")
         figures = {k: v for k, v in result.items() if isinstance(v, float)}
         tracker.log_metrics(figures, result["step"])
+        tags = json.loads((run_dir / "evaluation.json").read_text())["tags"]
+        tracker.log_tags({f"privacy.{name}": tag for name, tag in tags.items()})
         for name in ("config.yaml", "privacy.json"):
             tracker.log_file(run_dir / name)
         tracker.log_file(run_dir / "synthetic" / "grid.png", "synthetic")
@@ -108,6 +114,7 @@ def _train(context: Context, config: Config, trial_id: str) -> Iterator[dict[str
             "run_dir": str(context.run_dir(trial_id)),
             "name": sweep.name,
             "release_id": context.release_id,
+            "launch": context.launch,
             "threads": max(1, int(sweep.cpus_per_worker)),
         },
         scaling_config=ray.train.ScalingConfig(
@@ -179,6 +186,7 @@ def train_worker(settings: dict[str, Any]) -> None:
             name=settings["name"],
             trial=settings["release_id"],
             report=ray.train.report,
+            lease=settings["launch"],
         )
     except UserError as error:
         ray.train.report({"refused": str(error), "stage": "refused", "step": 0})

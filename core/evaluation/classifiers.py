@@ -184,13 +184,11 @@ def learning_rate_factor(step: int, total: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / (total - warm_up)))
 
 
-@torch.no_grad()
 def accuracy(model: nn.Module, split: Split, batch_size: int) -> float:
     """Share in [0, 1] of the images of `split` whose largest logit is their label.
 
     Args:
-        model: maps images `[B, C, H, W]` in [0, 1] to logits; judged in evaluation mode, left in
-            the mode it was in.
+        model: see `count_correct`.
         batch_size: images at once, >= 1.
 
     Raises:
@@ -200,6 +198,21 @@ def accuracy(model: nn.Module, split: Split, batch_size: int) -> float:
     """
     if not len(split.labels):
         raise ValueError("accuracy needs at least one image")
+    return count_correct(model, split, batch_size) / len(split.labels)
+
+
+@torch.no_grad()
+def count_correct(model: nn.Module, split: Split, batch_size: int) -> int:
+    """Number of images of `split` whose largest logit is their label.
+
+    Args:
+        model: maps images `[B, C, H, W]` in [0, 1] to logits; judged in evaluation mode, left in
+            the mode it was in.
+        batch_size: images at once, >= 1.
+
+    Privacy: one image changes the number by at most 1; with real images it is not private until
+        noise is added.
+    """
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
@@ -210,4 +223,4 @@ def accuracy(model: nn.Module, split: Split, batch_size: int) -> float:
         predicted = model(to_float(images.to(device))).argmax(dim=1)
         correct += int((predicted == labels.to(device)).sum())
     model.train(was_training)
-    return correct / len(split.labels)
+    return correct

@@ -20,6 +20,8 @@ from dp_accounting.rdp import rdp_privacy_accountant
 from scipy import optimize
 
 from core.errors import InfeasibleError
+from core.privacy import renyi
+from core.privacy.renyi import Mechanism
 
 RELATIONS = {
     # Zero-out replaces a record by an empty one, so N is public; its figures equal add/remove.
@@ -28,8 +30,7 @@ RELATIONS = {
 }
 COARSE, FINE = 1e-3, 1e-4
 MAX_NOISE_MULTIPLIER = 1e4
-# Integer orders only: fractional ones do not converge at the small noise that epsilon 10 allows.
-RDP_ORDERS = (*range(2, 65), 80, 96, 128, 192, 256, 512, 1024)
+_LEAST = 0.02
 _DECIMALS = 4
 # Up to so many mechanisms the figures are those of a plan, to the last digit.
 _FEW = 4
@@ -37,8 +38,6 @@ _FEW = 4
 # coarse one decides, whose figures are a little larger.
 _FINE_WORK = 400
 
-Mechanism = tuple[float, float, int]
-"""Sample rate, noise multiplier, count of a Poisson-subsampled Gaussian mechanism."""
 _find_root = cast(Callable[..., float], optimize.brentq)
 
 
@@ -146,14 +145,14 @@ def _one_release(
 
 def rdp_epsilon_of(events: Sequence[dp_event.DpEvent], delta: float, relation: str) -> float:
     """Epsilon by Renyi DP, the cross-check: never smaller than by PLD beyond rounding."""
-    accountant = rdp_privacy_accountant.RdpAccountant(RDP_ORDERS, RELATIONS[relation])
+    accountant = rdp_privacy_accountant.RdpAccountant(renyi.ORDERS, RELATIONS[relation])
     for event in events:
         accountant.compose(event)
     return float(accountant.get_epsilon(delta))
 
 
 def check_room(
-    spent: Sequence[dp_event.DpEvent],
+    spent: Sequence[Mechanism],
     sample_rate: float,
     num_steps: int,
     target_epsilon: float,
@@ -165,13 +164,14 @@ def check_room(
     Raises:
         InfeasibleError: it does not.
     """
-    cheapest = subsampled_gaussian(sample_rate, MAX_NOISE_MULTIPLIER, num_steps)
-    if epsilon_of([*spent, cheapest], delta, relation, COARSE) > target_epsilon:
-        raise InfeasibleError(_too_little(target_epsilon))
+    cheapest = [*spent, (sample_rate, MAX_NOISE_MULTIPLIER, num_steps)]
+    events = [subsampled_gaussian(*mechanism) for mechanism in cheapest]
+    if epsilon_of(events, delta, relation, COARSE) > target_epsilon:
+        raise InfeasibleError(too_little(f"epsilon {target_epsilon:g}"))
 
 
 def solve_noise_multiplier(
-    spent: Sequence[dp_event.DpEvent],
+    spent: Sequence[Mechanism],
     sample_rate: float,
     num_steps: int,
     target_epsilon: float,
@@ -181,7 +181,7 @@ def solve_noise_multiplier(
     """Finds the smallest DP-SGD noise multiplier that keeps the total within the target.
 
     Args:
-        spent: events already fixed (the central images).
+        spent: mechanisms already fixed (the central images, a private score).
         sample_rate: Poisson sample rate q of DP-SGD, in (0, 1].
         num_steps: DP-SGD steps, at least 1.
 
@@ -192,9 +192,10 @@ def solve_noise_multiplier(
     Raises:
         InfeasibleError: no noise multiplier up to 10,000 keeps the total within the target.
     """
+    events = tuple(subsampled_gaussian(*mechanism) for mechanism in spent)
 
     def total(noise_multiplier: float, discretization: float) -> float:
-        accountant = copy.deepcopy(_composed(tuple(spent), relation, discretization))
+        accountant = copy.deepcopy(_composed(events, relation, discretization))
         accountant.compose(subsampled_gaussian(sample_rate, noise_multiplier, num_steps))
         return float(accountant.get_epsilon(delta))
 
@@ -211,13 +212,50 @@ def solve_noise_multiplier(
         step = max((epsilon - target_epsilon) / -slope, 10.0**-_DECIMALS)
         noise_multiplier = math.ceil((noise_multiplier + step) * 10**_DECIMALS) / 10**_DECIMALS
         if noise_multiplier > MAX_NOISE_MULTIPLIER:
-            raise InfeasibleError(_too_little(target_epsilon))
+            raise InfeasibleError(too_little(f"epsilon {target_epsilon:g}"))
     return noise_multiplier, epsilon
+
+
+def estimated_noise_multiplier(
+    spent: Sequence[Mechanism],
+    sample_rate: float,
+    num_steps: int,
+    target_epsilon: float,
+    delta: float,
+    relation: str,
+) -> float:
+    """As `solve_noise_multiplier`, to about 0.3 % and in a tenth of its time: to show, not to use.
+
+    One secant step in logarithms, where epsilon is nearly a power of the noise multiplier.
+
+    Raises:
+        InfeasibleError: the spent mechanisms leave too little.
+    """
+
+    def excess(log_noise: float) -> float:
+        mechanisms = (*spent, (sample_rate, math.exp(log_noise), num_steps))
+        epsilon = epsilon_of_mechanisms(mechanisms, delta, relation, COARSE)
+        return math.log(epsilon / target_epsilon)
+
+    guess = _renyi_noise_multiplier(spent, sample_rate, num_steps, target_epsilon, delta)
+    one = math.log(0.94 * guess)
+    at_one = excess(one)
+    if abs(at_one) < 1e-9:
+        return math.exp(one)
+    other = one + at_one  # As if epsilon were inverse to the noise.
+    at_other = excess(other)
+    slope = (at_other - at_one) / (other - one)
+    if slope > -0.05:  # More noise hardly helps: the rest has spent nearly all.
+        check_room(spent, sample_rate, num_steps, target_epsilon, delta, relation)
+        return solve_noise_multiplier(
+            spent, sample_rate, num_steps, target_epsilon, delta, relation
+        )[0]
+    return math.exp(other - at_other / slope)
 
 
 def _bracket(
     excess: Callable[[float], float],
-    spent: Sequence[dp_event.DpEvent],
+    spent: Sequence[Mechanism],
     sample_rate: float,
     num_steps: int,
     target_epsilon: float,
@@ -226,18 +264,14 @@ def _bracket(
 ) -> tuple[float, float]:
     """Interval that holds the root of `excess`; RDP, cheap, over-estimates it by 1-14 %."""
 
-    def rdp_excess(noise_multiplier: float) -> float:
-        events = [*spent, subsampled_gaussian(sample_rate, noise_multiplier, num_steps)]
-        return rdp_epsilon_of(events, delta, relation) - target_epsilon
-
     low, high = 0.1, 1.0
-    if relation == "zero_out" and rdp_excess(MAX_NOISE_MULTIPLIER) < 0:
-        guess = _find_root(rdp_excess, 0.02, MAX_NOISE_MULTIPLIER, rtol=1e-3)
+    if relation == "zero_out":
+        guess = _renyi_noise_multiplier(spent, sample_rate, num_steps, target_epsilon, delta)
         low, high = 0.7 * guess, 1.01 * guess
     while excess(high) > 0:
         low, high = high, 2 * high
         if high > MAX_NOISE_MULTIPLIER:
-            raise InfeasibleError(_too_little(target_epsilon))
+            raise InfeasibleError(too_little(f"epsilon {target_epsilon:g}"))
     while excess(low) < 0:
         low, high = low / 2, low
         if low < 1e-3:
@@ -248,9 +282,28 @@ def _bracket(
     return low, high
 
 
-def _too_little(target_epsilon: float) -> str:
+def _renyi_noise_multiplier(
+    spent: Sequence[Mechanism],
+    sample_rate: float,
+    num_steps: int,
+    target_epsilon: float,
+    delta: float,
+) -> float:
+    """The noise multiplier by Renyi DP for the zero-out relation; 1 where that finds none."""
+
+    def excess(noise_multiplier: float) -> float:
+        mechanisms = [*spent, (sample_rate, noise_multiplier, num_steps)]
+        return renyi.epsilon(mechanisms, delta) - target_epsilon
+
+    if excess(MAX_NOISE_MULTIPLIER) >= 0 or excess(_LEAST) <= 0:
+        return 1.0
+    return _find_root(excess, _LEAST, MAX_NOISE_MULTIPLIER, rtol=1e-3)
+
+
+def too_little(budget: str) -> str:
+    """Why no DP-SGD noise fits into what the central images leave of `budget`."""
     return (
-        f"the central images leave too little of epsilon {target_epsilon:g} for DP-SGD, whose "
+        f"the central images leave too little of {budget} for DP-SGD, whose "
         f"noise multiplier would exceed {MAX_NOISE_MULTIPLIER:g}: lower central_images.per_class "
         "or raise central_images.noise_multiplier"
     )

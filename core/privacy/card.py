@@ -4,21 +4,40 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from core.config import PrivacyConfig
+from core.privacy.ledger import Ledger
+from core.privacy.plan import PrivacyPlan
+from core.privacy.scopes import share_of
+
 RELATIONS = {
     "zero_out": "a record is replaced by an empty one; the number of records N is public",
     "replace_one": "a record is replaced by any other; the number of records N is public",
 }
 SCOPES = {
     "trial": (
-        "Each trial alone is ({trial}, {delta:g})-differentially private. The choice among "
-        "{trials} trials used their results and metrics that are not private; the end-to-end "
-        "guarantee is not {trial} but {computed} by composition."
+        "Each trial alone is ({trial}, {delta})-differentially private. The choice among {trials} "
+        "trials used their results and metrics that are not private; the end-to-end guarantee is "
+        "not {trial} but {computed} by composition, and does not cover those metrics."
     ),
     "sweep": (
-        "All {trials} trials together, whatever chose them and whichever is published, are "
-        "({computed}, {delta:g})-differentially private."
+        "All {trials} trials together, whatever chose them, whenever they were stopped and "
+        "whichever is published, are ({target}, {delta})-differentially private; what ran comes to "
+        "{computed}. Metrics tagged non-private are not covered and chose nothing."
+    ),
+    "selection": (
+        "The one trial that leaves, the best by {objective} of a secret number of trials "
+        "({law} law of mean {mean:g}) whose settings were drawn alike, is ({target}, {delta})-"
+        "differentially private with its selection. The other trials, their number, their scores "
+        "and this sweep's logs must stay inside."
+    ),
+    "public": (
+        "All settings were chosen on other, public data. The one run on this data is ({trial}, "
+        "{delta})-differentially private."
     ),
 }
+ALONE = (
+    "This one run, with settings given beforehand, is ({trial}, {delta})-differentially private."
+)
 NOT_COVERED = (
     "metrics that are tagged non-private, and choices made by them beyond what is stated above",
     "floating-point attacks on the noise, which is drawn in float64 and rounded to float32",
@@ -33,70 +52,105 @@ PUBLIC = (
 
 
 def make_card(
-    summary: Mapping[str, Any],
+    ledger: Ledger,
     run: str,
-    *,
-    scope: str,
-    epsilon_trial: float,
-    epsilon_computed: float,
-    chosen_by: str,
+    plan: PrivacyPlan,
+    privacy: PrivacyConfig,
+    identity: str,
+    objective: str,
 ) -> dict[str, Any]:
     """The card of one sweep or of one released model.
 
     Args:
-        summary: `Ledger.summary()` of the data set.
+        ledger: of the data set.
         run: name in the ledger of the sweep or single run that the card is about.
-        scope: `privacy.scope`.
-        epsilon_trial: of the released trial alone.
-        epsilon_computed: of all that this run computed, by composition.
-        chosen_by: how the hyperparameters were chosen, in words.
+        plan: of the trial that is released.
+        privacy: the settings that decided it.
+        identity: of that trial in the ledger.
+        objective: the metric that chose it among several trials, with its tag.
 
     Returns:
-        Plain data, ready for JSON.
+        Plain data, ready for JSON. Under scope `selection` it says nothing of the other trials,
+        and `epsilon_computed` is None, as it would tell their number.
 
     Raises:
-        ValueError: the ledger has no entry of this run; there is nothing to state.
+        ValueError: the ledger has no entry of this trial; there is nothing to state.
     """
+    summary = ledger.summary()
     entries = [entry for entry in summary["entries"] if entry["run"] == run]
-    if not entries:
-        raise ValueError(f"the ledger holds no entry of {run}")
-    released = epsilon_trial if len(entries) == 1 else epsilon_computed
-    statement = SCOPES[scope].format(
-        trial=f"{epsilon_trial:.4g}",
-        computed=f"{epsilon_computed:.4g}",
-        delta=summary["delta"],
-        trials=len(entries),
-    )
+    if identity not in {entry["trial"] for entry in entries}:
+        raise ValueError(f"the ledger holds no entry of trial {identity[:16]} of {run}")
+    trials, secret = len(entries), privacy.scope == "selection"
+    computed = ledger.epsilon_of_run(run)
+    released = {
+        "trial": plan.epsilon if trials == 1 else computed,
+        "public": plan.epsilon,
+    }.get(privacy.scope, privacy.target_epsilon)
+    if secret:
+        entries = [entry for entry in entries if entry["trial"] == identity]
+    sentence = ALONE if trials == 1 and privacy.scope == "trial" else SCOPES[privacy.scope]
+    chosen = {
+        "selection": f"at random; of their secret number the best by {objective}",
+        "public": f"on public data, by {objective}",
+    }.get(privacy.scope, f"the best of {trials} trials by {objective}")
     return {
-        "statement": statement,
-        "scope": scope,
+        "statement": sentence.format(
+            trial=f"{plan.epsilon:.4g}",
+            computed=f"{computed:.4g}",
+            target=f"{privacy.target_epsilon:.4g}",
+            delta=f"{summary['delta']:g}",
+            trials=trials,
+            objective=objective,
+            law=privacy.selection_law,
+            mean=privacy.selection_mean,
+        ),
+        "scope": privacy.scope,
         "unit": summary["unit"],
         "neighboring_relation": summary["neighboring_relation"],
         "neighboring_relation_in_words": RELATIONS[summary["neighboring_relation"]],
         "num_examples": summary["num_examples"],
         "delta": summary["delta"],
-        "epsilon_trial": epsilon_trial,
-        "epsilon_computed": epsilon_computed,
+        "target_epsilon": privacy.target_epsilon,
+        "epsilon_trial": plan.epsilon,
+        "epsilon_computed": None if secret else computed,
         "epsilon_released_with_selection": released,
-        "epsilon_all_on_this_data_set": summary["epsilon_committed_and_reserved"],
+        "epsilon_all_on_this_data_set": None
+        if secret
+        else summary["epsilon_committed_and_reserved"],
         "odds": {
             name: odds(epsilon)
             for name, epsilon in (
-                ("epsilon_trial", epsilon_trial),
+                ("epsilon_trial", plan.epsilon),
                 ("epsilon_released_with_selection", released),
             )
         },
         "accountant": summary["accountant"],
+        "accountant_of_the_scope": accountant_of(privacy),
         "events": [
             {"trial": entry["trial"], "state": entry["state"], **event}
             for entry in entries
             for event in entry["events"]
         ],
-        "hyperparameters_chosen_by": chosen_by,
+        "hyperparameters_chosen_by": "given beforehand"
+        if trials == 1 and privacy.scope in ("trial", "sweep")
+        else chosen,
         "public": list(PUBLIC),
         "not_covered": list(NOT_COVERED),
         "data_set_fingerprint": summary["fingerprint"],
     }
+
+
+def accountant_of(privacy: PrivacyConfig) -> str:
+    """What bounds the epsilon of the scope, in words."""
+    share = share_of(privacy)
+    if share is None:
+        return "PLD of all that is released (Koskela et al. 2020)"
+    orders = " and ".join(str(order) for order in share.orders)
+    theorem = {
+        "sweep": "filter of Feldman and Zrnic 2021, valid for adaptively chosen trials",
+        "selection": "private selection of Papernot and Steinke 2022, theorem 2",
+    }[privacy.scope]
+    return f"Renyi DP at order {orders} ({theorem})"
 
 
 def odds(epsilon: float) -> str:
@@ -106,6 +160,24 @@ def odds(epsilon: float) -> str:
     return (
         f"whatever somebody concludes from the release, they are at most {figure} times as likely "
         "to conclude it because one record was in the data"
+    )
+
+
+def three_epsilons(card: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Name and figure of the epsilons that are always stated together."""
+    return [
+        ("epsilon of one trial", _figure(card["epsilon_trial"])),
+        ("epsilon of all that was computed", _figure(card["epsilon_computed"])),
+        (
+            "epsilon of the release with its selection",
+            _figure(card["epsilon_released_with_selection"]),
+        ),
+    ]
+
+
+def _figure(epsilon: float | None) -> str:
+    return (
+        "not told: it would give the number of trials away" if epsilon is None else f"{epsilon:.4g}"
     )
 
 
@@ -122,12 +194,12 @@ def card_markdown(card: Mapping[str, Any]) -> str:
         f"| neighbouring data sets | {card['neighboring_relation_in_words']} |",
         f"| number of records N | {card['num_examples']} |",
         f"| delta | {card['delta']:g} |",
-        f"| epsilon of one trial | {card['epsilon_trial']:.4g} |",
-        f"| epsilon of all that was computed | {card['epsilon_computed']:.4g} |",
-        "| epsilon of the release with its selection | "
-        f"{card['epsilon_released_with_selection']:.4g} |",
-        f"| epsilon of all runs on this data set | {card['epsilon_all_on_this_data_set']:.4g} |",
-        f"| accountant | {card['accountant']} |",
+        *(f"| {name} | {value} |" for name, value in three_epsilons(card)),
+        "| epsilon of all runs on this data set | "
+        f"{_figure(card['epsilon_all_on_this_data_set'])} |",
+        f"| target epsilon, scope | {card['target_epsilon']:g}, {card['scope']} |",
+        f"| accountant of a trial | {card['accountant']} |",
+        f"| accountant of the scope | {card['accountant_of_the_scope']} |",
         f"| hyperparameters | {card['hyperparameters_chosen_by']} |",
         "",
         "In words, for the release with its selection: "

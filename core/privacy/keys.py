@@ -115,6 +115,10 @@ class KeyedStream:
         digest = hashlib.shake_256(self._key + step.to_bytes(8, "big")).digest(8 * count)
         return np.frombuffer(digest, dtype="<u8")
 
+    def uniform(self, step: int) -> float:
+        """One number in (0, 1), of 53 bits."""
+        return (float(self.bits(step, 1)[0] >> np.uint64(11)) + 0.5) * 2.0**-53
+
     def normal(self, step: int, count: int) -> torch.Tensor:
         """`count` independent standard normal numbers, float32 `[count]`.
 

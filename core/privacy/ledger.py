@@ -14,9 +14,17 @@ from typing import Any
 
 from core.errors import InfeasibleError
 from core.privacy import accounting
-from core.privacy.ledger_book import Book, Reservation, add_up, dp_sgd_steps, stated_terms
+from core.privacy.ledger_book import (
+    Book,
+    Charge,
+    Reservation,
+    add_up,
+    dp_sgd_steps,
+    stated_terms,
+)
 from core.privacy.ledger_file import Chain, Event, Key, LedgerError, Terms, locked, require
 from core.privacy.plan import PrivacyPlan
+from core.privacy.scopes import RunBudget
 
 UNIT = "one image with its label"
 
@@ -71,23 +79,33 @@ class Ledger:
         with locked(path) as chain:
             return cls(path, stated_terms(path, chain))
 
-    def acquire_lease(self, run: str, owner: str) -> int:
-        """Makes this process the writer of `run`; whoever holds an older token is refused.
+    def take_over(self, run: str, owner: str, token: int) -> None:
+        """Makes the holders of `token` the writers of `run`; those of older tokens are refused.
 
         Args:
             owner: who takes over, for people; such as host and process number.
+            token: positive, larger than those of earlier drivers of the run; workers of one driver
+                share it.
 
-        Returns:
-            A token larger than all before, which the workers of the run need as `lease`.
+        Raises:
+            LedgerError: a larger token took the run over.
         """
         with locked(self.path) as chain:
-            leases = self._book(chain).leases
-            token = 1 + max((token for token, _ in leases.values()), default=0)
-            chain.append("lease", {"run": run, "owner": owner, "token": token})
+            current, by = self._book(chain).leases.get(run, (0, ""))
+            require(token > 0, "token", token, "positive")
+            if token < current:
+                raise LedgerError(_taken_over(run, by, current, token))
+            if token > current:
+                chain.append("lease", {"run": run, "owner": owner, "token": token})
         self.lease = token
-        return token
 
-    def reserve(self, key: Key, events: Sequence[Event], note: str = "") -> Reservation:
+    def reserve(
+        self,
+        key: Key,
+        events: Sequence[Event],
+        note: str = "",
+        within: RunBudget | None = None,
+    ) -> Reservation:
         """Charges `events` before anything is released; to be called first on every start.
 
         The same key and events give the earlier reservation and no new charge, unless that was
@@ -96,15 +114,16 @@ class Ledger:
         Args:
             events: all that the key will release, with at most one event of kind `dp_sgd`.
             note: for people; nothing that depends on the data.
+            within: the budget that all trials of the run share; the same for each of them.
 
         Raises:
-            BudgetExceededError: the budget cannot pay; the ledger is unchanged.
-            LedgerError: the key was reserved for other events, or another process took over.
+            BudgetExceededError: a budget cannot pay; the ledger is unchanged.
+            LedgerError: the key was reserved for other events, the run for another budget, or
+                another process took over.
 
-        Privacy: the total is the composition of all that counts now. That composition of
-        mechanisms fixed beforehand is tight by PLD (Koskela et al. 2020); where the noise of
-        later trials is chosen from earlier results, the proven filter is that of Renyi DP
-        (Feldman and Zrnic 2021).
+        Privacy: the data set's total is the composition by PLD of all that counts now, which is
+        tight for mechanisms fixed beforehand (Koskela et al. 2020). What a run may spend `within`
+        its budget is proven also where the noise of later trials is chosen from earlier results.
         """
         asked = Reservation(key, tuple(events))
         _check_request(asked)
@@ -117,9 +136,11 @@ class Ledger:
                     "stands for one plan, so restore the configuration or choose a new run folder"
                 )
             if earlier is None or earlier.counted != asked.events:
+                self._check_run(book, asked, within)
                 figures = self._admit(book, asked)
                 plain = [asdict(event) for event in asked.events]
                 body = {"key": asdict(key), "events": plain, "note": note, **figures}
+                body["within"] = asdict(within) if within else None
                 chain.append("reserve", body)
         return asked
 
@@ -167,10 +188,16 @@ class Ledger:
                 chain.append("void", {"key": asdict(key)})
 
     def epsilon_of_run(self, run: str) -> float:
-        """Epsilon of all that one run, such as a sweep, has reserved or settled."""
+        """Epsilon of all that one run, such as a sweep, has reserved or settled.
+
+        Within a budget that its trials share, as that adds up; else the composition by PLD.
+        """
         with locked(self.path) as chain:
-            charges = self._book(chain).charges
-        counted = [e for key, c in charges.items() if key.run == run for e in c.counted]
+            charges = self._book(chain).of_run(run)
+        within = charges[0].within if charges else None
+        if within is not None:
+            return self._total_within(within, charges)
+        counted = [event for charge in charges for event in charge.counted]
         return self._epsilon(counted, self._discretization(counted))
 
     def verify(self) -> int:
@@ -228,13 +255,38 @@ class Ledger:
     def _writable_book(self, chain: Chain, key: Key) -> Book:
         """The same, if no other process took over the run of `key`."""
         book = self._book(chain)
-        token, owner = book.leases.get(key.run, (self.lease, ""))
-        if token != self.lease:
-            raise LedgerError(
-                f"another sweep took over run {key.run} ({owner} holds token {token}, this "
-                f"process {self.lease or 'none'}): stop this process, or resume the run in it"
-            )
+        held = book.leases.get(key.run)
+        if held is not None and held[0] != self.lease:
+            token, owner = held
+            raise LedgerError(_taken_over(key.run, owner, token, self.lease))
         return book
+
+    def _check_run(self, book: Book, asked: Reservation, within: RunBudget | None) -> None:
+        """Refuses what the budget that the run's trials share cannot pay."""
+        run = asked.key.run
+        charges = book.of_run(run)
+        for charge in charges:
+            if charge.within != within:
+                raise LedgerError(
+                    f"run {run} was begun within {charge.within}, not {within}, which never "
+                    "changes: restore privacy.scope and its settings, or choose another name"
+                )
+        if within is None:
+            return
+        others = [book.charges[key] for key in book.charges if key.run == run and key != asked.key]
+        total = self._total_within(within, [*others, Charge(asked.events, "", "")])
+        if total > within.epsilon * (1 + 1e-9):
+            raise BudgetExceededError(
+                f"trial {asked.key.trial[:16]} would bring run {run} to epsilon {total:.6g} of its "
+                f"budget {within.epsilon:g}, of which {len(others)} trials have "
+                f"{self._total_within(within, others):.6g}: it pays for privacy.num_shares trials, "
+                "which were set before the first (scope public: for one)"
+            )
+
+    def _total_within(self, within: RunBudget, charges: Sequence[Charge]) -> float:
+        executed = _mechanisms(event for charge in charges for event in charge.counted)
+        reserved = _mechanisms(event for charge in charges for event in charge.reserved)
+        return within.total(executed, reserved, self.terms.delta, self.terms.neighboring_relation)
 
     def _admit(self, book: Book, asked: Reservation) -> dict[str, Any]:
         """The new total and its accountant, for the record; None where no budget asks for it."""
@@ -268,6 +320,13 @@ class Ledger:
         )
 
 
+def _taken_over(run: str, owner: str, token: int, mine: int | None) -> str:
+    return (
+        f"another sweep took over run {run} ({owner} holds token {token}, this process "
+        f"{mine or 'none'}): stop this process, or resume the run in it"
+    )
+
+
 def ledger_path(folder: Path, fingerprint: str) -> Path:
     """Where the ledger of a data set lies."""
     return folder / f"{fingerprint[:16]}.jsonl"
@@ -275,10 +334,12 @@ def ledger_path(folder: Path, fingerprint: str) -> Path:
 
 def events_of(plan: PrivacyPlan) -> tuple[Event, ...]:
     """All that one trial releases, in the order in which it runs."""
-    dp_sgd = Event("dp_sgd", *plan.dp_sgd.mechanism)
-    if plan.central is None:
-        return (dp_sgd,)
-    return Event("central_images", *plan.central.mechanism), dp_sgd
+    stages = (
+        ("central_images", plan.central),
+        ("dp_sgd", plan.dp_sgd),
+        ("dp_accuracy", plan.score),
+    )
+    return tuple(Event(kind, *stage.mechanism) for kind, stage in stages if stage is not None)
 
 
 def _mechanisms(events: Iterable[Event]) -> tuple[accounting.Mechanism, ...]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from core.privacy.ledger_file import Chain, Event, Key, LedgerError, Terms
+from core.privacy.scopes import RunBudget
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Charge:
     events: tuple[Event, ...]
     note: str
     time: str
+    within: RunBudget | None = None
     open: bool = True
     committed: int | None = None
 
@@ -34,6 +36,11 @@ class Charge:
     def counted(self) -> tuple[Event, ...]:
         """What counts against the budget."""
         return self.events if self.open else self.settled
+
+    @property
+    def reserved(self) -> tuple[Event, ...]:
+        """What was ever to run, unless it was voided."""
+        return self.events if self.counted else ()
 
     @property
     def state(self) -> str:
@@ -49,6 +56,10 @@ class Book:
 
     charges: dict[Key, Charge] = field(default_factory=dict[Key, Charge])
     leases: dict[str, tuple[int, str]] = field(default_factory=dict[str, tuple[int, str]])
+
+    def of_run(self, run: str) -> list[Charge]:
+        """The charges of one run."""
+        return [charge for key, charge in self.charges.items() if key.run == run]
 
     def charge(self, reservation: Reservation) -> Charge:
         """The charge that `reserve` made for this reservation."""
@@ -81,7 +92,9 @@ def add_up(path: Path, chain: Chain) -> Book:
             key = Key(**entry["key"])
             if entry["kind"] == "reserve":
                 events = tuple(Event(**event) for event in entry["events"])
-                new = Charge(events, entry["note"], entry["time"])
+                within = entry.get("within")
+                budget = RunBudget(**within) if within else None
+                new = Charge(events, entry["note"], entry["time"], budget)
                 book.charges.setdefault(key, new).open = True
             elif entry["kind"] in ("commit", "void"):
                 book.charges[key].open = False

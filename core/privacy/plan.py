@@ -7,16 +7,19 @@ that both stages together spend the target epsilon. It touches no data.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from importlib import metadata
 from typing import Any
 
 from dp_accounting import dp_event
 
-from core.config import Config
+from core.config import Config, PrivacyConfig
 from core.errors import InfeasibleError
 from core.privacy import accounting
+from core.privacy.scopes import share_of
+
+_NO_SAMPLING = 1.0
 
 
 @dataclass(frozen=True)
@@ -44,13 +47,8 @@ class CentralPlan:
         return self.noise_multiplier * self.sensitivity
 
     @property
-    def event(self) -> dp_event.DpEvent:
-        """What the accountant composes."""
-        return accounting.subsampled_gaussian(*self.mechanism)
-
-    @property
     def mechanism(self) -> accounting.Mechanism:
-        """The same as plain numbers."""
+        """Sample rate, noise multiplier, count: what the accountant composes."""
         return self.sample_rate, self.noise_multiplier, self.num_releases
 
 
@@ -70,28 +68,50 @@ class DpSgdPlan:
         return self.noise_multiplier * self.max_grad_norm
 
     @property
-    def event(self) -> dp_event.DpEvent:
-        """What the accountant composes."""
-        return accounting.subsampled_gaussian(*self.mechanism)
-
-    @property
     def mechanism(self) -> accounting.Mechanism:
-        """The same as plain numbers."""
+        """Sample rate, noise multiplier, count: what the accountant composes."""
         return self.sample_rate, self.noise_multiplier, self.num_steps
 
 
 @dataclass(frozen=True)
+class ScorePlan:
+    """The score's release: how many private images the classifier gets right, with noise.
+
+    One image changes the count by at most 1, so the noise multiplier is the standard deviation.
+    """
+
+    noise_stddev: float
+
+    @property
+    def mechanism(self) -> accounting.Mechanism:
+        """Sample rate, noise multiplier, count."""
+        return _NO_SAMPLING, self.noise_stddev, 1
+
+
+@dataclass(frozen=True)
 class PrivacyPlan:
-    """Everything one trial releases, and what it costs by PLD."""
+    """Everything one trial releases, and what it costs by PLD.
+
+    Attributes:
+        target_epsilon: what `scope` covers, which may be more than this trial.
+        public_data: whether the data set is public, as its owner states.
+        epsilon: of this trial alone.
+        epsilon_central: of its central images alone.
+        epsilon_score: by how much its private score raises `epsilon`.
+    """
 
     num_examples: int
     target_epsilon: float
     delta: float
     neighboring_relation: str
+    scope: str
+    public_data: bool
     central: CentralPlan | None
     dp_sgd: DpSgdPlan
+    score: ScorePlan | None
     epsilon: float
     epsilon_central: float
+    epsilon_score: float
 
     @property
     def noise_multiplier(self) -> float:
@@ -101,12 +121,13 @@ class PrivacyPlan:
     @property
     def epsilon_dp_sgd(self) -> float:
         """Epsilon of DP-SGD alone; with that of the central images it adds up to more than all."""
-        return accounting.epsilon_of([self.dp_sgd.event], self.delta, self.neighboring_relation)
+        return _epsilon([self.dp_sgd.mechanism], self.delta, self.neighboring_relation)
 
-    @property
-    def events(self) -> list[dp_event.DpEvent]:
-        """Both stages, in the order in which they run."""
-        return [self.central.event, self.dp_sgd.event] if self.central else [self.dp_sgd.event]
+    def tag(self, metric: str) -> str:
+        """How private a metric is: `public`, `dp(...)` with its cost, or `non-private`."""
+        if metric == "dp_accuracy":
+            return f"dp(epsilon +{self.epsilon_score:.2g})"
+        return "public" if self.public_data else "non-private"
 
     @property
     def statement(self) -> str:
@@ -122,18 +143,24 @@ class PrivacyPlan:
 
     @property
     def mechanisms(self) -> list[accounting.Mechanism]:
-        """The same as plain numbers."""
-        stages = [self.central, self.dp_sgd] if self.central else [self.dp_sgd]
-        return [stage.mechanism for stage in stages]
+        """All that is released, in the order in which it runs."""
+        stages = (self.central, self.dp_sgd, self.score)
+        return [stage.mechanism for stage in stages if stage is not None]
+
+    @property
+    def events(self) -> list[dp_event.DpEvent]:
+        """The same in the accountant's terms."""
+        return [accounting.subsampled_gaussian(*mechanism) for mechanism in self.mechanisms]
 
     @classmethod
     def restored(cls, summary: Mapping[str, Any]) -> "PrivacyPlan":
         """The plan whose `summary` was kept; nothing is solved again."""
         central = CentralPlan(**summary["central"]) if summary["central"] else None
+        score = ScorePlan(**summary["score"]) if summary["score"] else None
         dp_sgd = DpSgdPlan(**summary["dp_sgd"])
-        names = ("num_examples", "target_epsilon", "delta", "neighboring_relation", "epsilon")
-        numbers = {name: summary[name] for name in (*names, "epsilon_central")}
-        return cls(central=central, dp_sgd=dp_sgd, **numbers)
+        names = {field.name for field in fields(cls)} - {"central", "dp_sgd", "score"}
+        numbers = {name: summary[name] for name in names}
+        return cls(central=central, dp_sgd=dp_sgd, score=score, **numbers)
 
     def summary(self) -> dict[str, Any]:
         """Plain data for privacy.json."""
@@ -148,21 +175,25 @@ def check_central(config: Config) -> float:
     """Epsilon that the easy stage alone spends; quick, as DP-SGD is not solved.
 
     Raises:
-        InfeasibleError: it exceeds the target, or leaves nothing for DP-SGD.
+        InfeasibleError: it exceeds what one trial may spend.
     """
     central = _central_plan(config)
     if central is None:
         return 0.0
     privacy = config.privacy
-    epsilon = accounting.epsilon_of(
-        [central.event], privacy.target_delta, privacy.neighboring_relation
-    )
-    if epsilon >= privacy.target_epsilon:
+    epsilon = _epsilon([central.mechanism], privacy.target_delta, privacy.neighboring_relation)
+    if (share := share_of(privacy)) is not None:
+        used = share.used([central.mechanism])
+        too_dear = f"take {used:.3g} times the trial's share of epsilon" if used >= 1 else ""
+    else:
+        mechanisms = _copies(privacy, [central.mechanism])
+        alone = _epsilon(mechanisms, privacy.target_delta, privacy.neighboring_relation)
+        too_dear = f"alone spend epsilon {alone:.4g} of" if alone >= privacy.target_epsilon else ""
+    if too_dear:
         raise InfeasibleError(
-            f"the central images alone spend epsilon {epsilon:.4g} of "
-            f"{privacy.target_epsilon:g}: lower central_images.per_class "
-            f"({config.central_images.per_class}) or raise central_images.noise_multiplier "
-            f"({config.central_images.noise_multiplier:g})"
+            f"the central images {too_dear} {privacy.target_epsilon:g}: lower "
+            f"central_images.per_class ({config.central_images.per_class}) or raise "
+            f"central_images.noise_multiplier ({config.central_images.noise_multiplier:g})"
         )
     return epsilon
 
@@ -174,7 +205,11 @@ def check_feasible(config: Config) -> None:
         InfeasibleError: the budget cannot pay; the reason is that of `make_plan`.
     """
     check_central(config)
-    accounting.check_room(*_question(config))
+    privacy, rate, steps = config.privacy, _dp_sgd_sample_rate(config), config.private_steps
+    if (share := share_of(privacy)) is not None:
+        share.solve_noise_multiplier(_fixed(config), rate, steps)
+    else:
+        accounting.check_room(*_question(config))
 
 
 def make_plan(config: Config) -> PrivacyPlan:
@@ -184,23 +219,66 @@ def make_plan(config: Config) -> PrivacyPlan:
         InfeasibleError: the budget cannot pay; says which stage is too dear and the remedy.
     """
     epsilon_central = check_central(config)
-    central, private, privacy = _central_plan(config), config.private_training, config.privacy
-    noise_multiplier, epsilon = _solve(*_question(config))
+    private, privacy = config.private_training, config.privacy
+    rate, steps = _dp_sgd_sample_rate(config), config.private_steps
+    total = None
+    if (share := share_of(privacy)) is not None:
+        noise_multiplier = share.solve_noise_multiplier(_fixed(config), rate, steps)
+    else:
+        noise_multiplier, of_all = _solve(*_question(config))
+        total = of_all if privacy.scope != "sweep" else None
+
+    def epsilon(mechanisms: Sequence[accounting.Mechanism]) -> float:
+        return _epsilon(mechanisms, privacy.target_delta, privacy.neighboring_relation)
+
+    central, score = _central_plan(config), _score_plan(config)
+    dp_sgd = DpSgdPlan(
+        num_steps=steps,
+        sample_rate=rate,
+        noise_multiplier=noise_multiplier,
+        max_grad_norm=private.max_grad_norm,
+        expected_batch_size=private.expected_batch_size,
+    )
+    stages = [stage.mechanism for stage in (central, dp_sgd) if stage is not None]
+    total = total or epsilon([*_fixed(config), dp_sgd.mechanism])
     return PrivacyPlan(
         num_examples=config.dataset.num_examples,
         target_epsilon=privacy.target_epsilon,
         delta=privacy.target_delta,
         neighboring_relation=privacy.neighboring_relation,
+        scope=privacy.scope,
+        public_data=config.dataset.public,
         central=central,
-        dp_sgd=DpSgdPlan(
-            num_steps=config.private_steps,
-            sample_rate=_dp_sgd_sample_rate(config),
-            noise_multiplier=noise_multiplier,
-            max_grad_norm=private.max_grad_norm,
-            expected_batch_size=private.expected_batch_size,
-        ),
-        epsilon=epsilon,
+        dp_sgd=dp_sgd,
+        score=score,
+        epsilon=total,
         epsilon_central=epsilon_central,
+        epsilon_score=0.0 if score is None else total - epsilon(stages),
+    )
+
+
+def estimated_noise_multiplier(config: Config) -> float:
+    """DP-SGD's noise multiplier as of `make_plan`, to about 0.3 % and faster: to show, not to use.
+
+    Raises:
+        InfeasibleError: the budget cannot pay.
+    """
+    check_central(config)
+    if (share := share_of(config.privacy)) is not None:
+        rate, steps = _dp_sgd_sample_rate(config), config.private_steps
+        return share.solve_noise_multiplier(_fixed(config), rate, steps)
+    return accounting.estimated_noise_multiplier(*_question(config))
+
+
+def estimated_composition(config: Config, noise_multiplier: float, trials: int) -> float:
+    """Epsilon of `trials` equal trials together, slightly too large and quick: to show."""
+    dp_sgd = (_dp_sgd_sample_rate(config), noise_multiplier, config.private_steps)
+    mechanisms = tuple(
+        (rate, sigma, trials * count) for rate, sigma, count in (*_fixed(config), dp_sgd)
+    )
+    privacy = config.privacy
+    return accounting.epsilon_of_mechanisms(
+        mechanisms, privacy.target_delta, privacy.neighboring_relation, accounting.COARSE
     )
 
 
@@ -226,19 +304,44 @@ def _dp_sgd_sample_rate(config: Config) -> float:
     return config.private_training.expected_batch_size / config.dataset.num_examples
 
 
+def _epsilon(mechanisms: Sequence[accounting.Mechanism], delta: float, relation: str) -> float:
+    return accounting.epsilon_of_mechanisms(tuple(mechanisms), delta, relation, accounting.FINE)
+
+
+def _fixed(config: Config) -> tuple[accounting.Mechanism, ...]:
+    """What a trial releases beside DP-SGD."""
+    stages = (_central_plan(config), _score_plan(config))
+    return tuple(stage.mechanism for stage in stages if stage is not None)
+
+
+def _copies(
+    privacy: PrivacyConfig, mechanisms: Sequence[accounting.Mechanism]
+) -> list[accounting.Mechanism]:
+    """As often as the target pays for them: for each share of a sweep."""
+    copies = privacy.num_shares if privacy.scope == "sweep" else 1
+    return [(rate, noise_multiplier, copies * n) for rate, noise_multiplier, n in mechanisms]
+
+
 def _question(
     config: Config,
-) -> tuple[tuple[dp_event.DpEvent, ...], float, int, float, float, str]:
-    """What is spent before DP-SGD, its sample rate and steps, target, delta, relation."""
-    central, privacy = _central_plan(config), config.privacy
+) -> tuple[tuple[accounting.Mechanism, ...], float, int, float, float, str]:
+    """What is spent beside DP-SGD, its sample rate and steps, target, delta, relation."""
+    privacy = config.privacy
+    dp_sgd = (_dp_sgd_sample_rate(config), 0.0, config.private_steps)
+    *fixed, (rate, _, steps) = _copies(privacy, [*_fixed(config), dp_sgd])
     return (
-        (central.event,) if central else (),
-        _dp_sgd_sample_rate(config),
-        config.private_steps,
+        tuple(fixed),
+        rate,
+        steps,
         privacy.target_epsilon,
         privacy.target_delta,
         privacy.neighboring_relation,
     )
+
+
+def _score_plan(config: Config) -> ScorePlan | None:
+    stddev = config.privacy.dp_accuracy_stddev
+    return None if stddev is None else ScorePlan(stddev)
 
 
 def _central_plan(config: Config) -> CentralPlan | None:

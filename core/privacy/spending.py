@@ -4,6 +4,7 @@
 import hashlib
 import json
 import os
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from core.errors import DataError
 from core.privacy.ledger import Ledger, Reservation, events_of
 from core.privacy.ledger_file import Key, Terms
 from core.privacy.plan import PrivacyPlan
+from core.privacy.scopes import run_budget
 
 _SOURCES = "sources.json"
 _BLOCK = 25
@@ -30,6 +32,7 @@ class Spending:
         folder: of the ledgers, `runtime.ledger`.
         run: name of the sweep or of the single run.
         begun: file in the run's folder that counts the DP-SGD steps that ever began.
+        lease: token of the sweep's driver, which takes the run over from older ones.
     """
 
     config: Config
@@ -37,6 +40,7 @@ class Spending:
     folder: Path
     run: str
     begun: Path
+    lease: int | None = None
 
     def known_fingerprint(self) -> str | None:
         """Fingerprint that this source had when a run opened it last."""
@@ -52,8 +56,14 @@ class Spending:
         Raises:
             BudgetExceededError: the data set's budget cannot pay; nothing was opened or changed.
         """
-        reservation = self._ledger(fingerprint).reserve(
-            self._key(identity), events_of(self.plan), note=self.config.privacy.scope
+        ledger = self._ledger(fingerprint)
+        if self.lease is not None:
+            ledger.take_over(self.run, f"{socket.gethostname()}:{os.getpid()}", self.lease)
+        reservation = ledger.reserve(
+            self._key(identity),
+            events_of(self.plan),
+            note=f"scope {self.config.privacy.scope}",
+            within=run_budget(self.config),
         )
         if not self.begun.exists():
             self._write_begun(0)
@@ -108,7 +118,7 @@ class Spending:
         )
         # A run that has begun must find the ledger that it was charged to, never a fresh one.
         opened = Ledger.open_existing if self.begun.exists() else Ledger.open
-        return opened(self.folder, terms)
+        return opened(self.folder, terms, self.lease)
 
     def _key(self, identity: str) -> Key:
         return Key(self.run, identity, "all", 0, self.plan.dp_sgd.num_steps)

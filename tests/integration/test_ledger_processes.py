@@ -95,7 +95,7 @@ ACTS: dict[str, Callable[[Ledger], object]] = {
     "reserve": lambda ledger: ledger.reserve(key("new"), [STEP]),
     "commit": lambda ledger: ledger.commit(ledger.reserve(key("old"), [STEP]), 4),
     "void": lambda ledger: ledger.void(ledger.reserve(key("old"), [STEP])),
-    "lease": lambda ledger: ledger.acquire_lease("other", "host:1"),
+    "lease": lambda ledger: ledger.take_over("other", "host:1", 1),
 }
 CALLS = ((os, "write"), (os, "fsync"), (os, "replace"))
 
@@ -205,7 +205,8 @@ def test_every_reservation_that_returned_outlives_a_kill(tmp_path):
 
 def sleep_and_reserve(folder: Path) -> None:
     ledger = Ledger.open(folder, TERMS)
-    print(ledger.acquire_lease("sweep", "the sleeper"), flush=True)
+    ledger.take_over("sweep", "the sleeper", 1)
+    print(1, flush=True)
     sys.stdin.readline()
     try:
         ledger.reserve(key("late"), [STEP])
@@ -220,7 +221,7 @@ def test_a_driver_that_was_replaced_is_refused(tmp_path):
         assert sleeper.stdout is not None
         assert int(sleeper.stdout.readline()) == 1
         successor = Ledger.open_existing(tmp_path, TERMS)
-        assert successor.acquire_lease("sweep", "the successor") == 2
+        successor.take_over("sweep", "the successor", 2)
         before = successor.path.read_bytes()
         _, errors = sleeper.communicate("go on\n", timeout=60)
     assert sleeper.returncode == 1

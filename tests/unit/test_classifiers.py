@@ -15,7 +15,7 @@ from core.evaluation.classifiers import (
     learning_rate_factor,
     train_classifier,
 )
-from core.evaluation.metrics import downstream_accuracy, synthetic_split
+from core.evaluation.metrics import downstream_accuracy, downstream_classifier, synthetic_split
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +42,8 @@ def _few(split: Split, count: int) -> Split:
 
 def _score(synthetic: Split, dataset: Dataset, epochs: int = 4) -> float:
     config = EvaluationConfig(classifier_epochs=epochs, classifier_batch_size=64)
-    return downstream_accuracy(synthetic, dataset, config, 10, 0, "cpu")
+    model = downstream_classifier(synthetic, config, 10, "cpu")
+    return downstream_accuracy(model, synthetic, dataset, config)
 
 
 def test_learns_digits(digits: Dataset) -> None:
@@ -196,4 +197,9 @@ def test_images_of_another_shape_are_refused(digits: Dataset) -> None:
 
 
 def test_every_metric_has_a_direction() -> None:
-    assert DIRECTIONS == {"accuracy": "maximize", "fid": "minimize", "fid_cnn": "minimize"}
+    assert DIRECTIONS == {
+        "accuracy": "maximize",
+        "dp_accuracy": "maximize",
+        "fid": "minimize",
+        "fid_cnn": "minimize",
+    }

@@ -225,25 +225,25 @@ def test_the_metric_is_named_after_its_extractor(
     inception = EvaluationConfig(inception_weights="weights.pth", batch_size=7)
     cnn = EvaluationConfig(fid_extractor="cnn", extractor_epochs=1, batch_size=7)
     for config, expected in ((inception, "fid"), (cnn, "fid_cnn")):
-        name, same = metrics.fid_score(dataset.train, dataset, config, 2, 0, "cpu", tmp_path)
+        name, same = metrics.fid_score(dataset.train, dataset, config, 2, "cpu", tmp_path)
         assert name == expected
         assert same == pytest.approx(0, abs=1e-6)
         darker = Split(dataset.train.images // 2, dataset.train.labels)
-        assert metrics.fid_score(darker, dataset, config, 2, 0, "cpu", tmp_path)[1] > 1e-3
+        assert metrics.fid_score(darker, dataset, config, 2, "cpu", tmp_path)[1] > 1e-3
 
 
 def test_inception_never_falls_back_to_the_cnn(offline: Path, tmp_path: Path) -> None:
     pytest.importorskip("pytorch_fid")
     dataset = Dataset(_images(8, seed=0), _images(8, seed=1), "")
     with pytest.raises(ConfigError, match="no Inception weights"):
-        metrics.fid_score(dataset.train, dataset, EvaluationConfig(), 2, 0, "cpu", tmp_path)
+        metrics.fid_score(dataset.train, dataset, EvaluationConfig(), 2, "cpu", tmp_path)
 
 
 def test_images_of_another_shape_are_refused(tmp_path: Path) -> None:
     dataset = Dataset(_images(8, seed=0), _images(8, seed=1), "")
     colour = _images(8, seed=2, channels=3)
     with pytest.raises(DataError, match=r"\[3, 8, 8\].*\[1, 8, 8\]"):
-        metrics.fid_score(colour, dataset, EvaluationConfig(), 2, 0, "cpu", tmp_path)
+        metrics.fid_score(colour, dataset, EvaluationConfig(), 2, "cpu", tmp_path)
 
 
 def test_the_real_side_is_kept_for_the_same_data_and_settings_alone(
@@ -253,18 +253,19 @@ def test_the_real_side_is_kept_for_the_same_data_and_settings_alone(
     other = Dataset(_images(40, seed=5), _images(8, seed=1), "b")
     cnn = EvaluationConfig(fid_extractor="cnn", extractor_epochs=1, batch_size=7)
     images = _images(20, seed=2)
-    first = metrics.fid_score(images, dataset, cnn, 2, 0, "cpu", tmp_path)
-    fresh = metrics.fid_score(images, other, cnn, 2, 0, "cpu", tmp_path)
+    first = metrics.fid_score(images, dataset, cnn, 2, "cpu", tmp_path)
+    fresh = metrics.fid_score(images, other, cnn, 2, "cpu", tmp_path)
     assert fresh != first
-    assert metrics.fid_score(images, dataset, cnn, 2, 1, "cpu", tmp_path) != first
+    seeded = cnn.model_copy(update={"seed": 1})
+    assert metrics.fid_score(images, dataset, seeded, 2, "cpu", tmp_path) != first
     assert len(list(tmp_path.glob("cnn-*.pt"))) == 3
 
     def refuse(*_: object) -> None:
         raise AssertionError("trained again")
 
     monkeypatch.setattr(features, "train_classifier", refuse)
-    assert metrics.fid_score(images, dataset, cnn, 2, 0, "cpu", tmp_path) == first
-    assert metrics.fid_score(images, other, cnn, 2, 0, "cpu", tmp_path) == fresh
+    assert metrics.fid_score(images, dataset, cnn, 2, "cpu", tmp_path) == first
+    assert metrics.fid_score(images, other, cnn, 2, "cpu", tmp_path) == fresh
 
 
 def test_cnn_features_are_those_of_their_seed() -> None:

@@ -26,7 +26,7 @@ from core.privacy.ledger_file import (
     _digest,
     locked,
 )
-from core.privacy.plan import CentralPlan, DpSgdPlan, PrivacyPlan
+from core.privacy.plan import CentralPlan, DpSgdPlan, PrivacyPlan, ScorePlan
 
 TERMS = Terms("ab" * 32, 1_000, 1e-5, "zero_out", None)
 CENTRAL = Event("central_images", 0.1, 5.0, 5)
@@ -89,10 +89,26 @@ def test_central_images_count_in_full_once_any_of_it_ran(tmp_path):
 
 def test_a_plan_reserves_all_that_it_releases():
     central, dp_sgd = CentralPlan(5, 0.1, 5.0, 8.0, 10.0), DpSgdPlan(100, 0.05, 8.0, 1.0, 50)
-    plan = PrivacyPlan(1_000, 10.0, 1e-5, "zero_out", central, dp_sgd, 1.0, 0.1)
+    plan = PrivacyPlan(
+        num_examples=1_000,
+        target_epsilon=10.0,
+        delta=1e-5,
+        neighboring_relation="zero_out",
+        scope="trial",
+        public_data=False,
+        central=central,
+        dp_sgd=dp_sgd,
+        score=None,
+        epsilon=1.0,
+        epsilon_central=0.1,
+        epsilon_score=0.0,
+    )
     assert events_of(plan) == EVENTS
     assert [to_dp_event(event) for event in events_of(plan)] == plan.events
     assert events_of(replace(plan, central=None)) == (DP_SGD,)
+    scored = replace(plan, score=ScorePlan(50.0))
+    assert events_of(scored) == (*EVENTS, Event("dp_accuracy", 1.0, 50.0, 1))
+    assert [to_dp_event(event) for event in events_of(scored)] == scored.events
 
 
 def test_many_mechanisms_compose_to_an_upper_bound_that_is_as_good_as_exact(tmp_path):
@@ -336,19 +352,25 @@ def test_a_folder_that_cannot_be_written_to_is_one_sentence(tmp_path):
 
 def test_an_older_writer_of_a_run_is_refused(tmp_path):
     first, second = Ledger.open(tmp_path, TERMS), Ledger.open(tmp_path, TERMS)
-    assert first.acquire_lease("sweep", "host:1") == 1
+    first.take_over("sweep", "host:1", 1)
     reservation = first.reserve(key("a"), EVENTS)
-    assert second.acquire_lease("other", "host:2") == 2
+    second.take_over("other", "host:2", 2)
     second.reserve(key("a", run="other"), EVENTS)
     first.reserve(key("b"), EVENTS)  # Another run's lease is no hindrance.
     worker = Ledger.open_existing(tmp_path, TERMS, lease=1)
-    assert Ledger.open(tmp_path, TERMS).acquire_lease("sweep", "host:3") == 3
+    lines = first.verify()
+    worker.take_over("sweep", "host:1", 1)  # Another worker of the same driver.
+    assert first.verify() == lines
+    Ledger.open(tmp_path, TERMS).take_over("sweep", "host:3", 3)
     before = first.path.read_bytes()
+    with pytest.raises(LedgerError, match="token=0 is refused: it must be positive"):
+        worker.take_over("sweep", "host:1", 0)
     for ledger, held in ((first, "1"), (worker, "1"), (Ledger.open(tmp_path, TERMS), "none")):
         for act in (
             lambda ledger=ledger: ledger.reserve(key("a"), EVENTS),
             lambda ledger=ledger: ledger.commit(reservation, 5),
             lambda ledger=ledger: ledger.void(reservation),
+            *([lambda ledger=ledger: ledger.take_over("sweep", "x", 1)] if held == "1" else []),
         ):
             text = rf"another sweep took over run sweep \(host:3 holds token 3, .* {held}\)"
             with pytest.raises(LedgerError, match=text):

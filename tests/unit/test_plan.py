@@ -69,7 +69,7 @@ def test_without_easy_stage_nothing_is_released_or_charged():
     plan = make_plan(reference(stage_split=0.0, training__num_steps=2_197))
     assert plan.central is None
     assert plan.epsilon_central == 0
-    assert plan.events == [plan.dp_sgd.event]
+    assert plan.mechanisms == [plan.dp_sgd.mechanism]
 
 
 def test_full_batch_equals_the_analytic_gaussian():

@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 
 from core.errors import ConfigError
+from core.privacy.keys import MasterSecret
 from sweep.config import dump_sweep, load_sweep, trial_id_of
+from sweep.scope import count_trials
 
 QUICKSTART = Path("sweep/configs/quickstart.yaml")
 
@@ -70,7 +72,7 @@ def test_dotted_and_nested_search_spaces_mean_the_same(tmp_path):
         ({"search_space.stage_split.low": 0.9}, r"low must not exceed high"),
         ({"search_space.stage_splt.low": 0.9}, r"unknown key 'stage_splt'|either low and high"),
         ({"objective.direction": "minimize"}, r"would search for the worst accuracy"),
-        ({"objective.metric": "loss"}, r"'accuracy', 'fid', 'fid_cnn'"),
+        ({"objective.metric": "loss"}, r"'accuracy', 'dp_accuracy', 'fid', 'fid_cnn'"),
         ({"name": "../elsewhere"}, r"name="),
         ({"privacy.target_epsilon": -1}, r"privacy\.target_epsilon=-1"),
         ({"base": "nowhere.yaml"}, r"no configuration file at '.*nowhere\.yaml'"),
@@ -86,3 +88,66 @@ def test_the_same_point_has_the_same_id_and_another_another():
     first = trial_id_of(sweep.trial_config({"stage_split": 0.25}))
     assert first == trial_id_of(sweep.trial_config({"stage_split": 0.25}))
     assert first != trial_id_of(sweep.trial_config({"stage_split": 0.5}))
+
+
+SELECTION = {
+    "privacy.scope": "selection",
+    "privacy.dp_accuracy_stddev": 50,
+    "objective.metric": "dp_accuracy",
+    "sampler": "random",
+    "num_trials": None,
+}
+SWEEP = {**SELECTION, "privacy.scope": "sweep", "sampler": "tpe", "num_trials": 4}
+PUBLIC = {"privacy.scope": "public", "dataset.public": True, "final.dataset.path": "secret"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (SWEEP | {"objective.metric": "accuracy"}, r"scope='sweep' cannot choose by .*'accuracy'"),
+        (SELECTION | {"objective.metric": "accuracy"}, r"scope='selection' cannot choose by"),
+        (SWEEP | {"privacy.dp_accuracy_stddev": None}, r"set privacy\.dp_accuracy_stddev"),
+        (SELECTION | {"sampler": "tpe"}, r"not for sampler='tpe', which learns from results"),
+        (SELECTION | {"num_trials": 16}, r"num_trials=16 is not allowed .* fixed number of trials"),
+        (SELECTION | {"privacy.data_set_budget": 30}, r"data_set_budget cannot be combined"),
+        (SWEEP | {"privacy.adaptive": False}, r"privacy\.adaptive=False contradicts sampler='tpe'"),
+        (
+            SWEEP | {"search_space.privacy.target_epsilon.choices": [1, 10]},
+            r"search_space\.privacy\.target_epsilon cannot be searched",
+        ),
+        ({"privacy.scope": "public"}, r"'public' and final belong together"),
+        ({"final.dataset.path": "secret"}, r"'public' and final belong together"),
+        (PUBLIC | {"dataset.public": False}, r"set dataset\.public=true"),
+        (PUBLIC | {"final.dataset.public": True}, r"the final run is on the sensitive data"),
+        (PUBLIC | {"final.dataset.pth": "x"}, r"unknown key 'dataset.pth'"),
+    ],
+)
+def test_searches_that_would_make_a_scope_a_false_claim_are_refused(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        load_sweep(QUICKSTART, overrides)
+
+
+def test_a_scope_decides_what_its_trials_share():
+    sweep = load_sweep(QUICKSTART, SWEEP)
+    assert sweep.run.privacy.num_shares == 4
+    assert sweep.run.privacy.adaptive
+    drawn = load_sweep(QUICKSTART, SWEEP | {"sampler": "random", "privacy.num_shares": 6})
+    assert drawn.run.privacy.num_shares == 6
+    assert not drawn.run.privacy.adaptive
+    public = load_sweep(QUICKSTART, PUBLIC)
+    assert public.final == {"dataset.path": "secret"}
+    assert public.run.dataset.public
+
+
+def test_the_secret_number_of_trials_is_that_of_the_sweep_and_its_secret():
+    sweep = load_sweep(QUICKSTART, SELECTION)
+    assert sweep.search_space["seed"].high == 2**31 - 1
+    one, other = MasterSecret(b"1" * 32), MasterSecret(b"2" * 32)
+
+    def numbers(master: MasterSecret) -> list[int]:
+        return [count_trials(sweep.run, None, master, str(i)) for i in range(40)]
+
+    assert numbers(one) == numbers(one)
+    assert numbers(one) != numbers(other)
+    assert min(numbers(one)) == 1 < max(numbers(one))
+    assert count_trials(load_sweep(QUICKSTART, SWEEP).run, 4, one, "0") == 4

@@ -1,0 +1,157 @@
+"""What `python -m core` does for each of its commands but `account`."""
+
+import argparse
+import json
+import secrets
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from core.config import Config, load, nested, parse_overrides, short_digest
+from core.data import Split, load_dataset
+from core.diffusion.denoiser import build_denoiser
+from core.errors import ConfigError
+from core.evaluation.metrics import downstream_accuracy, downstream_classifier, fid_score
+from core.generate import generate as draw_images
+from core.pipeline import run as run_pipeline
+from core.privacy.card import ledger_text
+from core.privacy.keys import MasterSecret
+from core.privacy.ledger import Ledger
+from core.release import release_card, verify_release, write_release
+from core.reporting import Console, write_grid
+from core.training import config_device
+
+
+def run(options: argparse.Namespace) -> None:
+    """Trains, generates and scores one model."""
+    config = load(options.config, parse_overrides(options.overrides))
+    run_dir = options.run_dir or _run_dir(options.config, config)
+    result = _train(config, run_dir)
+    print(json.loads((run_dir / "privacy.json").read_text())["statement"])
+    print("Scores are computed from real images and are not private:")
+    for name, value in result.items():
+        if isinstance(value, float):
+            print(f"  {name:<18} {value:.4g}")
+    print(f"samples: {run_dir / 'synthetic' / 'grid.png'}")
+
+
+def compare(options: argparse.Namespace) -> None:
+    """Runs a configuration and plain DP-SGD at the same budget."""
+    config = load(options.config, parse_overrides(options.overrides))
+    if config.warm_up_steps == 0:
+        raise ConfigError(
+            f"stage_split={config.stage_split:g} has no easy stage to compare: set it in (0, 1)"
+        )
+    baseline = load(nested(config), {"stage_split": 0.0})
+    rows: list[tuple[Config, Path, dict[str, Any]]] = []
+    for each in (config, baseline):
+        run_dir = _run_dir(options.config, each)
+        print(f"stage_split={each.stage_split:g}: {run_dir}", file=sys.stderr, flush=True)
+        rows.append((each, run_dir, _train(each, run_dir)))
+    print(json.loads((rows[0][1] / "privacy.json").read_text())["statement"])
+    print("Scores are computed from real images and are not private.")
+    metric = next(name for name in rows[0][2] if name.startswith("fid"))
+    print(
+        f"{'stage_split':>11} {'steps':>6} {'DP-SGD steps':>13} {'epsilon':>8} "
+        f"{'noise multiplier':>17} {'accuracy':>9} {metric:>8} {'seconds':>8}  samples"
+    )
+    for each, run_dir, result in rows:
+        print(
+            f"{each.stage_split:>11g} {each.training.num_steps:>6} {each.private_steps:>13} "
+            f"{result['epsilon']:>8.4g} {result['noise_multiplier']:>17.4f} "
+            f"{result['accuracy']:>9.4f} {result[metric]:>8.4g} {result['seconds']:>8.0f}  "
+            f"{run_dir / 'synthetic' / 'grid.png'}"
+        )
+
+
+def _train(config: Config, run_dir: Path) -> dict[str, Any]:
+    console = Console(config.training.num_steps)
+    trial = _trial_of(run_dir)
+    master = MasterSecret.load()
+    return run_pipeline(
+        config, run_dir, master=master, name=run_dir.name, trial=trial, report=console
+    )
+
+
+def _run_dir(path: str, config: Config) -> Path:
+    """The same command names the same folder, so it goes on where it was stopped."""
+    return Path("runs") / f"{Path(path).stem}-{short_digest(config)}"
+
+
+def _trial_of(run_dir: Path) -> str:
+    """A random identity kept in the run's folder: a new folder never reuses noise."""
+    path = run_dir / "trial_id"
+    run_dir.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        path.write_text(secrets.token_hex(16))
+    return path.read_text()
+
+
+def ledger(options: argparse.Namespace) -> None:
+    """Shows or verifies the ledgers of a folder."""
+    files = sorted(options.folder.glob("*.jsonl"))
+    if not files:
+        raise ConfigError(f"'{options.folder}' holds no ledger: name its folder with --folder")
+    for path in files:
+        ledger = Ledger.at(path)
+        if options.action == "verify":
+            print(f"{path}: {ledger.verify()} lines, unbroken")
+        else:
+            print(ledger_text(ledger.summary()))
+
+
+def release(options: argparse.Namespace) -> None:
+    """Writes or verifies the bundle to publish."""
+    if options.verify:
+        print(f"{options.out}: {verify_release(options.out)} files as released")
+        return
+    if options.run_dir is None:
+        raise ConfigError("name the finished run to release with --run-dir")
+    config, _ = _finished(options.run_dir, [])
+    card = release_card(config, options.run_dir)
+    formats = options.formats.split(",")
+    write_release(options.run_dir, options.out, card, config.privacy.target_epsilon, formats)
+    print(card["statement"])
+    print(f"bundle: {options.out} ({', '.join(formats)}, privacy_card.md, digests.json)")
+
+
+def _finished(run_dir: Path, overrides: list[str]) -> tuple[Config, torch.nn.Module]:
+    if not (run_dir / "model.pt").exists():
+        raise ConfigError(f"'{run_dir}' holds no finished run (no model.pt): finish it first")
+    config = load(run_dir / "config.yaml", parse_overrides(overrides))
+    denoiser = build_denoiser(config).to(config_device(config)).eval()
+    weights = torch.load(
+        run_dir / "model.pt", map_location=config_device(config), weights_only=True
+    )
+    denoiser.load_state_dict(weights)
+    return config, denoiser
+
+
+def generate(options: argparse.Namespace) -> None:
+    """Draws more images from a finished run."""
+    config, denoiser = _finished(options.run_dir, options.overrides)
+    if options.num_images < 1:
+        raise ConfigError(f"--num-images={options.num_images} must be at least 1")
+    images = draw_images(denoiser, config, options.num_images, config_device(config))
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(options.out, images=images.images.numpy(), labels=images.labels.numpy())
+    write_grid(options.out.with_suffix(".png"), images.images, images.labels)
+    print(f"{options.num_images} images: {options.out}, {options.out.with_suffix('.png')}")
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    """Scores a finished run's images again."""
+    config, _ = _finished(options.run_dir, options.overrides)
+    dataset = load_dataset(config.dataset)
+    with np.load(options.run_dir / "synthetic" / "images.npz") as stored:
+        synthetic = Split(torch.from_numpy(stored["images"]), torch.from_numpy(stored["labels"]))
+    settings, classes = config.evaluation, config.dataset.num_classes
+    device, cache = config_device(config), Path(config.runtime.cache)
+    model = downstream_classifier(synthetic, settings, classes, device)
+    accuracy = downstream_accuracy(model, synthetic, dataset, settings)
+    name, distance = fid_score(synthetic, dataset, settings, classes, device, cache)
+    tag = "public" if config.dataset.public else "non-private"
+    print(f"accuracy {accuracy:.4f} ({tag})  {name} {distance:.4g} ({tag})")

@@ -1,0 +1,67 @@
+"""Who a sweep's folder belongs to: one configuration, one release, one driver at a time."""
+
+import json
+import secrets
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+from core.errors import ConfigError
+from core.locks import held
+from core.reporting import write_json
+from sweep.config import SweepConfig, dump_sweep, flat
+
+_FREE = ("num_trials", "max_concurrent_trials", "cpus_per_worker", "storage_path")
+"""What may change when a sweep is continued."""
+
+
+@contextmanager
+def driver_lock(folder: Path) -> Generator[int]:
+    """Keeps a second driver out; yields the token of this launch, larger than all before.
+
+    The token goes into the ledger with every trial, where workers of an older launch are refused.
+
+    Raises:
+        ConfigError: another driver runs this sweep.
+    """
+    path = folder / "launch"
+    with held(folder / "driver.lock"):
+        earlier = int(path.read_text()) if path.exists() else 0
+        # By the clock, so that it also grows over a folder that was deleted and begun anew.
+        token = max(earlier + 1, int(time.time()))
+        path.write_text(str(token))
+        yield token
+
+
+def claim(sweep: SweepConfig) -> None:
+    """Writes the resolved sweep, or compares it with the one this name began with.
+
+    Raises:
+        ConfigError: another sweep of this name was begun in the folder.
+    """
+    path, now = sweep.folder / "sweep.json", dump_sweep(sweep)
+    if not path.exists():
+        sweep.folder.mkdir(parents=True, exist_ok=True)
+        write_json(path, now)
+        return
+    old, new = flat(json.loads(path.read_text())), flat(now)
+    changed = [
+        f"{key}: {old.get(key)} -> {new.get(key)}"
+        for key in sorted(old | new)
+        if old.get(key) != new.get(key) and not key.startswith((*_FREE, "base.runtime."))
+    ]
+    if changed:
+        raise ConfigError(
+            f"'{sweep.folder}' holds another sweep named '{sweep.name}' ({'; '.join(changed)}): "
+            "choose another name=..., or restore what it was started with"
+        )
+    write_json(path, now)
+
+
+def release_id(sweep: SweepConfig) -> str:
+    """Random and kept: a sweep begun anew in an empty folder draws new masks and noise."""
+    path = sweep.folder / "release_id"
+    if not path.exists():
+        path.write_text(secrets.token_hex(16))
+    return path.read_text()

@@ -1,0 +1,66 @@
+"""Starts or joins a Ray cluster."""
+
+import logging
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from core.errors import ConfigError
+from sweep.config import SweepConfig
+
+DRIVER_RESOURCE = "trial_driver"
+"""Trials hold this and no CPU: a trial that held CPUs could keep its own workers from starting."""
+_LOCAL_DRIVERS = 64
+
+# Ray reads these when it is imported.
+os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
+os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+
+def join_cluster() -> None:
+    """Joins the cluster of RAY_ADDRESS (set for submitted jobs), or starts a local one.
+
+    Raises:
+        ConfigError: the cluster does not offer the resource that trials hold.
+    """
+    import ray
+
+    warnings.filterwarnings("ignore", module="ray")
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # The table tells of failed trials.
+    root = str(Path(__file__).resolve().parent.parent)
+    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    shared: dict[str, Any] = {
+        "runtime_env": {"env_vars": {"PYTHONPATH": path}},
+        "log_to_driver": False,
+        "logging_level": logging.ERROR,
+        "configure_logging": True,
+    }
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(**shared)
+        if not ray.cluster_resources().get(DRIVER_RESOURCE):
+            raise ConfigError(
+                f"the cluster at RAY_ADDRESS offers no '{DRIVER_RESOURCE}' resource, which trials "
+                f"hold: start its head with --resources '{{\"{DRIVER_RESOURCE}\": 64}}'"
+            )
+    else:
+        ray.init(address="local", resources={DRIVER_RESOURCE: _LOCAL_DRIVERS}, **shared)
+
+
+def max_concurrent(sweep: SweepConfig, resources: Mapping[str, float]) -> int:
+    """As many trials as the cluster has room for, at least one."""
+    if sweep.max_concurrent_trials is not None:
+        return sweep.max_concurrent_trials
+    rooms = [resources.get("CPU", 0) / (sweep.workers_per_trial * sweep.cpus_per_worker)]
+    if sweep.gpus_per_worker:
+        rooms.append(resources.get("GPU", 0) / (sweep.workers_per_trial * sweep.gpus_per_worker))
+    rooms.append(resources.get(DRIVER_RESOURCE, 1))
+    return max(1, int(min(rooms)))
