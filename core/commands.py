@@ -28,6 +28,11 @@ from core.training import config_device
 def run(options: argparse.Namespace) -> None:
     """Trains, generates and scores one model."""
     config = load(options.config, parse_overrides(options.overrides))
+    if config.privacy.scope == "selection":
+        raise ConfigError(
+            "privacy.scope='selection': one run alone is no selection; run a sweep, or choose "
+            "another scope"
+        )
     run_dir = options.run_dir or _run_dir(options.config, config)
     result = _train(config, run_dir)
     print(json.loads((run_dir / "privacy.json").read_text())["statement"])

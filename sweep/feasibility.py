@@ -25,10 +25,11 @@ def print_plan(sweep: SweepConfig) -> None:
     privacy = config.privacy
     total = sweep.num_trials or DEFAULT_NUM_TRIALS
     secret = privacy.scope == "selection"
-    trials = f"a secret number (mean {privacy.selection_mean:g}) of" if secret else str(total)
+    trials = f"a secret number of trials (mean {privacy.selection_mean:g})"
+    trials = trials if secret else f"{total} trials"
     print(
-        f"sweep {sweep.name}: {trials} trials of {sweep.workers_per_trial} workers, "
-        f"{config.training.num_steps} steps each, scope {privacy.scope} at epsilon "
+        f"sweep {sweep.name}: {trials} of {sweep.workers_per_trial} workers each, "
+        f"{config.training.num_steps} steps, scope {privacy.scope} at epsilon "
         f"{privacy.target_epsilon:g}, delta {privacy.target_delta:g}, "
         f"N={config.dataset.num_examples}"
     )

@@ -17,6 +17,7 @@ from core.privacy.plan import PrivacyPlan, composed_epsilon
 from core.release import SELECTED
 from core.reporting import write_json
 from sweep.config import SweepConfig
+from sweep.scope import SEED
 
 
 @dataclass(frozen=True)
@@ -140,8 +141,11 @@ def print_results(
     winner, last = best(sweep, rows), final_row(sweep, rows)
     metrics = [name for name in DIRECTIONS if any(name in row.scores for row in rows)]
     print(f"sweep {sweep.name}: {len(rows)} trials, {pruned} points pruned without compute")
-    width = max(Console().width, _WIDTH)  # A narrow terminal wraps, rather than hides, figures.
-    Console(width=width).print(_table(sweep, rows, winner, metrics, sweep_epsilon(sweep, rows)))
+    total = sweep_epsilon(sweep, rows)
+    table = _table(sweep, rows, winner, metrics, total)
+    # A narrow terminal wraps, rather than hides, figures.
+    width = max(Console().width, _WIDTH_OF_A_COLUMN * len(table.columns))
+    Console(width=width).print(table)
     for row in rows:
         if row.state == "failed":
             print(f"trial {row.trial} failed: {row.error}")
@@ -152,7 +156,7 @@ def print_results(
             print(f"{title}: {row.trial} ({_scores(row)})")
     card = sweep_card(sweep, rows, complete)
     print(f"privacy: {card['statement']}")
-    for name, value in three_epsilons(card):
+    for name, value in three_epsilons({**card, "epsilon_computed": total}):
         print(f"  {name}: {value}")
     spent = _ledger(last or winner).summary()["epsilon_committed_and_reserved"]
     print(f"  epsilon of all runs on this data set: {spent:.4g} (python -m core ledger show)")
@@ -182,7 +186,7 @@ def _table(
 ) -> Table:
     table = Table(box=box.SIMPLE)
     columns = ["trial", "count", "noise", "split"]
-    others = [k for k in sweep.search_space if k not in _SHOWN]
+    others = [k for k in sweep.search_space if k not in (*_SHOWN, SEED)]
     columns += [key.rsplit(".", 1)[-1] for key in others]
     columns += ["DP-SGD noise", "eps trial", "eps sweep", *metrics, "seconds"]
     for name in columns:
@@ -206,5 +210,5 @@ def _table(
     return table
 
 
-_WIDTH = 104
+_WIDTH_OF_A_COLUMN = 11
 _SHOWN = ("central_images.per_class", "central_images.noise_multiplier", "stage_split")

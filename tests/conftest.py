@@ -13,7 +13,9 @@ for _folder in ("unit", "statistical", "integration"):
 torch.set_num_threads(1)
 
 
-@pytest.fixture(autouse=True)
-def _private_secret(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch):
-    folder = tmp_path_factory.getbasetemp() / "secret"
-    monkeypatch.setenv("FETA_SWEEP_SECRET_FILE", str(folder / "master.secret"))
+@pytest.fixture(autouse=True, scope="session")
+def _private_secret(tmp_path_factory: pytest.TempPathFactory):
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.getbasetemp() / "secret"
+        patch.setenv("FETA_SWEEP_SECRET_FILE", str(folder / "master.secret"))
+        yield

@@ -1,0 +1,159 @@
+"""What the trials of one sweep may spend together, and the private score, through whole runs."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from checks import is_normal
+from two_ranks import tiny_run
+
+from core import pipeline
+from core.config import EvaluationConfig
+from core.data import Dataset, Split
+from core.evaluation import metrics
+from core.evaluation.classifiers import Classifier, count_correct
+from core.privacy.keys import KeyedStream
+from core.privacy.ledger import BudgetExceededError, Ledger
+from core.privacy.ledger_file import LedgerError
+from core.privacy.plan import ScorePlan
+
+
+class StopRunError(Exception):
+    """Stands for a trial that is stopped early."""
+
+
+def ledger_of(folder: Path) -> Ledger:
+    (path,) = (folder / "ledger").glob("*.jsonl")
+    return Ledger.at(path)
+
+
+def settings(folder: Path, **privacy: object) -> dict[str, object]:
+    shared = {f"privacy.{key}": value for key, value in privacy.items()}
+    folders = {"runtime.ledger": str(folder / "ledger"), "runtime.cache": str(folder / "cache")}
+    return {"privacy.target_epsilon": 1.0, **folders, **shared}
+
+
+@pytest.fixture
+def unopened(monkeypatch):
+    def stop_opening() -> None:
+        def refuse(_: object) -> None:
+            raise AssertionError("the data was opened")
+
+        monkeypatch.setattr(pipeline, "load_dataset", refuse)
+
+    return stop_opening
+
+
+@pytest.mark.parametrize("adaptive", [True, False])
+def test_a_sweep_cannot_spend_more_than_its_shares(tmp_path, unopened, adaptive):
+    shared = settings(tmp_path, scope="sweep", num_shares=2, adaptive=adaptive)
+    for i in range(2):
+        epsilon = tiny_run(tmp_path / str(i), seed=i, **shared)[-1]["epsilon"]
+        assert epsilon < 0.9
+    total = ledger_of(tmp_path).epsilon_of_run("tiny")
+    assert 0.99 < total <= 1.0 + 1e-6
+    before = ledger_of(tmp_path).path.read_bytes()
+    unopened()
+    with pytest.raises(BudgetExceededError, match=r"run tiny to epsilon 1\.\d+ of its budget 1,"):
+        tiny_run(tmp_path / "2", seed=2, **shared)
+    other = settings(tmp_path, scope="sweep", num_shares=9, adaptive=adaptive, target_epsilon=4.0)
+    with pytest.raises(LedgerError, match=r"run tiny was begun within RunBudget\(epsilon=1\.0"):
+        tiny_run(tmp_path / "3", seed=3, **other)
+    assert ledger_of(tmp_path).path.read_bytes() == before
+
+
+@pytest.mark.parametrize(("adaptive", "goes_on"), [(True, True), (False, False)])
+def test_a_stopped_trial_leaves_room_where_the_filter_allows_it(tmp_path, adaptive, goes_on):
+    shared = settings(tmp_path, scope="sweep", num_shares=2, adaptive=adaptive)
+    shared |= {"training.num_steps": 60, "stage_split": 0.05, "runtime.checkpoint_every": 1}
+    shared |= {"central_images.per_class": 1, "runtime.log_every": 1}
+
+    def stop(report: dict) -> None:
+        if report["step"] == 6:
+            raise StopRunError
+
+    for i in range(2):
+        with pytest.raises(StopRunError):
+            tiny_run(tmp_path / str(i), stop, seed=i, **shared)
+    if goes_on:
+        assert tiny_run(tmp_path / "2", seed=2, **shared)[-1]["stage"] == "done"
+        assert ledger_of(tmp_path).epsilon_of_run("tiny") <= 1.0
+    else:
+        with pytest.raises(BudgetExceededError):
+            tiny_run(tmp_path / "2", seed=2, **shared)
+
+
+def test_public_scope_allows_one_run_on_the_data(tmp_path, unopened):
+    shared = settings(tmp_path, scope="public")
+    assert tiny_run(tmp_path / "0", **shared)[-1]["epsilon"] > 0.99
+    unopened()
+    with pytest.raises(BudgetExceededError, match="scope public: for one"):
+        tiny_run(tmp_path / "1", seed=1, **shared)
+
+
+def test_a_private_score_is_charged_drawn_once_and_kept(tmp_path, monkeypatch):
+    shared = settings(tmp_path, dp_accuracy_stddev=20.0)
+    first = tiny_run(tmp_path / "run", **shared)[-1]
+    assert 0 <= first["dp_accuracy"] <= 1
+    (entry,) = ledger_of(tmp_path).summary()["entries"]
+    assert entry["events"][-1] == {
+        "kind": "dp_accuracy", "sample_rate": 1.0, "noise_multiplier": 20.0, "count": 1,
+    }  # fmt: skip
+    assert entry["epsilon"] == pytest.approx(first["epsilon"])
+    stored = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert stored["tags"]["accuracy"] == "non-private"
+    assert stored["tags"]["dp_accuracy"].startswith("dp(epsilon +")
+    (tmp_path / "run" / "evaluation.json").unlink()
+
+    def refuse(*_: object) -> float:
+        raise AssertionError("drawn a second time")
+
+    monkeypatch.setattr(pipeline, "dp_accuracy", refuse)
+    assert tiny_run(tmp_path / "run", **shared)[-1]["dp_accuracy"] == first["dp_accuracy"]
+
+
+def test_another_way_to_score_is_another_release(tmp_path):
+    """Its noise must be new: the same on another number would give both away."""
+    identities = set()
+    for i, epochs in enumerate((1, 2)):
+        changes = settings(tmp_path, dp_accuracy_stddev=20.0)
+        tiny_run(tmp_path / str(i), **changes | {"evaluation.classifier_epochs": epochs})
+        stored = json.loads((tmp_path / str(i) / "evaluation.json").read_text())
+        identities.add(stored["identity"])
+    assert len(identities) == len(ledger_of(tmp_path).summary()["entries"]) == 2
+
+
+def test_noise_of_the_private_accuracy_has_the_scale_of_the_plan(monkeypatch):
+    count, number, stddev = 20_000, 10_000, 50.0
+    monkeypatch.setattr(metrics, "count_correct", lambda *_: number // 2)
+    labels = torch.zeros(number, dtype=torch.int64)
+    dataset = Dataset(Split(labels, labels), Split(labels, labels), "")
+    model = Classifier(1, (8, 8), 2, torch.Generator())
+    values = [
+        metrics.dp_accuracy(
+            model,
+            dataset,
+            EvaluationConfig(),
+            ScorePlan(stddev),
+            KeyedStream(i.to_bytes(32, "big")),
+        )
+        for i in range(count)
+    ]
+    noise = np.array(values) * number - number // 2
+    assert is_normal(noise, stddev)
+    assert not is_normal(noise, stddev * 1.06)
+    assert not is_normal(noise, stddev / 1.06)
+
+
+def test_one_record_moves_the_number_by_at_most_one():
+    generator = torch.Generator().manual_seed(0)
+    model = Classifier(1, (8, 8), 10, generator)
+    images = torch.randint(0, 256, (50, 1, 8, 8), generator=generator, dtype=torch.uint8)
+    labels = torch.randint(0, 10, (50,), generator=generator)
+    whole = count_correct(model, Split(images, labels), 7)
+    for i in range(50):
+        keep = torch.arange(50) != i
+        assert 0 <= whole - count_correct(model, Split(images[keep], labels[keep]), 7) <= 1
+    assert whole > 0
