@@ -11,7 +11,7 @@ fail() {
 
 for name in master.secret ray.token cluster.env; do
     [ -s "$HOME/.config/feta-sweep/$name" ] ||
-        fail "~/.config/feta-sweep/$name is missing or empty: make it as clusters/README.md says"
+        fail "$HOME/.config/feta-sweep/$name is missing or empty: make it as clusters/README.md says"
 done
 chmod -R go= "$HOME/.config/feta-sweep"
 . clusters/environment.sh

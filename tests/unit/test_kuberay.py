@@ -10,6 +10,7 @@ import gzip
 import json
 import re
 import shlex
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from ray.autoscaler._private.kuberay.autoscaling_config import (
     _derive_autoscaling_config_from_ray_cr,
 )
 from ray.autoscaler._private.util import validate_config
+from sqlalchemy import make_url
 
 from core.privacy.keys import SECRET_FILE_VARIABLE
 from sweep.launch import DRIVER_RESOURCE
@@ -357,6 +359,16 @@ def test_every_node_has_the_secret_the_folder_and_the_same_image():
     ours = {c["image"] for one in pods(ALL) for c in one.containers if "feta" in c["image"]}
     assert version
     assert ours == {f"feta-sweep:{version[1]}"}
+
+
+def test_image_has_the_driver_that_the_data_base_is_asked_with():
+    """Without a name SQLAlchemy takes another one from version 2.1 on."""
+    (server,) = ALL["Deployment", "mlflow"]["spec"]["template"]["spec"]["containers"]
+    variables = {variable["name"]: variable.get("value") for variable in server["env"]}
+    driver = make_url(variables["MLFLOW_BACKEND_STORE_URI"]).get_driver_name()
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    installed = extras["optional-dependencies"]["kuberay"]
+    assert any(line.startswith(f"{driver}-binary") for line in installed)
 
 
 def test_ray_is_the_pinned_one():
