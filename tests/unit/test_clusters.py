@@ -235,3 +235,18 @@ def test_setup_names_what_is_missing(tmp_path):
     )
     assert ended.returncode == 1
     assert "master.secret is missing or empty" in ended.stderr
+
+
+@pytest.mark.parametrize("title", ["AWS", "GCP", "Kubernetes"])
+def test_ten_commands_lead_to_a_finished_sweep(title):
+    text = (CLUSTERS / "README.md").read_text().replace("\\\n", " ")
+    section = text.split(f"## {title} in ten commands")[1].split("\n## ")[0]
+    block = re.search(r"(?:^    .*\n)+", section, re.M)
+    assert block
+    commands = block[0].splitlines()
+    assert len(commands) == 10
+    for command in commands:
+        subprocess.run(["bash", "-n"], input=command, text=True, check=True)
+    named = re.findall(r"clusters/[\w./-]+\w", block[0])
+    assert named
+    assert all((ROOT / path).exists() for path in named if "*" not in path)
