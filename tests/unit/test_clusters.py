@@ -1,33 +1,252 @@
-"""Launcher files: valid for the pinned Ray, and able to hold a trial."""
+"""Launcher files: valid for the pinned Ray and each cloud's own schema, and able to run a sweep.
+
+No cloud is reached: what a schema cannot tell, such as quotas and images, only a real run would.
+"""
 
 import copy
+import gzip
+import json
+import re
+import subprocess
 from pathlib import Path
+from typing import Any
 
+import jsonschema
 import pytest
 import yaml
-from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.autoscaler._private import _azure, util
 
+from clusters import spot
+from core.privacy.keys import SECRET_FILE_VARIABLE
+from core.yaml_subset import parse
 from sweep.launch import DRIVER_RESOURCE
 
-FILES = sorted(Path("clusters").glob("*.yaml"))
+ROOT = Path(__file__).resolve().parents[2]
+CLUSTERS = ROOT / "clusters"
+CLOUDS = ("aws", "gcp", "azure")
+FILES = {cloud: yaml.safe_load((CLUSTERS / f"{cloud}.yaml").read_text()) for cloud in CLOUDS}
+HEAD, WORKER = "head", "gpu"
+
+every_cloud = pytest.mark.parametrize("cloud", CLOUDS)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
-def test_launcher_file_is_valid_and_can_run_a_sweep(path):
-    config = yaml.safe_load(path.read_text())
-    validate_config(prepare_config(copy.deepcopy(config)))
-    with pytest.raises(Exception, match="unknown_key"):
-        validate_config(prepare_config({**copy.deepcopy(config), "unknown_key": 1}))
-    head = config["available_node_types"][config["head_node_type"]]
-    assert head["resources"] == {"CPU": 0, DRIVER_RESOURCE: 64}
-    workers = [
-        kind for name, kind in config["available_node_types"].items()
-        if name != config["head_node_type"]
-    ]  # fmt: skip
-    assert workers
-    assert all(kind["min_workers"] == 0 for kind in workers)
-    assert config["idle_timeout_minutes"] <= 10
+def node_config(cloud: str, node_type: str) -> dict[str, Any]:
+    return FILES[cloud]["available_node_types"][node_type]["node_config"]
 
 
-def test_there_is_a_launcher_file():
-    assert FILES
+@every_cloud
+def test_launcher_file_is_valid_for_ray(cloud):
+    config = FILES[cloud]
+    util.validate_config(util.prepare_config(copy.deepcopy(config)))
+    with pytest.raises(jsonschema.ValidationError, match="unknown_key"):
+        util.validate_config(util.prepare_config({**copy.deepcopy(config), "unknown_key": 1}))
+
+
+@every_cloud
+def test_head_holds_trials_and_workers_come_and_go(cloud):
+    config = FILES[cloud]
+    types = config["available_node_types"]
+    assert set(types) == {HEAD, WORKER}
+    assert config["head_node_type"] == HEAD
+    assert types[HEAD]["resources"] == {"CPU": 0, DRIVER_RESOURCE: 64}
+    assert types[WORKER]["min_workers"] == 0
+    assert 0 < types[WORKER]["max_workers"] <= config["max_workers"]
+    assert types[WORKER]["resources"]["GPU"] == 1
+    assert 0 < config["idle_timeout_minutes"] <= 10
+    assert config["provider"]["cache_stopped_nodes"] is False
+
+
+@every_cloud
+def test_clouds_differ_only_in_their_machines(cloud):
+    own = {"provider", "available_node_types", "setup_commands"}
+    assert {k: v for k, v in FILES[cloud].items() if k not in own} == {
+        k: v for k, v in FILES["aws"].items() if k not in own
+    }
+    assert FILES[cloud]["setup_commands"] == [f"bash ~/feta-sweep/clusters/setup.sh {cloud}"]
+    assert {k: v["resources"] for k, v in FILES[cloud]["available_node_types"].items()} == {
+        k: v["resources"] for k, v in FILES["aws"]["available_node_types"].items()
+    }
+
+
+def test_aws_head_takes_the_role_that_the_template_makes():
+    text = (CLUSTERS / "aws-storage.yaml").read_text()
+    name = node_config("aws", HEAD)["IamInstanceProfile"]["Name"]
+    assert f"InstanceProfileName: {name}\n" in text
+    # Without it the head could not resolve the image's alias, and so start no worker.
+    assert node_config("aws", WORKER)["ImageId"].startswith("resolve:ssm:/aws/service/")
+    assert "ssm:GetParameters" in text
+
+
+@pytest.mark.parametrize("node_type", [HEAD, WORKER])
+def test_gcp_machine_is_valid_for_the_compute_api(node_type):
+    schemas = json.loads(
+        gzip.decompress((ROOT / "tests" / "data" / "gcp-compute-v1-instance.json.gz").read_bytes())
+    )["schemas"]
+    config = node_config("gcp", node_type)
+    check_discovery(schemas, "Instance", config)
+    check_discovery(schemas, "Instance", spot._gcp_on_demand(config))
+    for wrong in ({"machineTipe": "x"}, {"disks": {"boot": True}}, {"scheduling": {"spot": 1}}):
+        with pytest.raises(AssertionError):
+            check_discovery(schemas, "Instance", {**config, **wrong})
+
+
+def check_discovery(schemas: dict, name: str, value: Any) -> None:
+    """Checks names, types and enumerations of a value against a Google discovery document."""
+    check_discovery_node(schemas, schemas[name], value, name)
+
+
+def check_discovery_node(schemas: dict, schema: dict, value: Any, path: str) -> None:
+    schema = schemas[schema["$ref"]] if "$ref" in schema else schema
+    python = {"object": dict, "array": list, "string": str, "boolean": bool, "integer": int}
+    # The API takes int64, which its schema calls a string, as a number too.
+    kinds = (str, int) if schema.get("format") == "int64" else (python[schema["type"]],)
+    assert isinstance(value, kinds), f"{path} is {value!r}"
+    assert value in schema.get("enum", [value]), f"{path} is {value!r}"
+    for key, item in value.items() if isinstance(value, dict) else ():
+        inner = schema.get("properties", {}).get(key) or schema.get("additionalProperties")
+        assert inner, f"{path}.{key} is unknown"
+        check_discovery_node(schemas, inner, item, f"{path}.{key}")
+    for item in value if isinstance(value, list) else ():
+        check_discovery_node(schemas, schema["items"], item, path)
+
+
+@pytest.mark.parametrize("node_type", [HEAD, WORKER])
+def test_azure_machine_has_the_parameters_of_rays_template(node_type):
+    template = json.loads(Path(_azure.__file__).with_name("azure-vm-template.json").read_text())
+    known = template["parameters"]
+    config = node_config("azure", node_type)
+    given = config["azure_arm_parameters"]
+    assert set(config) == {"azure_arm_parameters"}
+    assert set(given) <= set(known)
+    python = {"string": str, "int": int, "bool": bool, "object": dict}
+    assert all(isinstance(value, python[known[key]["type"]]) for key, value in given.items())
+    by_ray = {"vmName", "adminUsername", "publicKey", "vmTags", "vmCount", "msi", "nsg", "subnet"}
+    assert {key for key, entry in known.items() if "defaultValue" not in entry} <= by_ray | {*given}
+
+
+class Provider:
+    """Stands for a cloud without spot capacity; the real providers need an account."""
+
+    def __init__(self, is_spot, room: int = 99) -> None:
+        self.is_spot, self.room, self.made = is_spot, room, []
+
+    def create_node(self, node_config, tags, count):
+        for _ in range(count):
+            if self.is_spot(node_config):
+                raise RuntimeError("no spot capacity")
+            if len(self.made) == self.room:
+                raise RuntimeError("no capacity at all")
+            self.made.append(node_config)
+        return {f"node-{len(self.made)}": node_config}
+
+
+SPOT = {
+    "aws": lambda c: c.get("InstanceMarketOptions", {}).get("MarketType") == "spot",
+    "gcp": lambda c: c.get("scheduling", {}).get("provisioningModel") == "SPOT",
+    "azure": lambda c: c["azure_arm_parameters"].get("priority") == "Spot",
+}
+
+
+@every_cloud
+def test_workers_are_spot_machines_and_fall_back_to_on_demand(cloud):
+    module, _, name = FILES[cloud]["provider"]["module"].rpartition(".")
+    assert module == "clusters.spot"
+    on_demand = spot._CLOUDS[name][2]
+    worker, head = node_config(cloud, WORKER), node_config(cloud, HEAD)
+    assert SPOT[cloud](worker)
+    assert not SPOT[cloud](head)
+    provider = spot.with_fallback(Provider, on_demand)(SPOT[cloud], room=3)
+    assert len(provider.create_node(worker, {}, 3)) == 3
+    assert provider.made == [on_demand(worker)] * 3
+    assert machine(provider.made[0]) == machine(worker)
+    with pytest.raises(RuntimeError, match="no capacity at all"):
+        provider.create_node(worker, {}, 1)
+    with pytest.raises(RuntimeError, match="no capacity at all"):  # Of the head, asked once.
+        provider.create_node(head, {}, 1)
+
+
+def machine(config: dict[str, Any]) -> str:
+    given = config.get("azure_arm_parameters", config)
+    keys = ("InstanceType", "machineType", "vmSize")
+    return next(given[key] for key in keys if key in given)
+
+
+@every_cloud
+def test_price_table_names_the_machines_of_the_launcher_file(cloud):
+    prices = parse((CLUSTERS / "prices.yaml").read_text())["prices"][cloud]
+    assert {"date", "source", "region"} < set(prices)
+    provider = FILES[cloud]["provider"]
+    assert prices["region"] == provider.get("region", provider.get("location"))
+    for node_type in FILES[cloud]["available_node_types"]:
+        assert prices[node_type]["machine"] == machine(node_config(cloud, node_type))
+        assert prices[node_type]["on_demand"] > 0
+    assert 0 < prices[WORKER]["spot"] < prices[WORKER]["on_demand"]
+
+
+def test_secrets_come_from_outside_the_repository():
+    for cloud in CLOUDS:
+        mounts = FILES[cloud]["file_mounts"]
+        assert mounts["/home/ubuntu/.config/feta-sweep"] == "~/.config/feta-sweep"
+    text = (CLUSTERS / "environment.sh").read_text()
+    assert f'{SECRET_FILE_VARIABLE}="$FETA_SWEEP_SETTINGS/master.secret"' in text
+    for path in CLUSTERS.rglob("*"):
+        if path.is_file() and "__pycache__" not in path.parts:
+            assert not re.search(
+                r"\b[0-9a-f]{32,}\b|AKIA[0-9A-Z]{16}|BEGIN \w+ PRIVATE", read(path)
+            )
+
+
+def read(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def test_every_shell_of_a_node_knows_where_things_are(tmp_path):
+    settings = tmp_path / ".config" / "feta-sweep"
+    settings.mkdir(parents=True)
+    (settings / "cluster.env").write_text("FETA_SWEEP_NFS=host:/share\nFETA_SWEEP_BUCKET=s3://b\n")
+    shown = subprocess.run(
+        ["bash", "-c", f"set -eu; . {CLUSTERS}/environment.sh; env"],
+        env={"HOME": str(tmp_path), "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    seen = dict(line.split("=", 1) for line in shown.splitlines() if "=" in line)
+    assert seen["FETA_SWEEP_NFS"] == "host:/share"
+    assert seen["FETA_SWEEP_BUCKET"] == "s3://b"
+    assert seen[SECRET_FILE_VARIABLE] == f"{settings}/master.secret"
+    assert seen["RAY_AUTH_MODE"] == "token"
+    assert seen["RAY_AUTH_TOKEN_PATH"] == f"{settings}/ray.token"
+    assert seen["MLFLOW_TRACKING_URI"] == "http://127.0.0.1:5000"
+    assert seen["PATH"].startswith(f"{tmp_path}/feta-sweep/.venv/bin:")
+
+
+@pytest.mark.parametrize("script", sorted(CLUSTERS.rglob("*.sh")), ids=lambda path: path.name)
+def test_script_parses(script):
+    subprocess.run(["bash", "-n", script], check=True)
+
+
+def test_setup_names_what_is_missing(tmp_path):
+    ended = subprocess.run(
+        ["bash", CLUSTERS / "setup.sh", "aws"],
+        env={"HOME": str(tmp_path), "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 1
+    assert "master.secret is missing or empty" in ended.stderr
+
+
+@pytest.mark.parametrize("title", ["AWS", "GCP", "Kubernetes"])
+def test_ten_commands_lead_to_a_finished_sweep(title):
+    text = (CLUSTERS / "README.md").read_text().replace("\\\n", " ")
+    section = text.split(f"## {title} in ten commands")[1].split("\n## ")[0]
+    block = re.search(r"(?:^    .*\n)+", section, re.M)
+    assert block
+    commands = block[0].splitlines()
+    assert len(commands) == 10
+    for command in commands:
+        subprocess.run(["bash", "-n"], input=command, text=True, check=True)
+    named = re.findall(r"clusters/[\w./-]+\w", block[0])
+    assert named
+    assert all((ROOT / path).exists() for path in named if "*" not in path)

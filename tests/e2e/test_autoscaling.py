@@ -1,0 +1,73 @@
+"""A real sweep on a real autoscaling cluster of this machine (Ray's provider of fake nodes)."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from mlflow.tracking import MlflowClient
+
+ROOT = Path(__file__).resolve().parents[2]
+SWEEP = f"""
+name: scaled
+base: {ROOT}/core/configs/digits.yaml
+num_trials: 2
+max_concurrent_trials: 2
+fixed:
+  training.num_steps: 20
+  private_training.expected_batch_size: 60
+  model.base_channels: 8
+  sampler.num_steps: 3
+  evaluation.num_images: 60
+  evaluation.classifier_epochs: 1
+  evaluation.extractor_epochs: 1
+search_space:
+  stage_split:
+    low: 0.2
+    high: 0.6
+"""
+
+
+def test_workers_come_with_the_trials_and_go_when_idle(tmp_path):
+    (tmp_path / "sweep.yaml").write_text(SWEEP)
+    run = [sys.executable, str(ROOT / "sweep" / "run.py"), "--config", "sweep.yaml"]
+    environment = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}
+    environment["FETA_SWEEP_TEST"] = str(tmp_path)  # By which all its processes are known.
+    ended = subprocess.run(
+        [sys.executable, ROOT / "clusters" / "local" / "cluster.py", "--", *run],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    timeline = [line for line in ended.stdout.splitlines() if line.startswith("[ ")]
+    print("\n".join(timeline))
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+
+    counts = [int(n) for n in re.findall(r"workers: \d+ -> (\d+)", "\n".join(timeline))]
+    assert max(counts) == 2, timeline  # Two trials of two workers, on nodes of two CPUs.
+    assert counts[-1] == 0, timeline
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/runs/mlflow.db")
+    experiment = client.get_experiment_by_name("feta-sweep")
+    assert experiment is not None
+    trials = client.search_runs(
+        [experiment.experiment_id], filter_string="tags.`sweep.key` LIKE 'scaled/%'"
+    )
+    assert [trial.info.status for trial in trials] == ["FINISHED"] * 2
+    assert not left_behind(str(tmp_path)), "processes of the cluster are still there"
+
+
+def left_behind(mark: str) -> list[int]:
+    """Processes whose environment holds `mark`, but for this one."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            content = (folder / "environ").read_bytes()
+        except OSError:  # Gone, or another user's.
+            continue
+        if f"FETA_SWEEP_TEST={mark}".encode() in content and int(folder.name) != os.getpid():
+            found.append(int(folder.name))
+    return found
