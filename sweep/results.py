@@ -90,7 +90,7 @@ def print_results(sweep: SweepConfig, rows: list[Row], pruned: int, ui: str) -> 
     total = sweep_epsilon(rows)
     print(f"sweep {sweep.name}: {len(rows)} trials, {pruned} points pruned without compute")
     width = max(Console().width, _WIDTH)  # A narrow terminal wraps, rather than hides, figures.
-    Console(width=width).print(_table(sweep, rows, winner, metrics, total))
+    Console(width=width).print(results_table(sweep, rows, winner, metrics, total))
     for row in rows:
         if row.state == "failed":
             print(f"trial {row.trial} failed: {row.error}")
@@ -117,9 +117,10 @@ def _data_set_epsilon(row: Row) -> float:
     return Ledger.at(path).summary()["epsilon_committed_and_reserved"]
 
 
-def _table(
+def results_table(
     sweep: SweepConfig, rows: list[Row], winner: Row | None, metrics: list[str], total: float
 ) -> Table:
+    """One line for each trial; the best one is starred."""
     table = Table(box=box.SIMPLE)
     columns = ["trial", "count", "noise", "split"]
     others = [k for k in sweep.search_space if k not in _SHOWN]

@@ -17,6 +17,8 @@ from sweep.config import SweepConfig, is_integer
 
 JOURNAL = "optuna.journal"
 
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
 
 def distributions(sweep: SweepConfig) -> dict[str, BaseDistribution]:
     """The search space in Optuna's terms, by dotted key."""
@@ -42,7 +44,6 @@ def distributions(sweep: SweepConfig) -> dict[str, BaseDistribution]:
 def open_storage(folder: Path) -> JournalStorage:
     """The study's journal in the sweep's folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
     return JournalStorage(JournalFileBackend(str(folder / JOURNAL)))
 
 

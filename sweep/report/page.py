@@ -1,0 +1,141 @@
+"""Gathers what the report says and fills the page."""
+
+import json
+import time
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from plotly.offline import get_plotlyjs
+
+from core import yaml_subset
+from core.config import DIRECTIONS, nested
+from core.errors import UserError
+from core.release import release_card
+from sweep.config import SweepConfig
+from sweep.report.affordable_map import affordable_map
+from sweep.report.curves import curves
+from sweep.report.effects import affordable, importance
+from sweep.report.figures import Figure, budget_bars, importance_bars, pareto, slices
+from sweep.report.pictures import CLASSES, picture
+from sweep.report.tables import all_tables
+from sweep.results import Row, best, load_rows, sweep_epsilon
+from sweep.study import pruned_points
+
+GALLERY_BYTES = 2_000_000
+"""Pictures of the gallery stay below, so that the whole file can be mailed."""
+_LARGE, _SMALL = 580, 290
+
+
+def write_report(sweep: SweepConfig, out: Path) -> None:
+    """Writes the report of a sweep, whatever state it is in.
+
+    Privacy: the page holds scores and losses of real data, which are not private, and says so.
+    """
+    rows = load_rows(sweep)
+    winner = best(sweep, rows)
+    finished = [row for row in rows if row.state == "finished"]
+    pruned = pruned_points(sweep)
+    metrics = [name for name in DIRECTIONS if any(name in row.scores for row in rows)]
+    shares = importance(sweep, rows)
+    figures = _figures(sweep, rows, finished, winner, pruned, shares)
+    card, no_card = _card(rows, winner)
+    content = {
+        "sweep": sweep,
+        "made": time.strftime("%Y-%m-%d %H:%M"),
+        "rows": rows,
+        "winner": winner,
+        "finished": finished,
+        "metrics": metrics,
+        "fid": next((name for name in metrics if name.startswith("fid")), None),
+        "card": card,
+        "no_card": no_card,
+        "num_pruned": len(pruned),
+        "figures": {figure.id: figure for figure in figures},
+        "slices": [figure for figure in figures if figure.id.startswith("slice-")],
+        "no_importance": shares if isinstance(shares, str) else "",
+        "tables": all_tables(sweep, rows, winner, metrics, pruned),
+        "pictures": _winner_pictures(winner),
+        "central_columns": min(winner.config.central_images.per_class, 10) if winner else 0,
+        "classes": CLASSES,
+        "gallery": _gallery(sweep, finished),
+        "configuration": yaml_subset.dump(nested(winner.config)) if winner else "",
+        "figure_data": json.dumps(
+            [{"id": each.id, "data": each.data, "layout": each.layout} for each in figures]
+        ).replace("</", "<\\/"),
+        "plotly": get_plotlyjs(),
+    }
+    files = resources.files("sweep.report")
+    parts = {name: (files / f"page.{name}").read_text() for name in ("html", "css", "js")}
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    page = environment.from_string(parts["html"])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(page.render(content, css=parts["css"], js=parts["js"]))
+
+
+def _figures(
+    sweep: SweepConfig,
+    rows: Sequence[Row],
+    finished: Sequence[Row],
+    winner: Row | None,
+    pruned: Sequence[dict[str, Any]],
+    shares: dict[str, float] | str,
+) -> list[Figure]:
+    figures = [budget_bars(rows, winner)] if rows else []
+    if (lines := curves(rows, winner)) is not None:
+        figures.append(lines)
+    if winner is None:
+        return figures
+    fid = next(name for name in winner.scores if name.startswith("fid"))
+    figures += [pareto(finished, winner, fid), *slices(sweep, finished, winner)]
+    if isinstance(shares, dict):
+        figures.append(importance_bars(shares))
+    easy = [row for row in finished if row.config.warm_up_steps]
+    around = best(sweep, easy)
+    if around is not None and (boundary := affordable(sweep, around.config)) is not None:
+        figures.append(affordable_map(sweep, easy, winner, boundary, pruned))
+    return figures
+
+
+def _card(rows: list[Row], winner: Row | None) -> tuple[dict[str, Any] | None, str]:
+    """The privacy card of the best trial; or none, and what can be said without the ledger."""
+    if winner is None:
+        total = sweep_epsilon(rows)
+        return None, f"What ran so far spends epsilon {total:.4g}, by the plans of its trials."
+    try:
+        return release_card(winner.config, winner.run_dir), ""
+    except UserError as error:
+        total = sweep_epsilon(rows)
+        return None, (
+            f"The ledger could not be read: {error}. By the trials' own plans, the best one alone "
+            f"spends epsilon {winner.plan.epsilon:.4g} and all together {total:.4g}."
+        )
+
+
+def _winner_pictures(winner: Row | None) -> dict[str, str | None]:
+    if winner is None:
+        return {}
+    return {
+        name: picture(winner.run_dir / name / "grid.png", winner.config, _LARGE)
+        for name in ("central_images", "synthetic")
+    }
+
+
+def _gallery(sweep: SweepConfig, finished: Sequence[Row]) -> list[tuple[Row, str | None]]:
+    """Finished trials, the best first, with their pictures as long as there is room."""
+    metric = sweep.objective.metric
+    ordered = sorted(
+        finished,
+        key=lambda row: row.scores[metric],
+        reverse=sweep.objective.direction == "maximize",
+    )
+    used, cards = 0, []
+    for row in ordered:
+        image = picture(row.run_dir / "synthetic" / "grid.png", row.config, _SMALL)
+        used += len(image or "")
+        cards.append((row, image if used <= GALLERY_BYTES else None))
+    return cards
