@@ -194,7 +194,7 @@ def _print_table(records: Sequence[Mapping[str, Any]], digits: int = 4) -> None:
         table.add_column(name, justify="left" if isinstance(value, str) else "right")
     for each in records:
         table.add_row(*(_cell(value, digits) for value in each.values()))
-    natural = Console().measure(table).maximum
+    natural = Console(width=1000).measure(table).maximum
     # A narrow terminal wraps, rather than hides, figures.
     Console(width=max(Console().width, natural)).print(table)
 

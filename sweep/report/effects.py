@@ -18,8 +18,9 @@ from sweep.study import distributions
 
 MIN_TRIALS = 10
 """Below, a forest over three parameters explains chance."""
-_COUNTS = 8
-_TOLERANCE = 1.05
+_COUNTS = 5
+"""Where the edge is located; between them it is almost straight on logarithmic axes."""
+_TOLERANCE = 1.06
 """Factor to which the least affordable noise is located; finer cannot be seen on a plot."""
 
 
@@ -84,21 +85,17 @@ def affordable(sweep: SweepConfig, around: Config) -> Boundary | None:
     counts = sorted({round(value) for value in np.geomspace(fewest, most, _COUNTS)})
     noises: list[float | None] = []
     progress = ProgressLine()
-    floor = low
+    least = low
     for number, each in enumerate(counts):
         progress.show(f"what the budget can pay: {number}/{len(counts)}")
-        # More images need more noise: above the least of the space, the last edge cannot pay.
-        found = None if None in noises else _least_noise(around, each, floor, high, floor == low)
+        found = None if None in noises else _least_noise(around, each, least, high)
         noises.append(found)
-        floor = found or floor
-    progress.show("")
+        least = found or least  # More images never need less noise.
     return Boundary(counts, noises, low)
 
 
-def _least_noise(
-    config: Config, count: int, low: float, high: float, low_may_pay: bool
-) -> float | None:
-    """Bisection in the logarithm: what costs less than an affordable point is affordable."""
+def _least_noise(config: Config, count: int, low: float, high: float) -> float | None:
+    """Bisection in the logarithm, from above, as accounting for little noise takes long."""
 
     def pays(noise: float) -> bool:
         try:
@@ -109,12 +106,11 @@ def _least_noise(
 
     if not pays(high):
         return None
-    if low_may_pay and pays(low):
-        return low
+    lowest = low
     while high / low > _TOLERANCE:
         middle = math.sqrt(low * high)
         low, high = (low, middle) if pays(middle) else (middle, high)
-    return high
+    return lowest if low == lowest else high
 
 
 def _interval(dimension: Dimension | None) -> tuple[float, float] | None:

@@ -43,13 +43,13 @@ def scatter(rows: Sequence[Row], winner: Row | None, x: Any, y: Any) -> list[dic
         x, y: functions from a row to its coordinate.
     """
     kinds = (
-        ("best trial", _BEST, lambda row: row is winner),
         ("trial", _TRIAL, lambda row: row is not winner and row.config.warm_up_steps),
         (
             "trial without easy stage",
             _BASELINE,
             lambda row: row is not winner and not row.config.warm_up_steps,
         ),
+        ("best trial", _BEST, lambda row: row is winner),  # Last, so on top of the others.
     )
     traces: list[dict[str, Any]] = []
     for name, marker, belongs in kinds:
@@ -172,7 +172,7 @@ def importance_bars(shares: dict[str, float]) -> Figure:
                 "type": "bar",
                 "orientation": "h",
                 "x": [shares[key] for key in keys],
-                "y": [key.rsplit(".", 1)[-1] for key in keys],
+                "y": [LABELS.get(key, key.replace(".", ".<br>")) for key in keys],
                 "text": [f"{shares[key]:.0%}" for key in keys],
                 "textposition": "outside",
                 "cliponaxis": False,
@@ -233,6 +233,7 @@ def budget_bars(rows: Sequence[Row], winner: Row | None) -> Figure:
                 }
             ],
             "bargap": 0.35,
+            "legend": {"traceorder": "normal"},
         },
         height=130 + 24 * len(rows),
     )

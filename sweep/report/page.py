@@ -19,7 +19,7 @@ from sweep.report.affordable_map import affordable_map
 from sweep.report.curves import curves
 from sweep.report.effects import affordable, importance
 from sweep.report.figures import Figure, budget_bars, importance_bars, pareto, slices
-from sweep.report.pictures import CLASSES, picture
+from sweep.report.pictures import CLASSES, Picture, picture
 from sweep.report.tables import all_tables
 from sweep.results import Row, best, load_rows, sweep_epsilon
 from sweep.study import pruned_points
@@ -58,7 +58,6 @@ def write_report(sweep: SweepConfig, out: Path) -> None:
         "no_importance": shares if isinstance(shares, str) else "",
         "tables": all_tables(sweep, rows, winner, metrics, pruned),
         "pictures": _winner_pictures(winner),
-        "central_columns": min(winner.config.central_images.per_class, 10) if winner else 0,
         "classes": CLASSES,
         "gallery": _gallery(sweep, finished),
         "configuration": yaml_subset.dump(nested(winner.config)) if winner else "",
@@ -116,7 +115,7 @@ def _card(rows: list[Row], winner: Row | None) -> tuple[dict[str, Any] | None, s
         )
 
 
-def _winner_pictures(winner: Row | None) -> dict[str, str | None]:
+def _winner_pictures(winner: Row | None) -> dict[str, Picture | None]:
     if winner is None:
         return {}
     return {
@@ -125,7 +124,7 @@ def _winner_pictures(winner: Row | None) -> dict[str, str | None]:
     }
 
 
-def _gallery(sweep: SweepConfig, finished: Sequence[Row]) -> list[tuple[Row, str | None]]:
+def _gallery(sweep: SweepConfig, finished: Sequence[Row]) -> list[tuple[Row, Picture | None]]:
     """Finished trials, the best first, with their pictures as long as there is room."""
     metric = sweep.objective.metric
     ordered = sorted(
@@ -136,6 +135,6 @@ def _gallery(sweep: SweepConfig, finished: Sequence[Row]) -> list[tuple[Row, str
     used, cards = 0, []
     for row in ordered:
         image = picture(row.run_dir / "synthetic" / "grid.png", row.config, _SMALL)
-        used += len(image or "")
+        used += len(image.uri) if image else 0
         cards.append((row, image if used <= GALLERY_BYTES else None))
     return cards
