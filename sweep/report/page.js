@@ -25,6 +25,8 @@ function draw() {
     },
   };
   for (const { id, data, layout } of JSON.parse(named)) {
+    // A narrow plot has no room for names; the table below it has them.
+    if (innerWidth < 600) data.forEach((trace) => { trace.mode = trace.mode?.replace("+text", ""); });
     Plotly.react(id, data, { ...layout, template }, config);
   }
 }

@@ -147,10 +147,9 @@ def test_figures_show_what_they_should(view):
     assert "contour" in kinds
 
 
+@pytest.mark.parametrize("view", ["light", "dark"], indirect=True)  # A phone has no pointer.
 def test_a_hover_names_the_trial(view):
-    name, page, _ = view
-    if name == "phone":
-        pytest.skip("there is no pointer on a phone")
+    _, page, _ = view
     page.locator("#pareto").scroll_into_view_if_needed()
     page.locator("#pareto .scatterlayer .points path").last.hover(force=True)
     page.wait_for_selector("#pareto .hovertext")
@@ -190,10 +189,9 @@ def test_text_is_legible(view):
     check_contrast(page, dark=name == "dark")
 
 
+@pytest.mark.parametrize("view", ["light"], indirect=True)
 def test_plots_follow_the_theme(view):
-    name, page, _ = view
-    if name != "light":
-        pytest.skip("once is enough")
+    _, page, _ = view
     page.emulate_media(color_scheme="dark")
     ink = page.evaluate("getComputedStyle(document.body).color")
     sync_api.expect(page.locator("#pareto .xtick text").first).to_have_css("fill", ink)
