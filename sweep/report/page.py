@@ -49,7 +49,6 @@ def write_report(sweep: SweepConfig, out: Path) -> None:
         "winner": winner,
         "finished": finished,
         "metrics": metrics,
-        "fid": next((name for name in metrics if name.startswith("fid")), None),
         "card": card,
         "no_card": no_card,
         "num_pruned": len(pruned),
