@@ -11,6 +11,8 @@ from core.errors import ConfigError
 from core.locks import held
 from core.reporting import write_json
 from sweep.config import SweepConfig, dump_sweep, flat
+from sweep.driver import LOCK
+from sweep.stored import SWEEP_FILE
 
 _FREE = ("num_trials", "max_concurrent_trials", "cpus_per_worker", "storage_path")
 """What may change when a sweep is continued."""
@@ -26,7 +28,7 @@ def driver_lock(folder: Path) -> Generator[int]:
         ConfigError: another driver runs this sweep.
     """
     path = folder / "launch"
-    with held(folder / "driver.lock"):
+    with held(folder / LOCK):
         earlier = int(path.read_text()) if path.exists() else 0
         # By the clock, so that it also grows over a folder that was deleted and begun anew.
         token = max(earlier + 1, int(time.time()))
@@ -40,7 +42,7 @@ def claim(sweep: SweepConfig) -> None:
     Raises:
         ConfigError: another sweep of this name was begun in the folder.
     """
-    path, now = sweep.folder / "sweep.json", dump_sweep(sweep)
+    path, now = sweep.folder / SWEEP_FILE, dump_sweep(sweep)
     if not path.exists():
         sweep.folder.mkdir(parents=True, exist_ok=True)
         write_json(path, now)

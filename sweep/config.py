@@ -87,8 +87,8 @@ class SweepConfig(Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-]{0,63}$")]
     """Also the folder below `storage_path`, the MLflow parent run, and how a sweep is resumed."""
-    base: str
-    """YAML file of the run, relative to the sweep's own file."""
+    base: str | dict[str, Any]
+    """YAML file of the run, relative to the sweep's own file, or the content of one."""
     fixed: Annotated[dict[str, Any], Field(default_factory=dict)]
     """Dotted keys of the run with values that hold for every trial."""
     search_space: dict[str, Dimension]

@@ -34,7 +34,7 @@ def print_plan(sweep: SweepConfig) -> None:
         f"N={config.dataset.num_examples}"
     )
     for key, dimension in sweep.search_space.items():
-        print(f"  {key}: {_describe(dimension)}")
+        print(f"  {key}: {describe_dimension(dimension)}")
     print(
         f"objective: {sweep.objective.direction} {sweep.objective.metric}, sampler {sweep.sampler}"
     )
@@ -107,7 +107,8 @@ def _grid(key: str, dimension: Dimension, points: int) -> list[Any]:
     return sorted(set(values))
 
 
-def _describe(dimension: Dimension) -> str:
+def describe_dimension(dimension: Dimension) -> str:
+    """Values of a key in words."""
     if dimension.choices is not None:
         return f"one of {', '.join(str(choice) for choice in dimension.choices)}"
     spacing = ", logarithmic" if dimension.log else ""

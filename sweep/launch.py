@@ -10,7 +10,7 @@ from sweep.claim import claim, driver_lock, release_id
 from sweep.cluster import DRIVER_RESOURCE, join_cluster, max_concurrent
 from sweep.config import SweepConfig
 from sweep.progress import Progress
-from sweep.results import Row, best, final_row, load_rows, sweep_card, three_figures
+from sweep.results import Row, best, final_row, load_rows, three_figures, write_card
 from sweep.scope import count_trials
 
 
@@ -187,7 +187,7 @@ def _log_summary(parent: Any, sweep: SweepConfig, rows: list[Row], complete: boo
     """The best trial, the three epsilons and the card, in the parent run."""
     if (winner := best(sweep, rows)) is None:
         return
-    card = sweep_card(sweep, rows, complete)
+    card = write_card(sweep, rows, complete)
     parent.log_metrics({**winner.scores, **three_figures(card)})
     parent.log_tags({"best_trial": winner.trial, "privacy.statement": card["statement"]})
     for name in ("privacy_card.json", "privacy_card.md"):

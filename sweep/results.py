@@ -84,44 +84,65 @@ def best(sweep: SweepConfig, rows: Sequence[Row]) -> Row | None:
     return max(finished, key=lambda row: sign * row.scores[metric])
 
 
-def sweep_epsilon(sweep: SweepConfig, rows: Sequence[Row]) -> float:
-    """Epsilon of publishing everything that the trials computed.
-
-    Privacy: what the ledger holds of the sweep; before any trial has finished, the composition of
-        the whole plan of each trial that began.
-    """
-    if (winner := best(sweep, rows)) is not None:
-        return _ledger(winner).epsilon_of_run(sweep.name)
+def planned_epsilon(rows: Sequence[Row]) -> float:
+    """Epsilon of the whole plans of all trials that began, composed by PLD; needs no ledger."""
     return composed_epsilon([row.plan for row in rows])
 
 
-def sweep_card(sweep: SweepConfig, rows: Sequence[Row], complete: bool) -> dict[str, Any]:
-    """The sweep's privacy card, which is also written into its folder.
+def sweep_epsilon(sweep: SweepConfig, rows: Sequence[Row]) -> float:
+    """Epsilon of publishing everything that the trials computed.
 
-    Args:
-        rows: with a finished trial.
-        complete: whether the sweep is; then its best trial is marked as the one to release.
+    Privacy: what the ledger holds of the sweep; before any trial has finished, and so told where
+        its ledger is, `planned_epsilon`.
+
+    Raises:
+        LedgerError: the ledger is missing or damaged.
     """
-    winner, last = best(sweep, rows), final_row(sweep, rows)
-    assert winner is not None
-    released = last if last is not None and last.state == "finished" else winner
-    metric = sweep.objective.metric
-    objective = f"{metric} ({winner.plan.tag(metric)})"
-    card = make_card(
+    if (winner := best(sweep, rows)) is not None:
+        return _ledger(winner).epsilon_of_run(sweep.name)
+    return planned_epsilon(rows)
+
+
+def sweep_card(sweep: SweepConfig, rows: Sequence[Row]) -> dict[str, Any]:
+    """The sweep's privacy card: of its final run, else of its best trial, of which there is one.
+
+    Raises:
+        LedgerError: the ledger is missing or damaged.
+    """
+    released = _released(sweep, rows)
+    return make_card(
         _ledger(released),
         sweep.name,
         released.plan,
         released.config.privacy,
         _result(released)["identity"],
-        objective,
+        _objective(sweep, rows),
     )
+
+
+def write_card(sweep: SweepConfig, rows: Sequence[Row], complete: bool) -> dict[str, Any]:
+    """Writes the card into the sweep's folder; a complete sweep marks what may be released."""
+    card = sweep_card(sweep, rows)
     write_json(sweep.folder / "privacy_card.json", card)
     (sweep.folder / "privacy_card.md").write_text(card_markdown(card))
     for row in rows:
         (row.run_dir / SELECTED).unlink(missing_ok=True)
     if complete:
-        write_json(released.run_dir / SELECTED, {"objective": objective})
+        path = _released(sweep, rows).run_dir / SELECTED
+        write_json(path, {"objective": _objective(sweep, rows)})
     return card
+
+
+def _released(sweep: SweepConfig, rows: Sequence[Row]) -> Row:
+    winner, last = best(sweep, rows), final_row(sweep, rows)
+    assert winner is not None
+    return last if last is not None and last.state == "finished" else winner
+
+
+def _objective(sweep: SweepConfig, rows: Sequence[Row]) -> str:
+    winner, metric = best(sweep, rows), sweep.objective.metric
+    assert winner is not None
+    return f"{metric} ({winner.plan.tag(metric)})"
 
 
 def three_figures(card: Mapping[str, Any]) -> dict[str, float]:
@@ -134,15 +155,13 @@ def three_figures(card: Mapping[str, Any]) -> dict[str, float]:
     return {name: card[key] for name, key in names.items() if card[key] is not None}
 
 
-def print_results(
-    sweep: SweepConfig, rows: list[Row], complete: bool, pruned: int, ui: str
-) -> None:
+def print_results(sweep: SweepConfig, rows: list[Row], pruned: int, ui: str) -> None:
     """Prints the table, the best trial, the epsilons and where to look next."""
     winner, last = best(sweep, rows), final_row(sweep, rows)
     metrics = [name for name in DIRECTIONS if any(name in row.scores for row in rows)]
     print(f"sweep {sweep.name}: {len(rows)} trials, {pruned} points pruned without compute")
     total = sweep_epsilon(sweep, rows)
-    table = _table(sweep, rows, winner, metrics, total)
+    table = results_table(sweep, rows, winner, metrics, total)
     # A narrow terminal wraps, rather than hides, figures.
     width = max(Console().width, _WIDTH_OF_A_COLUMN * len(table.columns))
     Console(width=width).print(table)
@@ -154,7 +173,7 @@ def print_results(
     for title, row in (("best trial", winner), ("final run", last)):
         if row is not None and row.scores:
             print(f"{title}: {row.trial} ({_scores(row)})")
-    card = sweep_card(sweep, rows, complete)
+    card = sweep_card(sweep, rows)
     print(f"privacy: {card['statement']}")
     for name, value in three_epsilons({**card, "epsilon_computed": total}):
         print(f"  {name}: {value}")
@@ -181,9 +200,10 @@ def _ledger(row: Row) -> Ledger:
     return Ledger.at(ledger_path(Path(row.config.runtime.ledger), _result(row)["fingerprint"]))
 
 
-def _table(
+def results_table(
     sweep: SweepConfig, rows: list[Row], winner: Row | None, metrics: list[str], total: float
 ) -> Table:
+    """One line for each trial; the best one is starred."""
     table = Table(box=box.SIMPLE)
     columns = ["trial", "count", "noise", "split"]
     others = [k for k in sweep.search_space if k not in (*_SHOWN, SEED)]

@@ -62,7 +62,7 @@ def _run(options: argparse.Namespace) -> int:
 
     outcome = run_sweep(sweep)
     ui = ui_command(outcome.uri)
-    print_results(sweep, outcome.rows, outcome.complete, len(outcome.pruned), ui)
+    print_results(sweep, outcome.rows, len(outcome.pruned), ui)
     if outcome.stopped == "interrupted":
         print("interrupted; the same command goes on where it stopped", file=sys.stderr)
         return 130

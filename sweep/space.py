@@ -5,43 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.distributions import (
-    BaseDistribution,
-    CategoricalDistribution,
-    FloatDistribution,
-    IntDistribution,
-)
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
 from ray.tune.search.optuna import OptunaSearch
 
 from core.errors import ConfigError, InfeasibleError
 from core.privacy.plan import check_feasible
-from sweep.config import SweepConfig, is_integer, trial_id_of
+from sweep.config import SweepConfig, trial_id_of
+from sweep.study import distributions, open_storage
 
 MAX_ATTEMPTS = 200
 """Points in a row that may be unaffordable or known before the search gives up."""
-
-
-def distributions(sweep: SweepConfig) -> dict[str, BaseDistribution]:
-    """The search space in Optuna's terms, by dotted key."""
-    space: dict[str, BaseDistribution] = {}
-    for key, dimension in sweep.search_space.items():
-        if dimension.choices is not None:
-            space[key] = CategoricalDistribution(dimension.choices)
-            continue
-        assert dimension.low is not None
-        assert dimension.high is not None
-        if is_integer(key):
-            step = int(dimension.step or 1)
-            space[key] = IntDistribution(
-                int(dimension.low), int(dimension.high), log=dimension.log, step=step
-            )
-        else:
-            space[key] = FloatDistribution(
-                float(dimension.low), float(dimension.high), log=dimension.log, step=dimension.step
-            )
-    return space
 
 
 class FeasibleSearch(OptunaSearch):
@@ -136,13 +108,6 @@ def _sampler(sweep: SweepConfig, seed: int) -> optuna.samplers.BaseSampler:
         constant_liar=True,
         multivariate=True,
     )
-
-
-def open_storage(folder: Path) -> JournalStorage:
-    """The study's journal in the sweep's folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return JournalStorage(JournalFileBackend(str(folder / "optuna.journal")))
 
 
 def _settle(

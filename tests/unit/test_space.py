@@ -6,7 +6,8 @@ from optuna.trial import TrialState
 
 from sweep.config import load_sweep, trial_id_of
 from sweep.feasibility import print_plan
-from sweep.space import MAX_ATTEMPTS, FeasibleSearch, open_storage
+from sweep.space import MAX_ATTEMPTS, FeasibleSearch
+from sweep.study import open_storage
 
 
 @pytest.fixture

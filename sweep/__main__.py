@@ -1,0 +1,219 @@
+"""Looks at sweeps, stops and exports them; `python sweep/run.py` starts them.
+
+Scores that these commands show are computed from real images and are not private.
+"""
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from core import yaml_subset
+from core.config import nested
+from core.errors import ConfigError, UserError
+from core.privacy.ledger_file import LedgerError
+from sweep.config import SweepConfig
+from sweep.driver import running_driver, stop_driver
+from sweep.records import differences, export, record
+from sweep.results import Row, best, load_rows, print_results, sweep_epsilon
+from sweep.scope import DEFAULT_NUM_TRIALS
+from sweep.stored import find_trial, open_sweep, sweep_names
+from sweep.study import pruned_points
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command; returns the exit code: 0, or 2 for a user's error."""
+    options = _parser().parse_args(arguments)
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    try:
+        options.command(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m sweep", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, function: Any, text: str, as_json: bool) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text)
+        command.set_defaults(command=function)
+        command.add_argument(
+            "--storage", type=Path, default=Path("runs"), help="folder of sweeps; default: runs"
+        )
+        if as_json:
+            command.add_argument("--json", action="store_true", help="for scripts")
+        return command
+
+    add("ls", _list, "every sweep of a storage folder", as_json=True)
+    show = add("show", _show, "the trials of a sweep and what they cost", as_json=True)
+    winner = add("best", _best, "write the configuration of the best trial", as_json=True)
+    stop = add("stop", _stop, "ask the running driver of a sweep to stop", as_json=False)
+    dump = add("export", _export, "the trials as a file for other programs", as_json=False)
+    report = add("report", _report, "one HTML file about a sweep", as_json=False)
+    for command in (show, winner, stop, dump):
+        command.add_argument("name", help="name of the sweep")
+    report.add_argument("--name", required=True, help="name of the sweep")
+    winner.add_argument("--out", type=Path, help="file; default: best.yaml in the sweep's folder")
+    dump.add_argument("--out", type=Path, required=True, help="file.csv, .json or .parquet")
+    report.add_argument("--out", type=Path, help="file; default: report.html in the sweep's folder")
+    diff = add("diff", _diff, "what differs between two trials", as_json=True)
+    for name in ("first", "second"):
+        diff.add_argument(name, help="[SWEEP/]TRIAL: 'best' or the first digits of its id")
+    return parser
+
+
+def _list(options: argparse.Namespace) -> None:
+    sweeps = [_overview(open_sweep(options.storage, n)) for n in sweep_names(options.storage)]
+    if not sweeps:
+        raise ConfigError(f"'{options.storage}' holds no sweep: name its folder with --storage")
+    if options.json:
+        _print_json(sweeps)
+    else:
+        _print_table([_short(each) for each in sweeps])
+
+
+def _overview(sweep: SweepConfig) -> dict[str, Any]:
+    rows = load_rows(sweep)
+    winner, metric = best(sweep, rows), sweep.objective.metric
+    states = [row.state for row in rows]
+    return {
+        "sweep": sweep.name,
+        "state": "running" if running_driver(sweep.folder) else "stopped",
+        "num_trials": sweep.num_trials or DEFAULT_NUM_TRIALS,
+        "finished": states.count("finished"),
+        "failed": states.count("failed"),
+        "unfinished": states.count("unfinished"),
+        "best_trial": winner.trial if winner else None,
+        "objective": metric,
+        "best_score": winner.scores[metric] if winner else None,
+        "epsilon_trial": winner.plan.epsilon if winner else None,
+        "epsilon_sweep": _recorded_epsilon(sweep, rows),
+    }
+
+
+def _recorded_epsilon(sweep: SweepConfig, rows: Sequence[Row]) -> float | None:
+    """None where the ledger is gone: `show` says so, a list goes on."""
+    try:
+        return sweep_epsilon(sweep, rows)
+    except LedgerError:
+        return None
+
+
+def _short(overview: Mapping[str, Any]) -> dict[str, Any]:
+    """What of an overview fits in a line."""
+    return {
+        "sweep": overview["sweep"],
+        "state": overview["state"],
+        "done": f"{overview['finished']}/{overview['num_trials']}",
+        "failed": overview["failed"],
+        "best trial": overview["best_trial"],
+        "score": overview["best_score"],
+        "objective": overview["objective"],
+        "eps trial": overview["epsilon_trial"],
+        "eps sweep": overview["epsilon_sweep"],
+    }
+
+
+def _show(options: argparse.Namespace) -> None:
+    sweep = open_sweep(options.storage, options.name)
+    rows = load_rows(sweep)
+    if options.json:
+        total = sweep_epsilon(sweep, rows)
+        _print_json([{**record(row), "epsilon_sweep": total} for row in rows])
+        return
+    from sweep.tracking import tracking_uri, ui_command
+
+    ui = ui_command(tracking_uri(Path(sweep.storage_path)))
+    print_results(sweep, rows, len(pruned_points(sweep)), ui)
+
+
+def _best(options: argparse.Namespace) -> None:
+    sweep = open_sweep(options.storage, options.name)
+    winner = best(sweep, load_rows(sweep))
+    if winner is None:
+        raise ConfigError(f"no trial of sweep '{sweep.name}' has finished: there is no best one")
+    path = options.out or sweep.folder / "best.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml_subset.dump(nested(winner.config)))
+    if options.json:
+        _print_json({**record(winner), "config": str(path)})
+        return
+    scores = {**winner.scores, "epsilon": winner.plan.epsilon, "seconds": winner.seconds}
+    _print_table([{"trial": winner.trial, **scores}])
+    print(f"configuration: {path}")
+    print(f"train it again: python -m core run --config {path} (spends its epsilon once more)")
+
+
+def _diff(options: argparse.Namespace) -> None:
+    (_, first), (_, second) = (
+        find_trial(options.storage, name) for name in (options.first, options.second)
+    )
+    found = differences(first, second)
+    if options.json:
+        _print_json({key: list(values) for key, values in found.items()})
+    elif not found:
+        print("nothing differs")
+    else:
+        columns = [f"1: {first.trial}", f"2: {second.trial}"]
+        _print_table(
+            [{"key": k, **dict(zip(columns, pair, strict=True))} for k, pair in found.items()],
+            digits=7,
+        )
+
+
+def _stop(options: argparse.Namespace) -> None:
+    driver = stop_driver(open_sweep(options.storage, options.name).folder)
+    print(
+        f"asked process {driver.pid} to stop; trials keep their checkpoints, and the command that "
+        "started the sweep continues it"
+    )
+
+
+def _export(options: argparse.Namespace) -> None:
+    rows = load_rows(open_sweep(options.storage, options.name))
+    export(rows, options.out)
+    print(f"{len(rows)} trials: {options.out} (scores are not private)")
+
+
+def _report(options: argparse.Namespace) -> None:
+    from sweep.report import write_report
+
+    sweep = open_sweep(options.storage, options.name)
+    path = options.out or sweep.folder / "report.html"
+    write_report(sweep, path)
+    print(f"{path} ({path.stat().st_size / 1e6:.1f} MB; holds scores, which are not private)")
+
+
+def _print_json(content: Any) -> None:
+    print(json.dumps(content, indent=2))
+
+
+def _print_table(records: Sequence[Mapping[str, Any]], digits: int = 4) -> None:
+    table = Table(box=box.SIMPLE)
+    for name, value in records[0].items():
+        table.add_column(name, justify="left" if isinstance(value, str) else "right")
+    for each in records:
+        table.add_row(*(_cell(value, digits) for value in each.values()))
+    natural = Console(width=1000).measure(table).maximum
+    # A narrow terminal wraps, rather than hides, figures.
+    Console(width=max(Console().width, natural)).print(table)
+
+
+def _cell(value: Any, digits: int) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.{digits}g}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,144 @@
+"""Gathers what the report says and fills the page."""
+
+import json
+import time
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from plotly.offline import get_plotlyjs
+
+from core import yaml_subset
+from core.config import DIRECTIONS, nested
+from core.errors import UserError
+from core.privacy.card import three_epsilons
+from sweep.config import SweepConfig
+from sweep.report.affordable_map import affordable_map
+from sweep.report.curves import curves
+from sweep.report.effects import affordable, importance
+from sweep.report.figures import Figure, budget_bars, importance_bars, pareto, slices
+from sweep.report.pictures import CLASSES, Picture, picture
+from sweep.report.tables import all_tables
+from sweep.results import Row, best, load_rows, planned_epsilon, sweep_card, sweep_epsilon
+from sweep.study import pruned_points
+
+GALLERY_BYTES = 2_000_000
+"""Pictures of the gallery stay below, so that the whole file can be mailed."""
+_LARGE, _SMALL = 580, 290
+
+
+def write_report(sweep: SweepConfig, out: Path) -> None:
+    """Writes the report of a sweep, whatever state it is in.
+
+    Privacy: the page holds scores and losses of real data, which are not private, and says so.
+    """
+    rows = load_rows(sweep)
+    winner = best(sweep, rows)
+    finished = [row for row in rows if row.state == "finished"]
+    pruned = pruned_points(sweep)
+    metrics = [name for name in DIRECTIONS if any(name in row.scores for row in rows)]
+    shares = importance(sweep, rows)
+    figures = _figures(sweep, rows, finished, winner, pruned, shares)
+    card, total, no_card = _card(sweep, rows, winner)
+    epsilons = three_epsilons({**card, "epsilon_computed": total}) if card else []
+    content = {
+        "sweep": sweep,
+        "made": time.strftime("%Y-%m-%d %H:%M"),
+        "rows": rows,
+        "winner": winner,
+        "finished": finished,
+        "metrics": metrics,
+        "card": card,
+        "no_card": no_card,
+        "epsilons": epsilons,
+        "num_pruned": len(pruned),
+        "figures": {figure.id: figure for figure in figures},
+        "slices": [figure for figure in figures if figure.id.startswith("slice-")],
+        "no_importance": shares if isinstance(shares, str) else "",
+        "tables": all_tables(sweep, rows, winner, metrics, pruned, total),
+        "pictures": _winner_pictures(winner),
+        "classes": CLASSES,
+        "gallery": _gallery(sweep, finished),
+        "configuration": yaml_subset.dump(nested(winner.config)) if winner else "",
+        "figure_data": json.dumps(
+            [{"id": each.id, "data": each.data, "layout": each.layout} for each in figures]
+        ).replace("</", "<\\/"),
+        "plotly": get_plotlyjs(),
+    }
+    files = resources.files("sweep.report")
+    parts = {name: (files / f"page.{name}").read_text() for name in ("html", "css", "js")}
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    page = environment.from_string(parts["html"])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(page.render(content, css=parts["css"], js=parts["js"]))
+
+
+def _figures(
+    sweep: SweepConfig,
+    rows: Sequence[Row],
+    finished: Sequence[Row],
+    winner: Row | None,
+    pruned: Sequence[dict[str, Any]],
+    shares: dict[str, float] | str,
+) -> list[Figure]:
+    figures = [budget_bars(rows, winner)] if rows else []
+    if (lines := curves(rows, winner)) is not None:
+        figures.append(lines)
+    if winner is None:
+        return figures
+    fid = next(name for name in winner.scores if name.startswith("fid"))
+    figures += [pareto(finished, winner, fid), *slices(sweep, finished, winner)]
+    if isinstance(shares, dict):
+        figures.append(importance_bars(shares))
+    easy = [row for row in finished if row.config.warm_up_steps]
+    around = best(sweep, easy)
+    if around is not None and (boundary := affordable(sweep, around.config)) is not None:
+        figures.append(affordable_map(sweep, easy, winner, boundary, pruned))
+    return figures
+
+
+def _card(
+    sweep: SweepConfig, rows: list[Row], winner: Row | None
+) -> tuple[dict[str, Any] | None, float, str]:
+    """Privacy card and epsilon of the sweep; or no card, and what can be said without a ledger."""
+    total = planned_epsilon(rows)
+    if winner is None:
+        text = f"What ran so far spends epsilon {total:.4g}, by the plans of its trials."
+        return None, total, text
+    try:
+        return sweep_card(sweep, rows), sweep_epsilon(sweep, rows), ""
+    except UserError as error:
+        text = (
+            f"The ledger could not be read: {error}. By the trials' own plans, the best one alone "
+            f"spends epsilon {winner.plan.epsilon:.4g} and all together {total:.4g}."
+        )
+        return None, total, text
+
+
+def _winner_pictures(winner: Row | None) -> dict[str, Picture | None]:
+    if winner is None:
+        return {}
+    return {
+        name: picture(winner.run_dir / name / "grid.png", winner.config, _LARGE)
+        for name in ("central_images", "synthetic")
+    }
+
+
+def _gallery(sweep: SweepConfig, finished: Sequence[Row]) -> list[tuple[Row, Picture | None]]:
+    """Finished trials, the best first, with their pictures as long as there is room."""
+    metric = sweep.objective.metric
+    ordered = sorted(
+        finished,
+        key=lambda row: row.scores[metric],
+        reverse=sweep.objective.direction == "maximize",
+    )
+    used, cards = 0, []
+    for row in ordered:
+        image = picture(row.run_dir / "synthetic" / "grid.png", row.config, _SMALL)
+        used += len(image.uri) if image else 0
+        cards.append((row, image if used <= GALLERY_BYTES else None))
+    return cards

@@ -1,0 +1,120 @@
+"""The report's tables, as text."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sweep.config import SweepConfig
+from sweep.feasibility import describe_dimension
+from sweep.report.figures import pareto_front
+from sweep.results import Row, results_table
+
+_MAX_PRUNED = 30
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table; the first column names the line, and `words` stand left, figures right."""
+
+    caption: str
+    columns: list[str]
+    lines: list[list[str]]
+    words: bool = False
+
+
+def all_tables(
+    sweep: SweepConfig,
+    rows: list[Row],
+    winner: Row | None,
+    metrics: list[str],
+    pruned: Sequence[dict[str, Any]],
+    epsilon: float,
+) -> dict[str, Table]:
+    """Every table of the page by its name there; without `front` as long as nothing finished."""
+    finished = [row for row in rows if row.state == "finished"]
+    trials = results_table(sweep, rows, winner, metrics, epsilon)
+    columns = [str(column.header) for column in trials.columns]
+    cells = zip(*(column.cells for column in trials.columns), strict=True)
+    tables = {
+        "trials": Table(
+            "All trials in the order in which they began; * marks the best. Scores are not "
+            "private.",
+            columns,
+            [[str(cell) for cell in line] for line in cells],
+        ),
+        "environment": Table(
+            "Where the trials ran", ["what", "value"], _environment(rows), words=True
+        ),
+        "sweep": Table("The search", ["what", "value"], _settings(sweep), words=True),
+        "failures": Table(
+            "Trials without a result",
+            ["trial", "state", "reason"],
+            [
+                [row.trial, row.state, row.error or "interrupted, or still running"]
+                for row in rows
+                if row.state != "finished"
+            ],
+            words=True,
+        ),
+        "budget": Table(
+            "Epsilon of each trial by stage",
+            ["trial", "central images alone", "added by DP-SGD", "together"],
+            [
+                [
+                    row.trial,
+                    _cell(row.plan.epsilon_central),
+                    _cell(row.plan.epsilon - row.plan.epsilon_central),
+                    _cell(row.plan.epsilon),
+                ]
+                for row in rows
+            ],
+        ),
+        "pruned": Table(
+            f"Points that were never trained ({len(pruned)})",
+            list(sweep.search_space),
+            [
+                [_cell(point.get(key)) for key in sweep.search_space]
+                for point in pruned[:_MAX_PRUNED]
+            ],
+        ),
+    }
+    if winner is not None:
+        fid = next(name for name in winner.scores if name.startswith("fid"))
+        tables["front"] = Table(
+            "The Pareto front; scores are not private.",
+            ["trial", "accuracy", fid],
+            [
+                [row.trial, _cell(row.scores["accuracy"]), _cell(row.scores[fid])]
+                for row in pareto_front(finished, fid)
+            ],
+        )
+    return tables
+
+
+def _settings(sweep: SweepConfig) -> list[list[str]]:
+    space = [[key, describe_dimension(each)] for key, each in sweep.search_space.items()]
+    objective = f"{sweep.objective.direction} {sweep.objective.metric} (not private)"
+    return [
+        *space,
+        ["objective", objective],
+        ["num_trials", str(sweep.num_trials)],
+        ["workers_per_trial", str(sweep.workers_per_trial)],
+        ["search_seed", str(sweep.search_seed)],
+        *[[key, str(value)] for key, value in sweep.fixed.items()],
+    ]
+
+
+def _environment(rows: Sequence[Row]) -> list[list[str]]:
+    """Every fact about the machines, with all values that occur."""
+    values: dict[str, dict[str, None]] = {}
+    for row in rows:
+        path = row.run_dir / "environment.json"
+        facts = json.loads(path.read_text()) if path.exists() else {}
+        for name, value in facts.items():
+            values.setdefault(name, {})[str(value)] = None
+    return [[name, ", ".join(found)] for name, found in values.items()]
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,91 @@
+"""A small sweep on disk, written by the code that writes it in a real one, but without Ray."""
+
+from pathlib import Path
+
+import optuna
+import pytest
+import torch
+
+from core.errors import UserError
+from core.pipeline import run
+from core.privacy.keys import MasterSecret
+from core.reporting import write_json
+from sweep.config import SweepConfig, dump_sweep, load_sweep, trial_id_of
+from sweep.study import distributions, open_storage
+
+ROOT = Path(__file__).resolve().parents[2]
+SWEEP = f"""
+name: small
+base: {ROOT}/core/configs/digits.yaml
+num_trials: 13
+fixed:
+  training.num_steps: 6
+  privacy.target_epsilon: 3.0
+  private_training.expected_batch_size: 40
+  private_training.noise_multiplicity: 1
+  model.base_channels: 8
+  sampler.num_steps: 3
+  evaluation.num_images: 60
+  evaluation.classifier_epochs: 1
+  evaluation.extractor_epochs: 1
+  runtime.log_every: 1
+search_space:
+  central_images.per_class:
+    low: 1
+    high: 400
+    log: true
+  central_images.noise_multiplier:
+    low: 1.0
+    high: 20.0
+    log: true
+  stage_split:
+    low: 0.0
+    high: 0.6
+  private_training.learning_rate:
+    choices: [1e-4, 1e-3, 1e-2]
+  dataset.name:
+    choices: [digits, idx]
+"""
+# Four plans to solve, not twelve: the learning rate costs no privacy.
+PLANS = ((2, 3.0, 0.5), (20, 9.0, 0.3), (5, 12.0, 0.5), (2, 3.0, 0.0))
+PRUNED = (400, 1.1, 0.5)
+KEYS = ("central_images.per_class", "central_images.noise_multiplier", "stage_split")
+
+
+def train(sweep: SweepConfig, point: dict) -> None:
+    """What a trial leaves behind, also where its workers refuse it."""
+    config = sweep.trial_config(point)
+    folder = sweep.folder / "trials" / trial_id_of(config)
+    secret = MasterSecret(b"s" * 32)
+    try:
+        run(config, folder, master=secret, name=sweep.name, trial="t", report=lambda _: None)
+    except UserError as error:
+        (folder / "error.txt").write_text(f"{error}\n")
+
+
+@pytest.fixture(scope="session")
+def storage(tmp_path_factory) -> Path:
+    """A storage folder with a complete sweep, `small`, and one that has no trial yet, `new`."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("small")
+    (folder / "sweep.yaml").write_text(SWEEP)
+    storage = folder / "runs"
+    overrides = {"storage_path": str(storage)}
+    new = load_sweep(folder / "sweep.yaml", {**overrides, "name": "new"})
+    sweep = load_sweep(folder / "sweep.yaml", overrides)
+    for each in (new, sweep):
+        write_json(each.folder / "sweep.json", dump_sweep(each))
+    others = {"private_training.learning_rate": 1e-3, "dataset.name": "digits"}
+    for rate in (1e-4, 1e-3, 1e-2):
+        for plan in PLANS:
+            point = dict(zip(KEYS, plan, strict=True)) | others
+            train(sweep, point | {"private_training.learning_rate": rate})
+    train(sweep, dict(zip(KEYS, PLANS[0], strict=True)) | others | {"dataset.name": "idx"})
+    study = optuna.create_study(study_name=sweep.name, storage=open_storage(sweep.folder))
+    trial = optuna.trial.create_trial(
+        state=optuna.trial.TrialState.PRUNED,
+        params=dict(zip(KEYS, PRUNED, strict=True)) | others,
+        distributions=distributions(sweep),
+    )
+    study.add_trial(trial)
+    return storage

@@ -1,0 +1,147 @@
+"""What the report says before it is drawn: fronts, importance, the edge of the affordable."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from core.config import load
+from core.errors import InfeasibleError
+from core.privacy.plan import PrivacyPlan
+from sweep.config import load_sweep
+from sweep.report import effects
+from sweep.report.curves import curves
+from sweep.report.figures import pareto_front, scatter
+from sweep.results import Row
+
+PLAN = PrivacyPlan.restored(
+    {
+        "num_examples": 1437,
+        "target_epsilon": 10.0,
+        "delta": 1e-5,
+        "neighboring_relation": "zero_out",
+        "scope": "trial",
+        "public_data": False,
+        "central": None,
+        "score": None,
+        "dp_sgd": {
+            "num_steps": 6,
+            "sample_rate": 0.1,
+            "noise_multiplier": 1.0,
+            "max_grad_norm": 1.0,
+            "expected_batch_size": 143,
+        },
+        "epsilon": 9.9,
+        "epsilon_central": 0.0,
+        "epsilon_score": 0.0,
+    }
+)
+
+
+def row(name: str, accuracy: float, fid: float, folder: Path = Path(), **changes: object) -> Row:
+    config = load("core/configs/digits.yaml", {k.replace("__", "."): v for k, v in changes.items()})
+    scores = {"accuracy": accuracy, "fid_cnn": fid}
+    return Row(name, folder, config, "finished", scores, PLAN, 1.0, "")
+
+
+@pytest.fixture
+def sweep():
+    return load_sweep("sweep/configs/quickstart.yaml", {})
+
+
+def test_front_holds_what_no_other_trial_beats():
+    rows = [row("a", 0.5, 9), row("b", 0.9, 20), row("c", 0.4, 12), row("d", 0.9, 21)]
+    assert [each.trial for each in pareto_front(rows, "fid_cnn")] == ["a", "b"]
+    assert pareto_front([], "fid_cnn") == []
+
+
+def test_points_are_told_apart_by_shape():
+    rows = [row("a", 0.5, 9), row("b", 0.9, 20), row("c", 0.1, 30, stage_split=0.0)]
+    traces = scatter(rows, rows[1], lambda r: r.scores["fid_cnn"], lambda r: r.scores["accuracy"])
+    assert [trace["name"] for trace in traces] == [
+        "trial",
+        "trial without easy stage",
+        "best trial",
+    ]
+    assert len({trace["marker"]["symbol"] for trace in traces}) == 3
+    assert "plain DP-SGD" in traces[1]["text"][0]
+
+
+def points(number: int, accuracy) -> list[Row]:
+    return [
+        row(
+            str(i),
+            accuracy(i),
+            9.0,
+            stage_split=0.08 * i,
+            central_images__per_class=1 + i * 7 % 10,
+            central_images__noise_multiplier=1.0 + i * 3 % 10,
+        )
+        for i in range(number)
+    ]
+
+
+def test_importance_finds_the_parameter_that_matters(sweep):
+    shares = effects.importance(sweep, points(10, lambda i: 0.1 * i))
+    assert isinstance(shares, dict)
+    assert next(iter(shares)) == "stage_split"
+    assert sum(shares.values()) == pytest.approx(1)
+
+
+def test_importance_says_why_there_is_none(sweep):
+    few = effects.importance(sweep, points(9, lambda i: 0.1 * i))
+    assert "at least 10 finished trials" in few
+    assert "this sweep has 9" in few
+    assert "same accuracy" in effects.importance(sweep, points(10, lambda _: 0.5))
+
+
+def test_edge_of_the_affordable_is_located(sweep, monkeypatch):
+    def pays(config):
+        central = config.central_images
+        if central.noise_multiplier < 2 * central.per_class**0.5:
+            raise InfeasibleError("no")
+
+    monkeypatch.setattr(effects, "check_feasible", pays)
+    edge = effects.affordable(sweep, load("core/configs/digits.yaml"))
+    assert edge is not None
+    assert edge.counts[0] == 1
+    assert edge.counts[-1] == 50
+    assert edge.excludes_something
+    for count, noise in zip(edge.counts, edge.noises, strict=True):
+        assert noise == pytest.approx(2 * count**0.5, rel=0.07)
+
+
+def test_edge_may_lie_outside_the_space(sweep, monkeypatch):
+    def broke(_):
+        raise InfeasibleError("no")
+
+    around = load("core/configs/digits.yaml")
+    monkeypatch.setattr(effects, "check_feasible", broke)
+    edge = effects.affordable(sweep, around)
+    assert edge is not None
+    assert set(edge.noises) == {None}
+    monkeypatch.setattr(effects, "check_feasible", lambda _: None)
+    edge = effects.affordable(sweep, around)
+    assert edge is not None
+    assert not edge.excludes_something
+
+
+def test_there_is_no_edge_without_both_intervals(sweep):
+    space = dict(sweep.search_space)
+    del space["central_images.noise_multiplier"]
+    narrow = sweep.model_copy(update={"search_space": space})
+    assert effects.affordable(narrow, load("core/configs/digits.yaml")) is None
+
+
+def test_curves_survive_a_torn_line(tmp_path):
+    lines = [{"step": s, "stage": "warm_up", "loss": 1.0 / s} for s in range(1, 400)]
+    text = "\n".join(json.dumps(line) for line in lines) + '\n{"step": 400, "st'
+    (tmp_path / "metrics.jsonl").write_text(text)
+    first = row("a", 0.5, 9, tmp_path)
+    figure = curves([first, dataclasses.replace(first, run_dir=tmp_path / "none")], first)
+    assert figure is not None
+    assert len(figure.data) == 1
+    assert 50 < len(figure.data[0]["x"]) <= 120
+    assert figure.data[0]["line"]["dash"] == "dot"
+    assert curves([], None) is None
