@@ -37,6 +37,14 @@ class Checkpoints:
             os.fsync(file.fileno())
         temporary.replace(self.path)
 
+    def check(self) -> None:
+        """Whether there is no checkpoint or one of this identity.
+
+        Raises:
+            ConfigError: it is of another configuration, data set, trial or secret.
+        """
+        self.load()
+
     def load(self) -> dict[str, Any] | None:
         """The latest state, on the CPU, or None when there is none.
 

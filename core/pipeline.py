@@ -109,6 +109,8 @@ def _run(
     if (finished := _finished(run_dir, identity)) is not None:
         report(finished)
         return finished
+    checkpoints = Checkpoints(run_dir / "checkpoints", identity)
+    distributed.on_rank_0(checkpoints.check)  # Refused before it is charged.
     reservation = distributed.on_rank_0(lambda: spending.reserve(fingerprint, identity))
     dataset = dataset or distributed.together(lambda: load_dataset(config.dataset))
     found = dataset.fingerprint
@@ -119,7 +121,6 @@ def _run(
         key = master.derive(fingerprint=fingerprint, trial=identity, stage=stage, purpose=purpose)
         return KeyedStream(key)
 
-    checkpoints = Checkpoints(run_dir / "checkpoints", identity)
     report = _logged(report, run_dir, checkpoints, config)
     denoiser = build_denoiser(config).to(config_device(config))
     distributed.broadcast_module(denoiser)

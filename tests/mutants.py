@@ -28,6 +28,8 @@ RELEASE = "yield sums + plan.noise_stddev * noise.normal(release, sums.numel()).
 REDUCE = """        if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(flat, op=dist.ReduceOp.SUM)
 """
+SCOPES = "core/privacy/scopes.py"
+SPENDING = ("tests/integration/test_scope_spending.py",)
 DP_SGD_EVENT = "self.sample_rate, self.noise_multiplier, self.num_steps"
 
 
@@ -105,6 +107,48 @@ MUTANTS = (
         "return indices[rank::world_size]",
         "return indices",
         RANKS,
+    ),
+    Mutant(
+        "noise of the private accuracy halved",
+        "core/evaluation/metrics.py",
+        "plan.noise_stddev * float(noise.normal(0, 1))",
+        "plan.noise_stddev / 2 * float(noise.normal(0, 1))",
+        SPENDING,
+    ),
+    Mutant(
+        "private accuracy not charged",
+        PLAN,
+        "stages = (self.central, self.dp_sgd, self.score)",
+        "stages = (self.central, self.dp_sgd)",
+        ("tests/unit/test_scopes.py",),
+    ),
+    Mutant(
+        "a sweep's target given to every trial",
+        SCOPES,
+        "math.sqrt(2 * room / order / privacy.num_shares)",
+        "math.sqrt(2 * room / order)",
+        ("tests/unit/test_scopes.py",),
+    ),
+    Mutant(
+        "a sweep forgets its earlier trials",
+        "core/privacy/ledger.py",
+        "self._total_within(within, [*others, Charge(asked.events, \"\", \"\")])",
+        "self._total_within(within, [Charge(asked.events, \"\", \"\")])",
+        SPENDING,
+    ),
+    Mutant(
+        "secret number of trials of a smaller mean",
+        SCOPES,
+        "uniform: float, law: str, mean: float) -> int:",
+        "uniform: float, law: str, mean: float) -> int:\n    mean = 0.9 * mean",
+        ("tests/statistical/test_selection.py",),
+    ),
+    Mutant(
+        "a resumed run draws new noise",
+        "core/pipeline.py",
+        'noise=stream("private_training", "noise"),\n        before_step',
+        'noise=stream("private_training", f"noise {time.time()}"),\n        before_step',
+        ("tests/integration/test_replay.py",),
     ),
 )
 
