@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 STATISTICAL = ("tests/statistical", "tests/unit/test_plan.py")
-RANKS = ("tests/integration/test_ranks.py",)
+RANKS = ("tests/statistical/test_ranks.py",)
 DP_SGD, CENTRAL = "core/privacy/dp_sgd.py", "core/privacy/central_images.py"
 PLAN, SAMPLING = "core/privacy/plan.py", "core/privacy/sampling.py"
 NOISE = "flat = flat + (self.noise_multiplier * self.max_grad_norm) * noise"
@@ -132,8 +132,8 @@ MUTANTS = (
     Mutant(
         "a sweep forgets its earlier trials",
         "core/privacy/ledger.py",
-        "self._total_within(within, [*others, Charge(asked.events, \"\", \"\")])",
-        "self._total_within(within, [Charge(asked.events, \"\", \"\")])",
+        'self._total_within(within, [*others, Charge(asked.events, "", "")])',
+        'self._total_within(within, [Charge(asked.events, "", "")])',
         SPENDING,
     ),
     Mutant(

@@ -9,7 +9,7 @@ import torch
 from checks import is_normal
 from two_ranks import tiny_run
 
-SCRIPT = Path(__file__).parent / "two_ranks.py"
+SCRIPT = Path(__file__).parents[1] / "integration" / "two_ranks.py"
 
 
 @pytest.fixture(scope="module")

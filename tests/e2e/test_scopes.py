@@ -1,0 +1,98 @@
+"""The scopes `selection` and `public` as whole sweeps on one machine, from search to release."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from idx_files import write_idx
+from mlflow.tracking import MlflowClient
+from test_sweep import SWEEP, start
+
+from core.__main__ import main
+from core.privacy.ledger import Ledger
+
+SPACE = "search_space:\n  stage_split:\n    low: 0.2\n    high: 0.6\n"
+TINY = SWEEP[: SWEEP.index("search_space:")] + SPACE
+
+
+def run_sweep(folder: Path, *overrides: str) -> str:
+    (folder / "sweep.yaml").write_text(TINY)
+    process = start(folder, *overrides)
+    out, err = process.communicate(timeout=500)
+    assert process.returncode == 0, err
+    assert "Traceback" not in out + err
+    return out
+
+
+@pytest.fixture(scope="module")
+def selection(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("selection")
+    out = run_sweep(
+        folder,
+        "privacy.scope=selection",
+        "privacy.selection_law=geometric",
+        "privacy.selection_mean=1.2",
+        "privacy.dp_accuracy_stddev=50",
+        "objective.metric=dp_accuracy",
+        "sampler=random",
+        "num_trials=null",
+    )
+    return folder, out
+
+
+def test_only_the_selected_trial_leaves_and_nothing_tells_how_many_there_were(selection, capsys):
+    folder, out = selection
+    assert "best by dp_accuracy (dp(epsilon +" in out
+    assert re.search(r"epsilon of the release with its selection: 10\b", out)
+    card = json.loads((folder / "runs" / "tiny" / "privacy_card.json").read_text())
+    assert card["scope"] == "selection"
+    assert card["epsilon_computed"] is None
+    assert card["epsilon_all_on_this_data_set"] is None
+    assert card["epsilon_released_with_selection"] == 10.0
+    assert card["epsilon_trial"] < 10.0
+    assert {event["kind"] for event in card["events"]} >= {"dp_sgd", "dp_accuracy"}
+    assert len({event["trial"] for event in card["events"]}) == 1
+    trials = folder / "runs" / "tiny" / "trials"
+    (chosen,) = trials.glob("*/selected.json")
+    for run in trials.iterdir():
+        code = main(["release", "--run-dir", str(run), "--out", str(folder / "out" / run.name)])
+        assert code == (0 if run == chosen.parent else 2)
+    assert (folder / "out" / chosen.parent.name / "privacy_card.md").exists()
+    client = MlflowClient(tracking_uri=f"sqlite:///{folder}/runs/mlflow.db")
+    experiment = client.get_experiment_by_name("feta-sweep")
+    (parent,) = client.search_runs([experiment.experiment_id], "tags.`sweep.key` = 'tiny'")
+    assert parent.data.params["num_trials"] == "secret"
+    assert "epsilon_sweep" not in parent.data.metrics
+    assert "must stay inside" in parent.data.tags["privacy.statement"]
+
+
+def test_settings_found_on_public_data_run_once_on_the_sensitive_data(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (900, 8, 8))
+    labels = np.arange(900) % 10
+    write_idx(
+        tmp_path / "sensitive",
+        train_images=images[:800],
+        train_labels=labels[:800],
+        test_images=images[800:],
+        test_labels=labels[800:],
+    )
+    overrides = (
+        "privacy.scope=public",
+        "dataset.public=true",
+        "num_trials=1",
+        "final.dataset.name=idx",
+        f"final.dataset.path={tmp_path / 'sensitive'}",
+        "final.dataset.num_examples=800",
+    )
+    out = run_sweep(tmp_path, *overrides)
+    assert re.search(r"best trial: \w+ \(accuracy 0\.\d+, fid_cnn .*: public\)", out)
+    assert re.search(r"final run: \w+ \(accuracy 0\.\d+, fid_cnn .*: non-private\)", out)
+    assert "All settings were chosen on other, public data." in out
+    ledgers = [Ledger.at(path) for path in (tmp_path / "runs" / "ledger").glob("*.jsonl")]
+    by_size = {ledger.terms.num_examples: ledger.summary()["entries"] for ledger in ledgers}
+    assert {count: len(entries) for count, entries in by_size.items()} == {1437: 1, 800: 1}
+    assert by_size[800][0]["state"] == "committed"
+    run_sweep(tmp_path, *overrides)  # Complete: nothing more is run or charged.
+    assert [len(ledger.summary()["entries"]) for ledger in ledgers] == [1, 1]
