@@ -26,6 +26,21 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 
+def check_storage(storage_path: str) -> None:
+    """Refuses results in the folder into which Ray unpacked a submitted job's files.
+
+    Raises:
+        ConfigError: `storage_path` lies there; Ray deletes the folder with the job.
+    """
+    submitted = "working_dir" in os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "")
+    if submitted and Path(storage_path).is_relative_to(Path.cwd()):
+        raise ConfigError(
+            f"storage_path='{storage_path}' lies in the copy that Ray made of the submitted "
+            "folder, and would be deleted with it: name a folder that all nodes see, such as "
+            "storage_path=/mnt/shared/runs"
+        )
+
+
 def join_cluster() -> None:
     """Joins the cluster of RAY_ADDRESS (set for submitted jobs), or starts a local one.
 

@@ -183,7 +183,8 @@ def load_sweep(path: str | Path, overrides: Mapping[str, Any]) -> SweepConfig:
             fixed[key] = value
     content["fixed"] = {**content["fixed"], **fixed}
     if isinstance(content.get("base"), str):
-        content["base"] = str((Path(path).parent / content["base"]).resolve())
+        # Read at once: a submitted job's files may be gone when its last line is printed.
+        content["base"] = nested(load((Path(path).parent / content["base"]).resolve()))
     sweep = validate(SweepConfig, content)
     # Absolute, as Ray gives trials and workers another working directory.
     sweep = sweep.model_copy(update={"storage_path": str(Path(sweep.storage_path).absolute())})

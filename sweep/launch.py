@@ -1,5 +1,6 @@
 """Runs the search on a Ray cluster: what is missing of a sweep, and its final run."""
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 from core.config import flatten
 from core.privacy.keys import MasterSecret
 from sweep.claim import claim, driver_lock, release_id
-from sweep.cluster import DRIVER_RESOURCE, join_cluster, max_concurrent
+from sweep.cluster import DRIVER_RESOURCE, check_storage, join_cluster, max_concurrent
 from sweep.config import SweepConfig
 from sweep.progress import Progress
 from sweep.results import Row, best, final_row, load_rows, three_figures, write_card
@@ -36,11 +37,13 @@ def run_sweep(sweep: SweepConfig) -> Outcome:
     """Runs what is missing of a sweep.
 
     Raises:
-        ConfigError: the folder holds another sweep of this name, another driver runs it, or the
-            cluster cannot run it.
+        ConfigError: the folder holds another sweep of this name, another driver runs it, the
+            cluster cannot run it, or the folder would not last.
     """
+    check_storage(sweep.storage_path)
     master = MasterSecret.load()  # Created at the latest here: no two workers create their own.
     with driver_lock(sweep.folder) as token:
+        os.chdir(sweep.folder)  # That of a submitted job vanishes while it is being stopped.
         claim(sweep)
         total = count_trials(sweep.run, sweep.num_trials, master, release_id(sweep))
         return _run(sweep, total, token)

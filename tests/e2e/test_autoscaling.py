@@ -1,4 +1,4 @@
-"""A real sweep on a real autoscaling cluster of this machine (Ray's provider of fake nodes)."""
+"""A submitted sweep on a real autoscaling cluster of this machine (Ray's fake nodes)."""
 
 import os
 import re
@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 from mlflow.tracking import MlflowClient
+
+from core.privacy.ledger import Ledger
 
 ROOT = Path(__file__).resolve().parents[2]
 SWEEP = f"""
@@ -22,6 +24,7 @@ fixed:
   evaluation.num_images: 60
   evaluation.classifier_epochs: 1
   evaluation.extractor_epochs: 1
+  runtime.checkpoint_every: 5
 search_space:
   stage_split:
     low: 0.2
@@ -29,23 +32,42 @@ search_space:
 """
 
 
-def test_workers_come_with_the_trials_and_go_when_idle(tmp_path):
+SUBMIT = "ray job submit --runtime-env {root}/clusters/runtime_env.yaml --working-dir {root}"
+RUN = "-- python sweep/run.py --config {folder}/sweep.yaml"
+# Refused; stopped at its first checkpoint; submitted again to the end.
+STORY = f"""
+if {SUBMIT} {RUN}; then exit 11; fi
+{SUBMIT} --no-wait --submission-id first {RUN} storage_path={{folder}}/runs || exit 12
+until ls {{folder}}/runs/scaled/trials/*/checkpoints/last.pt; do sleep 0.5; done
+ray job stop first
+ray job logs first
+ray job status first
+{SUBMIT} {RUN} storage_path={{folder}}/runs
+"""
+
+
+def test_submitted_stopped_and_submitted_again_on_workers_that_come_and_go(tmp_path):
     (tmp_path / "sweep.yaml").write_text(SWEEP)
-    run = [sys.executable, str(ROOT / "sweep" / "run.py"), "--config", "sweep.yaml"]
+    story = STORY.format(root=ROOT, folder=tmp_path)
     environment = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}
     environment["FETA_SWEEP_TEST"] = str(tmp_path)  # By which all its processes are known.
     ended = subprocess.run(
-        [sys.executable, ROOT / "clusters" / "local" / "cluster.py", "--", *run],
+        [sys.executable, ROOT / "clusters" / "local" / "cluster.py", "--", "bash", "-c", story],
         cwd=tmp_path,
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=400,
     )
     timeline = [line for line in ended.stdout.splitlines() if line.startswith("[ ")]
-    print("\n".join(timeline))
-    assert ended.returncode == 0, ended.stdout + ended.stderr
+    print(ended.stdout)
+    told = ended.stdout + ended.stderr
+    assert ended.returncode == 0, told
 
+    assert "lies in the copy that Ray made of the submitted folder" in told
+    assert "'first' was stopped" in told
+    assert "the same command goes on where it stopped" in told
+    assert "best trial: " in told
     counts = [int(n) for n in re.findall(r"workers: \d+ -> (\d+)", "\n".join(timeline))]
     assert max(counts) == 2, timeline  # Two trials of two workers, on nodes of two CPUs.
     assert counts[-1] == 0, timeline
@@ -57,6 +79,12 @@ def test_workers_come_with_the_trials_and_go_when_idle(tmp_path):
         [experiment.experiment_id], filter_string="tags.`sweep.key` LIKE 'scaled/%'"
     )
     assert [trial.info.status for trial in trials] == ["FINISHED"] * 2
+    for trial in trials:
+        steps = [m.step for m in client.get_metric_history(trial.info.run_id, "step")]
+        assert steps == sorted(set(steps))
+    (ledger,) = (tmp_path / "runs" / "ledger").glob("*.jsonl")
+    entries = Ledger.at(ledger).summary()["entries"]
+    assert [entry["state"] for entry in entries] == ["committed"] * 2
     assert not left_behind(str(tmp_path)), "processes of the cluster are still there"
 
 
