@@ -163,6 +163,8 @@ class RuntimeConfig(Section):
     """Where and how verbosely; no value here changes the result."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    channels_last: bool = True
+    """Feature maps in memory position by position; faster for images of 28 pixels and more."""
     log_every: PositiveInt = 25
     checkpoint_every: PositiveInt = 200
     cache: str = "runs/cache"
