@@ -134,10 +134,9 @@ class _Conv2d(torch.autograd.Function):
             grad_x = _convolution_backward(
                 grad, x, weight.to(x.dtype), None, *shape, 1, [True, False, False]
             )[0]
-        plain = layer.stride == layer.kernel_size == (1, 1) and layer.padding == (0, 0)
-        if channels_last and plain:
-            rows_x, rows_grad = (t.permute(0, 2, 3, 1).flatten(1, 2) for t in (x, grad))
-            _store_products(layer, rows_x.view(batch, -1, x.shape[1]), rows_grad.view(batch, -1, grad.shape[1]))
+        if layer.kernel_size == layer.stride == (1, 1) and layer.padding == (0, 0):
+            rows = (t.permute(0, 2, 3, 1).reshape(batch, -1, t.shape[1]) for t in (x, grad))
+            _store_products(layer, *rows)
         elif copies * grad[0, 0].numel() * weight.numel() >= _WORTH_A_CALL[x.device.type]:
             _each_example(layer, x, grad, weight, shape, copies)
         else:
@@ -228,27 +227,27 @@ class _GroupNorm(torch.autograd.Function):
         layer, copies, grad = ctx.layer, ctx.copies, grads[0]
         n, c = x.shape[:2]
         positions = x[0, 0].numel()
-        if x.is_contiguous():
-            # One image of n * c channels: then the sums over "the batch" are those of each image.
-            grad_x, scale, shift = _group_norm_backward(
-                grad.contiguous().view(1, n * c, positions), x.view(1, n * c, positions),
-                mean.view(1, -1), rstd.view(1, -1), weight.repeat(n),
-                1, n * c, positions, n * layer.num_groups, [True, True, True],
-            )  # fmt: skip
-            grad_x = grad_x.view_as(x)
+        groups = layer.num_groups
+        if x.device.type == "cpu" and not x.is_contiguous():  # Channels-last, with a kernel.
+            examples = (t.split(copies) for t in (grad, x, mean, rstd))
+            sizes = [copies, c, positions, groups, [True, True, True]]
+            parts = [
+                _group_norm_backward(*example, weight, *sizes)
+                for example in zip(*examples, strict=True)
+            ]
+            grad_x = torch.cat([part[0] for part in parts])
+            _store(layer.weight, torch.stack([part[1] for part in parts]))
+            _store(layer.bias, torch.stack([part[2] for part in parts]))
         else:
-            grad_x = _group_norm_backward(
-                grad, x, mean, rstd, weight, n, c, positions, layer.num_groups,
-                [True, False, False],
-            )[0]  # fmt: skip
-            # An example at a time, so that its product stays in the cache.
-            pairs = zip(grad.split(copies), x.split(copies), strict=True)
-            scale = torch.cat([(g * one).sum((2, 3)) for g, one in pairs])
-            shift = grad.sum((2, 3))
-            mean, rstd = (t.repeat_interleave(c // layer.num_groups, 1) for t in (mean, rstd))
-            scale = (scale - shift * mean) * rstd
-        _store(layer.weight, scale.view(-1, copies, c).sum(1))
-        _store(layer.bias, shift.view(-1, copies, c).sum(1))
+            # One image of n * c channels: its sums over "the batch" are those of each image.
+            grad_x, scale, shift = _group_norm_backward(
+                grad.reshape(1, n * c, positions), x.reshape(1, n * c, positions),
+                mean.view(1, -1), rstd.view(1, -1), weight.repeat(n),
+                1, n * c, positions, n * groups, [True, True, True],
+            )  # fmt: skip
+            grad_x = grad_x.view(x.shape)
+            _store(layer.weight, scale.view(-1, copies, c).sum(1))
+            _store(layer.bias, shift.view(-1, copies, c).sum(1))
         return grad_x, None, None, None, None
 
 
