@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -89,8 +90,9 @@ class PrivateTrainingConfig(Section):
     max_grad_norm: Positive = 1.0
     noise_multiplicity: Annotated[int, Field(ge=1, le=256)] = 4
     learning_rate: Positive = 3e-4
-    max_physical_batch_size: PositiveInt = 64
-    """Most images (each with K noise draws) in memory at once; does not change the result."""
+    max_physical_batch_size: PositiveInt | Literal["auto"] = 64
+    """Most images (each with K noise draws) in memory at once; does not change the result. `auto`
+    halves it whenever memory runs out, and remembers."""
 
 
 class TrainingConfig(Section):
@@ -99,6 +101,8 @@ class TrainingConfig(Section):
     num_steps: PositiveInt = 400
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
     label_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the network while it is trained; weights, norms, sums and noise are always float32."""
 
 
 class ModelConfig(Section):
@@ -163,8 +167,8 @@ class RuntimeConfig(Section):
     """Where and how verbosely; no value here changes the result."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    channels_last: bool = True
-    """Feature maps in memory position by position; faster for images of 28 pixels and more."""
+    channels_last: bool = False
+    """Feature maps in memory position by position: faster for large ones, slower for 8x8."""
     log_every: PositiveInt = 25
     checkpoint_every: PositiveInt = 200
     cache: str = "runs/cache"
@@ -382,6 +386,8 @@ def _describe(annotation: Any, metadata: list[Any]) -> str:
         return _describe(inner, metadata)
     if get_origin(annotation) is Literal:
         return "one of " + ", ".join(repr(choice) for choice in get_args(annotation))
+    if get_origin(annotation) is UnionType:
+        return " or ".join(_describe(option, []) for option in get_args(annotation))
     if get_origin(annotation) is tuple:
         return f"list of {_describe(get_args(annotation)[0], [])}"
     bounds = {
@@ -391,6 +397,7 @@ def _describe(annotation: Any, metadata: list[Any]) -> str:
         if (value := getattr(item, name, None)) is not None
     }
     names = {int: "integer", float: "finite number", str: "text", bool: "true or false"}
+    names[NoneType] = "null"
     kind = names.get(annotation, str(annotation).replace("None", "null"))
     if not bounds:
         return kind

@@ -128,7 +128,7 @@ class KeyedStream:
         for start in range(0, pairs, _PIECE):
             part = slice(start, min(start + _PIECE, pairs))
             radius, angle = (
-                torch.from_numpy((bits[part].astype(np.float64) + 0.5) * 2.0**-53)
+                torch.as_tensor((bits[part].astype(np.float64) + 0.5) * 2.0**-53)
                 for bits in (uniform[:pairs], uniform[pairs:])
             )
             radius.log_().mul_(-2.0).sqrt_()

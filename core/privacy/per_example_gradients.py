@@ -11,7 +11,7 @@ exists, so memory is 1/K of that of hooks on `B * K` examples.
 
 from collections.abc import Callable
 from types import MethodType
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,13 +19,21 @@ from opacus.grad_sample.gsm_base import AbstractGradSampleModule
 from torch import nn
 
 from core.errors import ConfigError
+from core.privacy.convolution_gradients import (
+    convolution_backward,
+    products,
+    settings,
+    weight_and_bias,
+)
 
 
 class PerExampleGradients(AbstractGradSampleModule):
     """Wraps a module whose inputs are `[B * K, ...]` and fills `grad_sample`.
 
-    The K copies of an example lie next to each other, so that an example is a slice. After a backward pass of a loss, `parameter.grad_sample` is `[B, *parameter.shape]`: the
-    gradient of that loss with respect to the parameter, through the K copies of each example.
+    The K copies of an example lie next to each other, so that an example is a slice. After a
+    backward pass of a loss, `parameter.grad_sample` is `[B, *parameter.shape]`: the gradient of
+    that loss with respect to the parameter, through the K copies of each example. Under autocast
+    it is what autocast's precision makes of it; norms and sums of it are taken in float32.
 
     Args:
         module: network of Conv2d, Linear, GroupNorm, Embedding and FreeParameter layers.
@@ -97,22 +105,17 @@ def _forward(function: Any, copies: int) -> Callable[..., torch.Tensor]:
     return forward
 
 
-def _store(parameter: nn.Parameter | None, grad_sample: torch.Tensor) -> None:
-    if parameter is None or not parameter.requires_grad:
-        return
-    earlier = getattr(parameter, "grad_sample", None)
-    cast(Any, parameter).grad_sample = grad_sample if earlier is None else earlier + grad_sample
-
-
-def _store_products(layer: Any, rows_x: torch.Tensor, rows_grad: torch.Tensor) -> None:
-    """Gradients of `y = W x + b` from x and dL/dy at the rows of each example, `[B, rows, ...]`."""
-    _store(layer.weight, torch.bmm(rows_grad.mT, rows_x).view(-1, *layer.weight.shape))
-    if layer.bias is not None:
-        _store(layer.bias, rows_grad.sum(1))
+def _store(layer: Any, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+    """Adds gradients `[B, *shape]` to those of earlier uses of the layer in the same pass."""
+    for parameter, grad_sample in ((layer.weight, weight), (getattr(layer, "bias", None), bias)):
+        if parameter is None or grad_sample is None or not parameter.requires_grad:
+            continue
+        earlier = parameter.grad_sample
+        parameter.grad_sample = grad_sample if earlier is None else earlier + grad_sample
 
 
 class _Conv2d(torch.autograd.Function):
-    """Weight gradient by the fastest of three ways for the shape of the layer."""
+    """Input gradient as usual, weight gradients in `convolution_gradients`."""
 
     @staticmethod
     def forward(ctx: Any, x: Any, weight: Any, bias: Any, layer: nn.Conv2d, copies: int) -> Any:
@@ -123,67 +126,16 @@ class _Conv2d(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         x, weight = ctx.saved_tensors
-        layer, copies = ctx.layer, ctx.copies
-        batch = len(x) // copies
+        layer = ctx.layer
         channels_last = x.is_contiguous(memory_format=torch.channels_last)
         order = torch.channels_last if channels_last else torch.contiguous_format
         grad, x = grads[0].contiguous(memory_format=order), x.contiguous(memory_format=order)
-        shape = [layer.stride, layer.padding, layer.dilation, False, [0, 0]]
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = _convolution_backward(
-                grad, x, weight.to(x.dtype), None, *shape, 1, [True, False, False]
-            )[0]
-        if layer.kernel_size == layer.stride == (1, 1) and layer.padding == (0, 0):
-            rows = (t.permute(0, 2, 3, 1).reshape(batch, -1, t.shape[1]) for t in (x, grad))
-            _store_products(layer, *rows)
-        elif copies * grad[0, 0].numel() * weight.numel() >= _WORTH_A_CALL[x.device.type]:
-            _each_example(layer, x, grad, weight, shape, copies)
-        else:
-            _grouped(layer, x, grad, weight, shape, copies)
+            arguments = [None, *settings(layer), 1, [True, False, False]]
+            grad_x = convolution_backward(grad, x, weight.to(x.dtype), *arguments)[0]
+        _store(layer, *weight_and_bias(layer, x, grad, ctx.copies))
         return grad_x, None, None, None, None
-
-
-_convolution_backward = torch.ops.aten.convolution_backward
-_WORTH_A_CALL = {"cpu": 2**25, "cuda": 2**30}
-"""Multiplications for one example from which a call for each example costs less than one grouped
-convolution: measured on a CPU; on a GPU, what keeps it busy for as long as a call takes."""
-
-
-def _each_example(
-    layer: nn.Conv2d, x: torch.Tensor, grad: torch.Tensor, weight: torch.Tensor, shape: Any, copies: int
-) -> None:
-    """The batch's own convolution, called for the copies of one example after the other."""
-    mask = [False, True, layer.bias is not None]
-    parts = [
-        _convolution_backward(g, one, weight.to(x.dtype), [len(weight)], *shape, 1, mask)[1:]
-        for g, one in zip(grad.split(copies), x.split(copies), strict=True)
-    ]
-    _store(layer.weight, torch.stack([part[0] for part in parts]))
-    if layer.bias is not None:
-        _store(layer.bias, torch.stack([part[1] for part in parts]))
-
-
-def _grouped(
-    layer: nn.Conv2d, x: torch.Tensor, grad: torch.Tensor, weight: torch.Tensor, shape: Any, copies: int
-) -> None:
-    """All examples as one grouped convolution, a group for each example.
-
-    Rochette et al. (2019) with the roles of copies and channels swapped: `[K, B * C, H, W]` makes
-    K the batch over which a group sums.
-    """
-    batch = len(x) // copies
-    rows_x, rows_grad = (
-        t.unflatten(0, (batch, copies)).transpose(0, 1).reshape(copies, -1, *t.shape[2:])
-        for t in (x, grad)
-    )
-    grouped = _convolution_backward(
-        rows_grad, rows_x, x.new_empty(1).expand(batch * len(weight), *weight.shape[1:]),
-        None, *shape, batch, [False, True, False],
-    )[1]  # fmt: skip
-    _store(layer.weight, grouped.view(batch, *weight.shape))
-    if layer.bias is not None:
-        _store(layer.bias, grad.sum((2, 3)).view(batch, copies, -1).sum(1))
 
 
 class _Linear(torch.autograd.Function):
@@ -199,11 +151,8 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         x, weight = ctx.saved_tensors
         grad, batch = grads[0], len(x) // ctx.copies
-        _store_products(
-            ctx.layer,
-            x.reshape(batch, -1, x.shape[-1]),
-            grad.reshape(batch, -1, grad.shape[-1]),
-        )
+        rows_x, rows_grad = (t.reshape(batch, -1, t.shape[-1]) for t in (x, grad))
+        _store(ctx.layer, *products(rows_x, rows_grad))
         grad_x = grad @ weight.to(grad.dtype) if ctx.needs_input_grad[0] else None
         return grad_x, None, None, None, None
 
@@ -236,8 +185,7 @@ class _GroupNorm(torch.autograd.Function):
                 for example in zip(*examples, strict=True)
             ]
             grad_x = torch.cat([part[0] for part in parts])
-            _store(layer.weight, torch.stack([part[1] for part in parts]))
-            _store(layer.bias, torch.stack([part[2] for part in parts]))
+            _store(layer, *(torch.stack([part[i] for part in parts]) for i in (1, 2)))
         else:
             # One image of n * c channels: its sums over "the batch" are those of each image.
             grad_x, scale, shift = _group_norm_backward(
@@ -246,8 +194,7 @@ class _GroupNorm(torch.autograd.Function):
                 1, n * c, positions, n * groups, [True, True, True],
             )  # fmt: skip
             grad_x = grad_x.view(x.shape)
-            _store(layer.weight, scale.view(-1, copies, c).sum(1))
-            _store(layer.bias, shift.view(-1, copies, c).sum(1))
+            _store(layer, *(sums.view(-1, copies, c).sum(1) for sums in (scale, shift)))
         return grad_x, None, None, None, None
 
 
@@ -268,7 +215,7 @@ class _Embedding(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         grad, rows = grads[0], ctx.layer.num_embeddings
         hot = F.one_hot(x, rows).to(grad.dtype).view(len(x) // ctx.copies, -1, rows)
-        _store(ctx.layer.weight, torch.bmm(hot.mT, grad.reshape(*hot.shape[:2], -1)))
+        _store(ctx.layer, torch.bmm(hot.mT, grad.reshape(*hot.shape[:2], -1)))
         return None, None, None, None, None
 
 
@@ -282,7 +229,7 @@ class _FreeParameter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        _store(ctx.layer.weight, grads[0].unflatten(0, (-1, ctx.copies)).sum(1))
+        _store(ctx.layer, grads[0].unflatten(0, (-1, ctx.copies)).sum(1))
         return None, None, None, None, None
 
 
