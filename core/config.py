@@ -10,7 +10,7 @@ import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
@@ -366,6 +366,8 @@ def _explain(model: type[BaseModel], failure: ValidationError) -> str:
         return f"unknown key '{path}'{nearest_key(keys, path)}"
     if error["type"] == "value_error":
         return str(error["ctx"]["error"]) if "ctx" in error else error["msg"]
+    if path not in keys and path.rpartition(".")[0] in keys:
+        path = path.rpartition(".")[0]  # The last part names one of several allowed types.
     field = keys.get(path)
     allowed = f"; allowed: {describe(field)}" if field is not None else ""
     if error["type"] == "missing":
@@ -386,7 +388,7 @@ def _describe(annotation: Any, metadata: list[Any]) -> str:
         return _describe(inner, metadata)
     if get_origin(annotation) is Literal:
         return "one of " + ", ".join(repr(choice) for choice in get_args(annotation))
-    if get_origin(annotation) is UnionType:
+    if get_origin(annotation) in (Union, UnionType):
         return " or ".join(_describe(option, []) for option in get_args(annotation))
     if get_origin(annotation) is tuple:
         return f"list of {_describe(get_args(annotation)[0], [])}"
@@ -397,7 +399,7 @@ def _describe(annotation: Any, metadata: list[Any]) -> str:
         if (value := getattr(item, name, None)) is not None
     }
     names = {int: "integer", float: "finite number", str: "text", bool: "true or false"}
-    names[NoneType] = "null"
+    names |= {NoneType: "null"}
     kind = names.get(annotation, str(annotation).replace("None", "null"))
     if not bounds:
         return kind

@@ -124,25 +124,29 @@ def sampling() -> Figures:
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         overrides = [
-            "training.num_steps=300", "evaluation.num_images=500",
+            "training.num_steps=200", "evaluation.num_images=500",
             f"runtime.cache={folder}/cache", f"runtime.ledger={folder}/ledger",
         ]  # fmt: skip
         command = [sys.executable, "-m", "core", "run", "--config", "core/configs/digits.yaml"]
-        secret = {"FETA_SWEEP_SECRET_FILE": f"{folder}/secret", "PYTHONPATH": str(variants.ROOT)}
+        settings = {
+            "FETA_SWEEP_SECRET_FILE": f"{folder}/secret",
+            "PYTHONPATH": str(variants.ROOT),
+            "OMP_NUM_THREADS": "1",
+        }
         subprocess.run(
             [*command, "--run-dir", str(run), *overrides],
-            cwd=variants.ROOT, env=os.environ | secret, check=True, capture_output=True,
+            cwd=variants.ROOT, env=os.environ | settings, check=True, capture_output=True,
         )  # fmt: skip
         base = load(run / "config.yaml")
         denoiser = build_denoiser(base)
         denoiser.load_state_dict(torch.load(run / "model.pt", weights_only=True))
-        dataset, settings = load_dataset(base.dataset), EvaluationConfig(fid_extractor="cnn")
+        dataset, scores = load_dataset(base.dataset), EvaluationConfig(fid_extractor="cnn")
         for steps in SAMPLER_STEPS:
             config = load(run / "config.yaml", {"sampler.num_steps": steps})
             began = time.process_time()
             synthetic = generate(denoiser, config, 1000, "cpu")
             figures[f"sampling_{steps}_seconds"] = time.process_time() - began
-            _, score = fid_score(synthetic, dataset, settings, 10, 0, "cpu", Path(folder) / "cache")
+            _, score = fid_score(synthetic, dataset, scores, 10, 0, "cpu", Path(folder) / "cache")
             figures[f"sampling_{steps}_fid_cnn"] = score
         single = load(run / "config.yaml", {"evaluation.batch_size": 1})
         began = time.process_time()
