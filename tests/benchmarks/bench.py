@@ -47,14 +47,13 @@ def engine(repeats: int) -> Figures:
         config = variants.preset()
         batch = variants.make_batch(config, examples, copies)
         ours, opacus = variants.ours(config, copies), variants.opacus(config, copies)
-        held = ours(batch) / opacus(batch)
         steps = {"sgd": variants.sgd(config), "dp": ours, "opacus": opacus}
-        seconds = variants.interleaved(steps, batch, repeats)
+        seconds, held = variants.interleaved(steps, batch, repeats)
         shape = f"{examples}x{copies}"
         figures |= {f"{name}_seconds_{shape}": value for name, value in seconds.items()}
         figures[f"dp_over_sgd_{shape}"] = seconds["dp"] / seconds["sgd"]
         figures[f"opacus_over_dp_{shape}"] = seconds["opacus"] / seconds["dp"]
-        figures[f"grad_memory_ratio_{shape}"] = held
+        figures[f"grad_memory_ratio_{shape}"] = held["dp"] / held["opacus"]
         if number == 0:
             figures |= other_engines(config, batch, ours, copies)
     for key, worse in (("dp_over_sgd", max), ("opacus_over_dp", min), ("grad_memory_ratio", max)):
@@ -72,14 +71,14 @@ def other_engines(config: Any, batch: Any, ours: Any, copies: int) -> Figures:
     for name, make in makers.items():
         key = f"opacus_{name}_over_dp"
         try:
-            seconds = variants.interleaved({"dp": ours, name: make()}, batch, 2)
+            seconds, _ = variants.interleaved({"dp": ours, name: make()}, batch, 1)
             figures[key], figures[f"{key}_reason"] = seconds[name] / seconds["dp"], None
         except (RuntimeError, ValueError, NotImplementedError, AttributeError) as error:
             figures[key], figures[f"{key}_reason"] = None, f"{type(error).__name__}: {error}"
     return figures
 
 
-def switches(repeats: int) -> Figures:
+def switches() -> Figures:
     """What bfloat16 and channels-last do to the private step; below 1 is a gain."""
     plain = variants.preset(runtime__channels_last=False)
     steps = {
@@ -87,7 +86,7 @@ def switches(repeats: int) -> Figures:
         "channels_last": variants.ours(variants.preset(), 16),
         "bfloat16": variants.ours(variants.preset(training__precision="bfloat16"), 16),
     }
-    seconds = variants.interleaved(steps, variants.make_batch(plain, 8, 16), repeats)
+    seconds, _ = variants.interleaved(steps, variants.make_batch(plain, 8, 16), 3)
     last = seconds["channels_last"]
     return {
         "channels_last_over_contiguous": last / seconds["contiguous"],
@@ -206,7 +205,7 @@ def main() -> None:
     began = time.monotonic()
     figures: Figures = {}
     with threadpool_limits(1):
-        for part in (fid, sampling, lambda: engine(options.repeats), lambda: switches(3)):
+        for part in (fid, sampling, lambda: engine(options.repeats), switches):
             figures |= part()
             print(f"{time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
     figures["seconds"] = time.monotonic() - began

@@ -170,14 +170,19 @@ def held_bytes(module: nn.Module) -> int:
     return sum(gradient.numel() * gradient.element_size() for gradient in held)
 
 
-def interleaved(steps: dict[str, Step], batch: Batch, repeats: int) -> dict[str, float]:
-    """Median CPU seconds of each step, the steps taking turns after a warm-up each."""
-    for step in steps.values():
-        step(batch)
+def interleaved(
+    steps: dict[str, Step], batch: Batch, repeats: int
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Median CPU seconds of each step, the steps taking turns after a warm-up each.
+
+    Returns:
+        The seconds, and what each step returned in its warm-up.
+    """
+    returned = {name: step(batch) for name, step in steps.items()}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(repeats):
         for name, step in steps.items():
             began = time.process_time()
             step(batch)
             seconds[name].append(time.process_time() - began)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    return {name: statistics.median(values) for name, values in seconds.items()}, returned
