@@ -178,14 +178,15 @@ class _GroupNorm(torch.autograd.Function):
         positions = x[0, 0].numel()
         groups = layer.num_groups
         if x.device.type == "cpu" and not x.is_contiguous():  # Channels-last, with a kernel.
-            examples = (t.split(copies) for t in (grad, x, mean, rstd))
+            grad_x = torch.empty_like(x)
+            examples = (t.split(copies) for t in (grad_x, grad, x, mean, rstd))
             sizes = [copies, c, positions, groups, [True, True, True]]
-            parts = [
-                _group_norm_backward(*example, weight, *sizes)
-                for example in zip(*examples, strict=True)
-            ]
-            grad_x = torch.cat([part[0] for part in parts])
-            _store(layer, *(torch.stack([part[i] for part in parts]) for i in (1, 2)))
+            parts: list[Any] = []
+            for out, *example in zip(*examples, strict=True):
+                one, *sums = _group_norm_backward(*example, weight, *sizes)
+                out.copy_(one)  # At once, while it is in the cache.
+                parts.append(sums)
+            _store(layer, *(torch.stack(sums) for sums in zip(*parts, strict=True)))
         else:
             # One image of n * c channels: its sums over "the batch" are those of each image.
             grad_x, scale, shift = _group_norm_backward(
