@@ -2,7 +2,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup sweep test check mutants fashion-mnist clean
+.PHONY: setup sweep test check mutants bench fashion-mnist clean
 
 setup: $(VENV)/.installed
 
@@ -28,6 +28,10 @@ check: setup
 
 mutants: setup
 	@$(BIN)/python tests/mutants.py
+
+# Rewrites the table in README.md: at most ten minutes on two cores.
+bench: setup
+	@$(BIN)/python tests/benchmarks/bench.py --readme
 
 fashion-mnist: setup
 	@test -n "$(DATA)" || { echo "usage: make fashion-mnist DATA=folder-with-the-four-idx-files"; exit 2; }

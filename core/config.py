@@ -108,8 +108,9 @@ class PrivateTrainingConfig(Section):
     max_grad_norm: Positive = 1.0
     noise_multiplicity: Annotated[int, Field(ge=1, le=256)] = 4
     learning_rate: Positive = 3e-4
-    max_physical_batch_size: PositiveInt = 64
-    """Most images (each with K noise draws) in memory at once; does not change the result."""
+    max_physical_batch_size: PositiveInt | Literal["auto"] = 64
+    """Most images (each with K noise draws) in memory at once; does not change the result. `auto`
+    halves it whenever memory runs out, and remembers."""
 
 
 class TrainingConfig(Section):
@@ -118,6 +119,8 @@ class TrainingConfig(Section):
     num_steps: PositiveInt = 400
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
     label_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the network while it is trained; weights, norms, sums and noise are always float32."""
 
 
 class ModelConfig(Section):
@@ -184,6 +187,8 @@ class RuntimeConfig(Section):
     """Where and how verbosely; no value here changes the result."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    channels_last: bool = False
+    """Feature maps in memory position by position: faster for large ones, slower for 8x8."""
     log_every: PositiveInt = 25
     checkpoint_every: PositiveInt = 200
     cache: str = "runs/cache"

@@ -41,6 +41,8 @@ def explain(model: type[BaseModel], failure: ValidationError) -> str:
         return f"unknown key '{path}'{nearest_key(keys, path)}"
     if error["type"] == "value_error":
         return str(error["ctx"]["error"]) if "ctx" in error else error["msg"]
+    if path not in keys and path.rpartition(".")[0] in keys:
+        path = path.rpartition(".")[0]  # The last part names one of several allowed types.
     field = keys.get(path)
     allowed = f"; allowed: {describe(field)}" if field is not None else ""
     if error["type"] == "missing":

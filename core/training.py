@@ -22,6 +22,7 @@ from core.data import Split, to_float, to_model_range
 from core.diffusion.denoiser import Denoiser
 from core.diffusion.ema import Ema
 from core.diffusion.loss import draw, edm_loss
+from core.physical_batch import PhysicalBatches
 from core.privacy.central_images import CentralImages
 from core.privacy.dp_sgd import DpSgdOptimizer
 from core.privacy.keys import KeyedStream
@@ -151,6 +152,7 @@ def private_stage(
     per_example = PerExampleGradients(denoiser, settings.noise_multiplicity)
     optimizer = DpSgdOptimizer(adam, plan, noise)
     sampler = PoissonSampler(masks, len(train_split.labels), plan.sample_rate)
+    batches = PhysicalBatches(config, device)
     stream = f"{config.seed}/private_training"
 
     def step(number: int) -> torch.Tensor:
@@ -158,7 +160,8 @@ def private_stage(
         total = torch.zeros(2, device=device)
         chosen = sampler.indices(number)
         share = rank_share(chosen, distributed.rank(), distributed.world_size())
-        for part in share.split(settings.max_physical_batch_size) if len(share) else ():
+
+        def compute(part: torch.Tensor) -> torch.Tensor:
             images = to_model_range(to_float(train_split.images[part])).to(device)
             labels = train_split.labels[part].to(device)
             draws = draw(
@@ -166,8 +169,13 @@ def private_stage(
             )
             loss = _loss(config, per_example, images, labels, draws)
             loss.sum().backward()
-            optimizer.accumulate()
-            total += torch.stack((loss.detach().sum(), loss.new_tensor(float(len(part)))))
+            result = loss.detach().sum()
+            optimizer.accumulate()  # Last: a part whose gradients count is not computed again.
+            return result
+
+        for loss in batches.run(compute, share, give_up=per_example.set_grad_sample_to_none):
+            total[0] += loss
+        total[1] = len(share)
         optimizer.release(number)
         total = distributed.sum_over_ranks(total)
         return total[0] / total[1].clamp(min=1)
@@ -185,15 +193,17 @@ def config_device(config: Config) -> str:
 def _loss(
     config: Config, network: nn.Module, images: torch.Tensor, labels: torch.Tensor, draws: Any
 ) -> torch.Tensor:
-    return edm_loss(
-        network,
-        images,
-        labels,
-        draws,
-        config.diffusion,
-        config.training.label_dropout,
-        config.dataset.num_classes,
-    )
+    low = config.training.precision == "bfloat16"
+    with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=low):
+        return edm_loss(
+            network,
+            images,
+            labels,
+            draws,
+            config.diffusion,
+            config.training.label_dropout,
+            config.dataset.num_classes,
+        )
 
 
 def _seed(stream: str, step: int) -> int:

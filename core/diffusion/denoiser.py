@@ -46,4 +46,5 @@ def build_denoiser(config: Config) -> Denoiser:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return Denoiser(UNet(config.model, config.dataset), config.diffusion.sigma_data)
+        network = UNet(config.model, config.dataset, config.runtime.channels_last)
+        return Denoiser(network, config.diffusion.sigma_data)

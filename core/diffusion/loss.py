@@ -11,12 +11,12 @@ from core.config import DiffusionConfig
 
 @dataclass(frozen=True)
 class Draws:
-    """Diffusion randomness of B examples, K draws each, copy-major.
+    """Diffusion randomness of B examples, K draws each.
 
     Attributes:
-        log_sigma: standard normal `[K, B]`.
-        noise: standard normal `[K, B, C, H, W]`.
-        dropout: uniform in [0, 1) `[K, B]`; a label is dropped below the dropout rate.
+        log_sigma: standard normal `[B, K]`.
+        noise: standard normal `[B, K, C, H, W]`.
+        dropout: uniform in [0, 1) `[B, K]`; a label is dropped below the dropout rate.
     """
 
     log_sigma: torch.Tensor
@@ -45,9 +45,9 @@ def draw(
         digest = hashlib.sha256(base + identity.to_bytes(8, "big")).digest()
         generator.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
         values[row].normal_(generator=generator)
-    values = values.view(len(ids), copies, entries).transpose(0, 1)
+    values = values.view(len(ids), copies, entries)
     uniform = torch.special.ndtr(values[..., 1])
-    return Draws(values[..., 0], values[..., 2:].reshape(copies, len(ids), *shape), uniform)
+    return Draws(values[..., 0], values[..., 2:].reshape(len(ids), copies, *shape), uniform)
 
 
 def edm_loss(
@@ -62,18 +62,19 @@ def edm_loss(
     """Loss of each example: weighted squared error, mean over pixels and over its K draws.
 
     Args:
-        denoiser: `(x, sigma, labels) -> denoised`, called once on `[K * B, C, H, W]`.
+        denoiser: `(x, sigma, labels) -> denoised`, called once on `[B * K, C, H, W]`, the copies
+            of an example next to each other.
         images: clean images in [-1, 1], `[B, C, H, W]`.
         labels: int64 `[B]`.
 
     Returns:
         `[B]`, fp32.
     """
-    copies = draws.noise.shape[0]
+    copies = draws.noise.shape[1]
     sigma = (config.p_mean + config.p_std * draws.log_sigma).exp()
     weight = (sigma**2 + config.sigma_data**2) / (sigma * config.sigma_data) ** 2
-    noisy = images + sigma[..., None, None, None] * draws.noise
-    conditions = torch.where(draws.dropout < label_dropout, num_classes, labels)
+    noisy = images[:, None] + sigma[..., None, None, None] * draws.noise
+    conditions = torch.where(draws.dropout < label_dropout, num_classes, labels[:, None])
     denoised = denoiser(noisy.flatten(0, 1), sigma.flatten(), conditions.flatten())
-    error = (denoised.float().view_as(noisy) - images).square().mean((2, 3, 4))
-    return (weight * error).sum(0) / copies
+    error = (denoised.float().view_as(noisy) - images[:, None]).square().mean((2, 3, 4))
+    return (weight * error).sum(1) / copies

@@ -75,9 +75,9 @@ def frechet_distance(m1: Moments, m2: Moments) -> float:
     """Squared Frechet distance of the Gaussians with these moments, >= 0.
 
     d^2 = |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)): Dowson and Landau (1982);
-    Heusel et al. (2017), equation 6. As (S1 S2)^(1/2) and (A S2 A)^(1/2) with A = S1^(1/2) have
-    the same eigenvalues, two symmetric eigen-decompositions give the trace. Singular covariances,
-    which occur whenever there are fewer images than features, need no special care.
+    Heusel et al. (2017), equation 6. With any A of A A^T = S1, S1 S2 and A^T S2 A have the same
+    eigenvalues, so that the trace needs those of one symmetric matrix. A is the Cholesky factor
+    or, of a singular S1 (there are fewer images than features), the symmetric root.
 
     Raises:
         ValueError: the moments differ in dimension, or one has fewer than two feature vectors.
@@ -85,9 +85,11 @@ def frechet_distance(m1: Moments, m2: Moments) -> float:
     if m1.mean.shape != m2.mean.shape:
         raise ValueError(f"moments differ in dimension: {len(m1.mean)} and {len(m2.mean)}")
     s1, s2 = m1.covariance, m2.covariance.to(m1.mean.device)
-    values, vectors = torch.linalg.eigh(s1)
-    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    product = root @ s2 @ root
+    root, failed = torch.linalg.cholesky_ex(s1)
+    if failed:
+        values, vectors = torch.linalg.eigh(s1)
+        root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    product = root.T @ s2 @ root
     trace = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
     shift = (m1.mean - m2.mean.to(m1.mean.device)).square().sum()
     distance = shift + s1.trace() + s2.trace() - 2 * trace

@@ -65,17 +65,21 @@ class DpSgdOptimizer(DPOptimizer):
         """Adds `sum_i g_i * min(1, C / |g_i|)` over the physical batch to `summed_grad`.
 
         An example whose gradient is not finite counts as zero: one record must not be able to
-        destroy, abort or reveal itself in the step.
+        destroy, abort or reveal itself in the step. All sums change or, where memory runs out,
+        none.
         """
         rows: list[torch.Tensor] = [g.flatten(1).float() for g in self.grad_samples]
         norms = _norm(torch.stack([_norm(row, dim=1) for row in rows]), dim=0)
         finite = torch.isfinite(norms)
         factors = torch.where(finite, (self.max_grad_norm / (norms + 1e-6)).clamp(max=1.0), 0.0)
+        sums: list[torch.Tensor] = []
         for parameter, row in zip(self.params, rows, strict=True):
             # Zero times NaN is NaN; in place, as these gradients are dropped after this.
             total = (factors @ row.nan_to_num_(0.0, 0.0, 0.0)).view_as(parameter)
             earlier = parameter.summed_grad
-            parameter.summed_grad = total if earlier is None else earlier + total
+            sums.append(total if earlier is None else earlier + total)
+        for parameter, total in zip(self.params, sums, strict=True):
+            parameter.summed_grad = total
 
     def add_noise(self) -> None:
         """Adds noise of standard deviation `noise_multiplier * max_grad_norm` to the global sum.

@@ -18,6 +18,7 @@ from core.errors import ConfigError
 
 SECRET_FILE_VARIABLE = "FETA_SWEEP_SECRET_FILE"
 _LENGTH = 32
+_PIECE = 2**13
 
 
 class MasterSecret:
@@ -125,12 +126,20 @@ class KeyedStream:
         Box and Muller (1958) in float64 from 53-bit uniforms, so that |x| <= 8.6.
         """
         pairs = (count + 1) // 2
-        bits = self.bits(step, 2 * pairs) >> np.uint64(11)
-        uniform = torch.as_tensor((bits.astype(np.float64) + 0.5) * 2.0**-53)
-        radius = torch.sqrt(-2.0 * torch.log(uniform[:pairs]))
-        angle = (2.0 * torch.pi) * uniform[pairs:]
-        values = torch.cat((radius * torch.cos(angle), radius * torch.sin(angle)))
-        return values[:count].to(torch.float32)
+        uniform = self.bits(step, 2 * pairs) >> np.uint64(11)
+        values = torch.empty(2 * pairs)
+        # Piece by piece and in place: the float64 numbers in between never leave the cache.
+        for start in range(0, pairs, _PIECE):
+            part = slice(start, min(start + _PIECE, pairs))
+            radius, angle = (
+                torch.as_tensor((bits[part].astype(np.float64) + 0.5) * 2.0**-53)
+                for bits in (uniform[:pairs], uniform[pairs:])
+            )
+            radius.log_().mul_(-2.0).sqrt_()
+            angle.mul_(2.0 * torch.pi)
+            values[:pairs][part] = radius * angle.cos()
+            values[pairs:][part] = radius.mul_(angle.sin_())
+        return values[:count]
 
     def __repr__(self) -> str:
         return "KeyedStream(hidden)"

@@ -11,6 +11,8 @@ from core.privacy.sampling import PoissonSampler, rank_share
 MASTER = MasterSecret(bytes(range(32)))
 WHERE = {"fingerprint": "f", "trial": "t", "stage": "private_training", "purpose": "noise"}
 
+FIXED = [0.34554932, -0.19796228, -0.54082274, -0.021751571]
+
 
 def stream(**changes: str) -> KeyedStream:
     return KeyedStream(MASTER.derive(**(WHERE | changes)))
@@ -36,6 +38,19 @@ def test_noise_of_different_steps_and_keys_is_independent():
 
 def test_replay_is_exact():
     assert torch.equal(stream().normal(7, 1001), stream().normal(7, 1001))
+
+
+@pytest.mark.parametrize("count", [1, 1001, 2**14 + 6, 50_001])
+def test_noise_is_that_of_box_and_muller_and_never_changes(count):
+    """Other noise for the same key would be a second release when a run is resumed."""
+    pairs = (count + 1) // 2
+    bits = (stream().bits(7, 2 * pairs) >> np.uint64(11)).astype(np.float64)
+    first, second = np.split((bits + 0.5) / 2**53, 2)
+    radius, angle = np.sqrt(-2 * np.log(first)), 2 * np.pi * second
+    expected = np.concatenate((radius * np.cos(angle), radius * np.sin(angle)))[:count]
+    np.testing.assert_allclose(stream().normal(7, count).numpy(), expected, rtol=1e-6, atol=1e-7)
+    fixed = KeyedStream(bytes(range(32))).normal(5, 4).tolist()
+    assert fixed == pytest.approx(FIXED, rel=1e-6)
 
 
 @pytest.mark.parametrize("rate", [0.001, 0.0683, 0.5, 0.9])

@@ -78,18 +78,18 @@ def test_loss_is_the_mean_over_draws_of_the_weighted_error():
     settings = DiffusionConfig(sigma_data=0.6, p_mean=-0.8, p_std=1.1)
     images, labels = torch.rand(2, 1, 2, 2, generator=generator()) * 2 - 1, torch.tensor([0, 2])
     draws = Draws(
-        log_sigma=torch.tensor([[0.0, 1.0], [-1.0, 0.5], [2.0, -2.0]]),
-        noise=torch.randn(3, 2, 1, 2, 2, generator=generator(1)),
-        dropout=torch.tensor([[0.05, 0.9], [0.5, 0.15], [0.3, 0.1]]),
+        log_sigma=torch.tensor([[0.0, -1.0, 2.0], [1.0, 0.5, -2.0]]),
+        noise=torch.randn(2, 3, 1, 2, 2, generator=generator(1)),
+        dropout=torch.tensor([[0.05, 0.5, 0.3], [0.9, 0.15, 0.1]]),
     )
     found = edm_loss(Scaled(), images, labels, draws, settings, 0.2, num_classes=5)
     dropped = {(0, 0), (1, 1), (2, 1)}
     for example in range(2):
         losses = []
         for copy in range(3):
-            sigma = math.exp(-0.8 + 1.1 * draws.log_sigma[copy, example].item())
+            sigma = math.exp(-0.8 + 1.1 * draws.log_sigma[example, copy].item())
             label = 5 if (copy, example) in dropped else labels[example].item()
-            noisy = images[example] + sigma * draws.noise[copy, example]
+            noisy = images[example] + sigma * draws.noise[example, copy]
             error = (noisy * (1 + label) / (1 + sigma) - images[example]).square().mean()
             losses.append((sigma**2 + 0.36) / (sigma * 0.6) ** 2 * error.item())
         assert found[example].item() == pytest.approx(sum(losses) / 3, rel=1e-4)
@@ -120,7 +120,7 @@ def test_labels_are_dropped_at_the_stated_rate(rate):
         3,
     )
     dropped = network.labels == 3
-    assert torch.equal(network.labels[~dropped], labels.repeat(4)[~dropped])
+    assert torch.equal(network.labels[~dropped], labels.repeat_interleave(4)[~dropped])
     count = int(dropped.sum())
     assert is_binomial(count, 20_000, rate)
     for wrong in (0.8 * rate, 1.2 * rate) if rate else (0.01,):

@@ -64,13 +64,16 @@ def test_diagonal_gaussians_have_the_closed_form() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_agrees_with_pytorch_fid() -> None:
+@pytest.mark.parametrize("dimension", [64, 192])
+def test_agrees_with_pytorch_fid(dimension: int) -> None:
     fid_score = pytest.importorskip("pytorch_fid.fid_score")
-    one, two = _correlated(500, 64, seed=1).numpy(), _correlated(400, 64, seed=2).numpy()
+    one, two = _correlated(500, dimension, seed=1), _correlated(400, dimension, seed=2)
+    means = [values.numpy().mean(0) for values in (one, two)]
+    covariances = [np.cov(values.numpy(), rowvar=False) for values in (one, two)]
     expected = fid_score.calculate_frechet_distance(
-        one.mean(0), np.cov(one, rowvar=False), two.mean(0), np.cov(two, rowvar=False)
+        means[0], covariances[0], means[1], covariances[1]
     )
-    distance = frechet_distance(_moments(torch.from_numpy(one)), _moments(torch.from_numpy(two)))
+    distance = frechet_distance(_moments(one), _moments(two))
     assert distance == pytest.approx(float(expected), rel=1e-6)
 
 

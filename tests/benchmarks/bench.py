@@ -1,0 +1,224 @@
+"""What DP-SGD, FID and sampling cost on a CPU: `make bench`, at most ten minutes on two cores.
+
+CPU seconds of one thread, in one process, the variants taking turns; writes `runs/bench.json`
+(flat keys) and prints a Markdown table, or puts it between the markers in README.md.
+
+Keys of two shapes B x K, such as `dp_over_sgd_8x16`, are also given as the worse of both.
+`grad_memory_ratio` is what our per-example gradients hold over what Opacus's hold.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import variants
+from pytorch_fid.fid_score import calculate_frechet_distance
+from threadpoolctl import threadpool_limits
+
+from core.config import EvaluationConfig, load
+from core.data import load_dataset
+from core.diffusion.denoiser import build_denoiser
+from core.evaluation.fid import Moments, frechet_distance
+from core.evaluation.metrics import fid_score
+from core.generate import generate
+
+SHAPES = ((8, 16), (16, 8))
+SAMPLER_STEPS = (6, 12, 18, 32)
+START, END = "<!-- bench: start -->", "<!-- bench: end -->"
+Figures = dict[str, Any]
+
+
+def engine(repeats: int) -> Figures:
+    """A private step against a plain one and against Opacus's."""
+    figures: Figures = {}
+    for number, (examples, copies) in enumerate(SHAPES):
+        config = variants.preset()
+        batch = variants.make_batch(config, examples, copies)
+        ours, opacus = variants.ours(config, copies), variants.opacus(config, copies)
+        steps = {"sgd": variants.sgd(config), "dp": ours, "opacus": opacus}
+        seconds, held = variants.interleaved(steps, batch, repeats)
+        shape = f"{examples}x{copies}"
+        figures |= {f"{name}_seconds_{shape}": value for name, value in seconds.items()}
+        figures[f"dp_over_sgd_{shape}"] = seconds["dp"] / seconds["sgd"]
+        figures[f"opacus_over_dp_{shape}"] = seconds["opacus"] / seconds["dp"]
+        figures[f"grad_memory_ratio_{shape}"] = held["dp"] / held["opacus"]
+        if number == 0:
+            figures |= other_engines(config, batch, ours, copies)
+    for key, worse in (("dp_over_sgd", max), ("opacus_over_dp", min), ("grad_memory_ratio", max)):
+        figures[key] = worse(figures[f"{key}_{b}x{k}"] for b, k in SHAPES)
+    return figures
+
+
+def other_engines(config: Any, batch: Any, ours: Any, copies: int) -> Figures:
+    """Opacus's other engines, fewer times as they are slow; null with the reason if one fails."""
+    figures: Figures = {}
+    makers = {
+        "functorch": lambda: variants.opacus(config, copies, functorch=True),
+        "ghost": lambda: variants.opacus_ghost(config),
+    }
+    for name, make in makers.items():
+        key = f"opacus_{name}_over_dp"
+        try:
+            seconds, _ = variants.interleaved({"dp": ours, name: make()}, batch, 1)
+            figures[key], figures[f"{key}_reason"] = seconds[name] / seconds["dp"], None
+        except (RuntimeError, ValueError, NotImplementedError, AttributeError) as error:
+            figures[key], figures[f"{key}_reason"] = None, f"{type(error).__name__}: {error}"
+    return figures
+
+
+def switches() -> Figures:
+    """What bfloat16 and channels-last do to the private step; below 1 is a gain."""
+    plain = variants.preset(runtime__channels_last=False)
+    steps = {
+        "contiguous": variants.ours(plain, 16),
+        "channels_last": variants.ours(variants.preset(), 16),
+        "bfloat16": variants.ours(variants.preset(training__precision="bfloat16"), 16),
+    }
+    seconds, _ = variants.interleaved(steps, variants.make_batch(plain, 8, 16), 3)
+    last = seconds["channels_last"]
+    return {
+        "channels_last_over_contiguous": last / seconds["contiguous"],
+        "bfloat16_over_float32": seconds["bfloat16"] / last,
+    }
+
+
+def fid() -> Figures:
+    """The Frechet distance from moments against pytorch-fid's, which takes scipy's sqrtm."""
+    figures: Figures = {}
+    for dimension in (64, 192, 2048):
+        generator = torch.Generator().manual_seed(dimension)
+        mixing = torch.randn(2, dimension, dimension, dtype=torch.float64, generator=generator)
+        moments = []
+        for mix in mixing / dimension**0.5:
+            noise = torch.randn(2 * dimension, dimension, dtype=torch.float64, generator=generator)
+            moments.append(Moments(dimension))
+            moments[-1].update(noise @ mix + mix[0])
+        numbers = [part.numpy() for m in moments for part in (m.mean, m.covariance)]
+        frechet_distance(*moments)
+        began = time.process_time()
+        ours = frechet_distance(*moments)
+        between = time.process_time()
+        theirs = calculate_frechet_distance(*numbers)
+        ended = time.process_time()
+        figures[f"fid_speedup_{dimension}"] = (ended - between) / (between - began)
+        figures[f"fid_relative_error_{dimension}"] = abs(ours / float(theirs) - 1)
+    return figures | {"fid_speedup": figures["fid_speedup_2048"]}
+
+
+def sampling() -> Figures:
+    """Steps of the sampler against `fid_cnn` and time, for a small model of digits."""
+    figures: Figures = {}
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
+        overrides = [
+            "training.num_steps=200", "evaluation.num_images=500",
+            f"runtime.cache={folder}/cache", f"runtime.ledger={folder}/ledger",
+        ]  # fmt: skip
+        command = [sys.executable, "-m", "core", "run", "--config", "core/configs/digits.yaml"]
+        settings = {
+            "FETA_SWEEP_SECRET_FILE": f"{folder}/secret",
+            "PYTHONPATH": str(variants.ROOT),
+            "OMP_NUM_THREADS": "1",
+        }
+        subprocess.run(
+            [*command, "--run-dir", str(run), *overrides],
+            cwd=variants.ROOT, env=os.environ | settings, check=True, capture_output=True,
+        )  # fmt: skip
+        base = load(run / "config.yaml")
+        denoiser = build_denoiser(base)
+        denoiser.load_state_dict(torch.load(run / "model.pt", weights_only=True))
+        dataset, scores = load_dataset(base.dataset), EvaluationConfig(fid_extractor="cnn")
+        for steps in SAMPLER_STEPS:
+            config = load(run / "config.yaml", {"sampler.num_steps": steps})
+            began = time.process_time()
+            synthetic = generate(denoiser, config, 1000, "cpu")
+            figures[f"sampling_{steps}_seconds"] = time.process_time() - began
+            _, score = fid_score(synthetic, dataset, scores, 10, 0, "cpu", Path(folder) / "cache")
+            figures[f"sampling_{steps}_fid_cnn"] = score
+        single = load(run / "config.yaml", {"evaluation.batch_size": 1})
+        began = time.process_time()
+        generate(denoiser, single, 20, "cpu")
+        alone = (time.process_time() - began) / 20
+        steps = base.sampler.num_steps
+        figures["sampling_batched_speedup"] = alone / figures[f"sampling_{steps}_seconds"] * 1000
+    return figures
+
+
+def table(figures: Figures) -> str:
+    """The figures that a reader compares, as Markdown."""
+
+    def times(key: str) -> str:
+        value = figures[key]
+        return f"not run ({figures[f'{key}_reason']})" if value is None else f"{value:.2f}"
+
+    rows = [("CPU time of one step, 28x28 network, B x K =", "8 x 16", "16 x 8")]
+    for text, key in (
+        ("private over plain", "dp_over_sgd"),
+        ("Opacus (hooks) over private", "opacus_over_dp"),
+        ("memory of per-example gradients over Opacus's", "grad_memory_ratio"),
+    ):
+        rows.append((text, *(f"{figures[f'{key}_{b}x{k}']:.3g}" for b, k in SHAPES)))
+    rows += [
+        ("Opacus (functorch) over private", times("opacus_functorch_over_dp"), ""),
+        ("Opacus (ghost, clips copies) over private", times("opacus_ghost_over_dp"), ""),
+        ("channels-last over contiguous", times("channels_last_over_contiguous"), ""),
+        ("bfloat16 over float32", times("bfloat16_over_float32"), ""),
+    ]
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    lines.insert(1, "| --- | --- | --- |")
+    lines += ["", "| Heun steps, 8x8 digits | fid_cnn | CPU seconds for 1,000 images |"]
+    lines.append("| --- | --- | --- |")
+    for steps in SAMPLER_STEPS:
+        score, seconds = (figures[f"sampling_{steps}_{key}"] for key in ("fid_cnn", "seconds"))
+        lines.append(f"| {steps} | {score:.3g} | {seconds:.2g} |")
+    speedups = (figures[key] for key in ("sampling_batched_speedup", "fid_speedup"))
+    batched, distance = (f"{value:.1f}" for value in speedups)
+    error = max(value for key, value in figures.items() if key.startswith("fid_relative_error"))
+    lines += [
+        "",
+        f"Sampling in batches is {batched} times as fast as image by image. The Frechet distance "
+        f"of 2,048 features is {distance} times as fast as pytorch-fid's, equal to {error:.0e}.",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measures, writes and prints."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--readme", action="store_true", help="rewrite the table in README.md")
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    began = time.monotonic()
+    figures: Figures = {}
+    with threadpool_limits(1):
+        for part in (fid, sampling, lambda: engine(options.repeats), switches):
+            figures |= part()
+            print(f"{time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+    figures["seconds"] = time.monotonic() - began
+    path = variants.ROOT / "runs" / "bench.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(figures, indent=1) + "\n")
+    text = table(figures)
+    print(text)
+    if options.readme:
+        readme = variants.ROOT / "README.md"
+        before, rest = readme.read_text().split(START)
+        readme.write_text(f"{before}{START}\n{text}\n{END}{rest.split(END)[1]}")
+
+
+if __name__ == "__main__":
+    main()
