@@ -192,12 +192,10 @@ def solve_noise_multiplier(
     Raises:
         InfeasibleError: no noise multiplier up to 10,000 keeps the total within the target.
     """
-    events = tuple(subsampled_gaussian(*mechanism) for mechanism in spent)
 
     def total(noise_multiplier: float, discretization: float) -> float:
-        accountant = copy.deepcopy(_composed(events, relation, discretization))
-        accountant.compose(subsampled_gaussian(sample_rate, noise_multiplier, num_steps))
-        return float(accountant.get_epsilon(delta))
+        dp_sgd = (sample_rate, noise_multiplier, num_steps)
+        return _beside(spent, dp_sgd, delta, relation, discretization)
 
     def excess(noise_multiplier: float) -> float:
         return total(noise_multiplier, COARSE) - target_epsilon
@@ -214,6 +212,20 @@ def solve_noise_multiplier(
         if noise_multiplier > MAX_NOISE_MULTIPLIER:
             raise InfeasibleError(too_little(f"epsilon {target_epsilon:g}"))
     return noise_multiplier, epsilon
+
+
+def _beside(
+    spent: Sequence[Mechanism],
+    another: Mechanism,
+    delta: float,
+    relation: str,
+    discretization: float = COARSE,
+) -> float:
+    """Epsilon of `spent`, which is kept composed for the next call, and one more mechanism."""
+    events = tuple(subsampled_gaussian(*mechanism) for mechanism in spent)
+    accountant = copy.deepcopy(_composed(events, relation, discretization))
+    accountant.compose(subsampled_gaussian(*another))
+    return float(accountant.get_epsilon(delta))
 
 
 def estimated_noise_multiplier(
@@ -233,8 +245,7 @@ def estimated_noise_multiplier(
     """
 
     def excess(log_noise: float) -> float:
-        mechanisms = (*spent, (sample_rate, math.exp(log_noise), num_steps))
-        epsilon = epsilon_of_mechanisms(mechanisms, delta, relation, COARSE)
+        epsilon = _beside(spent, (sample_rate, math.exp(log_noise), num_steps), delta, relation)
         return math.log(epsilon / target_epsilon)
 
     guess = _renyi_noise_multiplier(spent, sample_rate, num_steps, target_epsilon, delta)
@@ -297,7 +308,7 @@ def _renyi_noise_multiplier(
 
     if excess(MAX_NOISE_MULTIPLIER) >= 0 or excess(_LEAST) <= 0:
         return 1.0
-    return _find_root(excess, _LEAST, MAX_NOISE_MULTIPLIER, rtol=1e-3)
+    return _find_root(excess, _LEAST, MAX_NOISE_MULTIPLIER, rtol=1e-4)
 
 
 def too_little(budget: str) -> str:

@@ -171,8 +171,11 @@ class PrivacyPlan:
         }
 
 
-def check_central(config: Config) -> float:
+def check_central(config: Config, discretization: float = accounting.FINE) -> float:
     """Epsilon that the easy stage alone spends; quick, as DP-SGD is not solved.
+
+    Args:
+        discretization: of the PLD; a coarser one is faster and slightly too large.
 
     Raises:
         InfeasibleError: it exceeds what one trial may spend.
@@ -181,13 +184,18 @@ def check_central(config: Config) -> float:
     if central is None:
         return 0.0
     privacy = config.privacy
-    epsilon = _epsilon([central.mechanism], privacy.target_delta, privacy.neighboring_relation)
+
+    def spent(mechanisms: Sequence[accounting.Mechanism]) -> float:
+        return accounting.epsilon_of_mechanisms(
+            tuple(mechanisms), privacy.target_delta, privacy.neighboring_relation, discretization
+        )
+
+    epsilon = spent([central.mechanism])
     if (share := share_of(privacy)) is not None:
         used = share.used([central.mechanism])
         too_dear = f"take {used:.3g} times the trial's share of epsilon" if used >= 1 else ""
     else:
-        mechanisms = _copies(privacy, [central.mechanism])
-        alone = _epsilon(mechanisms, privacy.target_delta, privacy.neighboring_relation)
+        alone = spent(_copies(privacy, [central.mechanism]))
         too_dear = f"alone spend epsilon {alone:.4g} of" if alone >= privacy.target_epsilon else ""
     if too_dear:
         raise InfeasibleError(
@@ -263,7 +271,7 @@ def estimated_noise_multiplier(config: Config) -> float:
     Raises:
         InfeasibleError: the budget cannot pay.
     """
-    check_central(config)
+    check_central(config, accounting.COARSE)
     if (share := share_of(config.privacy)) is not None:
         rate, steps = _dp_sgd_sample_rate(config), config.private_steps
         return share.solve_noise_multiplier(_fixed(config), rate, steps)
