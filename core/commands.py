@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import secrets
 import sys
 from pathlib import Path
 from typing import Any
@@ -74,25 +73,13 @@ def compare(options: argparse.Namespace) -> None:
 
 def _train(config: Config, run_dir: Path) -> dict[str, Any]:
     console = Console(config.training.num_steps)
-    trial = _trial_of(run_dir)
     master = MasterSecret.load()
-    return run_pipeline(
-        config, run_dir, master=master, name=run_dir.name, trial=trial, report=console
-    )
+    return run_pipeline(config, run_dir, master=master, name=run_dir.name, report=console)
 
 
 def _run_dir(path: str, config: Config) -> Path:
     """The same command names the same folder, so it goes on where it was stopped."""
     return Path("runs") / f"{Path(path).stem}-{short_digest(config)}"
-
-
-def _trial_of(run_dir: Path) -> str:
-    """A random identity kept in the run's folder: a new folder never reuses noise."""
-    path = run_dir / "trial_id"
-    run_dir.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        path.write_text(secrets.token_hex(16))
-    return path.read_text()
 
 
 def ledger(options: argparse.Namespace) -> None:

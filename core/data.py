@@ -5,7 +5,7 @@ import hashlib
 import importlib.util
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,9 @@ class Dataset:
     Attributes:
         train: private training images.
         test: private test images, used by scores alone.
-        fingerprint: SHA-256 of all content, in hexadecimal digits; enters every key.
+        fingerprint: SHA-256 of the training records as they are stored, before any cropping or
+            resizing: the ledger is theirs, however they are used. Hexadecimal digits; enters
+            every key. Whoever knows all records but one can test for that one: never publish it.
     """
 
     train: Split
@@ -71,7 +73,7 @@ def load_dataset(config: DatasetConfig) -> Dataset:
 
     Privacy: opens the private data; call only after the plan has been made.
     """
-    train, test = LOADERS[config.name](config)
+    train, test, fingerprint = LOADERS[config.name](config)
     for name, split in (("training", train), ("test", test)):
         _check(name, split, config)
     if len(train.labels) != config.num_examples:
@@ -86,7 +88,7 @@ def load_dataset(config: DatasetConfig) -> Dataset:
             f"class {missing[0]} of '{config.path or config.name}' has no training image: add "
             f"some, or lower dataset.num_classes={config.num_classes}"
         )
-    return Dataset(train, test, _fingerprint(train, test))
+    return Dataset(train, test, fingerprint)
 
 
 def _check(name: str, split: Split, config: DatasetConfig) -> None:
@@ -110,13 +112,11 @@ def _check_labels(path: Path, labels: np.ndarray, config: DatasetConfig) -> torc
     return torch.from_numpy(labels.astype(np.int64))
 
 
-def _fingerprint(*splits: Split) -> str:
-    digest = hashlib.sha256()
-    for split in splits:
-        for tensor in (split.images, split.labels):
-            array = np.ascontiguousarray(tensor.numpy())
-            digest.update(f"{array.dtype.str}{array.shape}".encode())
-            digest.update(array.tobytes())
+def _fingerprint(images: Iterable[np.ndarray], labels: np.ndarray) -> str:
+    digest = hashlib.sha256(f"{labels.shape}".encode() + labels.astype("<i8").tobytes())
+    for image in images:
+        digest.update(f"{image.shape}".encode())
+        digest.update(np.ascontiguousarray(image).tobytes())
     return digest.hexdigest()
 
 
@@ -134,7 +134,7 @@ def _fit(images: torch.Tensor, size: int) -> torch.Tensor:
     return resized.round().clamp(0, 255).to(torch.uint8)
 
 
-def _load_digits(config: DatasetConfig) -> tuple[Split, Split]:
+def _load_digits(config: DatasetConfig) -> tuple[Split, Split, str]:
     """Scikit-learn's 1,797 digits of 8x8 pixels (Alpaydin and Kaynak 1998); every fifth tests."""
     if config.path is not None:
         raise DataError(
@@ -156,16 +156,19 @@ def _load_digits(config: DatasetConfig) -> tuple[Split, Split]:
     images = _fit(torch.from_numpy(pixels), config.image_size)
     labels = _check_labels(path, table[:, 64].astype(np.int64), config)
     test = torch.arange(len(labels)) % 5 == 0
-    return Split(images[~test], labels[~test]), Split(images[test], labels[test])
+    kept = ~test.numpy()
+    fingerprint = _fingerprint(pixels[kept], labels.numpy()[kept])
+    return Split(images[~test], labels[~test]), Split(images[test], labels[test]), fingerprint
 
 
-def _load_idx(config: DatasetConfig) -> tuple[Split, Split]:
+def _load_idx(config: DatasetConfig) -> tuple[Split, Split, str]:
     """The four files of MNIST and its kin (LeCun et al. 1998), plain or, failing that, gzipped.
 
     Images are cropped to their central square and resized with antialiasing.
     """
     folder = _folder(config)
     splits: list[Split] = []
+    fingerprints: list[str] = []
     for prefix in ("train", "t10k"):
         images_path, images = _read_idx(folder, f"{prefix}-images-idx3-ubyte", 3)
         labels_path, labels = _read_idx(folder, f"{prefix}-labels-idx1-ubyte", 1)
@@ -176,7 +179,8 @@ def _load_idx(config: DatasetConfig) -> tuple[Split, Split]:
             )
         pixels = _fit(torch.from_numpy(images[:, None]), config.image_size)
         splits.append(Split(pixels, _check_labels(labels_path, labels, config)))
-    return splits[0], splits[1]
+        fingerprints.append(_fingerprint(images, labels))
+    return splits[0], splits[1], fingerprints[0]
 
 
 def _folder(config: DatasetConfig) -> Path:
@@ -219,7 +223,7 @@ def _read_idx(folder: Path, name: str, dimensions: int) -> tuple[Path, np.ndarra
     return path, np.frombuffer(content, np.uint8, offset=header).reshape(shape).copy()
 
 
-def _load_image_folder(config: DatasetConfig) -> tuple[Split, Split]:
+def _load_image_folder(config: DatasetConfig) -> tuple[Split, Split, str]:
     """`class/name.png`, below `train/` and `test/` or with a fixed fifth, by name, as test.
 
     Images are cropped to their central square and resized with antialiasing.
@@ -245,7 +249,8 @@ def _load_image_folder(config: DatasetConfig) -> tuple[Split, Split]:
         ]
         train = [item for item, test in zip(everything, held_out, strict=True) if not test]
         test = [item for item, test in zip(everything, held_out, strict=True) if test]
-    return _read_images(train, config), _read_images(test, config)
+    stored = [_read_images(items, config) for items in (train, test)]
+    return stored[0][0], stored[1][0], stored[0][1]
 
 
 def _list_classes(folder: Path, config: DatasetConfig) -> list[tuple[Path, int]]:
@@ -264,15 +269,22 @@ def _list_classes(folder: Path, config: DatasetConfig) -> list[tuple[Path, int]]
     return items
 
 
-def _read_images(items: list[tuple[Path, int]], config: DatasetConfig) -> Split:
+def _read_images(items: list[tuple[Path, int]], config: DatasetConfig) -> tuple[Split, str]:
     if importlib.util.find_spec("PIL") is None:
         raise DataError("dataset.name=image_folder needs Pillow: pip install pillow")
     shape = (config.channels, config.image_size, config.image_size)
     images = torch.empty((len(items), *shape), dtype=torch.uint8)
     kinds: dict[int, Path] = {}
-    for row, (path, _) in enumerate(items):
-        images[row] = _read_image(path, config, kinds)
-    return Split(images, torch.tensor([label for _, label in items], dtype=torch.int64))
+    labels = torch.tensor([label for _, label in items], dtype=torch.int64)
+
+    def decoded() -> Iterable[np.ndarray]:
+        for row, (path, _) in enumerate(items):
+            image = _read_image(path, config, kinds)
+            images[row] = _fit(image[None], config.image_size)[0]
+            yield image.numpy()
+
+    fingerprint = _fingerprint(decoded(), labels.numpy())  # As they are read: one at a time.
+    return Split(images, labels), fingerprint
 
 
 def _read_image(path: Path, config: DatasetConfig, kinds: dict[int, Path]) -> torch.Tensor:
@@ -302,11 +314,10 @@ def _read_image(path: Path, config: DatasetConfig, kinds: dict[int, Path]) -> to
             f"dataset.channels={found}, or convert the files"
         )
     array = np.array(image.convert("L" if config.channels == 1 else "RGB"))
-    pixels = torch.from_numpy(array).view(image.height, image.width, -1).permute(2, 0, 1)
-    return _fit(pixels[None], config.image_size)[0]
+    return torch.from_numpy(array).view(image.height, image.width, -1).permute(2, 0, 1)
 
 
-LOADERS: dict[str, Callable[[DatasetConfig], tuple[Split, Split]]] = {
+LOADERS: dict[str, Callable[[DatasetConfig], tuple[Split, Split, str]]] = {
     "digits": _load_digits,
     "idx": _load_idx,
     "image_folder": _load_image_folder,

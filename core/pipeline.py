@@ -3,6 +3,7 @@
 import hashlib
 import json
 import platform
+import secrets
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -42,10 +43,7 @@ _ORIGIN = ("identity", "fingerprint", "name", "tags")
 _NOT_IDENTITY = (
     "runtime.",
     "dataset.path",  # The fingerprint stands for the content, wherever it lies.
-    "private_training.max_physical_batch_size",
 )
-_SCORING = ("evaluation.", "sampler.")
-"""What a score alone depends on: part of the identity where the score is a private release."""
 
 
 def run(
@@ -54,9 +52,9 @@ def run(
     *,
     master: MasterSecret,
     name: str,
-    trial: str,
     report: Report,
     lease: int | None = None,
+    charged: Path | None = None,
 ) -> dict[str, Any]:
     """Trains, generates and scores one model; call it on every rank of a process group.
 
@@ -67,9 +65,9 @@ def run(
         run_dir: folder that all ranks see; receives everything the run writes.
         master: root of all keys.
         name: of the sweep or the single run, in the ledger.
-        trial: random identity of the run or its sweep; another draws other masks and noise.
         report: called on all ranks with the same metrics: `step`, `stage` and numbers.
         lease: token of the driver that started this; the ledger refuses older ones of a sweep.
+        charged: folder in which the trials of a sweep note that their data set's ledger was begun.
 
     Returns:
         The last reported metrics: scores, epsilons, noise multiplier and seconds.
@@ -82,7 +80,7 @@ def run(
     with ExitStack() as stack:
         lock = held(run_dir / "run.lock", _PATIENCE)
         distributed.on_rank_0(lambda: stack.enter_context(lock))
-        return _run(config, run_dir, master, name, trial, report, lease)
+        return _run(config, run_dir, master, name, report, lease, charged or run_dir / "charged")
 
 
 def _run(
@@ -90,9 +88,9 @@ def _run(
     run_dir: Path,
     master: MasterSecret,
     name: str,
-    trial: str,
     report: Report,
     lease: int | None,
+    charged: Path,
 ) -> dict[str, Any]:
     began = time.monotonic()
     plan = distributed.on_rank_0(lambda: make_plan(config))
@@ -100,11 +98,12 @@ def _run(
         distributed.on_rank_0(lambda: find_weights(config.evaluation.inception_weights))
     distributed.on_rank_0(lambda: _claim(run_dir, config, plan))
     begun = run_dir / "checkpoints" / "steps_begun"
-    spending = Spending(config, plan, Path(config.runtime.ledger), name, begun, lease)
+    spending = Spending(config, plan, Path(config.runtime.ledger), name, begun, charged, lease)
     dataset = None
     if (fingerprint := distributed.on_rank_0(spending.known_fingerprint)) is None:
         dataset = distributed.together(lambda: load_dataset(config.dataset))
         fingerprint = distributed.broadcast_object(dataset.fingerprint)
+    trial = distributed.on_rank_0(lambda: _trial_of(run_dir))
     identity = _identity(config, plan, fingerprint, trial, master.public_id)
     if (finished := _finished(run_dir, identity)) is not None:
         report(finished)
@@ -214,6 +213,14 @@ def _claim(run_dir: Path, config: Config, plan: PrivacyPlan) -> None:
         temporary.replace(path)
 
 
+def _trial_of(run_dir: Path) -> str:
+    """Random and kept in the run's folder: a new or emptied folder never reuses noise."""
+    path = run_dir / "trial_id"
+    if not path.exists():
+        path.write_text(secrets.token_hex(16))
+    return path.read_text()
+
+
 def _identity(
     config: Config, plan: PrivacyPlan, fingerprint: str, trial: str, secret_id: str
 ) -> str:
@@ -225,9 +232,9 @@ def _identity(
     Raises:
         ConfigError: the ranks do not agree on it.
     """
-    others = _NOT_IDENTITY if plan.score else (*_NOT_IDENTITY, *_SCORING)
-    settings = {k: v for k, v in flatten(config).items() if not k.startswith(others)}
-    parts = [settings, plan.mechanisms, fingerprint, trial, secret_id]
+    settings = {k: v for k, v in flatten(config).items() if not k.startswith(_NOT_IDENTITY)}
+    computed_by = [torch.__version__, config_device(config)]  # Others sum or draw differently.
+    parts = [settings, plan.mechanisms, fingerprint, trial, secret_id, computed_by]
     text = json.dumps(parts, sort_keys=True)
     identity = hashlib.sha256(text.encode()).hexdigest()
     if len(set(distributed.all_gather_object(identity))) > 1:

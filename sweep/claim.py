@@ -14,8 +14,10 @@ from sweep.config import SweepConfig, dump_sweep, flat
 from sweep.driver import LOCK
 from sweep.stored import SWEEP_FILE
 
-_FREE = ("num_trials", "max_concurrent_trials", "cpus_per_worker", "storage_path")
-"""What may change when a sweep is continued."""
+_FREE = ("fixed.", "num_trials", "max_concurrent_trials", "cpus_per_worker", "storage_path")
+"""What may change when a sweep is continued; what is fixed stands in the base run too."""
+_LEDGER = "base.runtime.ledger"
+"""What may not, although it changes no result: another ledger would know nothing of the sweep."""
 
 
 @contextmanager
@@ -51,7 +53,8 @@ def claim(sweep: SweepConfig) -> None:
     changed = [
         f"{key}: {old.get(key)} -> {new.get(key)}"
         for key in sorted(old | new)
-        if old.get(key) != new.get(key) and not key.startswith((*_FREE, "base.runtime."))
+        if old.get(key) != new.get(key)
+        and (key == _LEDGER or not key.startswith((*_FREE, "base.runtime.")))
     ]
     if changed:
         raise ConfigError(
@@ -62,7 +65,7 @@ def claim(sweep: SweepConfig) -> None:
 
 
 def release_id(sweep: SweepConfig) -> str:
-    """Random and kept: a sweep begun anew in an empty folder draws new masks and noise."""
+    """Random and kept: a sweep begun anew draws another secret number and other settings."""
     path = sweep.folder / "release_id"
     if not path.exists():
         path.write_text(secrets.token_hex(16))

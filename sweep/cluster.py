@@ -70,6 +70,36 @@ def join_cluster() -> None:
         ray.init(address="local", resources={DRIVER_RESOURCE: _LOCAL_DRIVERS}, **shared)
 
 
+def check_room(sweep: SweepConfig, resources: Mapping[str, float]) -> None:
+    """Refuses a trial that no node could ever hold, rather than wait for ever.
+
+    Raises:
+        ConfigError: this machine, or a cluster without autoscaler, is too small for one trial.
+    """
+    if os.environ.get("RAY_ADDRESS") and _can_grow():
+        return
+    needs = {
+        "CPU": sweep.workers_per_trial * sweep.cpus_per_worker,
+        "GPU": sweep.workers_per_trial * sweep.gpus_per_worker,
+    }
+    for name, need in needs.items():
+        if need > (has := resources.get(name, 0)):
+            key = f"{name.lower()}s_per_worker"
+            raise ConfigError(
+                f"one trial needs {need:g} {name}s (workers_per_trial={sweep.workers_per_trial} "
+                f"with {key}={need / sweep.workers_per_trial:g}), the cluster has {has:g} and "
+                f"cannot grow: lower workers_per_trial or {key}, or add nodes"
+            )
+
+
+def _can_grow() -> bool:
+    """Whether the cluster was started with an autoscaler, which may add what is missing."""
+    from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS  # Ray is pinned.
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    return _internal_kv_get(DEBUG_AUTOSCALING_STATUS) is not None
+
+
 def max_concurrent(sweep: SweepConfig, resources: Mapping[str, float]) -> int:
     """As many trials as the cluster has room for, at least one."""
     if sweep.max_concurrent_trials is not None:

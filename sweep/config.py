@@ -26,7 +26,7 @@ from core.config import (
 )
 from core.config_keys import known_keys, nearest_key
 from core.errors import ConfigError
-from sweep.scope import SEED, scope_settings
+from sweep.scope import SEED, check_searched, scope_settings
 
 _FOLDERS = ("runtime.ledger", "runtime.cache")
 Number = int | float
@@ -207,13 +207,7 @@ def _scoped(sweep: SweepConfig) -> SweepConfig:
     settings = scope_settings(
         base, sweep.objective.metric, sweep.sampler, sweep.num_trials, sweep.final
     )
-    if base.privacy.scope != "trial":
-        for key in sweep.search_space:
-            if key.startswith(("privacy.", "dataset.")):
-                raise ConfigError(
-                    f"search_space.{key} cannot be searched under privacy.scope="
-                    f"{base.privacy.scope!r}, whose budget all trials share: fix it"
-                )
+    check_searched(base, list(sweep.search_space))
     for key, value in settings.items():
         if sweep.fixed.get(key, value) != value:
             raise ConfigError(
@@ -222,7 +216,12 @@ def _scoped(sweep: SweepConfig) -> SweepConfig:
             )
     space = dict(sweep.search_space)
     if base.privacy.scope == "selection":
-        space.setdefault(SEED, Dimension(low=0, high=2**31 - 1))
+        if SEED in {*space, *sweep.fixed}:
+            raise ConfigError(
+                "seed cannot be fixed or searched under privacy.scope='selection', where each "
+                "trial draws its own: leave it out"
+            )
+        space[SEED] = Dimension(low=0, high=2**31 - 1)
     return sweep.model_copy(update={"fixed": {**sweep.fixed, **settings}, "search_space": space})
 
 

@@ -8,11 +8,11 @@ from typing import Any
 from core.config import flatten
 from core.privacy.keys import MasterSecret
 from sweep.claim import claim, driver_lock, release_id
-from sweep.cluster import DRIVER_RESOURCE, check_storage, join_cluster, max_concurrent
+from sweep.cluster import DRIVER_RESOURCE, check_room, check_storage, join_cluster, max_concurrent
 from sweep.config import SweepConfig
 from sweep.progress import Progress
 from sweep.results import Row, best, final_row, load_rows, three_figures, write_card
-from sweep.scope import count_trials
+from sweep.scope import count_trials, settings_entropy
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,7 @@ def _search(
 
     uri, experiment_id, parent_id = tracked
     join_cluster()
+    check_room(sweep, ray.cluster_resources())
     metric, secret = sweep.objective.metric, sweep.run.privacy.scope == "selection"
     before = sum(_is_done(sweep, row) for row in rows)
     progress = Progress(sweep, total, before, secret)
@@ -94,8 +95,11 @@ def _search(
 
     try:
         ended = {row.trial: row.scores.get(metric) for row in rows if _is_done(sweep, row)}
-        search = FeasibleSearch(sweep, ended, on_pruned)
-        context = Context(sweep, token, release_id(sweep), uri, experiment_id, parent_id)
+        entropy = settings_entropy(
+            sweep.run, sweep.search_seed, MasterSecret.load(create=False), release_id(sweep)
+        )
+        search = FeasibleSearch(sweep, ended, on_pruned, entropy)
+        context = Context(sweep, token, uri, experiment_id, parent_id)
         stopped = ""
         if total > before:
             concurrent = max_concurrent(sweep, ray.cluster_resources())
@@ -144,6 +148,7 @@ def _fit(
             search_alg=search_alg,
             num_samples=num_samples,
             max_concurrent_trials=concurrent,
+            reuse_actors=True,  # The next trial finds its packages imported.
             trial_name_creator=lambda trial: trial.trial_id,
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),

@@ -32,6 +32,9 @@ def main(arguments: list[str] | None = None) -> int:
         "--plan", action="store_true", help="print what would run; reads no data, trains nothing"
     )
     parser.add_argument(
+        "--doctor", action="store_true", help="check cluster, storage, MLflow, data; trains nothing"
+    )
+    parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="key of the sweep or of the run"
     )
     options = parser.parse_intermixed_args(arguments)
@@ -56,6 +59,10 @@ def _run(options: argparse.Namespace) -> int:
 
         print_plan(sweep)
         return 0
+    if options.doctor:
+        from sweep.doctor import print_checks
+
+        return 0 if print_checks(sweep) else 1
     from sweep.launch import run_sweep
     from sweep.results import print_results
     from sweep.tracking import ui_command

@@ -1,5 +1,6 @@
 """What `privacy.scope` demands of a search, and what it decides for its trials."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from core.config import Config, load
@@ -68,14 +69,37 @@ def scope_settings(
     return {}
 
 
+def check_searched(base: Config, keys: Sequence[str]) -> None:
+    """Refuses to search what decides the claim, or where it is recorded.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    never = ("runtime.", *(f"privacy.{key}" for key in ("scope", "num_", "adaptive", "selection_")))
+    shared = ("privacy.", "dataset.") if base.privacy.scope != "trial" else ()
+    for key in keys:
+        if key.startswith(never + shared):
+            raise ConfigError(
+                f"search_space.{key} cannot be searched under privacy.scope="
+                f"{base.privacy.scope!r}: all trials share what is claimed, its budget and its "
+                "ledger, so fix it"
+            )
+
+
 def _check_final(base: Config, final: dict[str, Any]) -> None:
     if not base.dataset.public:
         raise ConfigError(
             "privacy.scope='public' searches on public data: set dataset.public=true, and the "
             "sensitive data set's keys under final"
         )
-    if load(base.model_dump(mode="json"), {"dataset.public": False, **final}).dataset.public:
+    last = load(base.model_dump(mode="json"), {"dataset.public": False, **final})
+    if last.dataset.public:
         raise ConfigError("final.dataset.public=true: the final run is on the sensitive data")
+    if last.privacy.scope != "public":
+        raise ConfigError(
+            f"final.privacy.scope={last.privacy.scope!r}: the final run is the one that scope "
+            "public is about, so leave it out"
+        )
 
 
 def count_trials(
@@ -88,8 +112,23 @@ def count_trials(
     privacy = base.privacy
     if privacy.scope != "selection":
         return num_trials or DEFAULT_NUM_TRIALS
-    key = master.derive(
-        fingerprint="", trial=release_id, stage="selection", purpose="number of trials"
-    )
-    uniform = KeyedStream(key).uniform(0)
+    uniform = _selection_stream(master, release_id, "number of trials").uniform(0)
     return num_trials_at(uniform, privacy.selection_law, privacy.selection_mean)
+
+
+def settings_entropy(base: Config, search_seed: int, master: MasterSecret, release_id: str) -> int:
+    """What random settings are drawn from.
+
+    Privacy: under scope `selection` secret, as the theorem needs draws that nobody can foresee: of
+        known settings the published ones would tell which trial won, and so how many there were.
+    """
+    if base.privacy.scope != "selection":
+        return search_seed
+    bits = _selection_stream(master, release_id, "settings").bits(0, 4)
+    return int.from_bytes(bits.tobytes(), "little")
+
+
+def _selection_stream(master: MasterSecret, release_id: str, purpose: str) -> KeyedStream:
+    return KeyedStream(
+        master.derive(fingerprint="", trial=release_id, stage="selection", purpose=purpose)
+    )

@@ -2,8 +2,10 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
+import numpy as np
 import optuna
 from ray.tune.search.optuna import OptunaSearch
 
@@ -26,6 +28,7 @@ class FeasibleSearch(OptunaSearch):
         sweep: space, objective and folder.
         ended: by trial id of the trials that are not tried again their objective, or None.
         on_pruned: called with the point and the reason.
+        entropy: of a random search, see `settings_entropy`.
     """
 
     def __init__(
@@ -33,6 +36,7 @@ class FeasibleSearch(OptunaSearch):
         sweep: SweepConfig,
         ended: Mapping[str, float | None],
         on_pruned: Callable[[dict[str, Any], str], None],
+        entropy: int = 0,
     ) -> None:
         self._sweep = sweep
         self._known = {trial_id: "tried earlier" for trial_id in ended}
@@ -45,7 +49,14 @@ class FeasibleSearch(OptunaSearch):
             space=distributions(sweep),
             metric=sweep.objective.metric,
             mode="max" if sweep.objective.direction == "maximize" else "min",
-            sampler=_sampler(sweep, sweep.search_seed + earlier),  # A restart draws new points.
+            sampler=IndependentSampler(entropy)
+            if sweep.sampler == "random"
+            else optuna.samplers.TPESampler(
+                seed=sweep.search_seed + earlier,  # Else a restart would draw the same again.
+                n_startup_trials=sweep.num_startup_trials,
+                constant_liar=True,
+                multivariate=True,
+            ),
             study_name=sweep.name,
             storage=storage,
         )
@@ -99,15 +110,25 @@ class FeasibleSearch(OptunaSearch):
         return identity, f"trial {identity} has the same configuration ({known})" if known else ""
 
 
-def _sampler(sweep: SweepConfig, seed: int) -> optuna.samplers.BaseSampler:
-    if sweep.sampler == "random":
-        return optuna.samplers.RandomSampler(seed)
-    return optuna.samplers.TPESampler(
-        seed=seed,
-        n_startup_trials=sweep.num_startup_trials,
-        constant_liar=True,
-        multivariate=True,
-    )
+class IndependentSampler(optuna.samplers.RandomSampler):
+    """Random points of which each is a function of `entropy` and its place in the order alone.
+
+    However often a search is stopped and continued, its points are those that were fixed before
+    the first result. Points that are queued anew, after an interruption, take no place.
+    """
+
+    def __init__(self, entropy: int) -> None:
+        super().__init__()
+        self._entropy = entropy
+
+    def before_trial(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+        """Begins the stream of the next place."""
+        earlier = study.get_trials(deepcopy=False)
+        place = sum(
+            "fixed_params" not in t.system_attrs for t in earlier if t.number < trial.number
+        )
+        bits = np.random.MT19937(np.random.SeedSequence([self._entropy, place]))
+        cast(Any, self)._rng = SimpleNamespace(rng=np.random.RandomState(bits))  # Optuna is pinned.
 
 
 def _settle(

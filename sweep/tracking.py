@@ -6,6 +6,7 @@ The only file that imports mlflow.
 import logging
 import os
 import sys
+import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,11 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 
 from mlflow.entities import Metric, Param, Run, RunTag
+from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from mlflow.utils.time import get_current_time_millis
+
+from core.errors import ConfigError
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)
 logging.getLogger("alembic").setLevel(logging.WARNING)
@@ -88,6 +92,25 @@ class Tracker:
 def tracking_uri(storage: Path) -> str:
     """`MLFLOW_TRACKING_URI`, or SQLite in the storage folder."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{storage}/mlflow.db"
+
+
+def reachable(uri: str) -> None:
+    """Asks a tracking server for a sign of life; a data base file needs none.
+
+    Raises:
+        ConfigError: it does not answer, or refuses.
+    """
+    if not uri.startswith("http"):
+        return
+    try:
+        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=10) as answer:
+            answer.read()
+        MlflowClient(tracking_uri=uri).search_experiments(max_results=1)
+    except (OSError, MlflowException) as error:
+        raise ConfigError(
+            f"MLFLOW_TRACKING_URI={uri} does not answer ({error}): start the server, correct the "
+            "address, or allow this host with --allowed-hosts"
+        ) from None
 
 
 def open_experiment(uri: str, name: str, storage: Path) -> str:

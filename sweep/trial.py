@@ -24,14 +24,11 @@ class Context:
 
     Attributes:
         launch: token of the driver that started this; the ledger refuses workers of an older one.
-        release_id: random, kept in the sweep's folder; with a trial's configuration it is the
-            identity that enters the trial's keys.
         is_final: whether this is the run on sensitive data after a search on public data.
     """
 
     sweep: SweepConfig
     launch: int
-    release_id: str
     uri: str
     experiment_id: str
     parent_id: str
@@ -113,7 +110,7 @@ def _train(context: Context, config: Config, trial_id: str) -> Iterator[dict[str
             "config": nested(config),
             "run_dir": str(context.run_dir(trial_id)),
             "name": sweep.name,
-            "release_id": context.release_id,
+            "charged": str(sweep.folder / "charged"),
             "launch": context.launch,
             "threads": max(1, int(sweep.cpus_per_worker)),
         },
@@ -184,9 +181,9 @@ def train_worker(settings: dict[str, Any]) -> None:
             Path(settings["run_dir"]),
             master=distributed.together(lambda: MasterSecret.load(create=False)),
             name=settings["name"],
-            trial=settings["release_id"],
             report=ray.train.report,
             lease=settings["launch"],
+            charged=Path(settings["charged"]),
         )
     except UserError as error:
         ray.train.report({"refused": str(error), "stage": "refused", "step": 0})

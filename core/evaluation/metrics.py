@@ -79,7 +79,8 @@ def dp_accuracy(
         the same noise on another number would give the difference away.
     """
     correct = count_correct(model, dataset.train, config.batch_size)
-    noisy = correct + plan.noise_stddev * float(noise.normal(0, 1))
+    # Whole numbers alone: the digits of a float would tell which number the noise was added to.
+    noisy = round(correct + plan.noise_stddev * float(noise.normal(0, 1)))
     return min(max(noisy / len(dataset.train.labels), 0.0), 1.0)
 
 

@@ -13,7 +13,7 @@ from core.evaluation.classifiers import synthetic_split
 from core.evaluation.features import CnnExtractor, FeatureExtractor, InceptionExtractor
 from core.evaluation.fid import Moments, image_moments
 
-_VERSION = 1
+_VERSION = 2
 """Raised whenever extractor, transform or moments change, so that no old file is taken."""
 
 
@@ -39,7 +39,8 @@ def real_reference(
     Privacy: computed from the private images without protection: the folder must not be released.
     """
     inception = None
-    origin: list[object] = [_VERSION, torch.__version__, dataset.fingerprint, config.fid_extractor]
+    content = [dataset.fingerprint, list(dataset.train.images.shape)]
+    origin: list[object] = [_VERSION, torch.__version__, content, config.fid_extractor]
     if config.fid_extractor == "inception":
         inception = InceptionExtractor(config.inception_weights, device)
         origin.append(inception.digest)

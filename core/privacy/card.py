@@ -38,11 +38,18 @@ SCOPES = {
 ALONE = (
     "This one run, with settings given beforehand, is ({trial}, {delta})-differentially private."
 )
+AMONG_OTHERS = (
+    "This run alone is ({trial}, {delta})-differentially private. It is one of {runs} trials on "
+    "this data set, which together come to {everything}: that is the guarantee if their results "
+    "had a part in choosing this one."
+)
 NOT_COVERED = (
     "metrics that are tagged non-private, and choices made by them beyond what is stated above",
     "floating-point attacks on the noise, which is drawn in float64 and rounded to float32",
     "side channels such as timing, memory use and logs of the machines that trained",
-    "other releases of the same data that are not in this ledger",
+    "other releases of the same data: those in this ledger add their epsilon, others are unknown",
+    "compositions over trials whose noise was chosen by earlier results: PLD, which gives the "
+    "figure, is proven for noise fixed beforehand (scope sweep is proven for both)",
     "facts about groups of records, which the guarantee covers only at a multiple of epsilon",
 )
 PUBLIC = (
@@ -81,18 +88,22 @@ def make_card(
     if identity not in {entry["trial"] for entry in entries}:
         raise ValueError(f"the ledger holds no entry of trial {identity[:16]} of {run}")
     trials, secret = len(entries), privacy.scope == "selection"
+    everything = summary["epsilon_committed_and_reserved"]
     computed = ledger.epsilon_of_run(run)
+    others = len(summary["entries"]) - trials
     released = {
-        "trial": plan.epsilon if trials == 1 else computed,
+        "trial": computed if trials > 1 else everything if others else plan.epsilon,
         "public": plan.epsilon,
     }.get(privacy.scope, privacy.target_epsilon)
     if secret:
         entries = [entry for entry in entries if entry["trial"] == identity]
-    sentence = ALONE if trials == 1 and privacy.scope == "trial" else SCOPES[privacy.scope]
+    sentence = SCOPES[privacy.scope]
+    if trials == 1 and privacy.scope == "trial":
+        sentence = AMONG_OTHERS if others else ALONE
     chosen = {
         "selection": f"at random; of their secret number the best by {objective}",
         "public": f"on public data, by {objective}",
-    }.get(privacy.scope, f"the best of {trials} trials by {objective}")
+    }.get(privacy.scope, f"the best of {trials + others} trials by {objective}")
     return {
         "statement": sentence.format(
             trial=f"{plan.epsilon:.4g}",
@@ -100,6 +111,8 @@ def make_card(
             target=f"{privacy.target_epsilon:.4g}",
             delta=f"{summary['delta']:g}",
             trials=trials,
+            runs=trials + others,
+            everything=f"{everything:.4g}",
             objective=objective,
             law=privacy.selection_law,
             mean=privacy.selection_mean,
@@ -114,9 +127,7 @@ def make_card(
         "epsilon_trial": plan.epsilon,
         "epsilon_computed": None if secret else computed,
         "epsilon_released_with_selection": released,
-        "epsilon_all_on_this_data_set": None
-        if secret
-        else summary["epsilon_committed_and_reserved"],
+        "epsilon_all_on_this_data_set": None if secret else everything,
         "odds": {
             name: odds(epsilon)
             for name, epsilon in (
@@ -124,7 +135,8 @@ def make_card(
                 ("epsilon_released_with_selection", released),
             )
         },
-        "accountant": summary["accountant"],
+        # The ledger's own grid depends on how many trials it holds.
+        "accountant": plan.summary()["accountant"] if secret else summary["accountant"],
         "accountant_of_the_scope": accountant_of(privacy),
         "events": [
             {"trial": entry["trial"], "state": entry["state"], **event}
@@ -132,11 +144,11 @@ def make_card(
             for event in entry["events"]
         ],
         "hyperparameters_chosen_by": "given beforehand"
-        if trials == 1 and privacy.scope in ("trial", "sweep")
+        if trials == 1 and not others and privacy.scope in ("trial", "sweep")
         else chosen,
         "public": list(PUBLIC),
         "not_covered": list(NOT_COVERED),
-        "data_set_fingerprint": summary["fingerprint"],
+        "data_set_declared_public": plan.public_data,
     }
 
 
@@ -193,6 +205,7 @@ def card_markdown(card: Mapping[str, Any]) -> str:
         f"| unit of protection | {card['unit']} |",
         f"| neighbouring data sets | {card['neighboring_relation_in_words']} |",
         f"| number of records N | {card['num_examples']} |",
+        f"| data declared public | {'yes' if card['data_set_declared_public'] else 'no'} |",
         f"| delta | {card['delta']:g} |",
         *(f"| {name} | {value} |" for name, value in three_epsilons(card)),
         "| epsilon of all runs on this data set | "

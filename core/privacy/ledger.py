@@ -273,6 +273,13 @@ class Ledger:
                 )
         if within is None:
             return
+        before = [key.run for key, charge in book.charges.items() if charge.counted]
+        if within.alone and (others := {*before} - {run}):
+            raise BudgetExceededError(
+                f"the data was used by {len(others)} other runs, such as {min(others)}: scope "
+                "public claims that its one run is the only one; choose scope trial, whose card "
+                "says what all come to"
+            )
         others = [book.charges[key] for key in book.charges if key.run == run and key != asked.key]
         total = self._total_within(within, [*others, Charge(asked.events, "", "")])
         if total > within.epsilon * (1 + 1e-9):

@@ -114,10 +114,12 @@ class RunBudget:
         adaptive: whether the noise of a trial may depend on results of others. If so, what was
             executed is added up by the filter at one fixed order; if not, all that was ever
             reserved is composed by PLD, as the theorem covers no stopping by results.
+        alone: whether no other run may have used the data before.
     """
 
     epsilon: float
     adaptive: bool
+    alone: bool = False
 
     def total(
         self,
@@ -141,14 +143,17 @@ class RunBudget:
 
 
 def run_budget(config: Config) -> RunBudget | None:
-    """The budget of a run; None under the scopes that cap each trial alone, and on public data.
+    """The budget of a run; None under the scopes that cap each trial alone.
 
-    The one run that `public` allows has no second trial to adapt.
+    The one run that `public` allows has no second trial to adapt, and no run before it; its search
+    on public data has no budget.
     """
     privacy = config.privacy
-    if privacy.scope not in ("sweep", "public") or config.dataset.public:
-        return None
-    return RunBudget(privacy.target_epsilon, privacy.adaptive and privacy.scope == "sweep")
+    if privacy.scope == "sweep":
+        return RunBudget(privacy.target_epsilon, privacy.adaptive)
+    if privacy.scope == "public" and not config.dataset.public:
+        return RunBudget(privacy.target_epsilon, adaptive=False, alone=True)
+    return None
 
 
 def num_trials_at(uniform: float, law: str, mean: float) -> int:

@@ -32,6 +32,7 @@ class Spending:
         folder: of the ledgers, `runtime.ledger`.
         run: name of the sweep or of the single run.
         begun: file in the run's folder that counts the DP-SGD steps that ever began.
+        charged: folder in which the runs of a sweep note the data sets that they were charged to.
         lease: token of the sweep's driver, which takes the run over from older ones.
     """
 
@@ -40,6 +41,7 @@ class Spending:
     folder: Path
     run: str
     begun: Path
+    charged: Path
     lease: int | None = None
 
     def known_fingerprint(self) -> str | None:
@@ -65,6 +67,8 @@ class Spending:
             note=f"scope {self.config.privacy.scope}",
             within=run_budget(self.config),
         )
+        self._mark(fingerprint).parent.mkdir(parents=True, exist_ok=True)
+        self._mark(fingerprint).touch()
         if not self.begun.exists():
             self._write_begun(0)
         return reservation
@@ -116,9 +120,13 @@ class Spending:
             privacy.neighboring_relation,
             privacy.data_set_budget,
         )
-        # A run that has begun must find the ledger that it was charged to, never a fresh one.
-        opened = Ledger.open_existing if self.begun.exists() else Ledger.open
+        # A run or sweep that has begun must find the ledger that it was charged to, not a new one.
+        was_charged = self.begun.exists() or self._mark(fingerprint).exists()
+        opened = Ledger.open_existing if was_charged else Ledger.open
         return opened(self.folder, terms, self.lease)
+
+    def _mark(self, fingerprint: str) -> Path:
+        return self.charged / fingerprint[:16]
 
     def _key(self, identity: str) -> Key:
         return Key(self.run, identity, "all", 0, self.plan.dp_sgd.num_steps)

@@ -58,7 +58,7 @@ def train(sweep: SweepConfig, point: dict) -> None:
     folder = sweep.folder / "trials" / trial_id_of(config)
     secret = MasterSecret(b"s" * 32)
     try:
-        run(config, folder, master=secret, name=sweep.name, trial="t", report=lambda _: None)
+        run(config, folder, master=secret, name=sweep.name, report=lambda _: None)
     except UserError as error:
         (folder / "error.txt").write_text(f"{error}\n")
 

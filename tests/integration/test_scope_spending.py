@@ -10,14 +10,15 @@ from checks import is_normal
 from two_ranks import tiny_run
 
 from core import pipeline
-from core.config import EvaluationConfig
+from core.config import EvaluationConfig, load
 from core.data import Dataset, Split
 from core.evaluation import metrics
 from core.evaluation.classifiers import Classifier, count_correct
 from core.privacy.keys import KeyedStream
 from core.privacy.ledger import BudgetExceededError, Ledger
-from core.privacy.ledger_file import LedgerError
+from core.privacy.ledger_file import Event, Key, LedgerError
 from core.privacy.plan import ScorePlan
+from core.privacy.scopes import run_budget
 
 
 class StopRunError(Exception):
@@ -85,6 +86,37 @@ def test_a_stopped_trial_leaves_room_where_the_filter_allows_it(tmp_path, adapti
             tiny_run(tmp_path / "2", seed=2, **shared)
 
 
+def test_a_sweep_does_not_begin_its_budget_anew(tmp_path):
+    shared = settings(tmp_path, scope="sweep", num_shares=1)
+    tiny_run(tmp_path / "0", **shared)
+    kept = tmp_path / "kept"
+    (tmp_path / "ledger").rename(kept)
+    with pytest.raises(LedgerError, match="no ledger at"):
+        tiny_run(tmp_path / "1", seed=1, **shared)
+    (tmp_path / "ledger").mkdir()
+    elsewhere = shared | {"runtime.ledger": str(tmp_path / "elsewhere")}
+    with pytest.raises(LedgerError, match="no ledger at"):
+        tiny_run(tmp_path / "2", seed=2, **elsewhere)
+    assert not (tmp_path / "1" / "model.pt").exists()
+
+
+def test_public_data_has_a_budget_too_where_the_card_claims_one(tmp_path):
+    shared = settings(tmp_path, scope="sweep", num_shares=1) | {"dataset.public": True}
+    tiny_run(tmp_path / "0", **shared)
+    with pytest.raises(BudgetExceededError, match="run tiny to epsilon"):
+        tiny_run(tmp_path / "1", seed=1, **shared)
+
+
+def test_the_only_run_is_the_only_one_whatever_its_name(tmp_path):
+    tiny_run(tmp_path / "0", **settings(tmp_path))
+    (ledger,) = (tmp_path / "ledger").glob("*.jsonl")
+    budget = run_budget(load({}, {"privacy.scope": "public"}))
+    with pytest.raises(BudgetExceededError, match="used by 1 other runs, such as tiny"):
+        Ledger.at(ledger).reserve(
+            Key("another", "t", "all", 0, 1), [Event("dp_sgd", 0.1, 9.0, 1)], within=budget
+        )
+
+
 def test_public_scope_allows_one_run_on_the_data(tmp_path, unopened):
     shared = settings(tmp_path, scope="public")
     assert tiny_run(tmp_path / "0", **shared)[-1]["epsilon"] > 0.99
@@ -142,6 +174,8 @@ def test_noise_of_the_private_accuracy_has_the_scale_of_the_plan(monkeypatch):
         for i in range(count)
     ]
     noise = np.array(values) * number - number // 2
+    # The digits must not tell 5,000 from 5,001 hits: only whole numbers are released.
+    assert np.abs(noise - noise.round()).max() < 1e-6
     assert is_normal(noise, stddev)
     assert not is_normal(noise, stddev * 1.06)
     assert not is_normal(noise, stddev / 1.06)

@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 from idx_files import write_idx
 
 from core.config import load
@@ -23,7 +24,16 @@ SETTINGS = {
     "evaluation.fid_extractor": "cnn",
     "runtime.device": "cpu",
 }
-BASE = {"trial": "a", "secret": b"s", "pixel": 0, "seed": 0, "learning_rate": 1e-3}
+BASE = {
+    "trial": "a",
+    "secret": b"s",
+    "pixel": 0,
+    "seed": 0,
+    "learning_rate": 1e-3,
+    "physical_batch": 64,
+    "classifier_epochs": 10,
+    "torch": torch.__version__,
+}
 
 
 class StopRunError(Exception):
@@ -55,18 +65,17 @@ def streams_of(tmp_path, monkeypatch):
             "runtime.ledger": str(folder / "ledger"),
             "seed": choice["seed"],
             "private_training.learning_rate": choice["learning_rate"],
+            "private_training.max_physical_batch_size": choice["physical_batch"],
+            "evaluation.classifier_epochs": choice["classifier_epochs"],
         }
+        monkeypatch.setattr(torch, "__version__", choice["torch"])
+        (folder / "run").mkdir()
+        if choice["trial"] is not None:
+            (folder / "run" / "trial_id").write_text(choice["trial"])
         config, master = load({}, SETTINGS | chosen), MasterSecret(choice["secret"] * 32)
         starts.clear()
         with pytest.raises(StopRunError):
-            run(
-                config,
-                folder / "run",
-                master=master,
-                name="run",
-                trial=choice["trial"],
-                report=report,
-            )
+            run(config, folder / "run", master=master, name="run", report=report)
         return list(starts)
 
     monkeypatch.setattr(KeyedStream, "__init__", record)
@@ -80,7 +89,19 @@ def test_every_use_has_a_key_of_its_own_and_a_replay_has_the_same(streams_of):
 
 
 @pytest.mark.parametrize(
-    "change", [{"trial": "b"}, {"secret": b"t"}, {"pixel": 1}, {"seed": 1}, {"learning_rate": 2e-3}]
+    "change",
+    [
+        {"trial": "b"},
+        {"trial": None},  # A new or emptied folder.
+        {"secret": b"t"},
+        {"pixel": 1},
+        {"seed": 1},
+        {"learning_rate": 2e-3},
+        # These change the sums by their last digits, or what is scored.
+        {"physical_batch": 7},
+        {"classifier_epochs": 3},
+        {"torch": "0.0"},
+    ],
 )
 def test_another_run_shares_no_key(streams_of, change):
     """With shared noise, the difference of two models would hold no noise at all."""

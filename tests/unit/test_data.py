@@ -60,14 +60,17 @@ def test_fingerprint_is_that_of_the_content(tmp_path):
     plain = load_dataset(config(tmp_path / "plain")).fingerprint
     assert re.fullmatch("[0-9a-f]{64}", plain)
     assert load_dataset(config(tmp_path / "zipped")).fingerprint == plain
-    # One pixel or one label of either split.
-    for name, place in ((TRAIN_IMAGES, 500), (TEST_IMAGES, 100), (TEST_LABELS, 10)):
+    # One pixel or one label of a training record changes it; nothing else does.
+    changes = ((TRAIN_IMAGES, 500, False), (TEST_IMAGES, 100, True), (TEST_LABELS, 10, True))
+    for name, place, same in changes:
         folder = tmp_path / f"{name}-changed"
         write_idx(folder)
         content = bytearray((folder / name).read_bytes())
         content[place] = (content[place] + 1) % (256 if "images" in name else 3)
         (folder / name).write_bytes(content)
-        assert load_dataset(config(folder)).fingerprint != plain
+        assert (load_dataset(config(folder)).fingerprint == plain) == same
+    for size in (4, 12):
+        assert load_dataset(config(tmp_path / "plain", image_size=size)).fingerprint == plain
     swapped = np.arange(30) % 3
     swapped[[0, 1]] = swapped[[1, 0]]
     write_idx(tmp_path / "swapped", train_labels=swapped)

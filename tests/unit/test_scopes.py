@@ -119,7 +119,7 @@ def test_a_share_filled_by_any_trials_adds_up_to_the_target_and_not_more(shares)
         for count, noise, split in points
     ]
     budget = run_budget(reference(**settings))
-    assert budget == RunBudget(10.0, True)
+    assert budget == RunBudget(10.0, adaptive=True)
     for i in range(len(plans)):
         released = [m for j in range(shares) for m in plans[(i + j) % len(plans)].mechanisms]
         total = budget.total(released, released, DELTA, "zero_out")
@@ -137,9 +137,23 @@ def test_without_adaptation_all_that_was_reserved_counts_by_pld():
     settings = {"privacy__scope": "sweep", "privacy__num_shares": 4, "privacy__adaptive": False}
     plan = make_plan(reference(**settings))
     budget = run_budget(reference(**settings))
-    assert budget == RunBudget(10.0, False)
+    assert budget == RunBudget(10.0, adaptive=False)
     four = plan.mechanisms * 4
-    assert 9.98 < budget.total([], four, DELTA, "zero_out") <= 10.002  # On the coarser grid.
+    assert 9.98 < budget.total([], four, DELTA, "zero_out") <= 10.0
+    points = ((5, 5.0, 0.5), (1, 1.5, 0.2), (20, 9.0, 0.8), (1, 5.0, 0.0))
+    mixed = [
+        mechanism
+        for count, noise, split in points
+        for mechanism in make_plan(
+            reference(
+                **settings,
+                central_images__per_class=count,
+                central_images__noise_multiplier=noise,
+                stage_split=split,
+            )
+        ).mechanisms
+    ]
+    assert 9.9 < budget.total([], mixed, DELTA, "zero_out") <= 10.0
     adaptive = make_plan(reference(privacy__scope="sweep", privacy__num_shares=4))
     assert plan.noise_multiplier < adaptive.noise_multiplier
 

@@ -4,19 +4,21 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
+from core.privacy.keys import MasterSecret
 from sweep.config import load_sweep, trial_id_of
 from sweep.feasibility import print_plan
+from sweep.scope import settings_entropy
 from sweep.space import MAX_ATTEMPTS, FeasibleSearch
 from sweep.study import open_storage
 
 
 @pytest.fixture
 def make(tmp_path):
-    def make(finished=(), **overrides):
+    def make(finished=(), entropy=0, **overrides):
         keys = {key.replace("__", "."): value for key, value in overrides.items()}
         sweep = load_sweep("sweep/configs/quickstart.yaml", {"storage_path": str(tmp_path), **keys})
         pruned = []
-        search = FeasibleSearch(sweep, dict(finished), lambda *item: pruned.append(item))
+        search = FeasibleSearch(sweep, dict(finished), lambda *item: pruned.append(item), entropy)
         return sweep, search, pruned
 
     return make
@@ -90,6 +92,46 @@ def test_a_point_is_not_tried_twice(make, monkeypatch):
     assert points[2] == FeasibleSearch.FINISHED
     assert {point["central_images.per_class"] for point in points[:2]} == {1, 2}
     assert all("same configuration" in reason for _, reason in pruned)
+
+
+@pytest.mark.parametrize("stops", [(), (1,), (2, 3)])
+def test_random_points_are_fixed_before_the_first_result(make, stops, tmp_path):
+    """However often a user stops and goes on, seen results decide nothing about later points."""
+    points = []
+    sweep, search, _ = make(sampler="random", name=f"stopped{len(stops)}")
+    for i in range(5):
+        if i in stops:
+            done = {trial_id_of(sweep.trial_config(point)): 0.5 for point in points}
+            sweep, search, _ = make(finished=done, sampler="random", name=f"stopped{len(stops)}")
+        points.append(search.suggest(str(i)))
+    _, other, _ = make(sampler="random", name="undisturbed")
+    assert points == [other.suggest(str(i)) for i in range(5)]
+
+
+def test_settings_of_a_selection_cannot_be_foreseen_without_the_secret(make):
+    base = load_sweep(
+        "sweep/configs/quickstart.yaml",
+        {
+            "privacy.scope": "selection",
+            "privacy.dp_accuracy_stddev": 50,
+            "objective.metric": "dp_accuracy",
+            "sampler": "random",
+            "num_trials": None,
+        },
+    ).run
+    secrets = [MasterSecret(bytes([i]) * 32) for i in (1, 2, 1)]
+    entropies = [settings_entropy(base, 0, secret, "release") for secret in secrets]
+    assert entropies[0] == entropies[2] != entropies[1]
+    assert min(entropies) > 2**200
+    assert settings_entropy(base, 0, secrets[0], "another release") != entropies[0]
+    points = []
+    for number, entropy in enumerate(entropies):
+        _, search, _ = make(entropy=entropy, sampler="random", name=f"secret{number}")
+        points.append([search.suggest(str(i)) for i in range(3)])
+    assert points[0] == points[2]
+    assert all(one != other for one in points[0] for other in points[1])
+    public = load_sweep("sweep/configs/quickstart.yaml", {}).run
+    assert settings_entropy(public, 7, secrets[0], "release") == 7
 
 
 def test_plan_reads_no_data(capsys, monkeypatch):

@@ -6,6 +6,7 @@ import pytest
 
 from core.errors import ConfigError
 from core.privacy.keys import MasterSecret
+from sweep.claim import claim
 from sweep.config import dump_sweep, load_sweep, trial_id_of
 from sweep.scope import count_trials
 
@@ -119,6 +120,21 @@ PUBLIC = {"privacy.scope": "public", "dataset.public": True, "final.dataset.path
         ({"final.dataset.path": "secret"}, r"'public' and final belong together"),
         (PUBLIC | {"dataset.public": False}, r"set dataset\.public=true"),
         (PUBLIC | {"final.dataset.public": True}, r"the final run is on the sensitive data"),
+        (
+            PUBLIC | {"final.privacy.scope": "trial"},
+            r"final\.privacy\.scope='trial': .* leave it out",
+        ),
+        (SELECTION | {"seed": 3}, r"seed cannot be fixed or searched"),
+        (SELECTION | {"search_space.seed.choices": [0, 1]}, r"seed cannot be fixed or searched"),
+        (
+            {"search_space.privacy.scope.choices": ["trial", "selection"]},
+            r"search_space\.privacy\.scope cannot be searched",
+        ),
+        (
+            {"search_space.runtime.ledger.choices": ["runs/a", "runs/b"]},
+            r"search_space\.runtime\.ledger cannot be searched",
+        ),
+        ({"search_space.privacy.num_shares.choices": [1, 2]}, r"num_shares cannot be searched"),
         (PUBLIC | {"final.dataset.pth": "x"}, r"unknown key 'dataset.pth'"),
     ],
 )
@@ -151,3 +167,11 @@ def test_the_secret_number_of_trials_is_that_of_the_sweep_and_its_secret():
     assert numbers(one) != numbers(other)
     assert min(numbers(one)) == 1 < max(numbers(one))
     assert count_trials(load_sweep(QUICKSTART, SWEEP).run, 4, one, "0") == 4
+
+
+def test_a_sweep_keeps_its_ledger(tmp_path):
+    keys = {"storage_path": str(tmp_path)}
+    claim(load_sweep(QUICKSTART, keys))
+    claim(load_sweep(QUICKSTART, keys | {"runtime.log_every": 7}))
+    with pytest.raises(ConfigError, match=r"base\.runtime\.ledger: runs/ledger -> elsewhere"):
+        claim(load_sweep(QUICKSTART, keys | {"runtime.ledger": "elsewhere"}))
