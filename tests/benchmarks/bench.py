@@ -1,4 +1,4 @@
-"""What DP-SGD, FID and sampling cost on a CPU: `make bench`, at most ten minutes on two cores.
+"""What DP-SGD, FID, sampling and an empty trial cost on a CPU: `make bench`, in ten minutes or less.
 
 CPU seconds of one thread, in one process, the variants taking turns; writes `runs/bench.json`
 (flat keys) and prints a Markdown table, or puts it between the markers in README.md.
@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import variants
+from empty_trial import empty_trial_cpu
 from pytorch_fid.fid_score import calculate_frechet_distance
 from threadpoolctl import threadpool_limits
 
@@ -145,7 +146,7 @@ def sampling() -> Figures:
             began = time.process_time()
             synthetic = generate(denoiser, config, 1000, "cpu")
             figures[f"sampling_{steps}_seconds"] = time.process_time() - began
-            _, score = fid_score(synthetic, dataset, scores, 10, 0, "cpu", Path(folder) / "cache")
+            _, score = fid_score(synthetic, dataset, scores, 10, "cpu", Path(folder) / "cache")
             figures[f"sampling_{steps}_fid_cnn"] = score
         single = load(run / "config.yaml", {"evaluation.batch_size": 1})
         began = time.process_time()
@@ -154,6 +155,11 @@ def sampling() -> Figures:
         steps = base.sampler.num_steps
         figures["sampling_batched_speedup"] = alone / figures[f"sampling_{steps}_seconds"] * 1000
     return figures
+
+
+def empty_trial() -> Figures:
+    """What a trial of two workers costs before it trains."""
+    return {"empty_trial_cpu_s": empty_trial_cpu()}
 
 
 def table(figures: Figures) -> str:
@@ -189,7 +195,9 @@ def table(figures: Figures) -> str:
     lines += [
         "",
         f"Sampling in batches is {batched} times as fast as image by image. The Frechet distance "
-        f"of 2,048 features is {distance} times as fast as pytorch-fid's, equal to {error:.0e}.",
+        f"of 2,048 features is {distance} times as fast as pytorch-fid's, equal to {error:.0e}. "
+        f"A trial of a sweep costs {figures['empty_trial_cpu_s']:.0f} CPU seconds before it trains "
+        "(two workers: processes and imports).",
     ]
     return "\n".join(lines)
 
@@ -205,7 +213,7 @@ def main() -> None:
     began = time.monotonic()
     figures: Figures = {}
     with threadpool_limits(1):
-        for part in (fid, sampling, lambda: engine(options.repeats), switches):
+        for part in (fid, sampling, lambda: engine(options.repeats), switches, empty_trial):
             figures |= part()
             print(f"{time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
     figures["seconds"] = time.monotonic() - began

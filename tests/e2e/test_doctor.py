@@ -1,0 +1,53 @@
+"""`--doctor` on one machine: all is well, and one line with a remedy for what is not."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from test_sweep import ROOT, SWEEP
+
+SPACE = "search_space:\n  stage_split:\n    low: 0.2\n    high: 0.6\n"
+
+
+def doctor(folder, *overrides: str, **environment: str) -> tuple[int, str]:
+    (folder / "sweep.yaml").write_text(SWEEP[: SWEEP.index("search_space:")] + SPACE)
+    ended = subprocess.run(
+        [
+            sys.executable,
+            ROOT / "sweep" / "run.py",
+            "--config",
+            "sweep.yaml",
+            "--doctor",
+            *overrides,
+        ],
+        cwd=folder,
+        env={k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert "Traceback" not in ended.stderr + ended.stdout
+    return ended.returncode, ended.stdout
+
+
+@pytest.mark.parametrize("well", [True, False])
+def test_each_check_is_a_line_and_what_fails_says_what_helps(tmp_path, well):
+    wrong = () if well else ("workers_per_trial=64", "dataset.num_examples=1436")
+    server = {} if well else {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
+    secret = {"FETA_SWEEP_SECRET_FILE": str(tmp_path / "secret")}
+    (tmp_path / "secret").write_text("ab" * 32)
+    code, out = doctor(tmp_path, *wrong, **server, **secret)
+    lines = out.splitlines()
+    assert len(lines) == 10
+    failed = [line for line in lines if line.startswith("FAIL")]
+    assert code == (0 if well else 1)
+    assert [line.split(":")[0].removeprefix("FAIL").strip() for line in failed] == (
+        [] if well else ["MLflow answers", "room for one trial", "data readable and the same"]
+    )
+    if not well:
+        assert "start the server" in failed[0]
+        assert "one trial needs 64 CPUs" in failed[1]
+        assert "dataset.num_examples=1436" in failed[2]
+    assert not list((tmp_path / "runs").glob(".doctor*"))
+    assert "ab" * 8 not in out
