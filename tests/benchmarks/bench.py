@@ -1,4 +1,4 @@
-"""What DP-SGD, FID, sampling and an empty trial cost on a CPU: `make bench`, in ten minutes or less.
+"""What DP-SGD, FID, sampling and an empty trial cost on a CPU: `make bench`, within ten minutes.
 
 CPU seconds of one thread, in one process, the variants taking turns; writes `runs/bench.json`
 (flat keys) and prints a Markdown table, or puts it between the markers in README.md.
