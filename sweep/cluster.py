@@ -71,12 +71,14 @@ def join_cluster() -> None:
 
 
 def check_room(sweep: SweepConfig, resources: Mapping[str, float]) -> None:
-    """Refuses a trial that no node could ever hold, rather than wait for ever.
+    """Refuses a trial that this machine could never hold, rather than wait for ever.
+
+    A cluster that was joined may yet grow: its autoscaler adds nodes for what waits.
 
     Raises:
-        ConfigError: this machine, or a cluster without autoscaler, is too small for one trial.
+        ConfigError: the machine is too small for one trial.
     """
-    if os.environ.get("RAY_ADDRESS") and _can_grow():
+    if os.environ.get("RAY_ADDRESS"):
         return
     needs = {
         "CPU": sweep.workers_per_trial * sweep.cpus_per_worker,
@@ -87,17 +89,9 @@ def check_room(sweep: SweepConfig, resources: Mapping[str, float]) -> None:
             key = f"{name.lower()}s_per_worker"
             raise ConfigError(
                 f"one trial needs {need:g} {name}s (workers_per_trial={sweep.workers_per_trial} "
-                f"with {key}={need / sweep.workers_per_trial:g}), the cluster has {has:g} and "
-                f"cannot grow: lower workers_per_trial or {key}, or add nodes"
+                f"with {key}={need / sweep.workers_per_trial:g}), this machine has {has:g}: "
+                f"lower workers_per_trial or {key}, or submit the sweep to a cluster"
             )
-
-
-def _can_grow() -> bool:
-    """Whether the cluster was started with an autoscaler, which may add what is missing."""
-    from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS  # Ray is pinned.
-    from ray.experimental.internal_kv import _internal_kv_get
-
-    return _internal_kv_get(DEBUG_AUTOSCALING_STATUS) is not None
 
 
 def max_concurrent(sweep: SweepConfig, resources: Mapping[str, float]) -> int:

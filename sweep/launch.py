@@ -11,8 +11,9 @@ from sweep.claim import claim, driver_lock, release_id
 from sweep.cluster import DRIVER_RESOURCE, check_room, check_storage, join_cluster, max_concurrent
 from sweep.config import SweepConfig
 from sweep.progress import Progress
-from sweep.results import Row, best, final_row, load_rows, three_figures, write_card
+from sweep.results import Row, best, final_row, load_rows, stored_result, three_figures, write_card
 from sweep.scope import count_trials, settings_entropy
+from sweep.trial import Context, record_result, run_trial
 
 
 @dataclass(frozen=True)
@@ -55,11 +56,23 @@ def _run(sweep: SweepConfig, total: int, token: int) -> Outcome:
     rows = load_rows(sweep)
     storage = Path(sweep.storage_path)
     uri = tracking.tracking_uri(storage)
-    if _is_complete(sweep, rows, total):
-        return Outcome(rows, [], "", True, uri)
+    complete = _is_complete(sweep, rows, total)
     experiment_id = tracking.open_experiment(uri, sweep.experiment, storage)
+    pending = tracking.unfinished(uri, experiment_id, sweep.name)
+    if complete and not pending:
+        return Outcome(rows, [], "", True, uri)
     parent = tracking.Tracker(uri, experiment_id, sweep.name)
     tracking.kill_stale(uri, experiment_id, parent.run_id, sweep.name)
+    for row in rows:  # Finished, but the driver was stopped before it could say so.
+        key = f"{sweep.name}/{row.trial}"
+        if row.state == "finished" and key in pending:
+            tracker = tracking.Tracker(uri, experiment_id, key, parent.run_id)
+            record_result(tracker, row.run_dir, stored_result(row))
+            tracker.finish("FINISHED")
+    if complete:
+        _log_summary(parent, sweep, rows, complete)
+        parent.finish("FINISHED")
+        return Outcome(rows, [], "", True, uri)
     parent.log_params({**flatten(sweep.run), **_sweep_params(sweep, total)})
     parent.log_file(sweep.folder / "sweep.json")
     status = "KILLED"
@@ -79,7 +92,6 @@ def _search(
     import ray
 
     from sweep.space import FeasibleSearch
-    from sweep.trial import Context
 
     uri, experiment_id, parent_id = tracked
     join_cluster()
@@ -134,8 +146,6 @@ def _fit(
 ) -> bool:
     """Lets Tune run `num_samples` trials; False if it was cut off."""
     from ray import tune
-
-    from sweep.trial import run_trial
 
     sweep = context.sweep
     metric = sweep.objective.metric

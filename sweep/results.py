@@ -115,7 +115,7 @@ def sweep_card(sweep: SweepConfig, rows: Sequence[Row]) -> dict[str, Any]:
         sweep.name,
         released.plan,
         released.config.privacy,
-        _result(released)["identity"],
+        stored_result(released)["identity"],
         _objective(sweep, rows),
     )
 
@@ -192,12 +192,15 @@ def _scores(row: Row) -> str:
     return "; ".join(f"{', '.join(scores)}: {tag}" for tag, scores in by_tag.items())
 
 
-def _result(row: Row) -> dict[str, Any]:
+def stored_result(row: Row) -> dict[str, Any]:
+    """What a finished trial reported last, with where it came from."""
     return json.loads((row.run_dir / "evaluation.json").read_text())
 
 
 def _ledger(row: Row) -> Ledger:
-    return Ledger.at(ledger_path(Path(row.config.runtime.ledger), _result(row)["fingerprint"]))
+    return Ledger.at(
+        ledger_path(Path(row.config.runtime.ledger), stored_result(row)["fingerprint"])
+    )
 
 
 def results_table(

@@ -124,6 +124,16 @@ def open_experiment(uri: str, name: str, storage: Path) -> str:
     return client.create_experiment(name, artifact_location=artifacts)
 
 
+def unfinished(uri: str, experiment_id: str, sweep: str) -> set[str]:
+    """Keys of the sweep and of its trials whose runs have not ended as FINISHED."""
+    client = MlflowClient(tracking_uri=uri)
+    found = client.search_runs(
+        [experiment_id], filter_string=f"tags.`{_KEY}` LIKE '{sweep}%'", max_results=50_000
+    )
+    keys = {run.data.tags[_KEY]: run.info.status for run in found}
+    return {k for k, status in keys.items() if k.split("/")[0] == sweep and status != "FINISHED"}
+
+
 def kill_stale(uri: str, experiment_id: str, parent_id: str, sweep: str) -> None:
     """Marks children that an interrupted driver left running; those tried again are reopened."""
     client = MlflowClient(tracking_uri=uri)

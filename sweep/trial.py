@@ -2,7 +2,7 @@
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,14 +70,7 @@ def run_trial(parameters: dict[str, Any], context: Context) -> None:
                 tune.report({**metrics, "trial": trial_id})
         if result is None:
             raise TrialError("the workers ended without a result")
-        figures = {k: v for k, v in result.items() if isinstance(v, float)}
-        tracker.log_metrics(figures, result["step"])
-        tags = json.loads((run_dir / "evaluation.json").read_text())["tags"]
-        tracker.log_tags({f"privacy.{name}": tag for name, tag in tags.items()})
-        for name in ("config.yaml", "privacy.json"):
-            tracker.log_file(run_dir / name)
-        tracker.log_file(run_dir / "synthetic" / "grid.png", "synthetic")
-        tracker.log_file(run_dir / "central_images" / "grid.png", "central_images")
+        record_result(tracker, run_dir, result)
         status = "FINISHED"
         tracker.finish(status)
         tune.report({**result, "trial": trial_id})
@@ -91,6 +84,18 @@ def run_trial(parameters: dict[str, Any], context: Context) -> None:
     finally:
         if status != "FINISHED":
             tracker.finish(status)
+
+
+def record_result(tracker: Any, run_dir: Path, result: Mapping[str, Any]) -> None:
+    """Logs what a finished trial has: scores with their tags, the plan, the pictures."""
+    figures = {k: v for k, v in result.items() if isinstance(v, float)}
+    tracker.log_metrics(figures, result["step"])
+    tags = json.loads((run_dir / "evaluation.json").read_text())["tags"]
+    tracker.log_tags({f"privacy.{name}": tag for name, tag in tags.items()})
+    for name in ("config.yaml", "privacy.json"):
+        tracker.log_file(run_dir / name)
+    tracker.log_file(run_dir / "synthetic" / "grid.png", "synthetic")
+    tracker.log_file(run_dir / "central_images" / "grid.png", "central_images")
 
 
 def _train(context: Context, config: Config, trial_id: str) -> Iterator[dict[str, Any]]:

@@ -38,7 +38,10 @@ RUN = "-- python sweep/run.py --config {folder}/sweep.yaml"
 STORY = f"""
 if {SUBMIT} {RUN}; then exit 11; fi
 {SUBMIT} --no-wait --submission-id first {RUN} storage_path={{folder}}/runs || exit 12
-until ls {{folder}}/runs/scaled/trials/*/checkpoints/last.pt; do sleep 0.5; done
+for i in $(seq 300); do
+    ls {{folder}}/runs/scaled/trials/*/checkpoints/last.pt 2>/dev/null && break
+    sleep 0.5
+done
 ray job stop first
 ray job logs first
 ray job status first
