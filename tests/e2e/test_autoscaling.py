@@ -17,7 +17,7 @@ base: {ROOT}/core/configs/digits.yaml
 num_trials: 2
 max_concurrent_trials: 2
 fixed:
-  training.num_steps: 20
+  training.num_steps: 120  # Long enough to be stopped in the middle.
   private_training.expected_batch_size: 60
   model.base_channels: 8
   sampler.num_steps: 3
@@ -72,7 +72,8 @@ def test_submitted_stopped_and_submitted_again_on_workers_that_come_and_go(tmp_p
     assert "the same command goes on where it stopped" in told
     assert "best trial: " in told
     counts = [int(n) for n in re.findall(r"workers: \d+ -> (\d+)", "\n".join(timeline))]
-    assert max(counts) == 2, timeline  # Two trials of two workers, on nodes of two CPUs.
+    # Two trials of two workers on nodes of two CPUs; those of the stopped job may still be there.
+    assert 2 <= max(counts) <= 4, timeline
     assert counts[-1] == 0, timeline
 
     client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/runs/mlflow.db")
