@@ -7,6 +7,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from core.account import COUNT, NOISE
 from core.errors import InfeasibleError
 from core.privacy.card import accountant_of
 from core.privacy.plan import composed_epsilon, make_plan
@@ -15,7 +16,6 @@ from sweep.config import Dimension, SweepConfig, is_integer
 from sweep.scope import DEFAULT_NUM_TRIALS
 
 _POINTS = 4
-COUNT, NOISE = "central_images.per_class", "central_images.noise_multiplier"
 
 
 def print_plan(sweep: SweepConfig) -> None:

@@ -10,6 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from core.account import COUNT, NOISE
 from core.config import DIRECTIONS, Config, flatten, load, load_yaml
 from core.privacy.card import card_markdown, make_card, three_epsilons
 from core.privacy.ledger import Ledger, ledger_path
@@ -234,4 +235,4 @@ def results_table(
 
 
 _WIDTH_OF_A_COLUMN = 11
-_SHOWN = ("central_images.per_class", "central_images.noise_multiplier", "stage_split")
+_SHOWN = (COUNT, NOISE, "stage_split")

@@ -17,7 +17,7 @@ from dp_accounting import dp_event
 from core.config import Config, PrivacyConfig
 from core.errors import InfeasibleError
 from core.privacy import accounting
-from core.privacy.scopes import share_of
+from core.privacy.scopes import Share, share_of
 
 _NO_SAMPLING = 1.0
 _MIXTURE = 1e-3
@@ -122,7 +122,9 @@ class PrivacyPlan:
     @property
     def epsilon_dp_sgd(self) -> float:
         """Epsilon of DP-SGD alone; with that of the central images it adds up to more than all."""
-        return _epsilon([self.dp_sgd.mechanism], self.delta, self.neighboring_relation)
+        return accounting.epsilon_of_mechanisms(
+            (self.dp_sgd.mechanism,), self.delta, self.neighboring_relation, accounting.FINE
+        )
 
     def tag(self, metric: str) -> str:
         """How private a metric is: `public`, `dp(...)` with its cost, or `non-private`."""
@@ -185,18 +187,13 @@ def check_central(config: Config, discretization: float = accounting.FINE) -> fl
     if central is None:
         return 0.0
     privacy = config.privacy
-
-    def spent(mechanisms: Sequence[accounting.Mechanism]) -> float:
-        return accounting.epsilon_of_mechanisms(
-            tuple(mechanisms), privacy.target_delta, privacy.neighboring_relation, discretization
-        )
-
-    epsilon = spent([central.mechanism])
+    epsilon = _epsilon([central.mechanism], privacy, discretization)
     if (share := share_of(privacy)) is not None:
         used = share.used([central.mechanism])
         too_dear = f"take {used:.3g} times the trial's share of epsilon" if used >= 1 else ""
     else:
-        alone = spent(_copies(privacy, [central.mechanism]))
+        paid = _repeated([central.mechanism], _copies(privacy))
+        alone = _epsilon(paid, privacy, discretization)
         too_dear = f"alone spend epsilon {alone:.4g} of" if alone >= privacy.target_epsilon else ""
     if too_dear:
         raise InfeasibleError(
@@ -214,9 +211,8 @@ def check_feasible(config: Config) -> None:
         InfeasibleError: the budget cannot pay; the reason is that of `make_plan`.
     """
     check_central(config)
-    privacy, rate, steps = config.privacy, _dp_sgd_sample_rate(config), config.private_steps
-    if (share := share_of(privacy)) is not None:
-        share.solve_noise_multiplier(_fixed(config), rate, steps)
+    if (share := share_of(config.privacy)) is not None:
+        _solve_within(share, config)
     else:
         accounting.check_room(*_question(config))
 
@@ -229,27 +225,22 @@ def make_plan(config: Config) -> PrivacyPlan:
     """
     epsilon_central = check_central(config)
     private, privacy = config.private_training, config.privacy
-    rate, steps = _dp_sgd_sample_rate(config), config.private_steps
     total = None
     if (share := share_of(privacy)) is not None:
-        noise_multiplier = share.solve_noise_multiplier(_fixed(config), rate, steps)
+        noise_multiplier = _solve_within(share, config)
     else:
         noise_multiplier, of_all = _solve(*_question(config))
         total = of_all if privacy.scope != "sweep" else None
-
-    def epsilon(mechanisms: Sequence[accounting.Mechanism]) -> float:
-        return _epsilon(mechanisms, privacy.target_delta, privacy.neighboring_relation)
-
     central, score = _central_plan(config), _score_plan(config)
     dp_sgd = DpSgdPlan(
-        num_steps=steps,
-        sample_rate=rate,
+        num_steps=config.private_steps,
+        sample_rate=_dp_sgd_sample_rate(config),
         noise_multiplier=noise_multiplier,
         max_grad_norm=private.max_grad_norm,
         expected_batch_size=private.expected_batch_size,
     )
     stages = [stage.mechanism for stage in (central, dp_sgd) if stage is not None]
-    total = total or epsilon([*_fixed(config), dp_sgd.mechanism])
+    total = total or _epsilon([*_fixed(config), dp_sgd.mechanism], privacy)
     return PrivacyPlan(
         num_examples=config.dataset.num_examples,
         target_epsilon=privacy.target_epsilon,
@@ -262,7 +253,7 @@ def make_plan(config: Config) -> PrivacyPlan:
         score=score,
         epsilon=total,
         epsilon_central=epsilon_central,
-        epsilon_score=0.0 if score is None else total - epsilon(stages),
+        epsilon_score=0.0 if score is None else total - _epsilon(stages, privacy),
     )
 
 
@@ -274,21 +265,15 @@ def estimated_noise_multiplier(config: Config) -> float:
     """
     check_central(config, accounting.COARSE)
     if (share := share_of(config.privacy)) is not None:
-        rate, steps = _dp_sgd_sample_rate(config), config.private_steps
-        return share.solve_noise_multiplier(_fixed(config), rate, steps)
+        return _solve_within(share, config)
     return accounting.estimated_noise_multiplier(*_question(config))
 
 
 def estimated_composition(config: Config, noise_multiplier: float, trials: int) -> float:
     """Epsilon of `trials` equal trials together, slightly too large and quick: to show."""
     dp_sgd = (_dp_sgd_sample_rate(config), noise_multiplier, config.private_steps)
-    mechanisms = tuple(
-        (rate, sigma, trials * count) for rate, sigma, count in (*_fixed(config), dp_sgd)
-    )
-    privacy = config.privacy
-    return accounting.epsilon_of_mechanisms(
-        mechanisms, privacy.target_delta, privacy.neighboring_relation, accounting.COARSE
-    )
+    mechanisms = _repeated([*_fixed(config), dp_sgd], trials)
+    return _epsilon(mechanisms, config.privacy, accounting.COARSE)
 
 
 def composed_epsilon(plans: Sequence[PrivacyPlan]) -> float:
@@ -313,8 +298,14 @@ def _dp_sgd_sample_rate(config: Config) -> float:
     return config.private_training.expected_batch_size / config.dataset.num_examples
 
 
-def _epsilon(mechanisms: Sequence[accounting.Mechanism], delta: float, relation: str) -> float:
-    return accounting.epsilon_of_mechanisms(tuple(mechanisms), delta, relation, accounting.FINE)
+def _epsilon(
+    mechanisms: Sequence[accounting.Mechanism],
+    terms: PrivacyConfig,
+    discretization: float = accounting.FINE,
+) -> float:
+    return accounting.epsilon_of_mechanisms(
+        tuple(mechanisms), terms.target_delta, terms.neighboring_relation, discretization
+    )
 
 
 def _fixed(config: Config) -> tuple[accounting.Mechanism, ...]:
@@ -323,12 +314,18 @@ def _fixed(config: Config) -> tuple[accounting.Mechanism, ...]:
     return tuple(stage.mechanism for stage in stages if stage is not None)
 
 
-def _copies(
-    privacy: PrivacyConfig, mechanisms: Sequence[accounting.Mechanism]
-) -> list[accounting.Mechanism]:
-    """As often as the target pays for them: for each share of a sweep."""
-    copies = privacy.num_shares if privacy.scope == "sweep" else 1
-    return [(rate, noise_multiplier, copies * n) for rate, noise_multiplier, n in mechanisms]
+def _solve_within(share: Share, config: Config) -> float:
+    rate = _dp_sgd_sample_rate(config)
+    return share.solve_noise_multiplier(_fixed(config), rate, config.private_steps)
+
+
+def _copies(privacy: PrivacyConfig) -> int:
+    """How often the target pays for a trial: for each share of a sweep."""
+    return privacy.num_shares if privacy.scope == "sweep" else 1
+
+
+def _repeated(mechanisms: Sequence[accounting.Mechanism], times: int) -> list[accounting.Mechanism]:
+    return [(rate, noise_multiplier, times * n) for rate, noise_multiplier, n in mechanisms]
 
 
 def _question(
@@ -337,7 +334,7 @@ def _question(
     """What is spent beside DP-SGD, its sample rate and steps, target, delta, relation."""
     privacy = config.privacy
     dp_sgd = (_dp_sgd_sample_rate(config), 0.0, config.private_steps)
-    *fixed, (rate, _, steps) = _copies(privacy, [*_fixed(config), dp_sgd])
+    *fixed, (rate, _, steps) = _repeated([*_fixed(config), dp_sgd], _copies(privacy))
     return (
         tuple(fixed),
         rate,

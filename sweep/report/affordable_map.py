@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from scipy.interpolate import griddata
 
+from core.account import COUNT, NOISE
 from core.config import DIRECTIONS
 from sweep.config import SweepConfig
-from sweep.feasibility import COUNT, NOISE
 from sweep.report.effects import Boundary
 from sweep.report.figures import LABELS, Figure, axis_ticks, scatter
 from sweep.results import Row

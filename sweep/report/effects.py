@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 import optuna
 
+from core.account import COUNT, NOISE
 from core.config import Config, flatten, load, nested
 from core.errors import ConfigError, InfeasibleError
 from core.privacy.plan import check_feasible
 from core.reporting import ProgressLine
 from sweep.config import Dimension, SweepConfig
-from sweep.feasibility import COUNT, NOISE
 from sweep.results import Row
 from sweep.study import distributions
 

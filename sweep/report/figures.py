@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from core.account import COUNT, NOISE
 from core.config import flatten
 from sweep.config import SweepConfig
-from sweep.feasibility import COUNT, NOISE
 from sweep.results import Row
 
 LABELS = {

@@ -7,31 +7,11 @@ import sys
 from pathlib import Path
 
 from mlflow.tracking import MlflowClient
+from tiny_sweep import ROOT, sweep_text
 
 from core.privacy.ledger import Ledger
 
-ROOT = Path(__file__).resolve().parents[2]
-SWEEP = f"""
-name: scaled
-base: {ROOT}/core/configs/digits.yaml
-num_trials: 2
-max_concurrent_trials: 2
-fixed:
-  training.num_steps: 60
-  private_training.expected_batch_size: 60
-  model.base_channels: 8
-  sampler.num_steps: 3
-  evaluation.num_images: 60
-  evaluation.classifier_epochs: 1
-  evaluation.extractor_epochs: 1
-  runtime.checkpoint_every: 5
-search_space:
-  stage_split:
-    low: 0.2
-    high: 0.6
-"""
-
-
+SWEEP = sweep_text("scaled", "num_trials: 2\nmax_concurrent_trials: 2", num_steps=60)
 SUBMIT = "ray job submit --runtime-env {root}/clusters/runtime_env.yaml --working-dir {root}"
 RUN = "-- python sweep/run.py --config {folder}/sweep.yaml"
 # Refused; stopped at its first checkpoint; submitted again to the end.

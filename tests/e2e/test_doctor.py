@@ -5,13 +5,12 @@ import subprocess
 import sys
 
 import pytest
-from test_sweep import ROOT, SWEEP
-
-SPACE = "search_space:\n  stage_split:\n    low: 0.2\n    high: 0.6\n"
+from test_sweep import HEAD
+from tiny_sweep import ROOT, sweep_text
 
 
 def doctor(folder, *overrides: str, **environment: str) -> tuple[int, str]:
-    (folder / "sweep.yaml").write_text(SWEEP[: SWEEP.index("search_space:")] + SPACE)
+    (folder / "sweep.yaml").write_text(sweep_text("tiny", HEAD))
     ended = subprocess.run(
         [
             sys.executable,

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from idx_files import write_idx
 from mlflow.tracking import MlflowClient
-from test_sweep import SWEEP, start
+from test_sweep import HEAD, start
+from tiny_sweep import sweep_text
 
 from core.__main__ import main
 from core.privacy.ledger import Ledger
 
-SPACE = "search_space:\n  stage_split:\n    low: 0.2\n    high: 0.6\n"
-TINY = SWEEP[: SWEEP.index("search_space:")] + SPACE
+TINY = sweep_text("tiny", HEAD)
 
 
 def run_sweep(folder: Path, *overrides: str) -> str:

@@ -11,26 +11,12 @@ from pathlib import Path
 
 import pytest
 from mlflow.tracking import MlflowClient
+from tiny_sweep import ROOT, SPLIT, sweep_text
 
-ROOT = Path(__file__).resolve().parents[2]
-SWEEP = f"""
-name: tiny
-base: {ROOT}/core/configs/digits.yaml
-num_trials: 3
+HEAD = """num_trials: 3
 num_startup_trials: 10
-search_seed: 10
-fixed:
-  training.num_steps: 20
-  private_training.expected_batch_size: 60
-  model.base_channels: 8
-  sampler.num_steps: 3
-  evaluation.num_images: 60
-  evaluation.classifier_epochs: 1
-  evaluation.extractor_epochs: 1
-  runtime.checkpoint_every: 5
-  runtime.log_every: 5
-search_space:
-  central_images.per_class:
+search_seed: 10"""
+SPACE = f"""  central_images.per_class:
     low: 1
     high: 400
     log: true
@@ -38,12 +24,10 @@ search_space:
     low: 0.5
     high: 20.0
     log: true
-  stage_split:
-    low: 0.2
-    high: 0.6
-  dataset.name:
+{SPLIT}  dataset.name:
     choices: [digits, idx]
 """
+SWEEP = sweep_text("tiny", HEAD, SPACE)
 
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen:
