@@ -13,7 +13,7 @@ from core.config import Config, load, nested, parse_overrides, short_digest
 from core.data import Split, load_dataset
 from core.diffusion.denoiser import build_denoiser
 from core.errors import ConfigError
-from core.evaluation.metrics import downstream_accuracy, downstream_classifier, fid_score
+from core.evaluation.scoring import score
 from core.generate import generate as draw_images
 from core.pipeline import run as run_pipeline
 from core.privacy.card import ledger_text
@@ -140,10 +140,7 @@ def evaluate(options: argparse.Namespace) -> None:
     dataset = load_dataset(config.dataset)
     with np.load(options.run_dir / "synthetic" / "images.npz") as stored:
         synthetic = Split(torch.from_numpy(stored["images"]), torch.from_numpy(stored["labels"]))
-    settings, classes = config.evaluation, config.dataset.num_classes
-    device, cache = config_device(config), Path(config.runtime.cache)
-    model = downstream_classifier(synthetic, settings, classes, device)
-    accuracy = downstream_accuracy(model, synthetic, dataset, settings)
-    name, distance = fid_score(synthetic, dataset, settings, classes, device, cache)
+    scores = score(config, synthetic, dataset, config_device(config))
     tag = "public" if config.dataset.public else "non-private"
-    print(f"accuracy {accuracy:.4f} ({tag})  {name} {distance:.4g} ({tag})")
+    print("  ".join(f"{name} {value:.4g}" for name, value in scores.values.items()) + f"  ({tag})")
+    print(json.dumps(scores.record, indent=2))

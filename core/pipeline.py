@@ -5,13 +5,13 @@ import json
 import platform
 import secrets
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from core import distributed, yaml_subset
 from core.checkpoint import Checkpoints
@@ -20,14 +20,9 @@ from core.data import Dataset, Split, load_dataset
 from core.diffusion.denoiser import build_denoiser
 from core.diffusion.ema import Ema
 from core.errors import ConfigError
-from core.evaluation.classifiers import Classifier
 from core.evaluation.features import find_weights
-from core.evaluation.metrics import (
-    downstream_accuracy,
-    downstream_classifier,
-    dp_accuracy,
-    fid_score,
-)
+from core.evaluation.metrics import dp_accuracy
+from core.evaluation.scoring import score
 from core.generate import generate
 from core.locks import held
 from core.privacy.central_images import CentralImages, release_central_images
@@ -39,7 +34,7 @@ from core.training import config_device, private_stage, train, warm_up_stage
 
 _PATIENCE = 15.0
 """Seconds in which a worker that was given up by its supervisor may still let the folder go."""
-_ORIGIN = ("identity", "fingerprint", "name", "tags")
+_ORIGIN = ("identity", "fingerprint", "name", "tags", "scored")
 _NOT_IDENTITY = (
     "runtime.",
     "dataset.path",  # The fingerprint stands for the content, wherever it lies.
@@ -146,7 +141,7 @@ def _run(
         if distributed.rank() == 0:
             spending.settle(fingerprint, reservation)
 
-    def kept_accuracy(model: Classifier) -> float:
+    def kept_accuracy(model: nn.Module) -> float:
         """Drawn once: the same noise on what another classifier gets right would give both away."""
         path = run_dir / "dp_accuracy.json"
         if path.exists() and (kept := json.loads(path.read_text()))["identity"] == identity:
@@ -159,14 +154,12 @@ def _run(
 
     report({"step": config.training.num_steps, "stage": "evaluation"})
     synthetic = generate(ema.module, config, config.evaluation.num_images, config_device(config))
-    parts = distributed.all_gather_object(
-        distributed.together(lambda: _my_scores(config, plan, synthetic, dataset, kept_accuracy))
-    )
-    scores = {name: value for part in parts for name, value in part.items()}
+    private = kept_accuracy if plan.score is not None else None
+    scores = score(config, synthetic, dataset, config_device(config), private)
     result = {
         "step": config.training.num_steps,
         "stage": "done",
-        **scores,
+        **scores.values,
         "epsilon": plan.epsilon,
         "epsilon_central": plan.epsilon_central,
         "epsilon_dp_sgd": plan.epsilon_dp_sgd,
@@ -175,8 +168,9 @@ def _run(
     }
     result = distributed.broadcast_object(result)  # One clock: that of rank 0.
     if distributed.rank() == 0:
-        tags = {metric: plan.tag(metric) for metric in (*scores, "loss")}
+        tags = {metric: plan.tag(metric) for metric in (*scores.values, "loss")}
         origin = {"identity": identity, "fingerprint": fingerprint, "name": name, "tags": tags}
+        origin["scored"] = scores.record
         _store(run_dir, synthetic, ema, {**result, **origin})
     report(result)
     return result
@@ -294,41 +288,6 @@ def _central_images(
 def _is_past_warm_up(checkpoints: Checkpoints, config: Config) -> bool:
     state = distributed.on_rank_0(checkpoints.load)
     return state is not None and state["stage"] == "private_training"
-
-
-def _my_scores(
-    config: Config,
-    plan: PrivacyPlan,
-    synthetic: Split,
-    dataset: Dataset,
-    kept_accuracy: Callable[[Classifier], float],
-) -> dict[str, float]:
-    """This rank's share of accuracies and Frechet distance; together the ranks have all.
-
-    Args:
-        kept_accuracy: the private accuracy of a classifier.
-
-    Privacy: all are computed from real images; `plan.tag` says which are private.
-    """
-    num_classes, device = config.dataset.num_classes, config_device(config)
-
-    def accuracies() -> dict[str, float]:
-        model = downstream_classifier(synthetic, config.evaluation, num_classes, device)
-        scores = {"accuracy": downstream_accuracy(model, synthetic, dataset, config.evaluation)}
-        if plan.score is not None:
-            scores["dp_accuracy"] = kept_accuracy(model)
-        return scores
-
-    def fid() -> dict[str, float]:
-        cache = Path(config.runtime.cache)
-        name, value = fid_score(synthetic, dataset, config.evaluation, num_classes, device, cache)
-        return {name: value}
-
-    mine: dict[str, float] = {}
-    for number, task in enumerate((accuracies, fid)):
-        if number % distributed.world_size() == distributed.rank():
-            mine.update(task())
-    return mine
 
 
 def _store(run_dir: Path, synthetic: Split, ema: Ema, result: dict[str, Any]) -> None:

@@ -69,7 +69,10 @@ class Dimension(Section):
 class Objective(Section):
     """What makes a trial the best one."""
 
-    metric: Literal["accuracy", "dp_accuracy", "fid", "fid_cnn"] = "accuracy"
+    metric: Literal[
+        "accuracy", "dp_accuracy", "fid", "fid_cnn", "kid", "kid_cnn",
+        "precision", "precision_cnn", "recall", "recall_cnn",
+    ] = "accuracy"  # fmt: skip
     direction: Literal["maximize", "minimize"] = "maximize"
 
     @model_validator(mode="after")
