@@ -21,22 +21,6 @@ Model = TypeVar("Model", bound=BaseModel)
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PositiveInt = Annotated[int, Field(ge=1)]
 
-DIRECTIONS = {
-    "accuracy": "maximize",
-    "dp_accuracy": "maximize",
-    "fid": "minimize",
-    "fid_cnn": "minimize",
-    "kid": "minimize",
-    "kid_cnn": "minimize",
-    "precision": "maximize",
-    "precision_cnn": "maximize",
-    "recall": "maximize",
-    "recall_cnn": "maximize",
-}
-"""Every score that can be an objective and the direction in which it improves."""
-HEADLINES = ("accuracy", "dp_accuracy", "fid", "fid_cnn")
-"""The scores that tables show beside the objective."""
-
 
 class Section(BaseModel):
     """A frozen part of the configuration that refuses unknown keys."""
@@ -165,6 +149,8 @@ class SamplerConfig(Section):
     s_noise: Positive = 1.0
     guidance: NonNegative = 1.0
     """Classifier-free guidance weight; 1 is none."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the network while images are drawn; the images themselves are always float32."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:

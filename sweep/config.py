@@ -12,7 +12,6 @@ from pydantic import Field, model_validator
 from pydantic.fields import FieldInfo
 
 from core.config import (
-    DIRECTIONS,
     Config,
     PositiveInt,
     Section,
@@ -26,6 +25,7 @@ from core.config import (
 )
 from core.config_keys import known_keys, nearest_key
 from core.errors import ConfigError
+from core.evaluation.names import DIRECTIONS
 from sweep.scope import SEED, check_searched, scope_settings
 
 _FOLDERS = ("runtime.ledger", "runtime.cache")

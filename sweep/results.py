@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from core.account import COUNT, NOISE
-from core.config import DIRECTIONS, HEADLINES, Config, flatten, load, load_yaml
+from core.config import Config, flatten, load, load_yaml
+from core.evaluation.names import DIRECTIONS, HEADLINES
 from core.privacy.card import card_markdown, make_card, three_epsilons
 from core.privacy.ledger import Ledger, ledger_path
 from core.privacy.plan import PrivacyPlan, composed_epsilon

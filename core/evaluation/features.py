@@ -11,6 +11,7 @@ from torch import nn
 from core.data import Split, to_float
 from core.errors import ConfigError
 from core.evaluation.classifiers import train_classifier
+from core.evaluation.names import SUFFIXES
 from core.evaluation.networks import FEATURES, Classifier
 
 WEIGHTS_URL = (
@@ -59,7 +60,7 @@ class InceptionExtractor:
         ConfigError: pytorch-fid is not installed, or the published weights were not found.
     """
 
-    suffix = ""
+    suffix = SUFFIXES["inception"]
     dimension = 2048
     what = (
         f"Inception v3 of pytorch-fid, pool3, weights of SHA-256 {WEIGHTS_SHA256}; resized to "
@@ -103,7 +104,7 @@ class CnnExtractor:
         metric is private, and it must not be released.
     """
 
-    suffix = "_cnn"
+    suffix = SUFFIXES["cnn"]
     dimension = FEATURES
     what = "small classifier trained on the real images; size and channels as they are"
 

@@ -7,7 +7,7 @@ from typing import get_args
 import pytest
 import torch
 
-from core.config import DIRECTIONS, HEADLINES, DatasetConfig, EvaluationConfig, load
+from core.config import DatasetConfig, EvaluationConfig, load
 from core.data import Dataset, Split, load_dataset
 from core.errors import ConfigError, DataError
 from core.evaluation import classifiers, networks, residual
@@ -17,6 +17,7 @@ from core.evaluation.classifiers import (
     train_classifier,
 )
 from core.evaluation.metrics import downstream_accuracy, downstream_classifier, synthetic_split
+from core.evaluation.names import DIRECTIONS, HEADLINES
 from core.evaluation.networks import NETWORKS, Classifier
 from core.evaluation.scoring import score
 from sweep.config import Objective
