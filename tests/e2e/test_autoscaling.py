@@ -27,8 +27,7 @@ ray job logs first
 ray job status first
 finished=$(ls {{folder}}/runs/scaled/trials/*/evaluation.json 2>/dev/null | wc -l)
 echo "finished at the stop: $finished"
-# A trial that starts in files which Ray is still deleting fails; the same command tries it again.
-{SUBMIT} {RUN} storage_path={{folder}}/runs || {SUBMIT} {RUN} storage_path={{folder}}/runs
+{SUBMIT} {RUN} storage_path={{folder}}/runs
 """
 
 
