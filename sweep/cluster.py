@@ -5,7 +5,7 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,25 +86,44 @@ def join_cluster() -> None:
         ray.init(address="local", resources={DRIVER_RESOURCE: _LOCAL_DRIVERS}, **shared)
 
 
-def check_room(sweep: SweepConfig, resources: Mapping[str, float]) -> None:
-    """Refuses a trial that a cluster of these resources cannot hold.
+def node_resources() -> list[dict[str, float]]:
+    """What each node of the cluster offers."""
+    import ray
+
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def check_room(sweep: SweepConfig, nodes: Sequence[Mapping[str, float]]) -> None:
+    """Refuses a trial that a cluster of these nodes cannot hold.
 
     Raises:
         ConfigError: it is too small for one trial.
     """
     workers = sweep.min_workers_per_trial or sweep.workers_per_trial
+    joined = bool(os.environ.get("RAY_ADDRESS"))
+    where = "the cluster at RAY_ADDRESS" if joined else "this machine"
+    remedy = "add nodes" if joined else "submit the sweep to a cluster"
     for name, per_worker in _worker_needs(sweep).items():
-        need, has = workers * per_worker, resources.get(name, 0)
+        need, has = workers * per_worker, sum(node.get(name, 0) for node in nodes)
         if need > has:
             key = f"{name.lower()}s_per_worker"
-            joined = bool(os.environ.get("RAY_ADDRESS"))
-            where = "the cluster at RAY_ADDRESS" if joined else "this machine"
-            remedy = "add nodes" if joined else "submit the sweep to a cluster"
             raise ConfigError(
                 f"one trial needs {need:g} {name}s (workers_per_trial={workers} with {key}="
                 f"{per_worker:g}), {where} has {has:g}: lower workers_per_trial or {key}, or "
                 f"{remedy}"
             )
+    if (fit := _room(sweep, nodes)) < workers:
+        each = " and ".join(f"{need:g} {name}s" for name, need in _worker_needs(sweep).items())
+        raise ConfigError(
+            f"one trial needs {workers} workers with {each} each, the nodes of {where} hold {fit}: "
+            f"lower what a worker needs, or {remedy}"
+        )
+
+
+def _room(sweep: SweepConfig, nodes: Sequence[Mapping[str, float]]) -> int:
+    """Workers that fit on the nodes, each on one."""
+    needs = _worker_needs(sweep).items()
+    return sum(int(min(node.get(name, 0) / need for name, need in needs)) for node in nodes)
 
 
 def wait_for_room(sweep: SweepConfig, note: Callable[[str], None]) -> bool:
@@ -122,12 +141,11 @@ def wait_for_room(sweep: SweepConfig, note: Callable[[str], None]) -> bool:
     Raises:
         ConfigError: there is no room, and none is coming.
     """
-    import ray
     from ray.autoscaler.sdk import request_resources
 
     def missing() -> ConfigError | None:
         try:
-            check_room(sweep, ray.cluster_resources())
+            check_room(sweep, node_resources())
         except ConfigError as error:
             return error
         return None
@@ -169,7 +187,9 @@ def _launching() -> bool:
     return bool(report.get("pending_launches") or report.get("pending_nodes"))
 
 
-def max_concurrent(sweep: SweepConfig, resources: Mapping[str, float], grows: bool = False) -> int:
+def max_concurrent(
+    sweep: SweepConfig, nodes: Sequence[Mapping[str, float]], grows: bool = False
+) -> int:
     """As many trials as the cluster has room for, at least one.
 
     Args:
@@ -178,14 +198,9 @@ def max_concurrent(sweep: SweepConfig, resources: Mapping[str, float], grows: bo
     """
     if sweep.max_concurrent_trials is not None:
         return sweep.max_concurrent_trials
-    drivers = int(resources.get(DRIVER_RESOURCE, 1))
-    if grows:
-        return max(1, drivers)
-    rooms = [
-        resources.get(name, 0) / (sweep.workers_per_trial * need)
-        for name, need in _worker_needs(sweep).items()
-    ]
-    return max(1, int(min(*rooms, drivers)))
+    drivers = int(sum(node.get(DRIVER_RESOURCE, 0) for node in nodes))
+    room = drivers if grows else _room(sweep, nodes) // sweep.workers_per_trial
+    return max(1, min(room, drivers))
 
 
 def _worker_needs(sweep: SweepConfig) -> dict[str, float]:

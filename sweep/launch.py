@@ -15,6 +15,7 @@ from sweep.cluster import (
     check_storage,
     join_cluster,
     max_concurrent,
+    node_resources,
     wait_for_room,
 )
 from sweep.config import SweepConfig
@@ -144,7 +145,7 @@ def _search(
         stopped = ""
         grew = wait_for_room(sweep, progress.note)
         if total > before:
-            concurrent = max_concurrent(sweep, ray.cluster_resources(), grew)
+            concurrent = max_concurrent(sweep, node_resources(), grew)
             finished = _fit(
                 context, progress, total - before, search_alg=search, concurrent=concurrent
             )

@@ -5,13 +5,15 @@ appended to a file beside the trial, in order, and sent before anything newer. W
 trial ends is sent by the next run of the same command.
 """
 
+import contextlib
 import json
+import logging
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sweep.tracking import UNREACHABLE, Tracker, is_temporary
+from sweep.tracking import UNREACHABLE, MlflowException, Tracker, is_temporary
 
 OUTBOX = "mlflow_outbox.jsonl"
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 30.0
@@ -37,6 +39,9 @@ class Outbox:
         self._path, self._run = folder / OUTBOX, run
         self._tracker: Tracker | None = None
         self._pause, self._next_attempt = _FIRST_PAUSE, 0.0
+        if self.waiting:  # The process that wrote it may have been killed inside a line.
+            whole = [line for line in self._lines() if line.endswith("\n")]
+            self._rewrite(whole)
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         if name.startswith("_") or not callable(getattr(Tracker, name, None)):
@@ -63,24 +68,36 @@ class Outbox:
 
     def _call(self, name: str, arguments: tuple[Any, ...]) -> None:
         if not (self.flush() and self._attempt(name, arguments)):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("a") as file:
-                file.write(json.dumps([name, [_plain(each) for each in arguments]]) + "\n")
+            record = json.dumps([name, [_plain(each) for each in arguments]])
+            # A full disk stops the workers, who say so; records are not what it should fail for.
+            with contextlib.suppress(OSError):
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                with self._path.open("a") as file:
+                    file.write(f"{record}\n")
 
     def _send_waiting(self) -> bool:
-        lines = self._path.read_text().splitlines(keepends=True)
+        lines = self._lines()
         for number, line in enumerate(lines):
-            if not line.endswith("\n"):  # The process that wrote it was killed.
-                continue
             name, arguments = json.loads(line)
-            if not self._attempt(name, [_restored(each) for each in arguments]):
+            try:
+                sent = self._attempt(name, [_restored(each) for each in arguments])
+            except MlflowException as error:  # Would be refused again: the rest must not wait.
+                logging.getLogger(__name__).warning(f"{self._path}: {name} was refused: {error}")
+                continue
+            if not sent:
                 if number:
-                    temporary = self._path.with_suffix(".tmp")
-                    temporary.write_text("".join(lines[number:]))
-                    temporary.replace(self._path)
+                    self._rewrite(lines[number:])
                 return False
         self._path.unlink()
         return True
+
+    def _lines(self) -> list[str]:
+        return self._path.read_text().splitlines(keepends=True)
+
+    def _rewrite(self, lines: list[str]) -> None:
+        temporary = self._path.with_suffix(".tmp")
+        temporary.write_text("".join(lines))
+        temporary.replace(self._path)
 
     def _attempt(self, name: str, arguments: Any) -> bool:
         if time.monotonic() < self._next_attempt:

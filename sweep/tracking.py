@@ -28,6 +28,7 @@ from core.errors import ConfigError
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)
 logging.getLogger("alembic").setLevel(logging.WARNING)
+logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # The outbox tells of retries.
 
 UNREACHABLE = (MlflowException, OSError)
 """What calls raise while the server, its data base or its artifact store does not answer."""

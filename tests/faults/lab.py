@@ -366,8 +366,6 @@ def laboratory(folder: Path) -> Iterator[Lab]:
             MARK: str(folder),
             "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"])),
             "FETA_SWEEP_SECRET_FILE": str(secret),
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN": secrets.token_hex(32),
             "RAY_USAGE_STATS_ENABLED": "0",
             "OMP_NUM_THREADS": "1",
             "COLUMNS": "160",

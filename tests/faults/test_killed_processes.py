@@ -1,11 +1,12 @@
 """One sweep of six trials on a cluster; in each of them something else is killed or goes away."""
 
+import dataclasses
 import os
 import signal
 import time
 
 import pytest
-from lab import Lab, Sweep, Undisturbed, assert_as_undisturbed, holder, wait_for
+from lab import MARK, Lab, Sweep, Undisturbed, assert_as_undisturbed, holder, wait_for
 from mlflow.tracking import MlflowClient
 
 from sweep.driver import running_driver
@@ -103,3 +104,22 @@ def test_the_server_has_every_trial_and_every_step_once(story, cluster: Lab):
 
 def test_no_process_is_left(story, cluster: Lab):
     wait_for(lambda: not actors(cluster), "end of the sweep's processes", 60)
+
+
+def test_the_killed_driver_of_a_local_cluster_leaves_no_process(
+    cluster: Lab, undisturbed: Undisturbed
+):
+    alone = {key: value for key, value in cluster.environment.items() if key != "RAY_ADDRESS"}
+    here = Lab(cluster.folder, alone | {MARK: f"{cluster.folder}/local"})
+    sweep = here.sweep("local", [1e-3])
+    driver = sweep.start()
+    try:
+        sweep.wait_for_trial(process=driver)
+        driver.kill()
+        driver.communicate(timeout=60)
+        wait_for(lambda: not here.processes(), "end of all that the driver started", 60)
+    finally:
+        here.end()
+    code, told = dataclasses.replace(sweep, lab=cluster).finish()
+    assert code == 0, told
+    assert_as_undisturbed(sweep, undisturbed)
