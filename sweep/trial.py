@@ -11,6 +11,7 @@ from core.config import Config, flatten, nested
 from core.errors import UserError
 from sweep.claim import newest_launch, require_newest_launch
 from sweep.config import SweepConfig, trial_id_of
+from sweep.scope import shares_central_images
 
 TRACEBACK = "traceback.txt"
 _PATIENCE = 10.0
@@ -151,6 +152,7 @@ def _train(context: Context, config: Config, trial_id: str) -> Iterator[dict[str
             "run_dir": str(context.run_dir(trial_id)),
             "name": sweep.name,
             "folder": str(sweep.folder),
+            "shares": shares_central_images(config),
             "launch": context.launch,
             "threads": max(1, int(sweep.cpus_per_worker)),
         },
@@ -234,6 +236,7 @@ def train_worker(settings: dict[str, Any]) -> None:
             report=report,
             lease=launch,
             charged=folder / "charged",
+            shared=folder / "shared" if settings["shares"] else None,
         )
     except UserError as error:
         ray.train.report({"refused": str(error), "stage": "refused", "step": 0})

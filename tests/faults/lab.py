@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RATE = "private_training.learning_rate"
 MARK = "FETA_SWEEP_TEST"
 STEPS = 80
-TRIAL_ID = "0123456789abcdef" * 2
+ORIGIN = "0123456789abcdef" * 2
 _SWEEP = """
 name: {name}
 base: {root}/core/configs/digits.yaml
@@ -40,6 +40,7 @@ sampler: random
 max_concurrent_trials: 1
 {head}
 fixed:
+  stage_split: 0.25
   training.num_steps: {steps}
   private_training.expected_batch_size: 60
   private_training.noise_multiplicity: 1
@@ -199,10 +200,12 @@ class Lab:
         file.write_text(_SWEEP.format(**content, steps=steps, rate=RATE, rates=rates))
         config = load_sweep(file, {"storage_path": str(self.folder / name / "runs")})
         sweep = Sweep(self, file, config)
+        (config.folder / "shared").mkdir(parents=True)
+        (config.folder / "shared" / "central_id").write_text(ORIGIN)
         for rate in rates:
             folder = config.folder / "trials" / trial_id_of(config.trial_config({RATE: rate}))
             folder.mkdir(parents=True)
-            (folder / "trial_id").write_text(TRIAL_ID)
+            (folder / "trial_id").write_text(ORIGIN)
         return sweep
 
 
@@ -309,7 +312,9 @@ class Undisturbed:
     """Runs of the same keys in one process, without Ray."""
 
     def __init__(self, folder: Path, secret: Path) -> None:
-        self._folder, self._secret = folder, secret
+        self._folder, self._shared, self._secret = folder, folder / "shared", secret
+        self._shared.mkdir(parents=True)
+        (self._shared / "central_id").write_text(ORIGIN)
 
     def model(self, trial: Path) -> tuple[dict[str, torch.Tensor], dict]:
         """Parameters and result of the trial's configuration where nothing happens to it."""
@@ -319,9 +324,16 @@ class Undisturbed:
             here |= {"runtime.cache": str(folder / "cache")}
             config = load(nested(load(trial / "config.yaml")), here)
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "trial_id").write_text(TRIAL_ID)
+            (folder / "trial_id").write_text(ORIGIN)
             secret = MasterSecret(bytes.fromhex(self._secret.read_text().strip()))
-            run(config, folder, master=secret, name="undisturbed", report=lambda _: None)
+            run(
+                config,
+                folder,
+                master=secret,
+                name="undisturbed",
+                report=lambda _: None,
+                shared=self._shared,
+            )
         result = json.loads((folder / "evaluation.json").read_text())
         return torch.load(folder / "model.pt"), result
 

@@ -59,5 +59,5 @@ def test_a_bug_in_every_trial_stops_the_sweep(cluster: Lab):
     assert "buggy_stage" in told
     entries = sweep.ledger().summary()["entries"]
     assert len(list(sweep.trials.glob("*/config.yaml"))) == len(entries) == 2
-    # Of the 40 steps the first 25 were noted before they began.
+    # Of the 60 steps the first 25 were noted before they began.
     assert [entry["executed_steps"] for entry in entries] == [25, 25]

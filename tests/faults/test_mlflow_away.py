@@ -31,9 +31,9 @@ def test_what_was_logged_while_the_server_was_away_arrives_once(server: Lab, tmp
     assert box.waiting
     assert not box.flush(0.5), "nothing can be sent"
 
-    restarted = Outbox(tmp_path, uri, experiment, "s/t")  # The trial's process died meanwhile.
     with (tmp_path / OUTBOX).open("a") as file:
-        file.write('["log_step", [5, {"mapp')  # As it wrote.
+        file.write('["log_step", [5, {"mapp')  # The trial's process is killed as it writes.
+    restarted = Outbox(tmp_path, uri, experiment, "s/t")
     restarted.log_step(3, {"loss": 1.0 / 3})
     restarted.log_file(picture, "synthetic")
     restarted.finish("FINISHED")
