@@ -64,7 +64,7 @@ def run_sweep(sweep: SweepConfig) -> Outcome:
 
 def _run(sweep: SweepConfig, total: int, token: int) -> Outcome:
     from sweep import tracking
-    from sweep.outbox import OUTBOX, Outbox
+    from sweep.outbox import Outbox
 
     rows = load_rows(sweep)
     storage = Path(sweep.storage_path)
@@ -73,8 +73,7 @@ def _run(sweep: SweepConfig, total: int, token: int) -> Outcome:
     tracking.reachable(uri)  # Refused now; if it goes away later, trials go on without it.
     experiment_id = tracking.open_experiment(uri, sweep.experiment, storage)
     pending = tracking.unfinished(uri, experiment_id, sweep.name)
-    left = any((folder / OUTBOX).exists() for folder in (sweep.folder, *_folders(rows)))
-    if complete and not pending and not left:
+    if complete and not pending and not _waiting(sweep, rows):
         return Outcome(rows, [], "", True, uri)
     run_id = tracking.Tracker(uri, experiment_id, sweep.name).run_id
     parent = Outbox(sweep.folder, uri, experiment_id, sweep.name)
@@ -82,6 +81,7 @@ def _run(sweep: SweepConfig, total: int, token: int) -> Outcome:
     for row in rows:  # What the server had missed when the trial ended.
         Outbox(row.run_dir, uri, experiment_id, f"{sweep.name}/{row.trial}", run_id).flush()
     parent.flush()
+    pending = tracking.unfinished(uri, experiment_id, sweep.name)
     for row in rows:  # Finished, but the driver was stopped before it could say so.
         key = f"{sweep.name}/{row.trial}"
         if row.state == "finished" and key in pending:
@@ -104,17 +104,20 @@ def _run(sweep: SweepConfig, total: int, token: int) -> Outcome:
     finally:
         parent.finish(status)
         parent.flush(_PATIENCE)
-        waiting = [f for f in (sweep.folder, *_folders(load_rows(sweep))) if (f / OUTBOX).exists()]
-        if waiting:
+        if count := _waiting(sweep, load_rows(sweep)):
             print(
-                f"MLflow at {uri} does not answer: records of {len(waiting)} runs wait in the "
-                "sweep's folder; the same command sends them when it does",
+                f"MLflow at {uri} does not answer: records of {count} runs wait in the sweep's "
+                "folder; the same command sends them when it does",
                 file=sys.stderr,
             )
 
 
-def _folders(rows: Sequence[Row]) -> list[Path]:
-    return [row.run_dir for row in rows]
+def _waiting(sweep: SweepConfig, rows: Sequence[Row]) -> int:
+    """Runs of which MLflow has not received everything."""
+    from sweep.outbox import OUTBOX
+
+    folders = (sweep.folder, *(row.run_dir for row in rows))
+    return sum((folder / OUTBOX).exists() for folder in folders)
 
 
 def _search(

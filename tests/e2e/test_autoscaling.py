@@ -11,7 +11,7 @@ from tiny_sweep import ROOT, sweep_text
 
 from core.privacy.ledger import Ledger
 
-SWEEP = sweep_text("scaled", "num_trials: 2\nmax_concurrent_trials: 2", num_steps=60)
+SWEEP = sweep_text("scaled", "num_trials: 2", num_steps=60)
 SUBMIT = "ray job submit --runtime-env {root}/clusters/runtime_env.yaml --working-dir {root}"
 RUN = "-- python sweep/run.py --config {folder}/sweep.yaml"
 # Refused; stopped at its first checkpoint; submitted again to the end.
