@@ -247,6 +247,7 @@ def _reason(error: BaseException) -> str:
     from ray.exceptions import OutOfMemoryError, RayActorError
 
     causes = list((getattr(error, "worker_failures", None) or {}).values())
+    causes = [getattr(cause, "health_check_failure", cause) for cause in causes]
     # When a process dies, the others fail too, as they lose the connection to it.
     if any(isinstance(cause, RayActorError | OutOfMemoryError) for cause in causes):
         return (
