@@ -105,7 +105,7 @@ def _run(
     plan = distributed.on_rank_0(lambda: make_plan(config))
     if config.evaluation.fid_extractor == "inception":
         distributed.on_rank_0(lambda: find_weights(config.evaluation.inception_weights))
-    distributed.on_rank_0(lambda: _claim(run_dir, config, plan))
+    distributed.on_rank_0(stored(run_dir)(lambda: _claim(run_dir, config, plan)))
     begun = run_dir / "checkpoints" / "steps_begun"
     spending = Spending(config, plan, Path(config.runtime.ledger), name, begun, charged, lease)
     dataset = None

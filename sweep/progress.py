@@ -93,7 +93,7 @@ class Progress:
                     progress.ended(trial.config, text, failed=False)
 
             def on_trial_error(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
-                progress.ended(trial.config, "failed: its process died again", failed=True)
+                progress.ended(trial.config, "failed: its process died too often", failed=True)
 
             def on_trial_recover(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
                 progress.note(f"trial {progress._name(trial.config)}: its process died, restarted")

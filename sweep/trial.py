@@ -2,6 +2,7 @@
 
 import json
 import threading
+import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,6 +93,9 @@ def run_trial(parameters: dict[str, Any], context: Context) -> None:
             _note_failure(run_dir, error)
             tracker.flush(_PATIENCE)
         tune.report({"failure": str(error), "trial": trial_id})
+    except Exception:  # Tune starts it again.
+        tracker.finish(status)
+        raise
 
 
 def _note_failure(run_dir: Path, error: TrialError) -> None:
@@ -99,9 +103,7 @@ def _note_failure(run_dir: Path, error: TrialError) -> None:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "error.txt").write_text(f"{error}\n")
-        cause = error.__cause__ or error
-        workers = list((getattr(cause, "worker_failures", None) or {}).values())
-        (run_dir / TRACEBACK).write_text(f"{workers[0] if workers else cause}\n")
+        (run_dir / TRACEBACK).write_text(f"{error.__cause__ or error}\n")
     except OSError:
         pass  # The storage is what failed: the sweep's output says so.
 
@@ -255,6 +257,7 @@ def _reason(error: BaseException) -> str:
             "(the system's log says so), set private_training.max_physical_batch_size=auto or "
             "lower, or give each worker more memory"
         )
-    first = causes[0] if causes else error
-    lines = [line.strip() for line in str(first).strip().splitlines() if line.strip()]
-    return lines[-1] if lines else type(first).__name__
+    if causes:
+        return traceback.format_exception_only(causes[0])[-1].strip()
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

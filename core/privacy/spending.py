@@ -91,10 +91,10 @@ class Spending:
         Raises:
             StorageError: it cannot be noted, so the step must not run.
         """
-        if step >= steps_begun(self.begun):
-            block = step - step % _BLOCK + _BLOCK
+        end = min(step - step % _BLOCK + _BLOCK, self.plan.dp_sgd.num_steps)
+        if steps_begun(self.begun) < end:
             with stored(self.begun.parent):
-                self._write_begun(min(block, self.plan.dp_sgd.num_steps))
+                self._write_begun(end)
 
     def _write_begun(self, steps: int) -> None:
         self.begun.parent.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,6 @@
 """Storage that is full or fills up: one clear line, nothing spent or trained in vain."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -61,13 +62,9 @@ def test_a_disk_that_fills_up_stops_the_trial_which_goes_on_when_there_is_space(
     driver = sweep.start()
     trial = sweep.wait_for_trial(process=driver)
     filler = sweep.trials / "filler"
-    with filler.open("wb") as file:
-        try:
-            while True:
-                file.write(b"\0" * 4096)
-                file.flush()
-        except OSError:
-            pass
+    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(b"\0" * 4096)
     code, told = ended(driver)
     assert code == 1
     assert "cannot be written (No space left on device)" in told
