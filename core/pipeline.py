@@ -30,10 +30,12 @@ from core.privacy.keys import KeyedStream, MasterSecret
 from core.privacy.plan import PrivacyPlan, make_plan
 from core.privacy.spending import Spending, require_same_data
 from core.reporting import MetricsLog, Report, write_grid, write_json
+from core.storage import require_space, stored
 from core.training import config_device, private_stage, train
 
 _PATIENCE = 15.0
 """Seconds in which a worker that was given up by its supervisor may still let the folder go."""
+_SWEEP_PATIENCE = 120.0
 _ORIGIN = ("identity", "fingerprint", "name", "tags", "scored")
 
 
@@ -72,8 +74,14 @@ def run(
         DataError: the data set is missing, malformed or not what the configuration states.
     """
     with ExitStack() as stack:
-        lock = held(run_dir / "run.lock", _PATIENCE)
-        distributed.on_rank_0(lambda: stack.enter_context(lock))
+        # In a sweep the holder is a worker of the same trial that was given up.
+        lock = held(run_dir / "run.lock", _PATIENCE if lease is None else _SWEEP_PATIENCE)
+
+        def enter() -> None:
+            with stored(run_dir):
+                stack.enter_context(lock)
+
+        distributed.on_rank_0(enter)
         charged = charged or run_dir / "charged"
         return _run(config, run_dir, master, name, report, lease, charged, shared)
 
@@ -92,7 +100,7 @@ def _run(
     plan = distributed.on_rank_0(lambda: make_plan(config))
     if config.evaluation.fid_extractor == "inception":
         distributed.on_rank_0(lambda: find_weights(config.evaluation.inception_weights))
-    distributed.on_rank_0(lambda: _claim(run_dir, config, plan))
+    distributed.on_rank_0(stored(run_dir)(lambda: _claim(run_dir, config, plan)))
     begun = run_dir / "checkpoints" / "steps_begun"
     spending = Spending(config, plan, Path(config.runtime.ledger), name, begun, charged, lease)
     dataset = None
@@ -113,6 +121,7 @@ def _run(
         return finished
     checkpoints = Checkpoints(run_dir / "checkpoints", identity)
     distributed.on_rank_0(checkpoints.check)  # Refused before it is charged.
+    distributed.on_rank_0(lambda: require_space(run_dir, config))
     reservation = distributed.on_rank_0(
         lambda: spending.reserve(fingerprint, identity, central_identity)
     )
@@ -147,6 +156,10 @@ def _run(
             trajectory = trajectory_of(shared, config, released) if shared else None
             warm_up(config, denoiser, ema, central, checkpoints, report, trajectory)
 
+    def count(step: int) -> None:
+        if spending.begins_block(step):  # On all ranks, as all must stop where it cannot be noted.
+            distributed.on_rank_0(lambda: spending.count(step))
+
     stage = private_stage(
         config,
         denoiser,
@@ -154,7 +167,7 @@ def _run(
         plan.dp_sgd,
         masks=stream("private_training", "mask"),
         noise=stream("private_training", "noise"),
-        before_step=spending.count if distributed.rank() == 0 else lambda _: None,
+        before_step=count,
     )
     try:
         train(stage, denoiser, ema, config.warm_up_steps, checkpoints, report, config)
@@ -188,11 +201,15 @@ def _run(
         "seconds": time.monotonic() - began,
     }
     result = distributed.broadcast_object(result)  # One clock: that of rank 0.
-    if distributed.rank() == 0:
+
+    def store() -> None:
         tags = {metric: plan.tag(metric) for metric in (*scores.values, "loss")}
         origin = {"identity": identity, "fingerprint": fingerprint, "name": name, "tags": tags}
         origin["scored"] = scores.record
-        _store(run_dir, synthetic, ema, {**result, **origin})
+        with stored(run_dir):
+            _store(run_dir, synthetic, ema, {**result, **origin})
+
+    distributed.on_rank_0(store)
     report(result)
     return result
 
@@ -248,7 +265,7 @@ def _logged(report: Report, run_dir: Path, checkpoints: Checkpoints, config: Con
     log = MetricsLog(run_dir / "metrics.jsonl", resumed)
 
     def both(metrics: dict[str, Any]) -> None:
-        log(metrics)
+        log({**metrics, "workers": distributed.world_size()})  # Which may change on a resumption.
         report(metrics)
 
     return both
