@@ -11,17 +11,17 @@ import torch
 
 from core.config import Config, load, nested, parse_overrides, short_digest
 from core.data import Split, load_dataset
-from core.diffusion.denoiser import build_denoiser
+from core.device import config_device
 from core.errors import ConfigError
 from core.evaluation.metrics import downstream_accuracy, downstream_classifier, fid_score
 from core.generate import generate as draw_images
+from core.generator import load_denoiser
 from core.pipeline import run as run_pipeline
 from core.privacy.card import ledger_text
 from core.privacy.keys import MasterSecret
 from core.privacy.ledger import Ledger
 from core.release import release_card, verify_release, write_release
 from core.reporting import Console, write_grid
-from core.training import config_device
 
 
 def run(options: argparse.Namespace) -> None:
@@ -114,12 +114,7 @@ def _finished(run_dir: Path, overrides: list[str]) -> tuple[Config, torch.nn.Mod
     if not (run_dir / "model.pt").exists():
         raise ConfigError(f"'{run_dir}' holds no finished run (no model.pt): finish it first")
     config = load(run_dir / "config.yaml", parse_overrides(overrides))
-    denoiser = build_denoiser(config).to(config_device(config)).eval()
-    weights = torch.load(
-        run_dir / "model.pt", map_location=config_device(config), weights_only=True
-    )
-    denoiser.load_state_dict(weights)
-    return config, denoiser
+    return config, load_denoiser(config, run_dir / "model.pt")
 
 
 def generate(options: argparse.Namespace) -> None:

@@ -17,6 +17,7 @@ from core import distributed, yaml_subset
 from core.checkpoint import Checkpoints
 from core.config import Config, flatten, load_yaml, nested
 from core.data import Dataset, Split, load_dataset
+from core.device import config_device
 from core.diffusion.denoiser import build_denoiser
 from core.diffusion.ema import Ema
 from core.errors import ConfigError
@@ -28,14 +29,14 @@ from core.evaluation.metrics import (
     dp_accuracy,
     fid_score,
 )
-from core.generate import generate
+from core.generate import generate, sample_pictures
 from core.locks import held
 from core.privacy.central_images import CentralImages, release_central_images
 from core.privacy.keys import SECRET_FILE_VARIABLE, KeyedStream, MasterSecret
 from core.privacy.plan import PrivacyPlan, make_plan
 from core.privacy.spending import Spending, require_same_data
 from core.reporting import MetricsLog, Report, write_grid, write_json
-from core.training import config_device, private_stage, train, warm_up_stage
+from core.training import private_stage, train, warm_up_stage
 
 _PATIENCE = 15.0
 """Seconds in which a worker that was given up by its supervisor may still let the folder go."""
@@ -124,12 +125,13 @@ def _run(
     denoiser = build_denoiser(config).to(config_device(config))
     distributed.broadcast_module(denoiser)
     ema = Ema(denoiser, config.training.ema_decay)
+    pictures = sample_pictures(ema.module, config, run_dir / "samples", config_device(config))
 
     if plan.central is not None:
         central = _central_images(config, dataset, plan, stream, run_dir)
         if not _is_past_warm_up(checkpoints, config):
             stage = warm_up_stage(config, denoiser, central)
-            train(stage, denoiser, ema, 0, checkpoints, report, config)
+            train(stage, denoiser, ema, 0, checkpoints, report, config, pictures)
 
     stage = private_stage(
         config,
@@ -141,7 +143,8 @@ def _run(
         before_step=spending.count if distributed.rank() == 0 else lambda _: None,
     )
     try:
-        train(stage, denoiser, ema, config.warm_up_steps, checkpoints, report, config)
+        offset = config.warm_up_steps
+        train(stage, denoiser, ema, offset, checkpoints, report, config, pictures)
     finally:
         if distributed.rank() == 0:
             spending.settle(fingerprint, reservation)

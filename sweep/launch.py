@@ -9,9 +9,19 @@ from core.config import flatten
 from core.privacy.keys import MasterSecret
 from sweep.claim import claim, driver_lock, release_id
 from sweep.cluster import DRIVER_RESOURCE, check_room, check_storage, join_cluster, max_concurrent
+from sweep.comparison import charts, compared_figures, public_facts, shared_params
 from sweep.config import SweepConfig
 from sweep.progress import Progress
-from sweep.results import Row, best, final_row, load_rows, stored_result, three_figures, write_card
+from sweep.results import (
+    Row,
+    best,
+    final_row,
+    load_rows,
+    released_row,
+    stored_result,
+    three_figures,
+    write_card,
+)
 from sweep.scope import count_trials, settings_entropy
 from sweep.trial import Context, record_result, run_trial
 
@@ -67,18 +77,17 @@ def _run(sweep: SweepConfig, total: int, token: int) -> Outcome:
         key = f"{sweep.name}/{row.trial}"
         if row.state == "finished" and key in pending:
             tracker = tracking.Tracker(uri, experiment_id, key, parent.run_id)
-            record_result(tracker, row.run_dir, stored_result(row))
+            record_result(tracker, sweep, row.run_dir, stored_result(row))
             tracker.finish("FINISHED")
     if complete:
-        _log_summary(parent, sweep, rows, complete)
+        record_summary(parent, sweep, rows, complete)
         parent.finish("FINISHED")
         return Outcome(rows, [], "", True, uri)
-    parent.log_params({**flatten(sweep.run), **_sweep_params(sweep, total)})
-    parent.log_file(sweep.folder / "sweep.json")
+    record_sweep(parent, parent.run_id, sweep, total)
     status = "KILLED"
     try:
         outcome = _search(sweep, rows, total, token, (uri, experiment_id, parent.run_id))
-        _log_summary(parent, sweep, outcome.rows, outcome.complete)
+        record_summary(parent, sweep, outcome.rows, outcome.complete)
         if not outcome.stopped:
             status = "FINISHED"
         return outcome
@@ -201,13 +210,28 @@ def _sweep_params(sweep: SweepConfig, total: int) -> dict[str, Any]:
     return {"num_trials": trials, "objective": sweep.objective.metric, **space}
 
 
-def _log_summary(parent: Any, sweep: SweepConfig, rows: list[Row], complete: bool) -> None:
-    """The best trial, the three epsilons and the card, in the parent run."""
+def record_sweep(parent: Any, run_id: str, sweep: SweepConfig, total: int) -> None:
+    """Logs what is known before a sweep begins, and the charts in which to compare its trials."""
+    parent.log_params({**shared_params(sweep), **_sweep_params(sweep, total)})
+    parent.log_dataset(sweep.run.dataset.name, public_facts(sweep.run))
+    parent.log_charts(sweep.name, charts(sweep, run_id))
+    parent.log_file(sweep.folder / "sweep.json")
+
+
+def record_summary(parent: Any, sweep: SweepConfig, rows: list[Row], complete: bool) -> None:
+    """Logs the best trial, the three epsilons and the card; registers what may be published."""
     if (winner := best(sweep, rows)) is None:
         return
     card = write_card(sweep, rows, complete)
-    parent.log_metrics({**winner.scores, **three_figures(card)})
+    result, point = stored_result(winner), flatten(winner.config)
+    searched = {k: point[k] for k in sweep.search_space if isinstance(point[k], int | float)}
+    figures = compared_figures(sweep, result)
+    parent.log_metrics({**searched, **figures, **three_figures(card)})
     parent.log_tags({"best_trial": winner.trial, "privacy.statement": card["statement"]})
     for name in ("privacy_card.json", "privacy_card.md"):
         parent.log_file(sweep.folder / name)
     parent.log_file(winner.run_dir / "synthetic" / "grid.png", "synthetic")
+    if complete:
+        released = released_row(sweep, rows)
+        scope, statement = card["scope"], card["statement"]
+        parent.register_generator(released.trial, released.run_dir, scope, statement)

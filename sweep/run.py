@@ -65,10 +65,10 @@ def _run(options: argparse.Namespace) -> int:
         return 0 if print_checks(sweep) else 1
     from sweep.launch import run_sweep
     from sweep.results import print_results
-    from sweep.tracking import ui_command
+    from sweep.tracking import how_to_compare
 
     outcome = run_sweep(sweep)
-    ui = ui_command(outcome.uri)
+    ui = how_to_compare(outcome.uri, sweep.experiment, sweep.name)
     print_results(sweep, outcome.rows, len(outcome.pruned), ui)
     if outcome.stopped == "interrupted":
         print("interrupted; the same command goes on where it stopped", file=sys.stderr)
