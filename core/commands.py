@@ -33,7 +33,7 @@ def run(options: argparse.Namespace) -> None:
             "another scope"
         )
     run_dir = options.run_dir or _run_dir(options.config, config)
-    result = _train(config, run_dir)
+    result = _train(config, run_dir, options.verbosity)
     print(json.loads((run_dir / "privacy.json").read_text())["statement"])
     print("Scores are computed from real images and are not private:")
     for name, value in result.items():
@@ -71,8 +71,8 @@ def compare(options: argparse.Namespace) -> None:
         )
 
 
-def _train(config: Config, run_dir: Path) -> dict[str, Any]:
-    console = Console(config.training.num_steps)
+def _train(config: Config, run_dir: Path, verbosity: int = 0) -> dict[str, Any]:
+    console = Console(config.training.num_steps, verbosity)
     master = MasterSecret.load()
     return run_pipeline(config, run_dir, master=master, name=run_dir.name, report=console)
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import platform
 import secrets
 import time
@@ -35,9 +36,10 @@ from core.privacy.central_images import CentralImages, release_central_images
 from core.privacy.keys import SECRET_FILE_VARIABLE, KeyedStream, MasterSecret
 from core.privacy.plan import PrivacyPlan, make_plan
 from core.privacy.spending import Spending, require_same_data
-from core.reporting import MetricsLog, Report, write_grid, write_json
+from core.reporting import MetricsLog, Report, log_to, report_line, write_grid, write_json
 from core.training import private_stage, train, warm_up_stage
 
+_LOG = logging.getLogger("core")
 _PATIENCE = 15.0
 """Seconds in which a worker that was given up by its supervisor may still let the folder go."""
 _ORIGIN = ("identity", "fingerprint", "name", "tags")
@@ -81,6 +83,8 @@ def run(
     with ExitStack() as stack:
         lock = held(run_dir / "run.lock", _PATIENCE)
         distributed.on_rank_0(lambda: stack.enter_context(lock))
+        log = log_to("core", run_dir / "run.log")
+        distributed.on_rank_0(lambda: stack.enter_context(log))
         return _run(config, run_dir, master, name, report, lease, charged or run_dir / "charged")
 
 
@@ -266,9 +270,11 @@ def _logged(report: Report, run_dir: Path, checkpoints: Checkpoints, config: Con
         offset = config.warm_up_steps if state["stage"] == "private_training" else 0
         resumed = offset + state["step"]
     log = MetricsLog(run_dir / "metrics.jsonl", resumed)
+    _LOG.info("begins after step %d of %d", resumed, config.training.num_steps)
 
     def both(metrics: dict[str, Any]) -> None:
         log(metrics)
+        _LOG.info(report_line(metrics, config.training.num_steps))
         report(metrics)
 
     return both

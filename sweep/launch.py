@@ -7,6 +7,7 @@ from typing import Any
 
 from core.config import flatten
 from core.privacy.keys import MasterSecret
+from core.reporting import log_to
 from sweep.claim import claim, driver_lock, release_id
 from sweep.cluster import DRIVER_RESOURCE, check_room, check_storage, join_cluster, max_concurrent
 from sweep.comparison import charts, compared_figures, public_facts, shared_params
@@ -44,8 +45,11 @@ class Outcome:
     uri: str
 
 
-def run_sweep(sweep: SweepConfig) -> Outcome:
+def run_sweep(sweep: SweepConfig, verbosity: int = 0) -> Outcome:
     """Runs what is missing of a sweep.
+
+    Args:
+        verbosity: of the progress: -1 none, 0 a table or sparse lines, 1 a line for each report.
 
     Raises:
         ConfigError: the folder holds another sweep of this name, another driver runs it, the
@@ -53,14 +57,14 @@ def run_sweep(sweep: SweepConfig) -> Outcome:
     """
     check_storage(sweep.storage_path)
     master = MasterSecret.load()  # Created at the latest here: no two workers create their own.
-    with driver_lock(sweep.folder) as token:
+    with driver_lock(sweep.folder) as token, log_to("sweep", sweep.folder / "sweep.log"):
         os.chdir(sweep.folder)  # That of a submitted job vanishes while it is being stopped.
         claim(sweep)
         total = count_trials(sweep.run, sweep.num_trials, master, release_id(sweep))
-        return _run(sweep, total, token)
+        return _run(sweep, total, token, verbosity)
 
 
-def _run(sweep: SweepConfig, total: int, token: int) -> Outcome:
+def _run(sweep: SweepConfig, total: int, token: int, verbosity: int) -> Outcome:
     from sweep import tracking
 
     rows = load_rows(sweep)
@@ -86,7 +90,8 @@ def _run(sweep: SweepConfig, total: int, token: int) -> Outcome:
     record_sweep(parent, parent.run_id, sweep, total)
     status = "KILLED"
     try:
-        outcome = _search(sweep, rows, total, token, (uri, experiment_id, parent.run_id))
+        tracked = (uri, experiment_id, parent.run_id)
+        outcome = _search(sweep, rows, total, token, tracked, verbosity)
         record_summary(parent, sweep, outcome.rows, outcome.complete)
         if not outcome.stopped:
             status = "FINISHED"
@@ -96,7 +101,12 @@ def _run(sweep: SweepConfig, total: int, token: int) -> Outcome:
 
 
 def _search(
-    sweep: SweepConfig, rows: list[Row], total: int, token: int, tracked: tuple[str, str, str]
+    sweep: SweepConfig,
+    rows: list[Row],
+    total: int,
+    token: int,
+    tracked: tuple[str, str, str],
+    verbosity: int,
 ) -> Outcome:
     import ray
 
@@ -107,7 +117,7 @@ def _search(
     check_room(sweep, ray.cluster_resources())
     metric, secret = sweep.objective.metric, sweep.run.privacy.scope == "selection"
     before = sum(_is_done(sweep, row) for row in rows)
-    progress = Progress(sweep, total, before, secret)
+    progress = Progress(sweep, total, before, secret, verbosity)
     pruned: list[tuple[dict[str, Any], str]] = []
 
     def on_pruned(point: dict[str, Any], reason: str) -> None:
@@ -139,6 +149,7 @@ def _search(
     except KeyboardInterrupt:
         stopped = "interrupted"
     finally:
+        progress.close()
         ray.shutdown()
     rows = load_rows(sweep)
     complete = not stopped and _is_complete(sweep, rows, total)

@@ -13,6 +13,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from core.__main__ import add_verbosity
 from core.config import parse_overrides
 from core.errors import UserError
 from sweep.config import load_sweep
@@ -37,6 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="key of the sweep or of the run"
     )
+    add_verbosity(parser)
     options = parser.parse_intermixed_args(arguments)
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
@@ -67,7 +69,7 @@ def _run(options: argparse.Namespace) -> int:
     from sweep.results import print_results
     from sweep.tracking import how_to_compare
 
-    outcome = run_sweep(sweep)
+    outcome = run_sweep(sweep, options.verbosity)
     ui = how_to_compare(outcome.uri, sweep.experiment, sweep.name)
     print_results(sweep, outcome.rows, len(outcome.pruned), ui)
     if outcome.stopped == "interrupted":

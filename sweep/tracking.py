@@ -66,6 +66,7 @@ class Tracker:
         self, uri: str, experiment_id: str, key: str, parent_id: str | None = None
     ) -> None:
         self._client, self._key = MlflowClient(tracking_uri=uri), key
+        self._is_server = uri.startswith("http")
         found = self._client.search_runs(
             [experiment_id], filter_string=f"tags.`{_KEY}` = '{key}'", max_results=1
         )
@@ -176,7 +177,8 @@ class Tracker:
             client.log_outputs(run_id, [LoggedModelOutput(model.model_id, 0)])
             version = client.create_model_version(
                 sweep,
-                model.artifact_location,
+                # A server takes the name alone; without one the name means another data base.
+                f"models:/{model.model_id}" if self._is_server else model.artifact_location,
                 run_id,
                 tags={"trial": trial, "privacy.scope": scope},
                 description=statement,
@@ -220,7 +222,8 @@ def open_experiment(uri: str, name: str, storage: Path) -> str:
         return experiment.experiment_id
     local = uri.startswith(("sqlite", "postgresql"))
     artifacts = (storage / "mlartifacts").as_uri() if local else None
-    return client.create_experiment(name, artifact_location=artifacts)
+    kind = {"mlflow.experimentKind": "custom_model_development"}  # Not of language models.
+    return client.create_experiment(name, artifact_location=artifacts, tags=kind)
 
 
 def unfinished(uri: str, experiment_id: str, sweep: str) -> set[str]:
