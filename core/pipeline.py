@@ -1,13 +1,12 @@
 """One run, top to bottom: plan, data, central images, warm-up, DP-SGD, generation, scores."""
 
-import hashlib
 import json
 import logging
 import platform
-import secrets
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from core.data import Dataset, Split, load_dataset
 from core.device import config_device
 from core.diffusion.denoiser import build_denoiser
 from core.diffusion.ema import Ema
+from core.easy_stage import kept_central_images, trajectory_of, warm_up
 from core.errors import ConfigError
 from core.evaluation.classifiers import Classifier
 from core.evaluation.features import find_weights
@@ -31,22 +31,18 @@ from core.evaluation.metrics import (
     fid_score,
 )
 from core.generate import generate, sample_pictures
+from core.identity import CENTRAL, identity_of, origin_of, settings_of
 from core.locks import held
-from core.privacy.central_images import CentralImages, release_central_images
-from core.privacy.keys import SECRET_FILE_VARIABLE, KeyedStream, MasterSecret
+from core.privacy.keys import KeyedStream, MasterSecret
 from core.privacy.plan import PrivacyPlan, make_plan
 from core.privacy.spending import Spending, require_same_data
 from core.reporting import MetricsLog, Report, log_to, report_line, write_grid, write_json
-from core.training import private_stage, train, warm_up_stage
+from core.training import private_stage, train
 
 _LOG = logging.getLogger("core")
 _PATIENCE = 15.0
 """Seconds in which a worker that was given up by its supervisor may still let the folder go."""
 _ORIGIN = ("identity", "fingerprint", "name", "tags")
-_NOT_IDENTITY = (
-    "runtime.",
-    "dataset.path",  # The fingerprint stands for the content, wherever it lies.
-)
 
 
 def run(
@@ -58,6 +54,7 @@ def run(
     report: Report,
     lease: int | None = None,
     charged: Path | None = None,
+    shared: Path | None = None,
 ) -> dict[str, Any]:
     """Trains, generates and scores one model; call it on every rank of a process group.
 
@@ -71,6 +68,8 @@ def run(
         report: called on all ranks with the same metrics: `step`, `stage` and numbers.
         lease: token of the driver that started this; the ledger refuses older ones of a sweep.
         charged: folder in which the trials of a sweep note that their data set's ledger was begun.
+        shared: folder of a sweep whose trials with the same central images have them from one
+            release, which is charged once, and share one warm-up; None: the run has its own.
 
     Returns:
         The last reported metrics: scores, epsilons, noise multiplier and seconds.
@@ -85,7 +84,8 @@ def run(
         distributed.on_rank_0(lambda: stack.enter_context(lock))
         log = log_to("core", run_dir / "run.log")
         distributed.on_rank_0(lambda: stack.enter_context(log))
-        return _run(config, run_dir, master, name, report, lease, charged or run_dir / "charged")
+        charged = charged or run_dir / "charged"
+        return _run(config, run_dir, master, name, report, lease, charged, shared)
 
 
 def _run(
@@ -96,6 +96,7 @@ def _run(
     report: Report,
     lease: int | None,
     charged: Path,
+    shared: Path | None,
 ) -> dict[str, Any]:
     began = time.monotonic()
     plan = distributed.on_rank_0(lambda: make_plan(config))
@@ -108,22 +109,33 @@ def _run(
     if (fingerprint := distributed.on_rank_0(spending.known_fingerprint)) is None:
         dataset = distributed.together(lambda: load_dataset(config.dataset))
         fingerprint = distributed.broadcast_object(dataset.fingerprint)
-    trial = distributed.on_rank_0(lambda: _trial_of(run_dir))
-    identity = _identity(config, plan, fingerprint, trial, master.public_id)
+    central_identity = ""
+    if shared is not None and plan.central is not None:
+        origin = distributed.on_rank_0(lambda: origin_of(shared / "central_id"))
+        settings, central = settings_of(config, CENTRAL), asdict(plan.central)
+        central_identity = identity_of(settings, central, fingerprint, origin, master.public_id)
+    origin = distributed.on_rank_0(lambda: origin_of(run_dir / "trial_id"))
+    settings = {**settings_of(config), "shared central images": central_identity}
+    identity = identity_of(settings, plan.mechanisms, fingerprint, origin, master.public_id)
+    released = central_identity or identity
     if (finished := _finished(run_dir, identity)) is not None:
         report(finished)
         return finished
     checkpoints = Checkpoints(run_dir / "checkpoints", identity)
     distributed.on_rank_0(checkpoints.check)  # Refused before it is charged.
-    reservation = distributed.on_rank_0(lambda: spending.reserve(fingerprint, identity))
+    reservation = distributed.on_rank_0(
+        lambda: spending.reserve(fingerprint, identity, central_identity)
+    )
     dataset = dataset or distributed.together(lambda: load_dataset(config.dataset))
     found = dataset.fingerprint
     distributed.together(lambda: require_same_data(fingerprint, found, config))
     distributed.on_rank_0(lambda: spending.remember(fingerprint))
 
     def stream(stage: str, purpose: str) -> KeyedStream:
-        key = master.derive(fingerprint=fingerprint, trial=identity, stage=stage, purpose=purpose)
-        return KeyedStream(key)
+        trial = released if stage == "central_images" else identity
+        return KeyedStream(
+            master.derive(fingerprint=fingerprint, trial=trial, stage=stage, purpose=purpose)
+        )
 
     report = _logged(report, run_dir, checkpoints, config)
     denoiser = build_denoiser(config).to(config_device(config))
@@ -132,10 +144,19 @@ def _run(
     pictures = sample_pictures(ema.module, config, run_dir / "samples", config_device(config))
 
     if plan.central is not None:
-        central = _central_images(config, dataset, plan, stream, run_dir)
-        if not _is_past_warm_up(checkpoints, config):
-            stage = warm_up_stage(config, denoiser, central)
-            train(stage, denoiser, ema, 0, checkpoints, report, config, pictures)
+        central = kept_central_images(
+            config,
+            dataset.train,
+            plan.central,
+            (shared or run_dir / "checkpoints") / "central_images",
+            released,
+            masks=stream("central_images", "mask"),
+            noise=stream("central_images", "noise"),
+            picture=run_dir / "central_images" / "grid.png",
+        )
+        if not _is_past_warm_up(checkpoints):
+            trajectory = trajectory_of(shared, config, released) if shared else None
+            warm_up(config, denoiser, ema, central, checkpoints, report, trajectory, pictures)
 
     stage = private_stage(
         config,
@@ -220,38 +241,6 @@ def _claim(run_dir: Path, config: Config, plan: PrivacyPlan) -> None:
         temporary.replace(path)
 
 
-def _trial_of(run_dir: Path) -> str:
-    """Random and kept in the run's folder: a new or emptied folder never reuses noise."""
-    path = run_dir / "trial_id"
-    if not path.exists():
-        path.write_text(secrets.token_hex(16))
-    return path.read_text()
-
-
-def _identity(
-    config: Config, plan: PrivacyPlan, fingerprint: str, trial: str, secret_id: str
-) -> str:
-    """Digest of all that decides what is released; it enters every key.
-
-    The plan is part of it: were another version to solve another noise multiplier, the same key
-    would draw the same noise at another scale, and the difference would give the gradients away.
-
-    Raises:
-        ConfigError: the ranks do not agree on it.
-    """
-    settings = {k: v for k, v in flatten(config).items() if not k.startswith(_NOT_IDENTITY)}
-    computed_by = [torch.__version__, config_device(config)]  # Others sum or draw differently.
-    parts = [settings, plan.mechanisms, fingerprint, trial, secret_id, computed_by]
-    text = json.dumps(parts, sort_keys=True)
-    identity = hashlib.sha256(text.encode()).hexdigest()
-    if len(set(distributed.all_gather_object(identity))) > 1:
-        raise ConfigError(
-            "the ranks hold different master secrets: give every machine the same secret file "
-            f"(${SECRET_FILE_VARIABLE})"
-        )
-    return identity
-
-
 def _finished(run_dir: Path, identity: str) -> dict[str, Any] | None:
     path = run_dir / "evaluation.json"
     stored = json.loads(path.read_text()) if path.exists() else None
@@ -280,27 +269,7 @@ def _logged(report: Report, run_dir: Path, checkpoints: Checkpoints, config: Con
     return both
 
 
-def _central_images(
-    config: Config, dataset: Dataset, plan: PrivacyPlan, stream: Any, run_dir: Path
-) -> CentralImages:
-    """One release for all workers: rank 0 draws it, the others receive it."""
-    assert plan.central is not None
-    central = None
-    if distributed.rank() == 0:
-        central = release_central_images(
-            dataset.train,
-            config.dataset.num_classes,
-            config.central_images,
-            plan.central,
-            masks=stream("central_images", "mask"),
-            noise=stream("central_images", "noise"),
-        )
-        pixels = (central.images * 255).round().to(torch.uint8)
-        write_grid(run_dir / "central_images" / "grid.png", pixels, central.labels)
-    return distributed.broadcast_object(central)
-
-
-def _is_past_warm_up(checkpoints: Checkpoints, config: Config) -> bool:
+def _is_past_warm_up(checkpoints: Checkpoints) -> bool:
     state = distributed.on_rank_0(checkpoints.load)
     return state is not None and state["stage"] == "private_training"
 

@@ -182,6 +182,7 @@ class Tracker:
                 run_id,
                 tags={"trial": trial, "privacy.scope": scope},
                 description=statement,
+                model_id=model.model_id,
             ).version
         client.set_registered_model_alias(sweep, "best", version)
 
