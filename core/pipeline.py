@@ -4,7 +4,6 @@ import json
 import logging
 import platform
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -12,24 +11,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from core import distributed, yaml_subset
 from core.checkpoint import Checkpoints
 from core.config import Config, flatten, load_yaml, nested
-from core.data import Dataset, Split, load_dataset
+from core.data import Split, load_dataset
 from core.device import config_device
 from core.diffusion.denoiser import build_denoiser
 from core.diffusion.ema import Ema
 from core.easy_stage import kept_central_images, trajectory_of, warm_up
 from core.errors import ConfigError
-from core.evaluation.classifiers import Classifier
 from core.evaluation.features import find_weights
-from core.evaluation.metrics import (
-    downstream_accuracy,
-    downstream_classifier,
-    dp_accuracy,
-    fid_score,
-)
+from core.evaluation.metrics import dp_accuracy
+from core.evaluation.scoring import score
 from core.generate import generate, sample_pictures
 from core.identity import CENTRAL, identity_of, origin_of, settings_of
 from core.locks import held
@@ -37,12 +32,14 @@ from core.privacy.keys import KeyedStream, MasterSecret
 from core.privacy.plan import PrivacyPlan, make_plan
 from core.privacy.spending import Spending, require_same_data
 from core.reporting import MetricsLog, Report, log_to, report_line, write_grid, write_json
+from core.storage import require_space, stored
 from core.training import private_stage, train
 
 _LOG = logging.getLogger("core")
 _PATIENCE = 15.0
 """Seconds in which a worker that was given up by its supervisor may still let the folder go."""
-_ORIGIN = ("identity", "fingerprint", "name", "tags")
+_SWEEP_PATIENCE = 120.0
+_ORIGIN = ("identity", "fingerprint", "name", "tags", "scored")
 
 
 def run(
@@ -80,10 +77,15 @@ def run(
         DataError: the data set is missing, malformed or not what the configuration states.
     """
     with ExitStack() as stack:
-        lock = held(run_dir / "run.lock", _PATIENCE)
-        distributed.on_rank_0(lambda: stack.enter_context(lock))
-        log = log_to("core", run_dir / "run.log")
-        distributed.on_rank_0(lambda: stack.enter_context(log))
+        # In a sweep the holder is a worker of the same trial that was given up.
+        lock = held(run_dir / "run.lock", _PATIENCE if lease is None else _SWEEP_PATIENCE)
+
+        def enter() -> None:
+            with stored(run_dir):
+                stack.enter_context(lock)
+                stack.enter_context(log_to("core", run_dir / "run.log"))
+
+        distributed.on_rank_0(enter)
         charged = charged or run_dir / "charged"
         return _run(config, run_dir, master, name, report, lease, charged, shared)
 
@@ -102,7 +104,7 @@ def _run(
     plan = distributed.on_rank_0(lambda: make_plan(config))
     if config.evaluation.fid_extractor == "inception":
         distributed.on_rank_0(lambda: find_weights(config.evaluation.inception_weights))
-    distributed.on_rank_0(lambda: _claim(run_dir, config, plan))
+    distributed.on_rank_0(stored(run_dir)(lambda: _claim(run_dir, config, plan)))
     begun = run_dir / "checkpoints" / "steps_begun"
     spending = Spending(config, plan, Path(config.runtime.ledger), name, begun, charged, lease)
     dataset = None
@@ -123,6 +125,7 @@ def _run(
         return finished
     checkpoints = Checkpoints(run_dir / "checkpoints", identity)
     distributed.on_rank_0(checkpoints.check)  # Refused before it is charged.
+    distributed.on_rank_0(lambda: require_space(run_dir, config))
     reservation = distributed.on_rank_0(
         lambda: spending.reserve(fingerprint, identity, central_identity)
     )
@@ -158,6 +161,10 @@ def _run(
             trajectory = trajectory_of(shared, config, released) if shared else None
             warm_up(config, denoiser, ema, central, checkpoints, report, trajectory, pictures)
 
+    def count(step: int) -> None:
+        if spending.begins_block(step):  # On all ranks, as all must stop where it cannot be noted.
+            distributed.on_rank_0(lambda: spending.count(step))
+
     stage = private_stage(
         config,
         denoiser,
@@ -165,7 +172,7 @@ def _run(
         plan.dp_sgd,
         masks=stream("private_training", "mask"),
         noise=stream("private_training", "noise"),
-        before_step=spending.count if distributed.rank() == 0 else lambda _: None,
+        before_step=count,
     )
     try:
         offset = config.warm_up_steps
@@ -174,7 +181,7 @@ def _run(
         if distributed.rank() == 0:
             spending.settle(fingerprint, reservation)
 
-    def kept_accuracy(model: Classifier) -> float:
+    def kept_accuracy(model: nn.Module) -> float:
         """Drawn once: the same noise on what another classifier gets right would give both away."""
         path = run_dir / "dp_accuracy.json"
         if path.exists() and (kept := json.loads(path.read_text()))["identity"] == identity:
@@ -187,14 +194,12 @@ def _run(
 
     report({"step": config.training.num_steps, "stage": "evaluation"})
     synthetic = generate(ema.module, config, config.evaluation.num_images, config_device(config))
-    parts = distributed.all_gather_object(
-        distributed.together(lambda: _my_scores(config, plan, synthetic, dataset, kept_accuracy))
-    )
-    scores = {name: value for part in parts for name, value in part.items()}
+    private = kept_accuracy if plan.score is not None else None
+    scores = score(config, synthetic, dataset, config_device(config), private)
     result = {
         "step": config.training.num_steps,
         "stage": "done",
-        **scores,
+        **scores.values,
         "epsilon": plan.epsilon,
         "epsilon_central": plan.epsilon_central,
         "epsilon_dp_sgd": plan.epsilon_dp_sgd,
@@ -202,10 +207,15 @@ def _run(
         "seconds": time.monotonic() - began,
     }
     result = distributed.broadcast_object(result)  # One clock: that of rank 0.
-    if distributed.rank() == 0:
-        tags = {metric: plan.tag(metric) for metric in (*scores, "loss")}
+
+    def store() -> None:
+        tags = {metric: plan.tag(metric) for metric in (*scores.values, "loss")}
         origin = {"identity": identity, "fingerprint": fingerprint, "name": name, "tags": tags}
-        _store(run_dir, synthetic, ema, {**result, **origin})
+        origin["scored"] = scores.record
+        with stored(run_dir):
+            _store(run_dir, synthetic, ema, {**result, **origin})
+
+    distributed.on_rank_0(store)
     report(result)
     return result
 
@@ -262,7 +272,7 @@ def _logged(report: Report, run_dir: Path, checkpoints: Checkpoints, config: Con
     _LOG.info("begins after step %d of %d", resumed, config.training.num_steps)
 
     def both(metrics: dict[str, Any]) -> None:
-        log(metrics)
+        log({**metrics, "workers": distributed.world_size()})  # Which may change on a resumption.
         _LOG.info(report_line(metrics, config.training.num_steps))
         report(metrics)
 
@@ -272,41 +282,6 @@ def _logged(report: Report, run_dir: Path, checkpoints: Checkpoints, config: Con
 def _is_past_warm_up(checkpoints: Checkpoints) -> bool:
     state = distributed.on_rank_0(checkpoints.load)
     return state is not None and state["stage"] == "private_training"
-
-
-def _my_scores(
-    config: Config,
-    plan: PrivacyPlan,
-    synthetic: Split,
-    dataset: Dataset,
-    kept_accuracy: Callable[[Classifier], float],
-) -> dict[str, float]:
-    """This rank's share of accuracies and Frechet distance; together the ranks have all.
-
-    Args:
-        kept_accuracy: the private accuracy of a classifier.
-
-    Privacy: all are computed from real images; `plan.tag` says which are private.
-    """
-    num_classes, device = config.dataset.num_classes, config_device(config)
-
-    def accuracies() -> dict[str, float]:
-        model = downstream_classifier(synthetic, config.evaluation, num_classes, device)
-        scores = {"accuracy": downstream_accuracy(model, synthetic, dataset, config.evaluation)}
-        if plan.score is not None:
-            scores["dp_accuracy"] = kept_accuracy(model)
-        return scores
-
-    def fid() -> dict[str, float]:
-        cache = Path(config.runtime.cache)
-        name, value = fid_score(synthetic, dataset, config.evaluation, num_classes, device, cache)
-        return {name: value}
-
-    mine: dict[str, float] = {}
-    for number, task in enumerate((accuracies, fid)):
-        if number % distributed.world_size() == distributed.rank():
-            mine.update(task())
-    return mine
 
 
 def _store(run_dir: Path, synthetic: Split, ema: Ema, result: dict[str, Any]) -> None:

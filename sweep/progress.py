@@ -166,17 +166,23 @@ class Progress:
             def on_trial_result(
                 self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **_: Any
             ) -> None:
-                progress.moved(trial.config, result)
+                if "failure" not in result:
+                    progress.moved(trial.config, result)
 
             def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
                 result = trial.last_result
-                if metric in result:
+                if "failure" in result:
+                    progress.ended(trial.config, f"failed: {result['failure']}", failed=True)
+                elif metric in result:
                     score = f"{result[metric]:.4g}"
                     text = f"finished: {metric} {score}, {result['seconds']:.0f} s"
                     progress.ended(trial.config, text, failed=False, score=score)
 
             def on_trial_error(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
-                progress.ended(trial.config, "failed", failed=True)
+                progress.ended(trial.config, "failed: its process died too often", failed=True)
+
+            def on_trial_recover(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
+                progress.note(f"trial {progress._name(trial.config)}: its process died, restarted")
 
         return Callback()
 
