@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from core.account import COUNT, NOISE
-from core.config import DIRECTIONS, Config, flatten
+from core.config import Config, flatten
+from core.evaluation.names import DIRECTIONS
 from sweep.config import SweepConfig
 
 _COMPARED = (

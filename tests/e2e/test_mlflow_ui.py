@@ -48,7 +48,7 @@ def site(request, storage, tmp_path_factory):
 @pytest.fixture
 def page(browser):
     """An empty page of a new visitor; afterwards nothing may have failed in it, or left here."""
-    context = browser.new_context(viewport={"width": 1500, "height": 2300})
+    context = browser.new_context(viewport={"width": 1500, "height": 2600})
     page = context.new_page()
     troubles: list[str] = []
 
