@@ -35,7 +35,7 @@ from core.privacy.keys import SECRET_FILE_VARIABLE, KeyedStream, MasterSecret
 from core.privacy.plan import PrivacyPlan, make_plan
 from core.privacy.spending import Spending, require_same_data
 from core.reporting import MetricsLog, Report, write_grid, write_json
-from core.training import config_device, private_stage, train, warm_up_stage
+from core.training import config_device, device_name, private_stage, train, warm_up_stage
 
 _PATIENCE = 15.0
 """Seconds in which a worker that was given up by its supervisor may still let the folder go."""
@@ -205,6 +205,7 @@ def _claim(run_dir: Path, config: Config, plan: PrivacyPlan) -> None:
             "torch": torch.__version__,
             "numpy": np.__version__,
             "device": config_device(config),
+            "device_name": device_name(config),
             "world_size": distributed.world_size(),
         }
         write_json(run_dir / "environment.json", environment)

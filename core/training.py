@@ -5,6 +5,8 @@ can be replayed exactly and does not depend on the number of ranks.
 """
 
 import hashlib
+import os
+import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -188,6 +190,13 @@ def config_device(config: Config) -> str:
     if config.runtime.device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return config.runtime.device
+
+
+def device_name(config: Config) -> str:
+    """What that device is called, so that times compare."""
+    if config_device(config) == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{os.cpu_count()} CPU cores, {platform.machine()}"
 
 
 def _loss(

@@ -14,7 +14,8 @@ from sweep.config import SweepConfig, dump_sweep, flat
 from sweep.driver import LOCK
 from sweep.stored import SWEEP_FILE
 
-_FREE = ("fixed.", "num_trials", "max_concurrent_trials", "cpus_per_worker", "storage_path")
+_LIMITS = ("max_concurrent_trials", "max_hours", "max_gpu_hours", "max_cost", "cloud")
+_FREE = ("fixed.", "num_trials", "cpus_per_worker", "storage_path", *_LIMITS)
 """What may change when a sweep is continued; what is fixed stands in the base run too."""
 _LEDGER = "base.runtime.ledger"
 """What may not, although it changes no result: another ledger would know nothing of the sweep."""

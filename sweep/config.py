@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 from core.config import (
     DIRECTIONS,
     Config,
+    Positive,
     PositiveInt,
     Section,
     flatten,
@@ -26,7 +27,8 @@ from core.config import (
 )
 from core.config_keys import known_keys, nearest_key
 from core.errors import ConfigError
-from sweep.scope import SEED, check_searched, scope_settings
+from sweep.prices import Cloud
+from sweep.scope import SEED, check_limits, check_searched, scope_settings
 
 _FOLDERS = ("runtime.ledger", "runtime.cache")
 Number = int | float
@@ -107,6 +109,14 @@ class SweepConfig(Section):
     """None: as many as the cluster has room for when the sweep starts."""
     max_failures: Annotated[int, Field(ge=0)] = 2
     """Restarts of a trial whose worker died; each goes on from the last checkpoint."""
+    max_hours: Positive | None = None
+    """Device hours (of GPUs, or of CPU cores without any) that all trials may use together,
+    interrupted and failed ones and earlier starts of the sweep included; then it stops."""
+    max_gpu_hours: Positive | None = None
+    """The same, where it must be GPUs."""
+    max_cost: Positive | None = None
+    """USD, by `clusters/prices.yaml` at the prices on demand of `cloud`."""
+    cloud: Cloud | None = None
     search_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     num_startup_trials: PositiveInt = 10
     """Random trials before TPE starts to model the results."""
@@ -127,6 +137,16 @@ class SweepConfig(Section):
                 raise ValueError(f"search_space.{key} is not numeric: give choices")
         if not self.search_space:
             raise ValueError("search_space is empty: name at least one key to search")
+        for key in ("max_gpu_hours", "max_cost"):
+            if getattr(self, key) is not None and not self.gpus_per_worker:
+                raise ValueError(
+                    f"{key}={getattr(self, key):g} counts GPUs, but gpus_per_worker=0: set that, "
+                    "or limit device hours with max_hours"
+                )
+        if self.max_cost is not None and self.cloud is None:
+            raise ValueError(
+                f"max_cost={self.max_cost:g} needs prices: set cloud to aws, gcp or azure"
+            )
         return self
 
     def trial_config(self, parameters: Mapping[str, Any]) -> Config:
@@ -170,6 +190,7 @@ def load_sweep(path: str | Path, overrides: Mapping[str, Any]) -> SweepConfig:
     content["final"] = flat(content.get("final") or {})
     content["search_space"] = _dimensions(content.get("search_space") or {})
     fixed: dict[str, Any] = {}
+    own = {*known_keys(SweepConfig), *SweepConfig.model_fields}  # `sampler`, not `sampler.name`.
     for key, value in overrides.items():
         top, _, rest = key.partition(".")
         if top == "search_space" and "." in rest:
@@ -177,7 +198,7 @@ def load_sweep(path: str | Path, overrides: Mapping[str, Any]) -> SweepConfig:
             content[top].setdefault(name, {})[attribute] = value
         elif top == "final" and rest:
             content["final"][rest] = value
-        elif top in SweepConfig.model_fields and top not in ("fixed", "search_space", "final"):
+        elif key in own and top not in ("fixed", "search_space", "final"):
             content = merge(content, {key: value})
         else:
             fixed[key] = value
@@ -208,6 +229,7 @@ def _scoped(sweep: SweepConfig) -> SweepConfig:
         base, sweep.objective.metric, sweep.sampler, sweep.num_trials, sweep.final
     )
     check_searched(base, list(sweep.search_space))
+    check_limits(base, {k: getattr(sweep, k) for k in ("max_hours", "max_gpu_hours", "max_cost")})
     for key, value in settings.items():
         if sweep.fixed.get(key, value) != value:
             raise ConfigError(

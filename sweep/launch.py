@@ -10,6 +10,7 @@ from core.privacy.keys import MasterSecret
 from sweep.claim import claim, driver_lock, release_id
 from sweep.cluster import DRIVER_RESOURCE, check_room, check_storage, join_cluster, max_concurrent
 from sweep.config import SweepConfig
+from sweep.limits import Meter
 from sweep.progress import Progress
 from sweep.results import Row, best, final_row, load_rows, stored_result, three_figures, write_card
 from sweep.scope import count_trials, settings_entropy
@@ -24,6 +25,7 @@ class Outcome:
         rows: one for each trial, in the order in which they were tried.
         pruned: points that were never trained, with the reason.
         stopped: interrupted, or given up, with the reason.
+        limited: whether what stopped it is a limit of its configuration.
         complete: whether nothing is left to do.
     """
 
@@ -32,6 +34,7 @@ class Outcome:
     stopped: str
     complete: bool
     uri: str
+    limited: bool = False
 
 
 def run_sweep(sweep: SweepConfig) -> Outcome:
@@ -94,6 +97,9 @@ def _search(
     from sweep.space import FeasibleSearch
 
     uri, experiment_id, parent_id = tracked
+    meter = Meter(sweep)
+    if meter.tick():
+        return Outcome(rows, [], meter.reason, False, uri, limited=True)
     join_cluster()
     check_room(sweep, ray.cluster_resources())
     metric, secret = sweep.objective.metric, sweep.run.privacy.scope == "selection"
@@ -116,7 +122,7 @@ def _search(
         if total > before:
             concurrent = max_concurrent(sweep, ray.cluster_resources())
             finished = _fit(
-                context, progress, total - before, search_alg=search, concurrent=concurrent
+                context, progress, meter, total - before, search_alg=search, concurrent=concurrent
             )
             stopped = search.gave_up or ("" if finished else "interrupted")
         if not stopped and sweep.final:
@@ -125,20 +131,24 @@ def _search(
                 point = {key: flatten(winner.config)[key] for key in sweep.search_space}
                 point = {**point, "dataset.public": False, **sweep.final}
                 last = replace(context, is_final=True)
-                if not _fit(last, progress, 1, param_space=point):
+                if not _fit(last, progress, meter, 1, param_space=point):
                     stopped = "interrupted"
     except KeyboardInterrupt:
         stopped = "interrupted"
     finally:
+        meter.note()
         ray.shutdown()
+    limited = bool(stopped and meter.reason)
+    stopped = meter.reason if limited else stopped
     rows = load_rows(sweep)
     complete = not stopped and _is_complete(sweep, rows, total)
-    return Outcome(rows, pruned, stopped, complete, uri)
+    return Outcome(rows, pruned, stopped, complete, uri, limited)
 
 
 def _fit(
     context: Any,
     progress: Progress,
+    meter: Meter,
     num_samples: int,
     search_alg: Any = None,
     param_space: dict[str, Any] | None = None,
@@ -165,7 +175,8 @@ def _fit(
         run_config=tune.RunConfig(
             name=f"{context.launch}{'-final' if context.is_final else ''}",
             storage_path=str(sweep.folder / "ray" / "tune"),
-            callbacks=[progress.callback()],
+            callbacks=[progress.callback(), meter.callback()],
+            stop=meter.stopper(),
             verbose=0,
         ),
     )

@@ -1,6 +1,6 @@
 """What `privacy.scope` demands of a search, and what it decides for its trials."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from core.config import Config, load
@@ -83,6 +83,24 @@ def check_searched(base: Config, keys: Sequence[str]) -> None:
                 f"search_space.{key} cannot be searched under privacy.scope="
                 f"{base.privacy.scope!r}: all trials share what is claimed, its budget and its "
                 "ledger, so fix it"
+            )
+
+
+def check_limits(base: Config, limits: Mapping[str, float | None]) -> None:
+    """Refuses to stop a selection by what it has used.
+
+    Args:
+        limits: by key; None where there is none.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    for key, most in limits.items():
+        if most is not None and base.privacy.scope == "selection":
+            raise ConfigError(
+                f"{key}={most:g} is not allowed under privacy.scope='selection': whether a limit "
+                "is reached depends on the secret number of trials, whose law it would change; "
+                "leave it out, or lower privacy.selection_mean"
             )
 
 
