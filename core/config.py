@@ -183,6 +183,15 @@ class EvaluationConfig(Section):
     classifier_batch_size: PositiveInt = 128
 
 
+class EarlyScoresConfig(Section):
+    """Scores of small samples during training: what a sweep's scheduler stops poor trials by."""
+
+    at: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = ()
+    """Shares of training.num_steps, ascending; none: only the end is scored."""
+    metric: Literal["accuracy", "dp_accuracy", "fid"] = "accuracy"
+    num_images: Annotated[int, Field(ge=2)] = 500
+
+
 class RuntimeConfig(Section):
     """Where and how verbosely; no value here changes the result."""
 
@@ -214,6 +223,7 @@ class Config(Section):
     diffusion: DiffusionConfig = DiffusionConfig()
     sampler: SamplerConfig = SamplerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    early_scores: EarlyScoresConfig = EarlyScoresConfig()
     runtime: RuntimeConfig = RuntimeConfig()
 
     @property
@@ -225,6 +235,19 @@ class Config(Section):
     def private_steps(self) -> int:
         """Optimisation steps of the hard stage, at least 1."""
         return self.training.num_steps - self.warm_up_steps
+
+    @property
+    def early_metric(self) -> str:
+        """Name of the scores during training; of a small sample, so no `accuracy`; empty: none."""
+        metric, cnn = self.early_scores.metric, self.evaluation.fid_extractor == "cnn"
+        name = "fid_cnn" if metric == "fid" and cnn else metric
+        return f"early_{name}" if self.early_scores.at else ""
+
+    @property
+    def early_steps(self) -> dict[int, float]:
+        """The shares of `early_scores.at` by the number of steps that are then done."""
+        steps = self.training.num_steps
+        return {min(max(1, round(f * steps)), steps - 1): f for f in self.early_scores.at}
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -261,11 +284,20 @@ class Config(Section):
                 f"central_images.image_size={self.central_images.image_size} must lie in "
                 f"[2, dataset.image_size={dataset.image_size}]"
             )
-        if self.evaluation.num_images < 2 * dataset.num_classes:
+        early, least = self.early_scores, 2 * dataset.num_classes
+        sizes = {"evaluation.num_images": self.evaluation.num_images}
+        sizes |= {"early_scores.num_images": early.num_images} if early.at else {}
+        for key, count in sizes.items():
+            if count < least:
+                raise ValueError(
+                    f"{key}={count} must be at least {least}, two for each of dataset.num_classes="
+                    f"{dataset.num_classes}: one to train the classifier, one to choose its epoch"
+                )
+        points = list(self.early_steps)
+        if points != sorted(points) or not len(early.at) == len(points) < self.training.num_steps:
             raise ValueError(
-                f"evaluation.num_images={self.evaluation.num_images} must be at least "
-                f"{2 * dataset.num_classes}, two for each of dataset.num_classes="
-                f"{dataset.num_classes}: one to train the classifier, one to choose its epoch"
+                f"early_scores.at={list(early.at)} must ascend and name different steps before the "
+                f"last of training.num_steps={self.training.num_steps}: these are {points}"
             )
         factor = self.model.patch_size * 2 ** (len(self.model.channel_multipliers) - 1)
         if dataset.image_size % factor:

@@ -5,13 +5,14 @@ import json
 import platform
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from core import distributed, yaml_subset
 from core.checkpoint import Checkpoints
@@ -19,22 +20,19 @@ from core.config import Config, flatten, load_yaml, nested
 from core.data import Dataset, Split, load_dataset
 from core.diffusion.denoiser import build_denoiser
 from core.diffusion.ema import Ema
+from core.early import ENDED_EARLY, STOPPED, EarlyScores, GoesOn, StoppedEarlyError
 from core.errors import ConfigError
 from core.evaluation.classifiers import Classifier
 from core.evaluation.features import find_weights
-from core.evaluation.metrics import (
-    downstream_accuracy,
-    downstream_classifier,
-    dp_accuracy,
-    fid_score,
-)
+from core.evaluation.metrics import dp_accuracy
 from core.generate import generate
 from core.locks import held
 from core.privacy.central_images import CentralImages, release_central_images
 from core.privacy.keys import SECRET_FILE_VARIABLE, KeyedStream, MasterSecret
 from core.privacy.plan import PrivacyPlan, make_plan
-from core.privacy.spending import Spending, require_same_data
+from core.privacy.spending import Spending, require_same_data, steps_begun
 from core.reporting import MetricsLog, Report, write_grid, write_json
+from core.scoring import early_score_of, my_scores
 from core.training import config_device, device_name, private_stage, train, warm_up_stage
 
 _PATIENCE = 15.0
@@ -55,6 +53,7 @@ def run(
     report: Report,
     lease: int | None = None,
     charged: Path | None = None,
+    goes_on: GoesOn = lambda _: True,
 ) -> dict[str, Any]:
     """Trains, generates and scores one model; call it on every rank of a process group.
 
@@ -68,6 +67,7 @@ def run(
         report: called on all ranks with the same metrics: `step`, `stage` and numbers.
         lease: token of the driver that started this; the ledger refuses older ones of a sweep.
         charged: folder in which the trials of a sweep note that their data set's ledger was begun.
+        goes_on: asked after each early score; a run that is stopped by it pays for what it ran.
 
     Returns:
         The last reported metrics: scores, epsilons, noise multiplier and seconds.
@@ -80,7 +80,8 @@ def run(
     with ExitStack() as stack:
         lock = held(run_dir / "run.lock", _PATIENCE)
         distributed.on_rank_0(lambda: stack.enter_context(lock))
-        return _run(config, run_dir, master, name, report, lease, charged or run_dir / "charged")
+        charged = charged or run_dir / "charged"
+        return _run(config, run_dir, master, name, report, lease, charged, goes_on)
 
 
 def _run(
@@ -91,6 +92,7 @@ def _run(
     report: Report,
     lease: int | None,
     charged: Path,
+    goes_on: GoesOn,
 ) -> dict[str, Any]:
     began = time.monotonic()
     plan = distributed.on_rank_0(lambda: make_plan(config))
@@ -120,16 +122,44 @@ def _run(
         key = master.derive(fingerprint=fingerprint, trial=identity, stage=stage, purpose=purpose)
         return KeyedStream(key)
 
-    report = _logged(report, run_dir, checkpoints, config)
+    plainly, report = report, _logged(report, run_dir, checkpoints, config)
     denoiser = build_denoiser(config).to(config_device(config))
     distributed.broadcast_module(denoiser)
     ema = Ema(denoiser, config.training.ema_decay)
+
+    def early_score(model: nn.Module, place: int) -> float:
+        noise = stream("evaluation", "noise")
+        return early_score_of(config, plan, model, dataset, noise, place + 1)
+
+    early = EarlyScores(config, run_dir, identity, early_score, plainly, report, goes_on)
+
+    def stopped(end: StoppedEarlyError) -> dict[str, Any]:
+        """Pays for what ran; a run that was stopped never goes on."""
+        result = None
+        if distributed.rank() == 0:
+            spending.settle(fingerprint, reservation)
+            result = {
+                "step": end.step,
+                "stage": ENDED_EARLY,
+                **early.last(),
+                "epsilon": plan.epsilon_after(steps_begun(begun)),
+                "noise_multiplier": plan.noise_multiplier,
+                "seconds": time.monotonic() - began,
+            }
+            origin = _origin(identity, fingerprint, name, plan, [plan.early_metric, "loss"])
+            write_json(run_dir / STOPPED, {**result, **origin})
+        result = distributed.broadcast_object(result)
+        report(result)
+        return result
 
     if plan.central is not None:
         central = _central_images(config, dataset, plan, stream, run_dir)
         if not _is_past_warm_up(checkpoints, config):
             stage = warm_up_stage(config, denoiser, central)
-            train(stage, denoiser, ema, 0, checkpoints, report, config)
+            try:
+                train(stage, denoiser, ema, 0, checkpoints, report, config, early)
+            except StoppedEarlyError as end:
+                return stopped(end)
 
     stage = private_stage(
         config,
@@ -141,7 +171,9 @@ def _run(
         before_step=spending.count if distributed.rank() == 0 else lambda _: None,
     )
     try:
-        train(stage, denoiser, ema, config.warm_up_steps, checkpoints, report, config)
+        train(stage, denoiser, ema, config.warm_up_steps, checkpoints, report, config, early)
+    except StoppedEarlyError as end:
+        return stopped(end)
     finally:
         if distributed.rank() == 0:
             spending.settle(fingerprint, reservation)
@@ -160,7 +192,7 @@ def _run(
     report({"step": config.training.num_steps, "stage": "evaluation"})
     synthetic = generate(ema.module, config, config.evaluation.num_images, config_device(config))
     parts = distributed.all_gather_object(
-        distributed.together(lambda: _my_scores(config, plan, synthetic, dataset, kept_accuracy))
+        distributed.together(lambda: my_scores(config, plan, synthetic, dataset, kept_accuracy))
     )
     scores = {name: value for part in parts for name, value in part.items()}
     result = {
@@ -175,11 +207,19 @@ def _run(
     }
     result = distributed.broadcast_object(result)  # One clock: that of rank 0.
     if distributed.rank() == 0:
-        tags = {metric: plan.tag(metric) for metric in (*scores, "loss")}
-        origin = {"identity": identity, "fingerprint": fingerprint, "name": name, "tags": tags}
+        metrics = [*scores, *filter(None, [plan.early_metric]), "loss"]
+        origin = _origin(identity, fingerprint, name, plan, metrics)
         _store(run_dir, synthetic, ema, {**result, **origin})
     report(result)
     return result
+
+
+def _origin(
+    identity: str, fingerprint: str, name: str, plan: PrivacyPlan, metrics: Sequence[str]
+) -> dict[str, Any]:
+    """What a result is kept with: where it came from, and how private its metrics are."""
+    tags = {metric: plan.tag(metric) for metric in metrics}
+    return {"identity": identity, "fingerprint": fingerprint, "name": name, "tags": tags}
 
 
 def _claim(run_dir: Path, config: Config, plan: PrivacyPlan) -> None:
@@ -247,8 +287,8 @@ def _identity(
 
 
 def _finished(run_dir: Path, identity: str) -> dict[str, Any] | None:
-    path = run_dir / "evaluation.json"
-    stored = json.loads(path.read_text()) if path.exists() else None
+    ends = [run_dir / name for name in ("evaluation.json", STOPPED) if (run_dir / name).exists()]
+    stored = json.loads(ends[0].read_text()) if ends else None
     found = distributed.broadcast_object(stored)
     if found is None or found["identity"] != identity:
         return None
@@ -295,41 +335,6 @@ def _central_images(
 def _is_past_warm_up(checkpoints: Checkpoints, config: Config) -> bool:
     state = distributed.on_rank_0(checkpoints.load)
     return state is not None and state["stage"] == "private_training"
-
-
-def _my_scores(
-    config: Config,
-    plan: PrivacyPlan,
-    synthetic: Split,
-    dataset: Dataset,
-    kept_accuracy: Callable[[Classifier], float],
-) -> dict[str, float]:
-    """This rank's share of accuracies and Frechet distance; together the ranks have all.
-
-    Args:
-        kept_accuracy: the private accuracy of a classifier.
-
-    Privacy: all are computed from real images; `plan.tag` says which are private.
-    """
-    num_classes, device = config.dataset.num_classes, config_device(config)
-
-    def accuracies() -> dict[str, float]:
-        model = downstream_classifier(synthetic, config.evaluation, num_classes, device)
-        scores = {"accuracy": downstream_accuracy(model, synthetic, dataset, config.evaluation)}
-        if plan.score is not None:
-            scores["dp_accuracy"] = kept_accuracy(model)
-        return scores
-
-    def fid() -> dict[str, float]:
-        cache = Path(config.runtime.cache)
-        name, value = fid_score(synthetic, dataset, config.evaluation, num_classes, device, cache)
-        return {name: value}
-
-    mine: dict[str, float] = {}
-    for number, task in enumerate((accuracies, fid)):
-        if number % distributed.world_size() == distributed.rank():
-            mine.update(task())
-    return mine
 
 
 def _store(run_dir: Path, synthetic: Split, ema: Ema, result: dict[str, Any]) -> None:

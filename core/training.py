@@ -57,11 +57,14 @@ def train(
     checkpoints: Checkpoints,
     report: Report,
     config: Config,
+    after_step: Callable[[int, nn.Module], None] = lambda *_: None,
 ) -> None:
     """Runs a stage from its last checkpoint, if there is one, to its end.
 
     Args:
         offset: steps of earlier stages; reports count over all stages.
+        after_step: called with the number of all steps done and the averaged model, at the start
+            as well; what it raises ends the stage.
     """
     start = 0
     state = distributed.on_rank_0(checkpoints.load)
@@ -70,6 +73,7 @@ def train(
         denoiser.load_state_dict(state["denoiser"])
         ema.load_state_dict(state["ema"])
         stage.optimizer.load_state_dict(state["optimizer"])
+    after_step(offset + start, ema.module)
     runtime, began = config.runtime, time.monotonic()
     for number in range(start, stage.num_steps):
         loss = stage.step(number)
@@ -88,6 +92,9 @@ def train(
                     "seconds_per_step": seconds,
                 }
             )
+        scoring = time.monotonic()
+        after_step(offset + done, ema.module)
+        began += time.monotonic() - scoring  # Not a part of the step.
 
 
 def _save(checkpoints: Checkpoints, stage: Stage, step: int, denoiser: Denoiser, ema: Ema) -> None:

@@ -28,7 +28,7 @@ from core.config import (
 from core.config_keys import known_keys, nearest_key
 from core.errors import ConfigError
 from sweep.prices import Cloud
-from sweep.scope import SEED, check_limits, check_searched, scope_settings
+from sweep.scope import SEED, Search, check_limits, check_searched, scope_settings
 
 _FOLDERS = ("runtime.ledger", "runtime.cache")
 Number = int | float
@@ -73,6 +73,23 @@ class Objective(Section):
 
     metric: Literal["accuracy", "dp_accuracy", "fid", "fid_cnn"] = "accuracy"
     direction: Literal["maximize", "minimize"] = "maximize"
+    """If it is not given, that in which the metric improves."""
+
+    @property
+    def mode(self) -> Literal["max", "min"]:
+        """The direction in Tune's terms."""
+        return "max" if self.direction == "maximize" else "min"
+
+    def gain(self, scores: Mapping[str, float]) -> float:
+        """The score, of which more is better."""
+        return scores[self.metric] if self.direction == "maximize" else -scores[self.metric]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _improving(cls, content: Any) -> Any:
+        metric = content.get("metric", "accuracy")
+        known = isinstance(metric, str) and metric in DIRECTIONS
+        return {"direction": DIRECTIONS[metric], **content} if known else content
 
     @model_validator(mode="after")
     def _sensible(self) -> Self:
@@ -82,6 +99,24 @@ class Objective(Section):
                 f"{self.metric}: set it to {DIRECTIONS[self.metric]!r}"
             )
         return self
+
+
+class AshaConfig(Section):
+    """Asynchronous successive halving (Li et al. 2020)."""
+
+    grace_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.25
+    """Share of the steps after which a trial is judged first."""
+    reduction_factor: Annotated[float, Field(ge=1.5, le=16)] = 2.0
+    """A trial goes on if it is among the best 1/factor so far; the next judgement comes after
+    `factor` times as many steps."""
+
+    @property
+    def rungs(self) -> tuple[float, ...]:
+        """Shares of the steps after which trials are judged."""
+        shares: list[float] = []
+        while (share := self.grace_fraction * self.reduction_factor ** len(shares)) < 1:
+            shares.append(share)
+        return tuple(shares)
 
 
 class SweepConfig(Section):
@@ -96,8 +131,15 @@ class SweepConfig(Section):
     search_space: dict[str, Dimension]
     """Dotted numeric (or, with `choices`, any) keys of the run."""
     objective: Objective = Objective()
-    sampler: Literal["tpe", "random"] = "tpe"
-    """TPE (Bergstra et al. 2011) learns from results; random draws alike and independently."""
+    """One, or a list, of which the front of trials that no other beats in all is sought."""
+    further_objectives: tuple[Objective, ...] = ()
+    """All but the first of a list given as `objective`."""
+    sampler: Literal["tpe", "nsga2", "random"] = "tpe"
+    """TPE (Bergstra et al. 2011) and NSGA-II (Deb et al. 2002) learn from results; random draws
+    alike and independently."""
+    scheduler: Literal["none", "asha"] = "none"
+    """`asha` stops trials that score poorly during training."""
+    asha: AshaConfig = AshaConfig()
     final: Annotated[dict[str, Any], Field(default_factory=dict)]
     """Scope `public`: dotted keys that turn the best trial into the one run on sensitive data."""
     num_trials: PositiveInt | None = None
@@ -125,9 +167,22 @@ class SweepConfig(Section):
     storage_path: str = "runs"
     """Folder that the driver and all workers see."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _objectives(cls, content: Any) -> Any:
+        """A list under `objective` becomes the first and the further ones; words are metrics."""
+        given = content.get("objective")
+        if not isinstance(given, (list, tuple)) or not given:
+            return content
+        first, *further = ({"metric": o} if isinstance(o, str) else o for o in given)
+        return {**content, "objective": first, "further_objectives": further}
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         keys = known_keys(Config)
+        metrics = [objective.metric for objective in self.objectives]
+        if len(set(metrics)) < len(metrics):
+            raise ValueError(f"objective={metrics} names a metric twice")
         for key, dimension in self.search_space.items():
             if key not in keys:
                 raise ValueError(f"search_space: unknown key '{key}'{nearest_key(keys, key)}")
@@ -162,6 +217,16 @@ class SweepConfig(Section):
         here = Path(self.storage_path).parent  # Ray gives its workers another directory.
         folders = {key: str(here / flatten(config)[key]) for key in _FOLDERS}
         return load(nested(config), folders)
+
+    @property
+    def objectives(self) -> tuple[Objective, ...]:
+        """All objectives; the first decides where one trial must be named."""
+        return (self.objective, *self.further_objectives)
+
+    @property
+    def metrics(self) -> list[str]:
+        """Metrics of the objectives."""
+        return [objective.metric for objective in self.objectives]
 
     @property
     def run(self) -> Config:
@@ -225,16 +290,15 @@ def _scoped(sweep: SweepConfig) -> SweepConfig:
         ConfigError: the claim of the scope would be false for this search.
     """
     base = sweep.run
-    settings = scope_settings(
-        base, sweep.objective.metric, sweep.sampler, sweep.num_trials, sweep.final
-    )
+    search = Search(sweep.metrics, sweep.sampler, sweep.scheduler, sweep.asha.rungs)
+    settings = scope_settings(base, search, sweep.num_trials, sweep.final)
     check_searched(base, list(sweep.search_space))
     check_limits(base, {k: getattr(sweep, k) for k in ("max_hours", "max_gpu_hours", "max_cost")})
     for key, value in settings.items():
         if sweep.fixed.get(key, value) != value:
             raise ConfigError(
-                f"{key}={sweep.fixed[key]} contradicts sampler={sweep.sampler!r}, which needs "
-                f"{value}: leave it out"
+                f"{key}={sweep.fixed[key]} contradicts sampler={sweep.sampler!r} with scheduler="
+                f"{sweep.scheduler!r}, which need {value}: leave it out"
             )
     space = dict(sweep.search_space)
     if base.privacy.scope == "selection":

@@ -40,9 +40,12 @@ def print_plan(sweep: SweepConfig, probe: bool = False) -> None:
     )
     for key, dimension in sweep.search_space.items():
         print(f"  {key}: {describe_dimension(dimension)}")
-    print(
-        f"objective: {sweep.objective.direction} {sweep.objective.metric}, sampler {sweep.sampler}"
-    )
+    objectives = " and ".join(f"{each.direction} {each.metric}" for each in sweep.objectives)
+    print(f"objective: {objectives}, sampler {sweep.sampler}")
+    if sweep.scheduler == "asha":
+        shares = ", ".join(f"{share:.3g}" for share in sweep.asha.rungs)
+        tag = config.early_metric
+        print(f"scheduler asha: judges {tag} after {shares} of the steps; costs are without it")
     _print_grid(sweep, middle)
     try:
         plan = make_plan(config)

@@ -6,14 +6,24 @@ from pathlib import Path
 from typing import Any
 
 from core.config import flatten
+from core.early import ENDED_EARLY
 from core.privacy.keys import MasterSecret
 from sweep.claim import claim, driver_lock, release_id
 from sweep.cluster import DRIVER_RESOURCE, check_room, check_storage, join_cluster, max_concurrent
 from sweep.config import SweepConfig
 from sweep.limits import Meter
 from sweep.progress import Progress
-from sweep.results import Row, best, final_row, load_rows, stored_result, three_figures, write_card
-from sweep.scope import count_trials, settings_entropy
+from sweep.results import (
+    Row,
+    best,
+    final_row,
+    load_rows,
+    stored_result,
+    three_figures,
+    winners,
+    write_card,
+)
+from sweep.scope import EARLY_AT, count_trials, settings_entropy
 from sweep.trial import Context, record_result, run_trial
 
 
@@ -68,10 +78,10 @@ def _run(sweep: SweepConfig, total: int, token: int) -> Outcome:
     tracking.kill_stale(uri, experiment_id, parent.run_id, sweep.name)
     for row in rows:  # Finished, but the driver was stopped before it could say so.
         key = f"{sweep.name}/{row.trial}"
-        if row.state == "finished" and key in pending:
+        if row.state in ("finished", "stopped") and key in pending:
             tracker = tracking.Tracker(uri, experiment_id, key, parent.run_id)
             record_result(tracker, row.run_dir, stored_result(row))
-            tracker.finish("FINISHED")
+            tracker.finish("FINISHED" if row.state == "finished" else "KILLED")
     if complete:
         _log_summary(parent, sweep, rows, complete)
         parent.finish("FINISHED")
@@ -102,7 +112,7 @@ def _search(
         return Outcome(rows, [], meter.reason, False, uri, limited=True)
     join_cluster()
     check_room(sweep, ray.cluster_resources())
-    metric, secret = sweep.objective.metric, sweep.run.privacy.scope == "selection"
+    secret = sweep.run.privacy.scope == "selection"
     before = sum(_is_done(sweep, row) for row in rows)
     progress = Progress(sweep, total, before, secret)
     pruned: list[tuple[dict[str, Any], str]] = []
@@ -112,25 +122,33 @@ def _search(
         progress.pruned(point, reason)
 
     try:
-        ended = {row.trial: row.scores.get(metric) for row in rows if _is_done(sweep, row)}
+        ended = {row.trial: _values(sweep, row) for row in rows if _is_done(sweep, row)}
         entropy = settings_entropy(
             sweep.run, sweep.search_seed, MasterSecret.load(create=False), release_id(sweep)
         )
         search = FeasibleSearch(sweep, ended, on_pruned, entropy)
         context = Context(sweep, token, uri, experiment_id, parent_id)
+        scheduler = None
+        if sweep.scheduler == "asha":
+            from sweep.stopping import Asha, start_verdicts
+
+            context = replace(context, verdicts=start_verdicts())
+            done = [row for row in rows if _is_done(sweep, row)]
+            scheduler = Asha(sweep, context.verdicts, done)
         stopped = ""
         if total > before:
             concurrent = max_concurrent(sweep, ray.cluster_resources())
             finished = _fit(
-                context, progress, meter, total - before, search_alg=search, concurrent=concurrent
-            )
+                context, progress, meter, total - before, search, scheduler=scheduler,
+                concurrent=concurrent,
+            )  # fmt: skip
             stopped = search.gave_up or ("" if finished else "interrupted")
         if not stopped and sweep.final:
             winner = best(sweep, load_rows(sweep))
             if winner is not None:
                 point = {key: flatten(winner.config)[key] for key in sweep.search_space}
-                point = {**point, "dataset.public": False, **sweep.final}
-                last = replace(context, is_final=True)
+                point = {**point, "dataset.public": False, EARLY_AT: [], **sweep.final}
+                last = replace(context, is_final=True, verdicts=None)
                 if not _fit(last, progress, meter, 1, param_space=point):
                     stopped = "interrupted"
     except KeyboardInterrupt:
@@ -152,20 +170,22 @@ def _fit(
     num_samples: int,
     search_alg: Any = None,
     param_space: dict[str, Any] | None = None,
+    scheduler: Any = None,
     concurrent: int = 1,
 ) -> bool:
     """Lets Tune run `num_samples` trials; False if it was cut off."""
     from ray import tune
 
     sweep = context.sweep
-    metric = sweep.objective.metric
+    single = not sweep.further_objectives  # Of several Tune need not know.
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(run_trial, context=context), {DRIVER_RESOURCE: 1}),
         param_space=param_space,
         tune_config=tune.TuneConfig(
-            metric=metric,
-            mode="max" if sweep.objective.direction == "maximize" else "min",
+            metric=sweep.objective.metric if single else None,
+            mode=sweep.objective.mode if single else None,
             search_alg=search_alg,
+            scheduler=scheduler,
             num_samples=num_samples,
             max_concurrent_trials=concurrent,
             reuse_actors=True,  # The next trial finds its packages imported.
@@ -182,7 +202,8 @@ def _fit(
     )
     results = tuner.fit()
     # A signal makes fit() return as if all were done: trials without score or error were cut off.
-    whole = all("accuracy" in (r.metrics or {}) or r.error for r in results)
+    ends = ("done", ENDED_EARLY)
+    whole = all((r.metrics or {}).get("stage") in ends or r.error for r in results)
     return whole and len(results) >= num_samples
 
 
@@ -190,9 +211,17 @@ def _is_done(sweep: SweepConfig, row: Row) -> bool:
     """Whether a trial is not tried again; a failed draw of a selection has the worst score."""
     if final_row(sweep, [row]) is not None:
         return False
-    return row.state == "finished" or (
+    return row.state in ("finished", "stopped") or (
         row.state == "failed" and row.config.privacy.scope == "selection"
     )
+
+
+def _values(sweep: SweepConfig, row: Row) -> list[float] | None:
+    """What the study is told of a trial that ended: of one stopped early its last score."""
+    if row.early_score is not None:
+        return [row.early_score]
+    scored = set(sweep.metrics) <= set(row.scores)
+    return [row.scores[metric] for metric in sweep.metrics] if scored else None
 
 
 def _is_complete(sweep: SweepConfig, rows: list[Row], total: int) -> bool:
@@ -209,7 +238,7 @@ def _sweep_params(sweep: SweepConfig, total: int) -> dict[str, Any]:
     }
     secret = sweep.run.privacy.scope == "selection"
     trials = "secret" if secret else total
-    return {"num_trials": trials, "objective": sweep.objective.metric, **space}
+    return {"num_trials": trials, "objective": ", ".join(sweep.metrics), **space}
 
 
 def _log_summary(parent: Any, sweep: SweepConfig, rows: list[Row], complete: bool) -> None:
@@ -218,7 +247,8 @@ def _log_summary(parent: Any, sweep: SweepConfig, rows: list[Row], complete: boo
         return
     card = write_card(sweep, rows, complete)
     parent.log_metrics({**winner.scores, **three_figures(card)})
-    parent.log_tags({"best_trial": winner.trial, "privacy.statement": card["statement"]})
+    front = ", ".join(row.trial for row in winners(sweep, rows))
+    parent.log_tags({"best_trial": front, "privacy.statement": card["statement"]})
     for name in ("privacy_card.json", "privacy_card.md"):
         parent.log_file(sweep.folder / name)
     parent.log_file(winner.run_dir / "synthetic" / "grid.png", "synthetic")

@@ -3,6 +3,7 @@
 import time
 from typing import Any
 
+from core.early import ENDED_EARLY
 from core.reporting import ProgressLine
 from sweep.config import SweepConfig, trial_id_of
 
@@ -65,7 +66,7 @@ class Progress:
         """What Tune calls."""
         from ray import tune
 
-        progress, metric = self, self._sweep.objective.metric
+        progress, metrics = self, self._sweep.metrics
         steps = self._sweep.run.training.num_steps
 
         class Callback(tune.Callback):
@@ -80,8 +81,11 @@ class Progress:
 
             def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
                 result = trial.last_result
-                if metric in result:
-                    text = f"finished: {metric} {result[metric]:.4g}, {result['seconds']:.0f} s"
+                scores = [k for k in (*metrics, progress._sweep.run.early_metric) if k in result]
+                if "seconds" in result and scores:
+                    text = ", ".join(f"{name} {result[name]:.4g}" for name in scores)
+                    how = "stopped early" if result["stage"] == ENDED_EARLY else "finished"
+                    text = f"{how}: {text}, {result['seconds']:.0f} s"
                     progress.ended(trial.config, text, failed=False)
 
             def on_trial_error(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:

@@ -18,7 +18,7 @@ def record(row: Row) -> dict[str, Any]:
         "trial": row.trial,
         "state": row.state,
         **{name: row.scores.get(name) for name in DIRECTIONS},
-        "epsilon": row.plan.epsilon,
+        "epsilon": row.epsilon,
         "epsilon_central": row.plan.epsilon_central,
         "noise_multiplier": row.plan.noise_multiplier,
         "seconds": row.seconds,

@@ -72,6 +72,13 @@ class Tracker:
             self._last_step = step
             self.log_metrics({**metrics, "step": step}, step)
 
+    def log_once(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Logs numbers of a step that a restart tells again, unless they are logged already."""
+        for name, value in metrics.items():
+            known = self._client.get_metric_history(self.run_id, name)
+            if step not in {metric.step for metric in known}:
+                self.log_metrics({name: value}, step)
+
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
         """Logs numbers at a step."""
         now = get_current_time_millis()
@@ -130,6 +137,8 @@ def unfinished(uri: str, experiment_id: str, sweep: str) -> set[str]:
     found = client.search_runs(
         [experiment_id], filter_string=f"tags.`{_KEY}` LIKE '{sweep}%'", max_results=50_000
     )
+    # A trial that was stopped early has ended, although it counts as killed.
+    found = [run for run in found if run.data.tags.get("sweep.state") != "stopped"]
     keys = {run.data.tags[_KEY]: run.info.status for run in found}
     return {k for k, status in keys.items() if k.split("/")[0] == sweep and status != "FINISHED"}
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from core.config import Config, flatten, nested
+from core.early import ENDED_EARLY, STAGE, STOPPED
 from core.errors import UserError
 from sweep.config import SweepConfig, trial_id_of
 
@@ -25,6 +26,7 @@ class Context:
     Attributes:
         launch: token of the driver that started this; the ledger refuses workers of an older one.
         is_final: whether this is the run on sensitive data after a search on public data.
+        verdicts: where workers ask after each early score whether to go on; None without.
     """
 
     sweep: SweepConfig
@@ -33,6 +35,7 @@ class Context:
     experiment_id: str
     parent_id: str
     is_final: bool = False
+    verdicts: Any = None
 
     def run_dir(self, trial_id: str) -> Path:
         """Folder of a trial."""
@@ -62,8 +65,12 @@ def run_trial(parameters: dict[str, Any], context: Context) -> None:
         for metrics in _train(context, config, trial_id):
             if "refused" in metrics:
                 raise TrialError(metrics["refused"])
-            if metrics["stage"] == "done":
+            if metrics["stage"] in ("done", ENDED_EARLY):
                 result = metrics
+            elif metrics["stage"] == STAGE:
+                score = {k: v for k, v in metrics.items() if k.startswith("early_")}
+                tracker.log_once(metrics["step"], score)
+                tune.report({**metrics, "trial": trial_id})
             else:
                 curves = {f"{metrics['stage']}/{k}": metrics[k] for k in CURVES if k in metrics}
                 tracker.log_step(metrics["step"], curves)
@@ -71,7 +78,7 @@ def run_trial(parameters: dict[str, Any], context: Context) -> None:
         if result is None:
             raise TrialError("the workers ended without a result")
         record_result(tracker, run_dir, result)
-        status = "FINISHED"
+        status = "KILLED" if result["stage"] == ENDED_EARLY else "FINISHED"
         tracker.finish(status)
         tune.report({**result, "trial": trial_id})
     except SystemExit:  # How Tune stops a trial.
@@ -87,11 +94,13 @@ def run_trial(parameters: dict[str, Any], context: Context) -> None:
 
 
 def record_result(tracker: Any, run_dir: Path, result: Mapping[str, Any]) -> None:
-    """Logs what a finished trial has: scores with their tags, the plan, the pictures."""
+    """Logs what a trial that ended has: scores with their tags, the plan, the pictures."""
     figures = {k: v for k, v in result.items() if isinstance(v, float)}
     tracker.log_metrics(figures, result["step"])
-    tags = json.loads((run_dir / "evaluation.json").read_text())["tags"]
-    tracker.log_tags({f"privacy.{name}": tag for name, tag in tags.items()})
+    stopped = result["stage"] == ENDED_EARLY
+    tags = json.loads((run_dir / (STOPPED if stopped else "evaluation.json")).read_text())["tags"]
+    state = {"sweep.state": ENDED_EARLY if stopped else "finished"}
+    tracker.log_tags({f"privacy.{name}": tag for name, tag in tags.items()} | state)
     for name in ("config.yaml", "privacy.json"):
         tracker.log_file(run_dir / name)
     tracker.log_file(run_dir / "synthetic" / "grid.png", "synthetic")
@@ -117,6 +126,8 @@ def _train(context: Context, config: Config, trial_id: str) -> Iterator[dict[str
             "name": sweep.name,
             "charged": str(sweep.folder / "charged"),
             "launch": context.launch,
+            "verdicts": context.verdicts,
+            "trial": trial_id,
             "threads": max(1, int(sweep.cpus_per_worker)),
         },
         scaling_config=ray.train.ScalingConfig(
@@ -180,6 +191,11 @@ def train_worker(settings: dict[str, Any]) -> None:
     from core.privacy.keys import MasterSecret
 
     torch.set_num_threads(settings["threads"])
+
+    def goes_on(progress: float) -> bool:
+        verdicts = settings["verdicts"]
+        return verdicts is None or ray.get(verdicts.ask.remote(settings["trial"], progress))
+
     try:
         run(
             load(settings["config"]),
@@ -189,6 +205,7 @@ def train_worker(settings: dict[str, Any]) -> None:
             report=ray.train.report,
             lease=settings["launch"],
             charged=Path(settings["charged"]),
+            goes_on=goes_on,
         )
     except UserError as error:
         ray.train.report({"refused": str(error), "stage": "refused", "step": 0})

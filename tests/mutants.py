@@ -111,8 +111,8 @@ MUTANTS = (
     Mutant(
         "noise of the private accuracy halved",
         "core/evaluation/metrics.py",
-        "plan.noise_stddev * float(noise.normal(0, 1))",
-        "plan.noise_stddev / 2 * float(noise.normal(0, 1))",
+        "plan.noise_stddev * float(noise.normal(release, 1))",
+        "plan.noise_stddev / 2 * float(noise.normal(release, 1))",
         SPENDING,
     ),
     Mutant(

@@ -81,7 +81,10 @@ class Spending:
         """Notes that a step is about to begin, in blocks: the file is never behind."""
         if step >= steps_begun(self.begun):
             block = step - step % _BLOCK + _BLOCK
-            self._write_begun(min(block, self.plan.dp_sgd.num_steps))
+            # Where the run may be stopped, no later step is noted: it would be paid in vain.
+            ends = [point - self.config.warm_up_steps for point in self.config.early_steps]
+            ends = [end for end in ends if end > step]
+            self._write_begun(min(block, self.plan.dp_sgd.num_steps, *ends))
 
     def _write_begun(self, steps: int) -> None:
         self.begun.parent.mkdir(parents=True, exist_ok=True)
