@@ -24,7 +24,7 @@ from sweep.results import (
     write_card,
 )
 from sweep.scope import EARLY_AT, count_trials, settings_entropy
-from sweep.trial import Context, record_result, run_trial
+from sweep.trial import Context, Train, record_result, run_trial
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,11 @@ class Outcome:
     limited: bool = False
 
 
-def run_sweep(sweep: SweepConfig) -> Outcome:
+def run_sweep(sweep: SweepConfig, train: Train | None = None) -> Outcome:
     """Runs what is missing of a sweep.
+
+    Args:
+        train: what trains a trial, in place of a group of Ray Train; leaves the same files.
 
     Raises:
         ConfigError: the folder holds another sweep of this name, another driver runs it, the
@@ -60,10 +63,10 @@ def run_sweep(sweep: SweepConfig) -> Outcome:
         os.chdir(sweep.folder)  # That of a submitted job vanishes while it is being stopped.
         claim(sweep)
         total = count_trials(sweep.run, sweep.num_trials, master, release_id(sweep))
-        return _run(sweep, total, token)
+        return _run(sweep, total, token, train)
 
 
-def _run(sweep: SweepConfig, total: int, token: int) -> Outcome:
+def _run(sweep: SweepConfig, total: int, token: int, train: Train | None) -> Outcome:
     from sweep import tracking
 
     rows = load_rows(sweep)
@@ -90,7 +93,8 @@ def _run(sweep: SweepConfig, total: int, token: int) -> Outcome:
     parent.log_file(sweep.folder / "sweep.json")
     status = "KILLED"
     try:
-        outcome = _search(sweep, rows, total, token, (uri, experiment_id, parent.run_id))
+        context = Context(sweep, token, uri, experiment_id, parent.run_id, train=train)
+        outcome = _search(context, rows, total)
         _log_summary(parent, sweep, outcome.rows, outcome.complete)
         if not outcome.stopped:
             status = "FINISHED"
@@ -99,14 +103,12 @@ def _run(sweep: SweepConfig, total: int, token: int) -> Outcome:
         parent.finish(status)
 
 
-def _search(
-    sweep: SweepConfig, rows: list[Row], total: int, token: int, tracked: tuple[str, str, str]
-) -> Outcome:
+def _search(context: Context, rows: list[Row], total: int) -> Outcome:
     import ray
 
     from sweep.space import FeasibleSearch
 
-    uri, experiment_id, parent_id = tracked
+    sweep, uri = context.sweep, context.uri
     meter = Meter(sweep)
     if meter.tick():
         return Outcome(rows, [], meter.reason, False, uri, limited=True)
@@ -127,7 +129,6 @@ def _search(
             sweep.run, sweep.search_seed, MasterSecret.load(create=False), release_id(sweep)
         )
         search = FeasibleSearch(sweep, ended, on_pruned, entropy)
-        context = Context(sweep, token, uri, experiment_id, parent_id)
         scheduler = None
         if sweep.scheduler == "asha":
             from sweep.stopping import Asha, start_verdicts

@@ -2,7 +2,7 @@
 
 import json
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from core.early import ENDED_EARLY, STAGE, STOPPED
 from core.errors import UserError
 from sweep.config import SweepConfig, trial_id_of
 
+Train = Callable[["Context", Config, str], Iterator[dict[str, Any]]]
 CURVES = ("loss", "seconds_per_step")
 
 
@@ -27,6 +28,7 @@ class Context:
         launch: token of the driver that started this; the ledger refuses workers of an older one.
         is_final: whether this is the run on sensitive data after a search on public data.
         verdicts: where workers ask after each early score whether to go on; None without.
+        train: what trains a trial and yields its reports; None: a group of Ray Train.
     """
 
     sweep: SweepConfig
@@ -36,6 +38,7 @@ class Context:
     parent_id: str
     is_final: bool = False
     verdicts: Any = None
+    train: "Train | None" = None
 
     def run_dir(self, trial_id: str) -> Path:
         """Folder of a trial."""
@@ -62,7 +65,7 @@ def run_trial(parameters: dict[str, Any], context: Context) -> None:
     status = "FAILED"
     try:
         result: dict[str, Any] | None = None
-        for metrics in _train(context, config, trial_id):
+        for metrics in (context.train or _train)(context, config, trial_id):
             if "refused" in metrics:
                 raise TrialError(metrics["refused"])
             if metrics["stage"] in ("done", ENDED_EARLY):

@@ -1,9 +1,8 @@
-"""ASHA and a limit in a whole sweep: poor trials end themselves, pay for what ran, and stay ended."""
+"""ASHA and a limit in a whole sweep: poor trials end themselves, pay for what ran, stay ended."""
 
 import json
 import re
 import subprocess
-from pathlib import Path
 
 import optuna
 import pytest
@@ -57,7 +56,7 @@ def stories(tmp_path_factory):
 def test_a_limit_ends_the_sweep_in_one_line_that_says_how_to_go_on(stories):
     folder, told = stories
     assert re.search(
-        r"stopped: max_hours=0\.001 is reached: 0\.00\d+ device hours were used; .*larger max_hours",
+        r"stopped: max_hours=0\.001 is reached: 0\.0\d+ device hours .* larger max_hours",
         told[0][1],
     )
     usage = json.loads((folder / "runs" / "tiny" / "usage.json").read_text())
