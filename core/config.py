@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from core import yaml_subset
 from core.config_keys import explain
+from core.config_keys import parse_overrides as parse_overrides
 from core.errors import ConfigError
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -157,6 +158,8 @@ class SamplerConfig(Section):
     s_noise: Positive = 1.0
     guidance: NonNegative = 1.0
     """Classifier-free guidance weight; 1 is none."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the network while images are drawn; the images themselves are always float32."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -321,20 +324,6 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"no configuration file at '{path}': check the path") from None
     except (ValueError, OSError) as error:
         raise ConfigError(f"'{path}' cannot be read: {error}") from None
-
-
-def parse_overrides(arguments: list[str]) -> dict[str, Any]:
-    """Turns `key=value` arguments into a flat mapping; values are read as YAML."""
-    overrides: dict[str, Any] = {}
-    for argument in arguments:
-        key, separator, value = argument.partition("=")
-        if not separator or not key:
-            raise ConfigError(f"'{argument}' is not of the form key=value")
-        try:
-            overrides[key] = yaml_subset.parse_value(value)
-        except ValueError as error:
-            raise ConfigError(f"{key}: {error}") from None
-    return overrides
 
 
 def load(

@@ -1,12 +1,11 @@
 """One run, top to bottom: plan, data, central images, warm-up, DP-SGD, generation, scores."""
 
-import hashlib
 import json
 import platform
-import secrets
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,31 +16,28 @@ from torch import nn
 from core import distributed, yaml_subset
 from core.checkpoint import Checkpoints
 from core.config import Config, flatten, load_yaml, nested
-from core.data import Dataset, Split, load_dataset
+from core.data import Split, load_dataset
 from core.diffusion.denoiser import build_denoiser
 from core.diffusion.ema import Ema
 from core.early import ENDED_EARLY, STOPPED, EarlyScores, GoesOn, StoppedEarlyError
+from core.easy_stage import kept_central_images, trajectory_of, warm_up
 from core.errors import ConfigError
 from core.evaluation.classifiers import Classifier
 from core.evaluation.features import find_weights
 from core.evaluation.metrics import dp_accuracy
 from core.generate import generate
+from core.identity import CENTRAL, identity_of, origin_of, settings_of
 from core.locks import held
-from core.privacy.central_images import CentralImages, release_central_images
-from core.privacy.keys import SECRET_FILE_VARIABLE, KeyedStream, MasterSecret
+from core.privacy.keys import KeyedStream, MasterSecret
 from core.privacy.plan import PrivacyPlan, make_plan
 from core.privacy.spending import Spending, require_same_data, steps_begun
 from core.reporting import MetricsLog, Report, write_grid, write_json
 from core.scoring import early_score_of, my_scores
-from core.training import config_device, device_name, private_stage, train, warm_up_stage
+from core.training import config_device, device_name, private_stage, train
 
 _PATIENCE = 15.0
 """Seconds in which a worker that was given up by its supervisor may still let the folder go."""
 _ORIGIN = ("identity", "fingerprint", "name", "tags")
-_NOT_IDENTITY = (
-    "runtime.",
-    "dataset.path",  # The fingerprint stands for the content, wherever it lies.
-)
 
 
 def run(
@@ -53,6 +49,7 @@ def run(
     report: Report,
     lease: int | None = None,
     charged: Path | None = None,
+    shared: Path | None = None,
     goes_on: GoesOn = lambda _: True,
 ) -> dict[str, Any]:
     """Trains, generates and scores one model; call it on every rank of a process group.
@@ -67,6 +64,8 @@ def run(
         report: called on all ranks with the same metrics: `step`, `stage` and numbers.
         lease: token of the driver that started this; the ledger refuses older ones of a sweep.
         charged: folder in which the trials of a sweep note that their data set's ledger was begun.
+        shared: folder of a sweep whose trials with the same central images have them from one
+            release, which is charged once, and share one warm-up; None: the run has its own.
         goes_on: asked after each early score; a run that is stopped by it pays for what it ran.
 
     Returns:
@@ -81,7 +80,7 @@ def run(
         lock = held(run_dir / "run.lock", _PATIENCE)
         distributed.on_rank_0(lambda: stack.enter_context(lock))
         charged = charged or run_dir / "charged"
-        return _run(config, run_dir, master, name, report, lease, charged, goes_on)
+        return _run(config, run_dir, master, name, report, lease, charged, shared, goes_on)
 
 
 def _run(
@@ -92,6 +91,7 @@ def _run(
     report: Report,
     lease: int | None,
     charged: Path,
+    shared: Path | None,
     goes_on: GoesOn,
 ) -> dict[str, Any]:
     began = time.monotonic()
@@ -105,22 +105,33 @@ def _run(
     if (fingerprint := distributed.on_rank_0(spending.known_fingerprint)) is None:
         dataset = distributed.together(lambda: load_dataset(config.dataset))
         fingerprint = distributed.broadcast_object(dataset.fingerprint)
-    trial = distributed.on_rank_0(lambda: _trial_of(run_dir))
-    identity = _identity(config, plan, fingerprint, trial, master.public_id)
+    central_identity = ""
+    if shared is not None and plan.central is not None:
+        origin = distributed.on_rank_0(lambda: origin_of(shared / "central_id"))
+        settings, central = settings_of(config, CENTRAL), asdict(plan.central)
+        central_identity = identity_of(settings, central, fingerprint, origin, master.public_id)
+    origin = distributed.on_rank_0(lambda: origin_of(run_dir / "trial_id"))
+    settings = {**settings_of(config), "shared central images": central_identity}
+    identity = identity_of(settings, plan.mechanisms, fingerprint, origin, master.public_id)
+    released = central_identity or identity
     if (finished := _finished(run_dir, identity)) is not None:
         report(finished)
         return finished
     checkpoints = Checkpoints(run_dir / "checkpoints", identity)
     distributed.on_rank_0(checkpoints.check)  # Refused before it is charged.
-    reservation = distributed.on_rank_0(lambda: spending.reserve(fingerprint, identity))
+    reservation = distributed.on_rank_0(
+        lambda: spending.reserve(fingerprint, identity, central_identity)
+    )
     dataset = dataset or distributed.together(lambda: load_dataset(config.dataset))
     found = dataset.fingerprint
     distributed.together(lambda: require_same_data(fingerprint, found, config))
     distributed.on_rank_0(lambda: spending.remember(fingerprint))
 
     def stream(stage: str, purpose: str) -> KeyedStream:
-        key = master.derive(fingerprint=fingerprint, trial=identity, stage=stage, purpose=purpose)
-        return KeyedStream(key)
+        trial = released if stage == "central_images" else identity
+        return KeyedStream(
+            master.derive(fingerprint=fingerprint, trial=trial, stage=stage, purpose=purpose)
+        )
 
     plainly, report = report, _logged(report, run_dir, checkpoints, config)
     denoiser = build_denoiser(config).to(config_device(config))
@@ -153,11 +164,20 @@ def _run(
         return result
 
     if plan.central is not None:
-        central = _central_images(config, dataset, plan, stream, run_dir)
-        if not _is_past_warm_up(checkpoints, config):
-            stage = warm_up_stage(config, denoiser, central)
+        central = kept_central_images(
+            config,
+            dataset.train,
+            plan.central,
+            (shared or run_dir / "checkpoints") / "central_images",
+            released,
+            masks=stream("central_images", "mask"),
+            noise=stream("central_images", "noise"),
+            picture=run_dir / "central_images" / "grid.png",
+        )
+        if not _is_past_warm_up(checkpoints):
+            trajectory = trajectory_of(shared, config, released) if shared else None
             try:
-                train(stage, denoiser, ema, 0, checkpoints, report, config, early)
+                warm_up(config, denoiser, ema, central, checkpoints, report, trajectory, early)
             except StoppedEarlyError as end:
                 return stopped(end)
 
@@ -254,38 +274,6 @@ def _claim(run_dir: Path, config: Config, plan: PrivacyPlan) -> None:
         temporary.replace(path)
 
 
-def _trial_of(run_dir: Path) -> str:
-    """Random and kept in the run's folder: a new or emptied folder never reuses noise."""
-    path = run_dir / "trial_id"
-    if not path.exists():
-        path.write_text(secrets.token_hex(16))
-    return path.read_text()
-
-
-def _identity(
-    config: Config, plan: PrivacyPlan, fingerprint: str, trial: str, secret_id: str
-) -> str:
-    """Digest of all that decides what is released; it enters every key.
-
-    The plan is part of it: were another version to solve another noise multiplier, the same key
-    would draw the same noise at another scale, and the difference would give the gradients away.
-
-    Raises:
-        ConfigError: the ranks do not agree on it.
-    """
-    settings = {k: v for k, v in flatten(config).items() if not k.startswith(_NOT_IDENTITY)}
-    computed_by = [torch.__version__, config_device(config)]  # Others sum or draw differently.
-    parts = [settings, plan.mechanisms, fingerprint, trial, secret_id, computed_by]
-    text = json.dumps(parts, sort_keys=True)
-    identity = hashlib.sha256(text.encode()).hexdigest()
-    if len(set(distributed.all_gather_object(identity))) > 1:
-        raise ConfigError(
-            "the ranks hold different master secrets: give every machine the same secret file "
-            f"(${SECRET_FILE_VARIABLE})"
-        )
-    return identity
-
-
 def _finished(run_dir: Path, identity: str) -> dict[str, Any] | None:
     ends = [run_dir / name for name in ("evaluation.json", STOPPED) if (run_dir / name).exists()]
     stored = json.loads(ends[0].read_text()) if ends else None
@@ -312,27 +300,7 @@ def _logged(report: Report, run_dir: Path, checkpoints: Checkpoints, config: Con
     return both
 
 
-def _central_images(
-    config: Config, dataset: Dataset, plan: PrivacyPlan, stream: Any, run_dir: Path
-) -> CentralImages:
-    """One release for all workers: rank 0 draws it, the others receive it."""
-    assert plan.central is not None
-    central = None
-    if distributed.rank() == 0:
-        central = release_central_images(
-            dataset.train,
-            config.dataset.num_classes,
-            config.central_images,
-            plan.central,
-            masks=stream("central_images", "mask"),
-            noise=stream("central_images", "noise"),
-        )
-        pixels = (central.images * 255).round().to(torch.uint8)
-        write_grid(run_dir / "central_images" / "grid.png", pixels, central.labels)
-    return distributed.broadcast_object(central)
-
-
-def _is_past_warm_up(checkpoints: Checkpoints, config: Config) -> bool:
+def _is_past_warm_up(checkpoints: Checkpoints) -> bool:
     state = distributed.on_rank_0(checkpoints.load)
     return state is not None and state["stage"] == "private_training"
 

@@ -33,6 +33,8 @@ from core.privacy.plan import DpSgdPlan
 from core.privacy.sampling import PoissonSampler, rank_share
 from core.reporting import Report
 
+AfterStep = Callable[[int, nn.Module], None]
+
 
 @dataclass
 class Stage:
@@ -57,7 +59,7 @@ def train(
     checkpoints: Checkpoints,
     report: Report,
     config: Config,
-    after_step: Callable[[int, nn.Module], None] = lambda *_: None,
+    after_step: AfterStep = lambda *_: None,
 ) -> None:
     """Runs a stage from its last checkpoint, if there is one, to its end.
 

@@ -11,6 +11,7 @@ from core.config import Config, flatten, nested
 from core.early import ENDED_EARLY, STAGE, STOPPED
 from core.errors import UserError
 from sweep.config import SweepConfig, trial_id_of
+from sweep.scope import shares_central_images
 
 Train = Callable[["Context", Config, str], Iterator[dict[str, Any]]]
 CURVES = ("loss", "seconds_per_step")
@@ -128,6 +129,7 @@ def _train(context: Context, config: Config, trial_id: str) -> Iterator[dict[str
             "run_dir": str(context.run_dir(trial_id)),
             "name": sweep.name,
             "charged": str(sweep.folder / "charged"),
+            "shared": str(sweep.folder / "shared") if shares_central_images(config) else None,
             "launch": context.launch,
             "verdicts": context.verdicts,
             "trial": trial_id,
@@ -208,6 +210,7 @@ def train_worker(settings: dict[str, Any]) -> None:
             report=ray.train.report,
             lease=settings["launch"],
             charged=Path(settings["charged"]),
+            shared=Path(settings["shared"]) if settings["shared"] else None,
             goes_on=goes_on,
         )
     except UserError as error:

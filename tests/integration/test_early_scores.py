@@ -7,7 +7,7 @@ import pytest
 import torch
 from two_ranks import tiny_run
 
-from core import pipeline
+from core import identity
 from core.config import load
 from core.errors import ConfigError
 from core.privacy.ledger import Ledger
@@ -55,7 +55,7 @@ def test_scores_come_where_asked_and_are_tagged(scored):
 
 
 def test_training_is_the_same_to_the_bit_with_and_without(tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline, "_NOT_IDENTITY", (*pipeline._NOT_IDENTITY, "early_scores."))
+    monkeypatch.setattr(identity, "_NOT_IDENTITY", (*identity._NOT_IDENTITY, "early_scores."))
     tiny_run(tmp_path / "with", **EARLY)
     tiny_run(tmp_path / "without", **EARLY | {"early_scores.at": []})
     models = [torch.load(tmp_path / name / "model.pt") for name in ("with", "without")]

@@ -33,6 +33,7 @@ TINY = {
 def tiny_run(
     run_dir: Path,
     also: Callable[[dict], None] = lambda _: None,
+    shared: Path | None = None,
     goes_on: GoesOn = lambda _: True,
     **changes: object,
 ) -> list[dict]:
@@ -57,8 +58,8 @@ def tiny_run(
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "trial_id").write_text("tiny")  # Else no two runs would draw alike.
     master = MasterSecret(b"s" * 32)
-    settings = {"name": "tiny", "report": report, "charged": charged, "goes_on": goes_on}
-    run(config, run_dir, master=master, **settings)
+    settings = {"name": "tiny", "report": report, "charged": charged, "shared": shared}
+    run(config, run_dir, master=master, **settings, goes_on=goes_on)
     return reports
 
 

@@ -1,0 +1,160 @@
+"""The easy stage: central images, drawn once, and the warm-up on them, which trials may share.
+
+Each optimisation step of the warm-up is a function of the state before it and its number, so a
+trial that starts from another's state of step s ends where it would have ended alone.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from core import distributed
+from core.checkpoint import Checkpoints
+from core.config import Config, flatten
+from core.data import Split
+from core.diffusion.denoiser import Denoiser
+from core.diffusion.ema import Ema
+from core.locks import held
+from core.privacy.central_images import CentralImages, release_central_images
+from core.privacy.keys import KeyedStream
+from core.privacy.plan import CentralPlan
+from core.reporting import Report, write_grid
+from core.training import AfterStep, train, warm_up_stage
+
+_KEPT = 6
+"""States of one trajectory on disk; each is as large as a checkpoint."""
+_PATIENCE = 600.0
+"""Seconds in which other trials may be drawing or writing the same."""
+_DECIDES = ("seed", "model.", "diffusion.", "warm_up.", "training.", "runtime.channels_last")
+_LENGTH = "training.num_steps"
+
+
+def kept_central_images(
+    config: Config,
+    train_split: Split,
+    plan: CentralPlan,
+    folder: Path,
+    identity: str,
+    masks: KeyedStream,
+    noise: KeyedStream,
+    picture: Path,
+) -> CentralImages:
+    """The central images of an identity: drawn by the first who asks, the same file ever after.
+
+    Args:
+        folder: where they are kept, each identity in a file of its own.
+        identity: of the release; `masks` and `noise` are drawn from it.
+        picture: receives a grid of them.
+
+    Privacy: one release for all ranks, all trials of the identity and all restarts. Nothing is
+        summed a second time, which on another machine could differ in its last digits.
+    """
+    central = None
+    if distributed.rank() == 0:
+        store = Checkpoints(folder, identity, f"{identity[:16]}.pt")
+        with held(folder / f"{identity[:16]}.lock", _PATIENCE):
+            kept = store.load()
+            if kept is None:
+                drawn = release_central_images(
+                    train_split,
+                    config.dataset.num_classes,
+                    config.central_images,
+                    plan,
+                    masks=masks,
+                    noise=noise,
+                )
+                kept = {"images": drawn.images, "labels": drawn.labels}
+                store.save(kept)
+        central = CentralImages(**kept)
+        pixels = (central.images * 255).round().to(torch.uint8)
+        write_grid(picture, pixels, central.labels)
+    return distributed.broadcast_object(central)
+
+
+def warm_up(
+    config: Config,
+    denoiser: Denoiser,
+    ema: Ema,
+    central: CentralImages,
+    checkpoints: Checkpoints,
+    report: Report,
+    trajectory: "Trajectory | None",
+    after_step: AfterStep,
+) -> None:
+    """Trains on the central images, from where another trial of the trajectory left them.
+
+    Args:
+        after_step: see `train`; not called for the steps that another trial did.
+    """
+    stage = warm_up_stage(config, denoiser, central)
+    if trajectory is not None:
+        distributed.on_rank_0(lambda: trajectory.start(checkpoints, stage.num_steps))
+    train(stage, denoiser, ema, 0, checkpoints, report, config, after_step)
+    if trajectory is not None:
+        distributed.on_rank_0(lambda: trajectory.keep(checkpoints))
+
+
+@dataclass
+class Trajectory:
+    """The kept states of the warm-up on certain central images with certain settings.
+
+    Args:
+        folder: that trials share; `<step>.pt` lie in a folder of it for each trajectory.
+        identity: of the trajectory, see `trajectory_of`.
+
+    Privacy: post-processing of the central images alone.
+    """
+
+    folder: Path
+    identity: str
+
+    def start(self, checkpoints: Checkpoints, num_steps: int) -> None:
+        """Lets a run that has not begun go on from the latest state within its warm-up."""
+        if checkpoints.load() is not None:
+            return
+        usable = [step for step in self._steps() if step <= num_steps]
+        state = self._at(max(usable)).load() if usable else None
+        if state is not None:  # Another trial may have put a better one in its place.
+            checkpoints.save(state)
+
+    def keep(self, checkpoints: Checkpoints) -> None:
+        """Keeps the state with which a run ends its warm-up."""
+        state = checkpoints.load()
+        assert state is not None
+        with held(self.folder / f"{self.identity[:16]}.lock", _PATIENCE):
+            if state["step"] not in self._steps():
+                self._at(state["step"]).save(state)
+            steps = self._steps()
+            if len(steps) > _KEPT:  # The one that saves the fewest steps goes; never the longest.
+                gaps = zip(steps[:-1], [0, *steps], strict=False)
+                least = min(gaps, key=lambda gap: gap[0] - gap[1])[0]
+                self._at(least).path.unlink()
+
+    def _at(self, step: int) -> Checkpoints:
+        return Checkpoints(self.folder / self.identity[:16], self.identity, f"{step}.pt")
+
+    def _steps(self) -> list[int]:
+        found = (self.folder / self.identity[:16]).glob("*.pt")
+        return sorted(int(path.stem) for path in found)
+
+
+def trajectory_of(folder: Path, config: Config, central: str) -> Trajectory:
+    """The trajectory of a run.
+
+    Args:
+        folder: that the trials of a sweep share.
+        central: identity of the central images.
+    """
+    settings: dict[str, Any] = {
+        key: value
+        for key, value in flatten(config).items()
+        if key.startswith(_DECIDES) and key != _LENGTH
+    }
+    # Other ranks sum in another order: equal only to rounding.
+    parts = [settings, central, distributed.world_size()]
+    text = json.dumps(parts, sort_keys=True)
+    return Trajectory(folder / "warm_up", hashlib.sha256(text.encode()).hexdigest())
