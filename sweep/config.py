@@ -174,6 +174,10 @@ class SweepConfig(Section):
         given = content.get("objective")
         if not isinstance(given, (list, tuple)) or not given:
             return content
+        for each in given:
+            metric = each.get("metric") if isinstance(each, Mapping) else each
+            if metric not in DIRECTIONS:
+                raise ValueError(f"objective={metric!r} is none of {', '.join(DIRECTIONS)}")
         first, *further = ({"metric": o} if isinstance(o, str) else o for o in given)
         return {**content, "objective": first, "further_objectives": further}
 
@@ -275,7 +279,9 @@ def load_sweep(path: str | Path, overrides: Mapping[str, Any]) -> SweepConfig:
     # Absolute, as Ray gives trials and workers another working directory.
     sweep = sweep.model_copy(update={"storage_path": str(Path(sweep.storage_path).absolute())})
     _check_run(sweep, fixed)
-    return _scoped(sweep)
+    sweep = _scoped(sweep)
+    _check_run(sweep, {})
+    return sweep
 
 
 def dump_sweep(sweep: SweepConfig) -> dict[str, Any]:

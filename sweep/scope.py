@@ -53,6 +53,11 @@ def scope_settings(
             "objective.metric='dp_accuracy' needs its noise: set privacy.dp_accuracy_stddev, in "
             "images, such as 50"
         )
+    if privacy.scope == "selection" and len(search.metrics) > 1:
+        raise ConfigError(
+            "privacy.scope='selection' releases the one best trial, so it needs one score: give "
+            f"one objective, not {', '.join(search.metrics)}"
+        )
     exposed = [metric for metric in search.metrics if metric != "dp_accuracy"]
     if privacy.scope in ("sweep", "selection") and exposed and not base.dataset.public:
         raise ConfigError(
@@ -68,11 +73,6 @@ def scope_settings(
     if privacy.scope == "public":
         _check_final(base, final)
     if privacy.scope == "selection":
-        if len(search.metrics) > 1:
-            raise ConfigError(
-                "privacy.scope='selection' releases the one best trial, so it needs one score: "
-                f"give one objective, not {', '.join(search.metrics)}"
-            )
         if search.scheduler != "none":
             raise ConfigError(
                 f"privacy.scope='selection' is proven for trials that all run whole, not for "

@@ -1,0 +1,163 @@
+"""Many trials through the real Tune, Optuna journal, ledger and MLflow: no slowdown, leak or flood.
+
+The trials themselves are stand-ins that train nothing, so that the machinery is all there is.
+"""
+
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from core import yaml_subset
+from core.config import Config, nested
+from core.privacy.plan import make_plan
+from core.privacy.spending import Spending
+from core.reporting import write_json
+
+ROOT = Path(__file__).resolve().parents[2]
+TRIALS = int(os.environ.get("FETA_SWEEP_SOAK_TRIALS", "500"))
+WINDOW = TRIALS // 5
+MB = 2**20
+SWEEP = f"""
+name: soak
+base: {ROOT}/core/configs/digits.yaml
+num_trials: {TRIALS}
+workers_per_trial: 1
+max_concurrent_trials: 2
+fixed:
+  stage_split: 0.0
+  privacy.target_epsilon: 1.0
+  training.num_steps: 4
+search_space:
+  private_training.learning_rate:
+    low: 1e-5
+    high: 1e-1
+    log: true
+"""
+FINGERPRINT = "0" * 64
+
+
+def stand_in(context: Any, config: Config, trial_id: str) -> Iterator[dict[str, Any]]:
+    """What a trial leaves and reports, without workers and training."""
+    import psutil
+
+    run_dir, plan = context.run_dir(trial_id), make_plan(config)
+    folder = Path(config.runtime.ledger)
+    charged, begun = context.sweep.folder / "charged", run_dir / "checkpoints" / "steps_begun"
+    spending = Spending(config, plan, folder, context.sweep.name, begun, charged, context.launch)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "config.yaml").write_text(yaml_subset.dump(nested(config)))
+    write_json(run_dir / "privacy.json", plan.summary())
+    reservation = spending.reserve(FINGERPRINT, trial_id)
+    for step in range(1, 5):
+        spending.count(step - 1)
+        yield {"step": step, "stage": "private_training", "loss": 1.0, "seconds_per_step": 0.1}
+    spending.settle(FINGERPRINT, reservation)
+    rate = config.private_training.learning_rate
+    result = {"step": 4, "stage": "done", "accuracy": min(1.0, rate), "seconds": 0.1}
+    origin = {"identity": trial_id, "fingerprint": FINGERPRINT, "tags": {}}
+    write_json(run_dir / "evaluation.json", {**result, **origin, "name": context.sweep.name})
+    memory = psutil.Process().memory_info().rss
+    write_json(run_dir / "worker.json", {"pid": os.getpid(), "rss": memory, "time": time.time()})
+    yield result
+
+
+def drive(folder: Path) -> None:
+    """The driver, in a process of its own, with a note of its memory beside each hundredth."""
+    import threading
+
+    import psutil
+
+    from sweep.config import load_sweep
+    from sweep.launch import run_sweep
+
+    sweep = load_sweep(folder / "sweep.yaml", {"storage_path": str(folder / "runs")})
+    notes: list[tuple[int, int]] = []
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(2.0):
+            done = len(list((sweep.folder / "trials").glob("*/evaluation.json")))
+            notes.append((done, psutil.Process().memory_info().rss))
+
+    threading.Thread(target=watch, daemon=True).start()
+    outcome = run_sweep(sweep, stand_in)
+    over.set()
+    assert outcome.complete, outcome.stopped
+    assert len(outcome.rows) == TRIALS
+    write_json(folder / "driver.json", {"memory": notes})
+
+
+@pytest.fixture(scope="module")
+def soaked(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("soak")
+    (folder / "sweep.yaml").write_text(SWEEP)
+    environment = {k: v for k, v in os.environ.items() if k not in ("MLFLOW_TRACKING_URI",)}
+    path = os.pathsep.join([str(Path(__file__).parent), str(ROOT)])
+    environment |= {"PYTHONPATH": path, "FETA_SWEEP_SECRET_FILE": str(folder / "secret")}
+    code = f"from pathlib import Path; from test_soak import drive; drive(Path({str(folder)!r}))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return folder
+
+
+def workers(folder: Path) -> list[dict[str, Any]]:
+    found = (folder / "runs" / "soak" / "trials").glob("*/worker.json")
+    return sorted((json.loads(path.read_text()) for path in found), key=lambda each: each["time"])
+
+
+def size(path: Path) -> int:
+    files = [path] if path.is_file() else [each for each in path.rglob("*") if each.is_file()]
+    return sum(each.lstat().st_size for each in files)
+
+
+def test_late_trials_take_about_as_long_as_early_ones(soaked):
+    times = [each["time"] for each in workers(soaked)]
+    assert len(times) == TRIALS
+    gaps = [after - before for before, after in itertools.pairwise(times)]
+    early = statistics.median(gaps[WINDOW // 2 : WINDOW // 2 + WINDOW])
+    late = statistics.median(gaps[-WINDOW:])
+    print(f"{early:.3f} s between two trials early on, {late:.3f} s late")
+    assert late / early <= 2
+
+
+def test_neither_driver_nor_trials_keep_what_they_used(soaked):
+    notes = json.loads((soaked / "driver.json").read_text())["memory"]
+    early = max(rss for done, rss in notes if done <= WINDOW)
+    late = max(rss for done, rss in notes if done >= TRIALS - WINDOW)
+    print(f"driver: {early / MB:.0f} MB early on, {late / MB:.0f} MB late")
+    assert (late - early) / TRIALS <= 0.25 * MB
+    for pid in {each["pid"] for each in workers(soaked)}:
+        grown = [each["rss"] for each in workers(soaked) if each["pid"] == pid]
+        if len(grown) > WINDOW:
+            print(f"trial process: {grown[10] / MB:.0f} MB, {grown[-1] / MB:.0f} MB")
+            assert (grown[-1] - grown[10]) / len(grown) <= 0.25 * MB
+
+
+def test_a_trial_takes_little_room(soaked):
+    runs = soaked / "runs"
+    parts = {
+        "trial folders": runs / "soak" / "trials",
+        "Optuna's journal": runs / "soak" / "optuna.journal",
+        "Tune's state": runs / "soak" / "ray",
+        "ledger": runs / "ledger",
+        "MLflow's data base": runs / "mlflow.db",
+        "MLflow's files": runs / "mlartifacts",
+    }
+    sizes = {name: size(path) / TRIALS for name, path in parts.items()}
+    for name, each in sizes.items():
+        print(f"{name}: {each / 1000:.1f} kB a trial")
+        assert each > 0
+    assert size(runs) / TRIALS <= 150_000
+    assert sizes["Optuna's journal"] <= 5_000
+    assert sizes["ledger"] <= 5_000
