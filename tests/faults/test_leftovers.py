@@ -1,4 +1,4 @@
-"""Ten real trials, almost empty: when the sweep ends, no process is left and one checkpoint each."""
+"""Ten real trials, almost empty: when the sweep ends, no process is left, one checkpoint each."""
 
 import os
 import subprocess

@@ -9,17 +9,12 @@ import os
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from stand_in import stand_in
 
-from core import yaml_subset
-from core.config import Config, nested
-from core.privacy.plan import make_plan
-from core.privacy.spending import Spending
 from core.reporting import write_json
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,32 +37,6 @@ search_space:
     high: 1e-1
     log: true
 """
-FINGERPRINT = "0" * 64
-
-
-def stand_in(context: Any, config: Config, trial_id: str) -> Iterator[dict[str, Any]]:
-    """What a trial leaves and reports, without workers and training."""
-    import psutil
-
-    run_dir, plan = context.run_dir(trial_id), make_plan(config)
-    folder = Path(config.runtime.ledger)
-    charged, begun = context.sweep.folder / "charged", run_dir / "checkpoints" / "steps_begun"
-    spending = Spending(config, plan, folder, context.sweep.name, begun, charged, context.launch)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "config.yaml").write_text(yaml_subset.dump(nested(config)))
-    write_json(run_dir / "privacy.json", plan.summary())
-    reservation = spending.reserve(FINGERPRINT, trial_id)
-    for step in range(1, 5):
-        spending.count(step - 1)
-        yield {"step": step, "stage": "private_training", "loss": 1.0, "seconds_per_step": 0.1}
-    spending.settle(FINGERPRINT, reservation)
-    rate = config.private_training.learning_rate
-    result = {"step": 4, "stage": "done", "accuracy": min(1.0, rate), "seconds": 0.1}
-    origin = {"identity": trial_id, "fingerprint": FINGERPRINT, "tags": {}}
-    write_json(run_dir / "evaluation.json", {**result, **origin, "name": context.sweep.name})
-    memory = psutil.Process().memory_info().rss
-    write_json(run_dir / "worker.json", {"pid": os.getpid(), "rss": memory, "time": time.time()})
-    yield result
 
 
 def drive(folder: Path) -> None:
@@ -101,7 +70,7 @@ def soaked(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("soak")
     (folder / "sweep.yaml").write_text(SWEEP)
     environment = {k: v for k, v in os.environ.items() if k not in ("MLFLOW_TRACKING_URI",)}
-    path = os.pathsep.join([str(Path(__file__).parent), str(ROOT)])
+    path = os.pathsep.join([str(Path(__file__).parent), str(ROOT / "tests" / "e2e"), str(ROOT)])
     environment |= {"PYTHONPATH": path, "FETA_SWEEP_SECRET_FILE": str(folder / "secret")}
     code = f"from pathlib import Path; from test_soak import drive; drive(Path({str(folder)!r}))"
     done = subprocess.run(
