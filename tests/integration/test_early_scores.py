@@ -10,6 +10,7 @@ from two_ranks import tiny_run
 from core import identity
 from core.config import load
 from core.errors import ConfigError
+from core.evaluation import metrics
 from core.privacy.ledger import Ledger
 from core.privacy.plan import make_plan
 
@@ -107,13 +108,14 @@ def test_a_stopped_run_pays_for_the_steps_that_it_ran(tmp_path, share, executed)
     assert entry_of(tmp_path) == entry
 
 
-def test_private_scores_are_paid_by_the_plan_and_drawn_apart(tmp_path):
-    settings = EARLY | {"early_scores.metric": "dp_accuracy", "privacy.dp_accuracy_stddev": 20.0}
+def test_private_scores_are_paid_by_the_plan_and_drawn_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics, "count_correct", lambda *_: 700)  # So that they differ by noise.
+    settings = EARLY | {"early_scores.metric": "dp_accuracy", "privacy.dp_accuracy_stddev": 100.0}
     reports = tiny_run(tmp_path, **settings)
     values = [report["early_dp_accuracy"] for report in early(reports)]
-    assert len({*values, reports[-1]["dp_accuracy"]}) > 1
+    assert len({*values, reports[-1]["dp_accuracy"]}) == 4
     events = {event["kind"]: event for event in entry_of(tmp_path)["events"]}
-    assert (events["dp_accuracy"]["noise_multiplier"], events["dp_accuracy"]["count"]) == (20.0, 4)
+    assert (events["dp_accuracy"]["noise_multiplier"], events["dp_accuracy"]["count"]) == (100.0, 4)
     assert reports[-1]["epsilon"] <= 1.0
     tags = json.loads((tmp_path / "evaluation.json").read_text())["tags"]
     assert tags["early_dp_accuracy"].startswith("dp(epsilon +")
