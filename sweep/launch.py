@@ -178,13 +178,10 @@ def _fit(
     from ray import tune
 
     sweep = context.sweep
-    single = not sweep.further_objectives  # Of several Tune need not know.
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(run_trial, context=context), {DRIVER_RESOURCE: 1}),
         param_space=param_space,
         tune_config=tune.TuneConfig(
-            metric=sweep.objective.metric if single else None,
-            mode=sweep.objective.mode if single else None,
             search_alg=search_alg,
             scheduler=scheduler,
             num_samples=num_samples,

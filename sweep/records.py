@@ -18,6 +18,7 @@ def record(row: Row) -> dict[str, Any]:
         "trial": row.trial,
         "state": row.state,
         **{name: row.scores.get(name) for name in DIRECTIONS},
+        "early_score": row.early_score,
         "epsilon": row.epsilon,
         "epsilon_central": row.plan.epsilon_central,
         "noise_multiplier": row.plan.noise_multiplier,
