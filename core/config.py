@@ -12,23 +12,15 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from core import yaml_subset
-from core.config_keys import explain
+from core.config_keys import explain, load_yaml
 from core.config_keys import parse_overrides as parse_overrides
 from core.errors import ConfigError
+from core.evaluation.names import LIKENESS, SUFFIXES
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Model = TypeVar("Model", bound=BaseModel)
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PositiveInt = Annotated[int, Field(ge=1)]
-
-DIRECTIONS = {
-    "accuracy": "maximize",
-    "dp_accuracy": "maximize",
-    "fid": "minimize",
-    "fid_cnn": "minimize",
-}
-"""Every score and the direction in which it improves."""
 
 
 class Section(BaseModel):
@@ -45,7 +37,7 @@ class DatasetConfig(Section):
     image_size: Annotated[int, Field(ge=4, le=512)] = 8
     channels: Literal[1, 3] = 1
     num_classes: Annotated[int, Field(ge=1, le=1000)] = 10
-    num_examples: Annotated[int, Field(ge=2)] = 1437
+    num_examples: Annotated[int, Field(ge=4)] = 1437
     """Public number N of private training images; refused when the data disagrees."""
     public: bool = False
     """Whether the images are public, so that scores on them are: a stand-in to tune on."""
@@ -175,15 +167,35 @@ class EvaluationConfig(Section):
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Public seed of the classifier and the extractor; scores compare under one seed alone."""
-    num_images: Annotated[int, Field(ge=2)] = 1000
+    num_images: Annotated[int, Field(ge=4)] = 1000
     batch_size: PositiveInt = 500
     fid_extractor: Literal["inception", "cnn"] = "inception"
-    """`inception` scores as `fid`; `cnn` trains a small network on real data: `fid_cnn`."""
+    """`inception` scores as `fid`; `cnn` trains a small network on real data: `fid_cnn`. So do
+    `kid`, `precision` and `recall`."""
     inception_weights: str | None = None
+    """A copy of the published weights; null takes torch hub's cache, or downloads them there."""
+    num_features: Annotated[int, Field(ge=4)] = 10_000
+    """Most features of either side that `kid`, `precision` and `recall` use; bounds the memory."""
     extractor_epochs: PositiveInt = 8
     """Passes of the `cnn` extractor over the real training images."""
+    classifiers: Annotated[
+        tuple[Literal["cnn", "resnet", "wrn", "resnext", "mlp", "logistic"], ...],
+        Field(min_length=1),
+    ] = ("cnn",)
+    """Trained on synthetic images and tested on real ones; `accuracy` is the mean over all."""
     classifier_epochs: PositiveInt = 10
     classifier_batch_size: PositiveInt = 128
+    num_repeats: PositiveInt = 1
+    """Trainings of each classifier, with seeds of their own."""
+
+    @model_validator(mode="after")
+    def _each_once(self) -> Self:
+        if len(set(self.classifiers)) < len(self.classifiers):
+            raise ValueError(
+                f"evaluation.classifiers={list(self.classifiers)} names one twice: name each once "
+                "and raise evaluation.num_repeats to train it again"
+            )
+        return self
 
 
 class EarlyScoresConfig(Section):
@@ -191,7 +203,7 @@ class EarlyScoresConfig(Section):
 
     at: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = ()
     """Shares of training.num_steps, ascending; none: only the end is scored."""
-    metric: Literal["accuracy", "dp_accuracy", "fid"] = "accuracy"
+    metric: Literal["accuracy", "dp_accuracy", "fid", "kid", "precision", "recall"] = "accuracy"
     num_images: Annotated[int, Field(ge=2)] = 500
 
 
@@ -242,8 +254,8 @@ class Config(Section):
     @property
     def early_metric(self) -> str:
         """Name of the scores during training; of a small sample, so no `accuracy`; empty: none."""
-        metric, cnn = self.early_scores.metric, self.evaluation.fid_extractor == "cnn"
-        name = "fid_cnn" if metric == "fid" and cnn else metric
+        name = self.early_scores.metric
+        name += SUFFIXES[self.evaluation.fid_extractor] if name in LIKENESS else ""
         return f"early_{name}" if self.early_scores.at else ""
 
     @property
@@ -310,20 +322,6 @@ class Config(Section):
                 "model.channel_multipliers but the first"
             )
         return self
-
-
-def load_yaml(path: str | Path) -> dict[str, Any]:
-    """Reads a YAML mapping.
-
-    Raises:
-        ConfigError: the file is missing, is not YAML, or is not a mapping.
-    """
-    try:
-        return yaml_subset.parse(Path(path).read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"no configuration file at '{path}': check the path") from None
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"'{path}' cannot be read: {error}") from None
 
 
 def load(

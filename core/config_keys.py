@@ -1,7 +1,8 @@
-"""Names, ranges and near misses of configuration keys, in words for people."""
+"""Configuration keys as people write them, and their names, ranges and near misses in words."""
 
 import difflib
 from collections.abc import Collection
+from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -85,6 +86,20 @@ def _describe(annotation: Any, metadata: list[Any]) -> str:
     low = f"[{bounds['ge']}" if "ge" in bounds else f"({bounds.get('gt', '-inf')}"
     high = f"{bounds['le']}]" if "le" in bounds else f"{bounds.get('lt', 'inf')})"
     return f"{kind} in {low}, {high}"
+
+
+def load_yaml(path: str | Path) -> dict[str, Any]:
+    """Reads a YAML mapping.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, or is not a mapping.
+    """
+    try:
+        return yaml_subset.parse(Path(path).read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"no configuration file at '{path}': check the path") from None
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"'{path}' cannot be read: {error}") from None
 
 
 def parse_overrides(arguments: list[str]) -> dict[str, Any]:

@@ -15,3 +15,7 @@ class DataError(UserError):
 
 class InfeasibleError(UserError):
     """The privacy budget cannot pay for the configuration; nothing was read or spent."""
+
+
+class StorageError(UserError):
+    """The folder of a run is full, gone or cannot be written: nothing is trained unsaved."""

@@ -20,11 +20,12 @@ from core.data import Split, load_dataset
 from core.diffusion.denoiser import build_denoiser
 from core.diffusion.ema import Ema
 from core.early import ENDED_EARLY, STOPPED, EarlyScores, GoesOn, StoppedEarlyError
+from core.early_scoring import early_score_of
 from core.easy_stage import kept_central_images, trajectory_of, warm_up
 from core.errors import ConfigError
-from core.evaluation.classifiers import Classifier
 from core.evaluation.features import find_weights
 from core.evaluation.metrics import dp_accuracy
+from core.evaluation.scoring import score
 from core.generate import generate
 from core.identity import CENTRAL, identity_of, origin_of, settings_of
 from core.locks import held
@@ -32,12 +33,13 @@ from core.privacy.keys import KeyedStream, MasterSecret
 from core.privacy.plan import PrivacyPlan, make_plan
 from core.privacy.spending import Spending, require_same_data, steps_begun
 from core.reporting import MetricsLog, Report, write_grid, write_json
-from core.scoring import early_score_of, my_scores
+from core.storage import require_space, stored
 from core.training import config_device, device_name, private_stage, train
 
 _PATIENCE = 15.0
 """Seconds in which a worker that was given up by its supervisor may still let the folder go."""
-_ORIGIN = ("identity", "fingerprint", "name", "tags")
+_SWEEP_PATIENCE = 120.0
+_ORIGIN = ("identity", "fingerprint", "name", "tags", "scored")
 
 
 def run(
@@ -77,8 +79,14 @@ def run(
         DataError: the data set is missing, malformed or not what the configuration states.
     """
     with ExitStack() as stack:
-        lock = held(run_dir / "run.lock", _PATIENCE)
-        distributed.on_rank_0(lambda: stack.enter_context(lock))
+        # In a sweep the holder is a worker of the same trial that was given up.
+        lock = held(run_dir / "run.lock", _PATIENCE if lease is None else _SWEEP_PATIENCE)
+
+        def enter() -> None:
+            with stored(run_dir):
+                stack.enter_context(lock)
+
+        distributed.on_rank_0(enter)
         charged = charged or run_dir / "charged"
         return _run(config, run_dir, master, name, report, lease, charged, shared, goes_on)
 
@@ -98,7 +106,7 @@ def _run(
     plan = distributed.on_rank_0(lambda: make_plan(config))
     if config.evaluation.fid_extractor == "inception":
         distributed.on_rank_0(lambda: find_weights(config.evaluation.inception_weights))
-    distributed.on_rank_0(lambda: _claim(run_dir, config, plan))
+    distributed.on_rank_0(stored(run_dir)(lambda: _claim(run_dir, config, plan)))
     begun = run_dir / "checkpoints" / "steps_begun"
     spending = Spending(config, plan, Path(config.runtime.ledger), name, begun, charged, lease)
     dataset = None
@@ -119,6 +127,7 @@ def _run(
         return finished
     checkpoints = Checkpoints(run_dir / "checkpoints", identity)
     distributed.on_rank_0(checkpoints.check)  # Refused before it is charged.
+    distributed.on_rank_0(lambda: require_space(run_dir, config))
     reservation = distributed.on_rank_0(
         lambda: spending.reserve(fingerprint, identity, central_identity)
     )
@@ -181,6 +190,10 @@ def _run(
             except StoppedEarlyError as end:
                 return stopped(end)
 
+    def count(step: int) -> None:
+        if spending.begins_block(step):  # On all ranks, as all must stop where it cannot be noted.
+            distributed.on_rank_0(lambda: spending.count(step))
+
     stage = private_stage(
         config,
         denoiser,
@@ -188,7 +201,7 @@ def _run(
         plan.dp_sgd,
         masks=stream("private_training", "mask"),
         noise=stream("private_training", "noise"),
-        before_step=spending.count if distributed.rank() == 0 else lambda _: None,
+        before_step=count,
     )
     try:
         train(stage, denoiser, ema, config.warm_up_steps, checkpoints, report, config, early)
@@ -198,7 +211,7 @@ def _run(
         if distributed.rank() == 0:
             spending.settle(fingerprint, reservation)
 
-    def kept_accuracy(model: Classifier) -> float:
+    def kept_accuracy(model: nn.Module) -> float:
         """Drawn once: the same noise on what another classifier gets right would give both away."""
         path = run_dir / "dp_accuracy.json"
         if path.exists() and (kept := json.loads(path.read_text()))["identity"] == identity:
@@ -211,14 +224,12 @@ def _run(
 
     report({"step": config.training.num_steps, "stage": "evaluation"})
     synthetic = generate(ema.module, config, config.evaluation.num_images, config_device(config))
-    parts = distributed.all_gather_object(
-        distributed.together(lambda: my_scores(config, plan, synthetic, dataset, kept_accuracy))
-    )
-    scores = {name: value for part in parts for name, value in part.items()}
+    private = kept_accuracy if plan.score is not None else None
+    scores = score(config, synthetic, dataset, config_device(config), private)
     result = {
         "step": config.training.num_steps,
         "stage": "done",
-        **scores,
+        **scores.values,
         "epsilon": plan.epsilon,
         "epsilon_central": plan.epsilon_central,
         "epsilon_dp_sgd": plan.epsilon_dp_sgd,
@@ -226,10 +237,15 @@ def _run(
         "seconds": time.monotonic() - began,
     }
     result = distributed.broadcast_object(result)  # One clock: that of rank 0.
-    if distributed.rank() == 0:
-        metrics = [*scores, *filter(None, [plan.early_metric]), "loss"]
+
+    def store() -> None:
+        metrics = [*scores.values, *filter(None, [plan.early_metric]), "loss"]
         origin = _origin(identity, fingerprint, name, plan, metrics)
-        _store(run_dir, synthetic, ema, {**result, **origin})
+        origin["scored"] = scores.record
+        with stored(run_dir):
+            _store(run_dir, synthetic, ema, {**result, **origin})
+
+    distributed.on_rank_0(store)
     report(result)
     return result
 
@@ -294,7 +310,7 @@ def _logged(report: Report, run_dir: Path, checkpoints: Checkpoints, config: Con
     log = MetricsLog(run_dir / "metrics.jsonl", resumed)
 
     def both(metrics: dict[str, Any]) -> None:
-        log(metrics)
+        log({**metrics, "workers": distributed.world_size()})  # Which may change on a resumption.
         report(metrics)
 
     return both

@@ -82,8 +82,6 @@ def train(
         ema.update(denoiser)
         done = number + 1
         last = done == stage.num_steps
-        if done % runtime.checkpoint_every == 0 or last:
-            _save(checkpoints, stage, done, denoiser, ema)
         if done % runtime.log_every == 0 or last or done == start + 1:
             seconds = (time.monotonic() - began) / (done - start)
             report(
@@ -94,14 +92,18 @@ def train(
                     "seconds_per_step": seconds,
                 }
             )
+        # After the report: killed in between, a run reports again rather than never.
+        if done % runtime.checkpoint_every == 0 or last:
+            _save(checkpoints, stage, done, denoiser, ema)
         scoring = time.monotonic()
         after_step(offset + done, ema.module)
         began += time.monotonic() - scoring  # Not a part of the step.
 
 
 def _save(checkpoints: Checkpoints, stage: Stage, step: int, denoiser: Denoiser, ema: Ema) -> None:
-    if distributed.rank() == 0:
-        checkpoints.save(
+    """Raises `StorageError` on all ranks where rank 0 cannot write: none trains on unsaved."""
+    distributed.on_rank_0(
+        lambda: checkpoints.save(
             {
                 "stage": stage.name,
                 "step": step,
@@ -110,6 +112,7 @@ def _save(checkpoints: Checkpoints, stage: Stage, step: int, denoiser: Denoiser,
                 "optimizer": stage.optimizer.state_dict(),
             }
         )
+    )
 
 
 def warm_up_stage(config: Config, denoiser: Denoiser, central: CentralImages) -> Stage:

@@ -6,6 +6,7 @@ from typing import Any
 
 from core.config import Config, load
 from core.errors import ConfigError
+from core.evaluation.names import LIKENESS, SUFFIXES
 from core.privacy.keys import KeyedStream, MasterSecret
 from core.privacy.scopes import num_trials_at
 
@@ -102,11 +103,12 @@ def scope_settings(
 
 def _check_scores(base: Config, metrics: Sequence[str]) -> None:
     extractor = base.evaluation.fid_extractor
-    for metric, needs in (("fid", "inception"), ("fid_cnn", "cnn")):
-        if metric in metrics and extractor != needs:
+    for metric in metrics:
+        name = metric.removesuffix("_cnn")
+        if name in LIKENESS and metric != name + SUFFIXES[extractor]:
             raise ConfigError(
-                f"objective.metric={metric!r} is never computed with evaluation.fid_extractor="
-                f"{extractor!r}: set that to {needs!r}, or choose another metric"
+                f"objective.metric={metric!r} is not what evaluation.fid_extractor={extractor!r} "
+                f"scores: choose {name + SUFFIXES[extractor]!r}, or the other extractor"
             )
 
 
@@ -121,11 +123,8 @@ def _early_settings(search: Search) -> dict[str, Any]:
             f"scheduler={search.scheduler!r} compares trials by one score: give one objective, not "
             f"{', '.join(search.metrics)}"
         )
-    metric = search.metrics[0]
-    return {
-        EARLY_AT: list(search.rungs),
-        "early_scores.metric": "fid" if metric.startswith("fid") else metric,
-    }
+    metric = search.metrics[0].removesuffix("_cnn")
+    return {EARLY_AT: list(search.rungs), "early_scores.metric": metric}
 
 
 def shares_central_images(config: Config) -> bool:

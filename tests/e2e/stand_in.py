@@ -1,5 +1,6 @@
 """A trial that trains nothing and leaves what a real one leaves, for tests of all around it."""
 
+import json
 import os
 import time
 from collections.abc import Iterator
@@ -32,7 +33,10 @@ def stand_in(context: Any, config: Config, trial_id: str) -> Iterator[dict[str, 
     reservation = spending.reserve(FINGERPRINT, trial_id)
     for step in range(1, 5):
         spending.count(step - 1)
-        yield {"step": step, "stage": "private_training", "loss": 1.0, "seconds_per_step": 0.1}
+        report = {"step": step, "stage": "private_training", "loss": 1.0, "seconds_per_step": 0.1}
+        with (run_dir / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(report) + "\n")
+        yield report
     spending.settle(FINGERPRINT, reservation)
     rate = config.private_training.learning_rate
     scores = {"accuracy": min(1.0, rate), "fid_cnn": 10 + 100 * rate}
