@@ -19,9 +19,11 @@ FINGERPRINT = "0" * 64
 def stand_in(context: Any, config: Config, trial_id: str) -> Iterator[dict[str, Any]]:
     """What a trial leaves and reports, without workers and training.
 
-    Both scores rise with the learning rate: none of two trials beats the other in both.
+    Both scores rise with the learning rate: none of two trials beats the other in both. One early
+    score is told and decided upon, if the sweep has a scheduler.
     """
     import psutil
+    import ray
 
     run_dir, plan = context.run_dir(trial_id), make_plan(config)
     folder = Path(config.runtime.ledger)
@@ -37,12 +39,26 @@ def stand_in(context: Any, config: Config, trial_id: str) -> Iterator[dict[str, 
         with (run_dir / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(report) + "\n")
         yield report
+        if (share := config.early_steps.get(step)) is not None:
+            score = {"early_accuracy": min(1.0, config.private_training.learning_rate)}
+            kept = {"identity": trial_id, "scores": {str(share): score["early_accuracy"]}}
+            write_json(run_dir / "early_scores.json", kept)
+            yield {"step": step, "stage": "early_score", "progress": share, **score}
+            if not ray.get(context.verdicts.ask.remote(trial_id, share)):
+                spending.settle(FINGERPRINT, reservation)
+                spent = {"epsilon": plan.epsilon_after(step), "seconds": 0.1}
+                result = {"step": step, "stage": "stopped", **score, **spent}
+                origin = {"identity": trial_id, "fingerprint": FINGERPRINT, "tags": {}}
+                write_json(run_dir / "stopped.json", {**result, **origin})
+                yield result
+                return
     spending.settle(FINGERPRINT, reservation)
     rate = config.private_training.learning_rate
     scores = {"accuracy": min(1.0, rate), "fid_cnn": 10 + 100 * rate}
     result = {"step": 4, "stage": "done", **scores, "seconds": 0.1}
     origin = {"identity": trial_id, "fingerprint": FINGERPRINT, "tags": {}}
     write_json(run_dir / "evaluation.json", {**result, **origin, "name": context.sweep.name})
-    memory = psutil.Process().memory_info().rss
-    write_json(run_dir / "worker.json", {"pid": os.getpid(), "rss": memory, "time": time.time()})
+    me = psutil.Process()
+    used = {"rss": me.memory_info().rss, "cpu": sum(me.cpu_times()[:2])}
+    write_json(run_dir / "worker.json", {"pid": os.getpid(), "time": time.time(), **used})
     yield result
