@@ -34,7 +34,7 @@ SPACE = """  private_training.learning_rate:
 
 
 def finish(process: subprocess.Popen, code: int) -> tuple[str, str]:
-    out, err = process.communicate(timeout=500)
+    out, err = process.communicate(timeout=900)
     assert process.returncode == code, err
     assert "Traceback" not in out + err
     return out, err
