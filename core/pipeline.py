@@ -3,7 +3,6 @@
 import json
 import platform
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -11,23 +10,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from core import distributed, yaml_subset
 from core.checkpoint import Checkpoints
 from core.config import Config, flatten, load_yaml, nested
-from core.data import Dataset, Split, load_dataset
+from core.data import Split, load_dataset
 from core.diffusion.denoiser import build_denoiser
 from core.diffusion.ema import Ema
 from core.easy_stage import kept_central_images, trajectory_of, warm_up
 from core.errors import ConfigError
-from core.evaluation.classifiers import Classifier
 from core.evaluation.features import find_weights
-from core.evaluation.metrics import (
-    downstream_accuracy,
-    downstream_classifier,
-    dp_accuracy,
-    fid_score,
-)
+from core.evaluation.metrics import dp_accuracy
+from core.evaluation.scoring import score
 from core.generate import generate
 from core.identity import CENTRAL, identity_of, origin_of, settings_of
 from core.locks import held
@@ -41,7 +36,7 @@ from core.training import config_device, private_stage, train
 _PATIENCE = 15.0
 """Seconds in which a worker that was given up by its supervisor may still let the folder go."""
 _SWEEP_PATIENCE = 120.0
-_ORIGIN = ("identity", "fingerprint", "name", "tags")
+_ORIGIN = ("identity", "fingerprint", "name", "tags", "scored")
 
 
 def run(
@@ -180,7 +175,7 @@ def _run(
         if distributed.rank() == 0:
             spending.settle(fingerprint, reservation)
 
-    def kept_accuracy(model: Classifier) -> float:
+    def kept_accuracy(model: nn.Module) -> float:
         """Drawn once: the same noise on what another classifier gets right would give both away."""
         path = run_dir / "dp_accuracy.json"
         if path.exists() and (kept := json.loads(path.read_text()))["identity"] == identity:
@@ -193,14 +188,12 @@ def _run(
 
     report({"step": config.training.num_steps, "stage": "evaluation"})
     synthetic = generate(ema.module, config, config.evaluation.num_images, config_device(config))
-    parts = distributed.all_gather_object(
-        distributed.together(lambda: _my_scores(config, plan, synthetic, dataset, kept_accuracy))
-    )
-    scores = {name: value for part in parts for name, value in part.items()}
+    private = kept_accuracy if plan.score is not None else None
+    scores = score(config, synthetic, dataset, config_device(config), private)
     result = {
         "step": config.training.num_steps,
         "stage": "done",
-        **scores,
+        **scores.values,
         "epsilon": plan.epsilon,
         "epsilon_central": plan.epsilon_central,
         "epsilon_dp_sgd": plan.epsilon_dp_sgd,
@@ -210,8 +203,9 @@ def _run(
     result = distributed.broadcast_object(result)  # One clock: that of rank 0.
 
     def store() -> None:
-        tags = {metric: plan.tag(metric) for metric in (*scores, "loss")}
+        tags = {metric: plan.tag(metric) for metric in (*scores.values, "loss")}
         origin = {"identity": identity, "fingerprint": fingerprint, "name": name, "tags": tags}
+        origin["scored"] = scores.record
         with stored(run_dir):
             _store(run_dir, synthetic, ema, {**result, **origin})
 
@@ -280,41 +274,6 @@ def _logged(report: Report, run_dir: Path, checkpoints: Checkpoints, config: Con
 def _is_past_warm_up(checkpoints: Checkpoints) -> bool:
     state = distributed.on_rank_0(checkpoints.load)
     return state is not None and state["stage"] == "private_training"
-
-
-def _my_scores(
-    config: Config,
-    plan: PrivacyPlan,
-    synthetic: Split,
-    dataset: Dataset,
-    kept_accuracy: Callable[[Classifier], float],
-) -> dict[str, float]:
-    """This rank's share of accuracies and Frechet distance; together the ranks have all.
-
-    Args:
-        kept_accuracy: the private accuracy of a classifier.
-
-    Privacy: all are computed from real images; `plan.tag` says which are private.
-    """
-    num_classes, device = config.dataset.num_classes, config_device(config)
-
-    def accuracies() -> dict[str, float]:
-        model = downstream_classifier(synthetic, config.evaluation, num_classes, device)
-        scores = {"accuracy": downstream_accuracy(model, synthetic, dataset, config.evaluation)}
-        if plan.score is not None:
-            scores["dp_accuracy"] = kept_accuracy(model)
-        return scores
-
-    def fid() -> dict[str, float]:
-        cache = Path(config.runtime.cache)
-        name, value = fid_score(synthetic, dataset, config.evaluation, num_classes, device, cache)
-        return {name: value}
-
-    mine: dict[str, float] = {}
-    for number, task in enumerate((accuracies, fid)):
-        if number % distributed.world_size() == distributed.rank():
-            mine.update(task())
-    return mine
 
 
 def _store(run_dir: Path, synthetic: Split, ema: Ema, result: dict[str, Any]) -> None:

@@ -12,7 +12,6 @@ from pydantic import Field, model_validator
 from pydantic.fields import FieldInfo
 
 from core.config import (
-    DIRECTIONS,
     Config,
     PositiveInt,
     Section,
@@ -26,6 +25,7 @@ from core.config import (
 )
 from core.config_keys import known_keys, nearest_key
 from core.errors import ConfigError
+from core.evaluation.names import DIRECTIONS
 from sweep.scope import SEED, check_searched, scope_settings
 
 _FOLDERS = ("runtime.ledger", "runtime.cache")
@@ -69,7 +69,10 @@ class Dimension(Section):
 class Objective(Section):
     """What makes a trial the best one."""
 
-    metric: Literal["accuracy", "dp_accuracy", "fid", "fid_cnn"] = "accuracy"
+    metric: Literal[
+        "accuracy", "dp_accuracy", "fid", "fid_cnn", "kid", "kid_cnn",
+        "precision", "precision_cnn", "recall", "recall_cnn",
+    ] = "accuracy"  # fmt: skip
     direction: Literal["maximize", "minimize"] = "maximize"
 
     @model_validator(mode="after")

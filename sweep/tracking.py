@@ -25,6 +25,7 @@ from mlflow.tracking import MlflowClient
 from mlflow.utils.time import get_current_time_millis
 
 from core.errors import ConfigError
+from core.release import NON_PRIVATE
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)
 logging.getLogger("alembic").setLevel(logging.WARNING)
@@ -101,7 +102,13 @@ class Tracker:
         )
 
     def log_file(self, path: Path, folder: str = "") -> None:
-        """Uploads a file, if it exists, as an artifact."""
+        """Uploads a file, if it exists, as an artifact.
+
+        Raises:
+            ValueError: the file is for the owner of the data alone.
+        """
+        if NON_PRIVATE in path.parts:
+            raise ValueError(f"'{path}' is not private and stays out of MLflow")
         if path.exists():
             self._client.log_artifact(self.run_id, str(path), folder or None)
 
