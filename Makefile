@@ -20,7 +20,7 @@ sweep: setup
 test: setup
 	@$(BIN)/python -m pytest
 
-# Kills what a sweep consists of, for real: about ten minutes on two cores.
+# Kills what a sweep consists of, for real; minutes, and apart from `make test`.
 test-faults: setup
 	@$(BIN)/python -m pytest tests/faults
 

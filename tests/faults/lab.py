@@ -59,7 +59,7 @@ search_space:
 """
 
 
-def wait_for(what: Callable[[], object], name: str, seconds: float = 240) -> object:
+def wait_for(what: Callable[[], object], name: str, seconds: float = 600) -> object:
     """What `what` returns when that is first true."""
     deadline = time.monotonic() + seconds
     while not (value := what()):
@@ -295,7 +295,7 @@ class Sweep:
 
 
 def ended(process: subprocess.Popen) -> tuple[int, str]:
-    out, err = process.communicate(timeout=500)
+    out, err = process.communicate(timeout=900)
     assert "Traceback" not in out
     return process.returncode, out + err
 

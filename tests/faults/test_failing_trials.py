@@ -56,7 +56,7 @@ def test_a_bug_in_every_trial_stops_the_sweep(cluster: Lab):
     assert code == 1
     assert "2 trials in a row failed with the same error: ZeroDivisionError" in told
     assert told.count("Traceback (most recent call last)") == 1
-    assert "buggy_stage" in told
+    assert "spoilt/bug/sitecustomize.py" in told
     entries = sweep.ledger().summary()["entries"]
     assert len(list(sweep.trials.glob("*/config.yaml"))) == len(entries) == 2
     # Of the 60 steps the first 25 were noted before they began.

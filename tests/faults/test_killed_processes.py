@@ -52,7 +52,7 @@ def story(cluster: Lab) -> tuple[Sweep, list[str]]:
     assert driver is not None
     os.kill(driver.pid, signal.SIGKILL)
     wait_for(lambda: sweep.state("first") == "FAILED", "end of the killed job")
-    wait_for(lambda: not actors(cluster), "end of the killed job's processes", 60)
+    wait_for(lambda: not actors(cluster), "end of the killed job's processes", 180)
     told = [sweep.printed("first")]
     time.sleep(max(0.0, away + AWAY_SECONDS - time.monotonic()))
     cluster.start_server()
@@ -106,7 +106,7 @@ def test_the_server_has_every_trial_and_every_step_once(story, cluster: Lab):
 
 
 def test_no_process_is_left(story, cluster: Lab):
-    wait_for(lambda: not actors(cluster), "end of the sweep's processes", 60)
+    wait_for(lambda: not actors(cluster), "end of the sweep's processes", 180)
 
 
 def test_the_killed_driver_of_a_local_cluster_leaves_no_process(
@@ -120,7 +120,7 @@ def test_the_killed_driver_of_a_local_cluster_leaves_no_process(
         sweep.wait_for_trial(process=driver)
         driver.kill()
         driver.communicate(timeout=60)
-        wait_for(lambda: not here.processes(), "end of all that the driver started", 60)
+        wait_for(lambda: not here.processes(), "end of all that the driver started", 180)
     finally:
         here.end()
     code, told = dataclasses.replace(sweep, lab=cluster).finish()

@@ -5,7 +5,7 @@ import os
 import signal
 
 import pytest
-from lab import Lab, Undisturbed, assert_as_undisturbed, wait_for
+from lab import Lab, Undisturbed, assert_as_undisturbed, ended, wait_for
 
 HEAD = "min_workers_per_trial: 1"
 
@@ -19,8 +19,7 @@ def after_the_loss(cluster: Lab):
     lost = cluster.nodes[1]
     os.killpg(lost.pid, signal.SIGKILL)  # Its raylet and agents.
     lost.wait()
-    out, err = driver.communicate(timeout=400)
-    return sweep, trial, driver.returncode, out + err
+    return sweep, trial, *ended(driver)
 
 
 def test_the_trial_goes_on_with_one_worker(after_the_loss, undisturbed: Undisturbed):
