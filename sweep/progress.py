@@ -71,6 +71,10 @@ class Progress:
         if before:
             self.note(f"{before} of {self._of} trials had finished before")
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune stores its callbacks, but a terminal cannot be stored."""
+        return {}
+
     def close(self) -> None:
         """Takes the table away; lines that were kept stay."""
         if self._live is not None:
