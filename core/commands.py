@@ -137,7 +137,7 @@ def generate(options: argparse.Namespace) -> None:
 def evaluate(options: argparse.Namespace) -> None:
     """Scores a finished run's images again."""
     config, _ = _finished(options.run_dir, options.overrides)
-    dataset = load_dataset(config.dataset)
+    dataset = load_dataset(config.dataset, Path(config.runtime.cache))
     with np.load(options.run_dir / "synthetic" / "images.npz") as stored:
         synthetic = Split(torch.from_numpy(stored["images"]), torch.from_numpy(stored["labels"]))
     settings, classes = config.evaluation, config.dataset.num_classes

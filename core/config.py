@@ -39,8 +39,24 @@ class Section(BaseModel):
 class DatasetConfig(Section):
     """The data set and every public fact about it; none of these is computed from the data."""
 
-    name: Literal["digits", "idx", "image_folder"] = "digits"
+    name: Literal[
+        "digits",
+        "idx",
+        "image_folder",
+        "cifar10",
+        "cifar100",
+        "eurosat",
+        "celeba",
+        "camelyon17",
+        "parquet",
+    ] = "digits"
+    """How it is stored; `idx` are MNIST and its kin."""
     path: str | None = None
+    """Folder; `python -m core prepare` says what it must hold."""
+    image_column: str = "image"
+    """Column of `parquet` files with the encoded images."""
+    label_column: str = "label"
+    """Column of `parquet` files with the class numbers."""
     image_size: Annotated[int, Field(ge=4, le=512)] = 8
     channels: Literal[1, 3] = 1
     num_classes: Annotated[int, Field(ge=1, le=1000)] = 10

@@ -99,9 +99,9 @@ def _run(
     distributed.on_rank_0(lambda: _claim(run_dir, config, plan))
     begun = run_dir / "checkpoints" / "steps_begun"
     spending = Spending(config, plan, Path(config.runtime.ledger), name, begun, charged, lease)
-    dataset = None
+    dataset, cache = None, Path(config.runtime.cache)
     if (fingerprint := distributed.on_rank_0(spending.known_fingerprint)) is None:
-        dataset = distributed.together(lambda: load_dataset(config.dataset))
+        dataset = distributed.together(lambda: load_dataset(config.dataset, cache))
         fingerprint = distributed.broadcast_object(dataset.fingerprint)
     trial = distributed.on_rank_0(lambda: _trial_of(run_dir))
     identity = _identity(config, plan, fingerprint, trial, master.public_id)
@@ -111,7 +111,7 @@ def _run(
     checkpoints = Checkpoints(run_dir / "checkpoints", identity)
     distributed.on_rank_0(checkpoints.check)  # Refused before it is charged.
     reservation = distributed.on_rank_0(lambda: spending.reserve(fingerprint, identity))
-    dataset = dataset or distributed.together(lambda: load_dataset(config.dataset))
+    dataset = dataset or distributed.together(lambda: load_dataset(config.dataset, cache))
     found = dataset.fingerprint
     distributed.together(lambda: require_same_data(fingerprint, found, config))
     distributed.on_rank_0(lambda: spending.remember(fingerprint))
