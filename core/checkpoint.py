@@ -21,11 +21,12 @@ class Checkpoints:
 
     folder: Path
     identity: str
+    name: str = "last.pt"
 
     @property
     def path(self) -> Path:
         """The file that holds the latest state."""
-        return self.folder / "last.pt"
+        return self.folder / self.name
 
     def save(self, state: dict[str, Any]) -> None:
         """Writes `state`, or leaves the earlier file untouched."""

@@ -1,12 +1,15 @@
 """One run, top to bottom: plan, data, central images, warm-up, DP-SGD, generation, scores."""
 
+import contextlib
 import hashlib
 import json
+import os
 import platform
 import secrets
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +39,7 @@ from core.privacy.plan import PrivacyPlan, make_plan
 from core.privacy.spending import Spending, require_same_data
 from core.reporting import MetricsLog, Report, write_grid, write_json
 from core.training import config_device, private_stage, train, warm_up_stage
+from core.trajectories import trajectory_of
 
 _PATIENCE = 15.0
 """Seconds in which a worker that was given up by its supervisor may still let the folder go."""
@@ -44,6 +48,8 @@ _NOT_IDENTITY = (
     "runtime.",
     "dataset.path",  # The fingerprint stands for the content, wherever it lies.
 )
+_CENTRAL = ("dataset.", "central_images.")
+"""What decides the central images, beside their plan."""
 
 
 def run(
@@ -55,6 +61,7 @@ def run(
     report: Report,
     lease: int | None = None,
     charged: Path | None = None,
+    shared: Path | None = None,
 ) -> dict[str, Any]:
     """Trains, generates and scores one model; call it on every rank of a process group.
 
@@ -68,6 +75,8 @@ def run(
         report: called on all ranks with the same metrics: `step`, `stage` and numbers.
         lease: token of the driver that started this; the ledger refuses older ones of a sweep.
         charged: folder in which the trials of a sweep note that their data set's ledger was begun.
+        shared: folder of a sweep whose trials with the same central images have them from one
+            release, which is charged once, and share one warm-up; None: the run has its own.
 
     Returns:
         The last reported metrics: scores, epsilons, noise multiplier and seconds.
@@ -80,7 +89,8 @@ def run(
     with ExitStack() as stack:
         lock = held(run_dir / "run.lock", _PATIENCE)
         distributed.on_rank_0(lambda: stack.enter_context(lock))
-        return _run(config, run_dir, master, name, report, lease, charged or run_dir / "charged")
+        charged = charged or run_dir / "charged"
+        return _run(config, run_dir, master, name, report, lease, charged, shared)
 
 
 def _run(
@@ -91,6 +101,7 @@ def _run(
     report: Report,
     lease: int | None,
     charged: Path,
+    shared: Path | None,
 ) -> dict[str, Any]:
     began = time.monotonic()
     plan = distributed.on_rank_0(lambda: make_plan(config))
@@ -103,22 +114,33 @@ def _run(
     if (fingerprint := distributed.on_rank_0(spending.known_fingerprint)) is None:
         dataset = distributed.together(lambda: load_dataset(config.dataset, cache))
         fingerprint = distributed.broadcast_object(dataset.fingerprint)
-    trial = distributed.on_rank_0(lambda: _trial_of(run_dir))
-    identity = _identity(config, plan, fingerprint, trial, master.public_id)
+    central_identity = ""
+    if shared is not None and plan.central is not None:
+        origin = distributed.on_rank_0(lambda: _origin_of(shared / "central_id"))
+        central_identity = _identity(
+            _settings(config, _CENTRAL), asdict(plan.central), fingerprint, origin, master.public_id
+        )
+    origin = distributed.on_rank_0(lambda: _origin_of(run_dir / "trial_id"))
+    settings = {**_settings(config), "shared central images": central_identity}
+    identity = _identity(settings, plan.mechanisms, fingerprint, origin, master.public_id)
     if (finished := _finished(run_dir, identity)) is not None:
         report(finished)
         return finished
     checkpoints = Checkpoints(run_dir / "checkpoints", identity)
     distributed.on_rank_0(checkpoints.check)  # Refused before it is charged.
-    reservation = distributed.on_rank_0(lambda: spending.reserve(fingerprint, identity))
+    reservation = distributed.on_rank_0(
+        lambda: spending.reserve(fingerprint, identity, central_identity)
+    )
     dataset = dataset or distributed.together(lambda: load_dataset(config.dataset, cache))
     found = dataset.fingerprint
     distributed.together(lambda: require_same_data(fingerprint, found, config))
     distributed.on_rank_0(lambda: spending.remember(fingerprint))
 
     def stream(stage: str, purpose: str) -> KeyedStream:
-        key = master.derive(fingerprint=fingerprint, trial=identity, stage=stage, purpose=purpose)
-        return KeyedStream(key)
+        trial = central_identity if central_identity and stage == "central_images" else identity
+        return KeyedStream(
+            master.derive(fingerprint=fingerprint, trial=trial, stage=stage, purpose=purpose)
+        )
 
     report = _logged(report, run_dir, checkpoints, config)
     denoiser = build_denoiser(config).to(config_device(config))
@@ -129,7 +151,12 @@ def _run(
         central = _central_images(config, dataset, plan, stream, run_dir)
         if not _is_past_warm_up(checkpoints, config):
             stage = warm_up_stage(config, denoiser, central)
+            warm_ups = trajectory_of(shared, config, central_identity) if shared else None
+            if warm_ups is not None:
+                distributed.on_rank_0(lambda: warm_ups.start(checkpoints, stage.num_steps))
             train(stage, denoiser, ema, 0, checkpoints, report, config)
+            if warm_ups is not None:
+                distributed.on_rank_0(lambda: warm_ups.keep(checkpoints))
 
     stage = private_stage(
         config,
@@ -213,16 +240,31 @@ def _claim(run_dir: Path, config: Config, plan: PrivacyPlan) -> None:
         temporary.replace(path)
 
 
-def _trial_of(run_dir: Path) -> str:
-    """Random and kept in the run's folder: a new or emptied folder never reuses noise."""
-    path = run_dir / "trial_id"
+def _origin_of(path: Path) -> str:
+    """Random and kept, made by whoever is first: a new or emptied folder never reuses noise."""
     if not path.exists():
-        path.write_text(secrets.token_hex(16))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text(secrets.token_hex(16))
+        with contextlib.suppress(FileExistsError):
+            os.link(temporary, path)
+        temporary.unlink()
     return path.read_text()
 
 
+def _settings(config: Config, sections: tuple[str, ...] = ("",)) -> dict[str, Any]:
+    """What decides a result, of the keys that begin with one of `sections`."""
+    kept = {
+        key: value
+        for key, value in flatten(config).items()
+        if key.startswith(sections) and not key.startswith(_NOT_IDENTITY)
+    }
+    # Other versions and devices sum or draw differently.
+    return {**kept, "computed by": [torch.__version__, config_device(config)]}
+
+
 def _identity(
-    config: Config, plan: PrivacyPlan, fingerprint: str, trial: str, secret_id: str
+    settings: dict[str, Any], mechanisms: Any, fingerprint: str, origin: str, secret_id: str
 ) -> str:
     """Digest of all that decides what is released; it enters every key.
 
@@ -232,9 +274,7 @@ def _identity(
     Raises:
         ConfigError: the ranks do not agree on it.
     """
-    settings = {k: v for k, v in flatten(config).items() if not k.startswith(_NOT_IDENTITY)}
-    computed_by = [torch.__version__, config_device(config)]  # Others sum or draw differently.
-    parts = [settings, plan.mechanisms, fingerprint, trial, secret_id, computed_by]
+    parts = [settings, mechanisms, fingerprint, origin, secret_id]
     text = json.dumps(parts, sort_keys=True)
     identity = hashlib.sha256(text.encode()).hexdigest()
     if len(set(distributed.all_gather_object(identity))) > 1:

@@ -69,6 +69,14 @@ def scope_settings(
     return {}
 
 
+def shares_central_images(config: Config) -> bool:
+    """Whether trials with equal settings of the central images have them from one release.
+
+    Not under scope `selection`, whose theorem needs trials that are independent.
+    """
+    return config.privacy.scope != "selection"
+
+
 def check_searched(base: Config, keys: Sequence[str]) -> None:
     """Refuses to search what decides the claim, or where it is recorded.
 

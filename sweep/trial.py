@@ -10,6 +10,7 @@ from typing import Any
 from core.config import Config, flatten, nested
 from core.errors import UserError
 from sweep.config import SweepConfig, trial_id_of
+from sweep.scope import shares_central_images
 
 CURVES = ("loss", "seconds_per_step")
 
@@ -116,6 +117,7 @@ def _train(context: Context, config: Config, trial_id: str) -> Iterator[dict[str
             "run_dir": str(context.run_dir(trial_id)),
             "name": sweep.name,
             "charged": str(sweep.folder / "charged"),
+            "shared": str(sweep.folder / "shared") if shares_central_images(config) else None,
             "launch": context.launch,
             "threads": max(1, int(sweep.cpus_per_worker)),
         },
@@ -189,6 +191,7 @@ def train_worker(settings: dict[str, Any]) -> None:
             report=ray.train.report,
             lease=settings["launch"],
             charged=Path(settings["charged"]),
+            shared=Path(settings["shared"]) if settings["shared"] else None,
         )
     except UserError as error:
         ray.train.report({"refused": str(error), "stage": "refused", "step": 0})

@@ -30,6 +30,7 @@ REDUCE = """        if dist.is_initialized() and dist.get_world_size() > 1:
 """
 SCOPES = "core/privacy/scopes.py"
 SPENDING = ("tests/integration/test_scope_spending.py",)
+SHARED = ("tests/integration/test_shared_warm_up.py",)
 DP_SGD_EVENT = "self.sample_rate, self.noise_multiplier, self.num_steps"
 
 
@@ -149,6 +150,20 @@ MUTANTS = (
         'noise=stream("private_training", "noise"),\n        before_step',
         'noise=stream("private_training", f"noise {time.time()}"),\n        before_step',
         ("tests/integration/test_replay.py",),
+    ),
+    Mutant(
+        "different central images of a sweep counted as one release",
+        "core/privacy/ledger.py",
+        '(event.release, event) if event.release else ("", number)',
+        '("", event.kind) if event.release else ("", number)',
+        SHARED,
+    ),
+    Mutant(
+        "central images charged as shared, but drawn anew by each trial",
+        "core/pipeline.py",
+        'central_identity if central_identity and stage == "central_images" else identity',
+        "identity",
+        SHARED,
     ),
 )
 

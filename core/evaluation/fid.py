@@ -89,10 +89,10 @@ def frechet_distance(m1: Moments, m2: Moments) -> float:
     if failed:
         values, vectors = torch.linalg.eigh(s1)
         root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    product = root.T @ s2 @ root
-    trace = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
-    shift = (m1.mean - m2.mean.to(m1.mean.device)).square().sum()
-    distance = shift + s1.trace() + s2.trace() - 2 * trace
+    # Only the lower triangle is read, so rounding need not be made symmetric.
+    trace = torch.linalg.eigvalsh(root.T @ (s2 @ root)).clamp_(min=0).sqrt_().sum()
+    shift = m1.mean - m2.mean.to(m1.mean.device)
+    distance = shift @ shift + s1.trace() + s2.trace() - 2 * trace
     return max(distance.item(), 0.0)
 
 

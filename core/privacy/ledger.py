@@ -339,19 +339,34 @@ def ledger_path(folder: Path, fingerprint: str) -> Path:
     return folder / f"{fingerprint[:16]}.jsonl"
 
 
-def events_of(plan: PrivacyPlan) -> tuple[Event, ...]:
-    """All that one trial releases, in the order in which it runs."""
+def events_of(plan: PrivacyPlan, central: str = "") -> tuple[Event, ...]:
+    """All that one trial releases, in the order in which it runs.
+
+    Args:
+        central: identity of the release of central images, if other trials have them from it too.
+    """
     stages = (
         ("central_images", plan.central),
         ("dp_sgd", plan.dp_sgd),
         ("dp_accuracy", plan.score),
     )
-    return tuple(Event(kind, *stage.mechanism) for kind, stage in stages if stage is not None)
+    return tuple(
+        Event(kind, *stage.mechanism, release=central if kind == "central_images" else "")
+        for kind, stage in stages
+        if stage is not None
+    )
 
 
 def _mechanisms(events: Iterable[Event]) -> tuple[accounting.Mechanism, ...]:
-    """The only way from a ledger's plain data to what the accountant composes."""
-    return accounting.grouped((e.sample_rate, e.noise_multiplier, e.count) for e in events)
+    """The only way from a ledger's plain data to what the accountant composes.
+
+    Privacy: what several trials have from one release counts once, as later uses of it are
+        post-processing.
+    """
+    once: dict[tuple[str, Event | int], Event] = {}
+    for number, event in enumerate(events):
+        once[(event.release, event) if event.release else ("", number)] = event
+    return accounting.grouped((e.sample_rate, e.noise_multiplier, e.count) for e in once.values())
 
 
 def _check_request(asked: Reservation) -> None:

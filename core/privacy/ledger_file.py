@@ -84,12 +84,15 @@ class Event:
         sample_rate: q in (0, 1].
         noise_multiplier: standard deviation over sensitivity, positive and finite.
         count: at least 1.
+        release: identity of the released object, where several trials have it from one release;
+            equal events of one identity are the same object and count once.
     """
 
     kind: str
     sample_rate: float
     noise_multiplier: float
     count: int
+    release: str = ""
 
     def __post_init__(self) -> None:
         kinds, sigma = ("central_images", "dp_sgd", "dp_accuracy"), self.noise_multiplier
@@ -97,6 +100,8 @@ class Event:
         require(0 < self.sample_rate <= 1, "sample_rate", self.sample_rate, "in (0, 1]")
         require(0 < sigma < math.inf, "noise_multiplier", sigma, "positive and finite")
         require(operator.index(self.count) >= 1, "count", self.count, "at least 1")
+        whole = not self.release or self.kind == "central_images"
+        require(whole, "release", self.release, "empty but for central images, drawn as a whole")
 
 
 @dataclass(frozen=True)

@@ -48,12 +48,13 @@ class Spending:
         """Fingerprint that this source had when a run opened it last."""
         return self._sources().get(self._source())
 
-    def reserve(self, fingerprint: str, identity: str) -> Reservation:
+    def reserve(self, fingerprint: str, identity: str, central: str = "") -> Reservation:
         """Charges the whole plan, or finds that this run has done so before.
 
         Args:
             fingerprint: of the data set's content.
             identity: of the trial; masks and noise are drawn from it.
+            central: identity of central images that trials of the sweep share; else empty.
 
         Raises:
             BudgetExceededError: the data set's budget cannot pay; nothing was opened or changed.
@@ -63,7 +64,7 @@ class Spending:
             ledger.take_over(self.run, f"{socket.gethostname()}:{os.getpid()}", self.lease)
         reservation = ledger.reserve(
             self._key(identity),
-            events_of(self.plan),
+            events_of(self.plan, central),
             note=f"scope {self.config.privacy.scope}",
             within=run_budget(self.config),
         )

@@ -132,6 +132,7 @@ def test_a_private_score_is_charged_drawn_once_and_kept(tmp_path, monkeypatch):
     (entry,) = ledger_of(tmp_path).summary()["entries"]
     assert entry["events"][-1] == {
         "kind": "dp_accuracy", "sample_rate": 1.0, "noise_multiplier": 20.0, "count": 1,
+        "release": "",
     }  # fmt: skip
     assert entry["epsilon"] == pytest.approx(first["epsilon"])
     stored = json.loads((tmp_path / "run" / "evaluation.json").read_text())

@@ -30,7 +30,10 @@ TINY = {
 
 
 def tiny_run(
-    run_dir: Path, also: Callable[[dict], None] = lambda _: None, **changes: object
+    run_dir: Path,
+    also: Callable[[dict], None] = lambda _: None,
+    shared: Path | None = None,
+    **changes: object,
 ) -> list[dict]:
     """Runs the tiny configuration and returns its reports, each given to `also` as well."""
     reports: list[dict] = []
@@ -53,7 +56,7 @@ def tiny_run(
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "trial_id").write_text("tiny")  # Else no two runs would draw alike.
     master = MasterSecret(b"s" * 32)
-    run(config, run_dir, master=master, name="tiny", report=report, charged=charged)
+    run(config, run_dir, master=master, name="tiny", report=report, charged=charged, shared=shared)
     return reports
 
 
