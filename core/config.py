@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from core import yaml_subset
+from core.config_files import load_yaml
 from core.config_keys import explain
 from core.errors import ConfigError
 
@@ -107,6 +108,8 @@ class CentralImagesConfig(Section):
     """Bins of the per-pixel histogram; used by mode images alone."""
     median_filter: bool = False
     """3x3 median over the released images; post-processing, hence free."""
+    sharpen: bool = False
+    """Sharpened afterwards, as the paper does with grey images; free like all that follows."""
 
 
 class WarmUpConfig(Section):
@@ -114,7 +117,7 @@ class WarmUpConfig(Section):
 
     batch_size: PositiveInt = 64
     learning_rate: Positive = 3e-4
-    augmentation: Literal["none", "shift", "affine"] = "affine"
+    augmentation: Literal["none", "shift", "affine", "rand_augment"] = "affine"
 
 
 class PrivateTrainingConfig(Section):
@@ -149,6 +152,10 @@ class ModelConfig(Section):
     """Pixels of a patch of this side become channels (Hoogeboom et al. 2023): a cheaper network."""
     attention_sizes: tuple[PositiveInt, ...] = ()
     """Feature-map sides at which self-attention is applied."""
+    layout: Literal["ddpm", "ncsnpp"] = "ddpm"
+    """`ddpm`: convolutions change the side, attention follows every block of a chosen side.
+    `ncsnpp` (Song et al. 2021; published runs): residual blocks change it, and on the way up
+    attention follows the last block of a side alone."""
 
 
 class DiffusionConfig(Section):
@@ -291,20 +298,6 @@ class Config(Section):
                 "model.channel_multipliers but the first"
             )
         return self
-
-
-def load_yaml(path: str | Path) -> dict[str, Any]:
-    """Reads a YAML mapping.
-
-    Raises:
-        ConfigError: the file is missing, is not YAML, or is not a mapping.
-    """
-    try:
-        return yaml_subset.parse(Path(path).read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"no configuration file at '{path}': check the path") from None
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"'{path}' cannot be read: {error}") from None
 
 
 def parse_overrides(arguments: list[str]) -> dict[str, Any]:
