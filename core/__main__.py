@@ -6,11 +6,15 @@ import logging
 import sys
 from pathlib import Path
 
-from core.errors import UserError
+from core.errors import StoppedError, UserError
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command; returns the exit code: 0, 2 for a user's error, 130 for Ctrl-C."""
+    """Runs one command.
+
+    Returns:
+        The exit code: 0, 2 for a user's error, 3 at a time limit, 130 for Ctrl-C.
+    """
     parser = _parser()
     options, more = parser.parse_known_args(arguments)
     if more:  # argparse takes key=value arguments on one side of the flags alone.
@@ -21,6 +25,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         module, _, function = options.command.partition(":")
         getattr(importlib.import_module(module), function)(options)  # Some need torch, not all.
+    except StoppedError as stop:
+        print(stop, file=sys.stderr)
+        return 3
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -58,6 +65,13 @@ def _parser() -> argparse.ArgumentParser:
         False,
         True,
     )
+    reproduce = add(
+        "reproduce", "core.reproduce:reproduce", "one published run, in time slots", False, False
+    )
+    reproduce.add_argument("--dataset", required=True, help="preset in core/configs, such as mnist")
+    reproduce.add_argument("--epsilon", type=float, default=10.0)
+    reproduce.add_argument("--budget", default="1h", help="time of this slot: 600, 90s, 20m, 2h")
+    reproduce.add_argument("--results", type=Path, default=Path("RESULTS.md"))
     add(
         "account", "core.account:account", "what a configuration spends; reads no data", False, True
     )

@@ -15,3 +15,10 @@ class DataError(UserError):
 
 class InfeasibleError(UserError):
     """The privacy budget cannot pay for the configuration; nothing was read or spent."""
+
+
+class StoppedError(UserError):
+    """A run reached its time limit and left a checkpoint; its argument says where."""
+
+    def __str__(self) -> str:
+        return f"runtime.max_seconds is over {self.args[0]}: the same command goes on from there"

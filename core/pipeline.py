@@ -3,9 +3,11 @@
 import contextlib
 import hashlib
 import json
+import math
 import os
 import platform
 import secrets
+import shutil
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -38,7 +40,13 @@ from core.privacy.keys import SECRET_FILE_VARIABLE, KeyedStream, MasterSecret
 from core.privacy.plan import PrivacyPlan, make_plan
 from core.privacy.spending import Spending, require_same_data
 from core.reporting import MetricsLog, Report, write_grid, write_json
-from core.training import config_device, private_stage, train, warm_up_stage
+from core.training import (
+    config_device,
+    non_private_stage,
+    private_stage,
+    train,
+    warm_up_stage,
+)
 from core.trajectories import trajectory_of
 
 _PATIENCE = 15.0
@@ -104,6 +112,7 @@ def _run(
     shared: Path | None,
 ) -> dict[str, Any]:
     began = time.monotonic()
+    deadline = began + (config.runtime.max_seconds or math.inf)
     plan = distributed.on_rank_0(lambda: make_plan(config))
     if config.evaluation.fid_extractor == "inception":
         distributed.on_rank_0(lambda: find_weights(config.evaluation.inception_weights))
@@ -128,9 +137,11 @@ def _run(
         return finished
     checkpoints = Checkpoints(run_dir / "checkpoints", identity)
     distributed.on_rank_0(checkpoints.check)  # Refused before it is charged.
-    reservation = distributed.on_rank_0(
-        lambda: spending.reserve(fingerprint, identity, central_identity)
-    )
+    reservation = None
+    if plan.is_private:
+        reservation = distributed.on_rank_0(
+            lambda: spending.reserve(fingerprint, identity, central_identity)
+        )
     dataset = dataset or distributed.together(lambda: load_dataset(config.dataset, cache))
     found = dataset.fingerprint
     distributed.together(lambda: require_same_data(fingerprint, found, config))
@@ -154,23 +165,27 @@ def _run(
             warm_ups = trajectory_of(shared, config, central_identity) if shared else None
             if warm_ups is not None:
                 distributed.on_rank_0(lambda: warm_ups.start(checkpoints, stage.num_steps))
-            train(stage, denoiser, ema, 0, checkpoints, report, config)
+            train(stage, denoiser, ema, 0, checkpoints, report, config, deadline)
             if warm_ups is not None:
                 distributed.on_rank_0(lambda: warm_ups.keep(checkpoints))
 
-    stage = private_stage(
-        config,
-        denoiser,
-        dataset.train,
-        plan.dp_sgd,
-        masks=stream("private_training", "mask"),
-        noise=stream("private_training", "noise"),
-        before_step=spending.count if distributed.rank() == 0 else lambda _: None,
-    )
+    if plan.is_private:
+        stage = private_stage(
+            config,
+            denoiser,
+            dataset.train,
+            plan.dp_sgd,
+            masks=stream("private_training", "mask"),
+            noise=stream("private_training", "noise"),
+            before_step=spending.count if distributed.rank() == 0 else lambda _: None,
+        )
+    else:
+        masks = stream("non_private_training", "mask")
+        stage = non_private_stage(config, denoiser, dataset.train, plan.dp_sgd, masks)
     try:
-        train(stage, denoiser, ema, config.warm_up_steps, checkpoints, report, config)
+        train(stage, denoiser, ema, config.warm_up_steps, checkpoints, report, config, deadline)
     finally:
-        if distributed.rank() == 0:
+        if reservation is not None and distributed.rank() == 0:
             spending.settle(fingerprint, reservation)
 
     def kept_accuracy(model: Classifier) -> float:
@@ -185,7 +200,9 @@ def _run(
         return value
 
     report({"step": config.training.num_steps, "stage": "evaluation"})
-    synthetic = generate(ema.module, config, config.evaluation.num_images, config_device(config))
+    kept = run_dir / "synthetic" / f"parts-{identity[:16]}"
+    number, device = config.evaluation.num_images, config_device(config)
+    synthetic = generate(ema.module, config, number, device, kept, deadline)
     parts = distributed.all_gather_object(
         distributed.together(lambda: _my_scores(config, plan, synthetic, dataset, kept_accuracy))
     )
@@ -205,6 +222,7 @@ def _run(
         tags = {metric: plan.tag(metric) for metric in (*scores, "loss")}
         origin = {"identity": identity, "fingerprint": fingerprint, "name": name, "tags": tags}
         _store(run_dir, synthetic, ema, {**result, **origin})
+        shutil.rmtree(kept, ignore_errors=True)
     report(result)
     return result
 
