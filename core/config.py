@@ -166,8 +166,8 @@ class RuntimeConfig(Section):
     log_every: PositiveInt = 25
     checkpoint_every: PositiveInt = 200
     max_seconds: Positive | None = None
-    """After so long a run leaves a checkpoint and stops; the same command goes on from it. Steps and
-    chunks of generated images are not cut, scoring is not interrupted."""
+    """After so long a run leaves a checkpoint and stops; the same command goes on from it. A step,
+    a chunk of generated images and the scoring are never cut."""
     cache: str = "runs/cache"
     """Folder of what depends on real images alone, such as FID's real side; not to be released."""
     ledger: str = "runs/ledger"

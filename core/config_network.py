@@ -53,6 +53,8 @@ class SamplerConfig(Section):
     s_noise: Positive = 1.0
     guidance: NonNegative = 1.0
     """Classifier-free guidance weight; 1 is none."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the network while images are drawn; the images themselves are always float32."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:

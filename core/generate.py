@@ -42,15 +42,16 @@ def generate(
 
     def draw_mine() -> dict[int, torch.Tensor]:
         mine: dict[int, torch.Tensor] = {}
+        drawn = 0
         for number in range(distributed.rank(), len(chunks), distributed.world_size()):
             path = kept and kept / f"{number}.pt"
             if path and path.exists():
                 mine[number] = torch.load(path, weights_only=True)
                 continue
-            if mine and time.monotonic() > deadline:
+            if drawn and time.monotonic() > deadline:  # At least one, or none would ever end.
                 raise StoppedError(f"at image {number * len(chunks[0])} of {num_images}")
             generator = torch.Generator(device).manual_seed(config.seed * 1_000_003 + number)
-            part = chunks[number].to(device)
+            part, drawn = chunks[number].to(device), drawn + 1
             images = sample(denoiser, part, shape, config.sampler, dataset.num_classes, generator)
             mine[number] = (from_model_range(images) * 255).round().to(torch.uint8).cpu()
             if path:

@@ -1,12 +1,8 @@
 """One run, top to bottom: plan, data, central images, warm-up, DP-SGD, generation, scores."""
 
-import contextlib
-import hashlib
 import json
 import math
-import os
 import platform
-import secrets
 import shutil
 import time
 from collections.abc import Callable
@@ -24,6 +20,7 @@ from core.config import Config, flatten, load_yaml, nested
 from core.data import Dataset, Split, load_dataset
 from core.diffusion.denoiser import build_denoiser
 from core.diffusion.ema import Ema
+from core.easy_stage import kept_central_images, trajectory_of, warm_up
 from core.errors import ConfigError
 from core.evaluation.classifiers import Classifier
 from core.evaluation.features import find_weights
@@ -34,30 +31,17 @@ from core.evaluation.metrics import (
     fid_score,
 )
 from core.generate import generate
+from core.identity import CENTRAL, identity_of, origin_of, settings_of
 from core.locks import held
-from core.privacy.central_images import CentralImages, release_central_images
-from core.privacy.keys import SECRET_FILE_VARIABLE, KeyedStream, MasterSecret
+from core.privacy.keys import KeyedStream, MasterSecret
 from core.privacy.plan import PrivacyPlan, make_plan
 from core.privacy.spending import Spending, require_same_data
 from core.reporting import MetricsLog, Report, write_grid, write_json
-from core.training import (
-    config_device,
-    non_private_stage,
-    private_stage,
-    train,
-    warm_up_stage,
-)
-from core.trajectories import trajectory_of
+from core.training import config_device, non_private_stage, private_stage, train
 
 _PATIENCE = 15.0
 """Seconds in which a worker that was given up by its supervisor may still let the folder go."""
 _ORIGIN = ("identity", "fingerprint", "name", "tags")
-_NOT_IDENTITY = (
-    "runtime.",
-    "dataset.path",  # The fingerprint stands for the content, wherever it lies.
-)
-_CENTRAL = ("dataset.", "central_images.")
-"""What decides the central images, beside their plan."""
 
 
 def run(
@@ -125,13 +109,13 @@ def _run(
         fingerprint = distributed.broadcast_object(dataset.fingerprint)
     central_identity = ""
     if shared is not None and plan.central is not None:
-        origin = distributed.on_rank_0(lambda: _origin_of(shared / "central_id"))
-        central_identity = _identity(
-            _settings(config, _CENTRAL), asdict(plan.central), fingerprint, origin, master.public_id
-        )
-    origin = distributed.on_rank_0(lambda: _origin_of(run_dir / "trial_id"))
-    settings = {**_settings(config), "shared central images": central_identity}
-    identity = _identity(settings, plan.mechanisms, fingerprint, origin, master.public_id)
+        origin = distributed.on_rank_0(lambda: origin_of(shared / "central_id"))
+        settings, central = settings_of(config, CENTRAL), asdict(plan.central)
+        central_identity = identity_of(settings, central, fingerprint, origin, master.public_id)
+    origin = distributed.on_rank_0(lambda: origin_of(run_dir / "trial_id"))
+    settings = {**settings_of(config), "shared central images": central_identity}
+    identity = identity_of(settings, plan.mechanisms, fingerprint, origin, master.public_id)
+    released = central_identity or identity
     if (finished := _finished(run_dir, identity)) is not None:
         report(finished)
         return finished
@@ -148,7 +132,7 @@ def _run(
     distributed.on_rank_0(lambda: spending.remember(fingerprint))
 
     def stream(stage: str, purpose: str) -> KeyedStream:
-        trial = central_identity if central_identity and stage == "central_images" else identity
+        trial = released if stage == "central_images" else identity
         return KeyedStream(
             master.derive(fingerprint=fingerprint, trial=trial, stage=stage, purpose=purpose)
         )
@@ -159,15 +143,19 @@ def _run(
     ema = Ema(denoiser, config.training.ema_decay)
 
     if plan.central is not None:
-        central = _central_images(config, dataset, plan, stream, run_dir)
-        if not _is_past_warm_up(checkpoints, config):
-            stage = warm_up_stage(config, denoiser, central)
-            warm_ups = trajectory_of(shared, config, central_identity) if shared else None
-            if warm_ups is not None:
-                distributed.on_rank_0(lambda: warm_ups.start(checkpoints, stage.num_steps))
-            train(stage, denoiser, ema, 0, checkpoints, report, config, deadline)
-            if warm_ups is not None:
-                distributed.on_rank_0(lambda: warm_ups.keep(checkpoints))
+        central = kept_central_images(
+            config,
+            dataset.train,
+            plan.central,
+            (shared or run_dir / "checkpoints") / "central_images",
+            released,
+            masks=stream("central_images", "mask"),
+            noise=stream("central_images", "noise"),
+            picture=run_dir / "central_images" / "grid.png",
+        )
+        if not _is_past_warm_up(checkpoints):
+            trajectory = trajectory_of(shared, config, released) if shared else None
+            warm_up(config, denoiser, ema, central, checkpoints, report, trajectory, deadline)
 
     if plan.is_private:
         stage = private_stage(
@@ -258,51 +246,6 @@ def _claim(run_dir: Path, config: Config, plan: PrivacyPlan) -> None:
         temporary.replace(path)
 
 
-def _origin_of(path: Path) -> str:
-    """Random and kept, made by whoever is first: a new or emptied folder never reuses noise."""
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(secrets.token_hex(16))
-        with contextlib.suppress(FileExistsError):
-            os.link(temporary, path)
-        temporary.unlink()
-    return path.read_text()
-
-
-def _settings(config: Config, sections: tuple[str, ...] = ("",)) -> dict[str, Any]:
-    """What decides a result, of the keys that begin with one of `sections`."""
-    kept = {
-        key: value
-        for key, value in flatten(config).items()
-        if key.startswith(sections) and not key.startswith(_NOT_IDENTITY)
-    }
-    # Other versions and devices sum or draw differently.
-    return {**kept, "computed by": [torch.__version__, config_device(config)]}
-
-
-def _identity(
-    settings: dict[str, Any], mechanisms: Any, fingerprint: str, origin: str, secret_id: str
-) -> str:
-    """Digest of all that decides what is released; it enters every key.
-
-    The plan is part of it: were another version to solve another noise multiplier, the same key
-    would draw the same noise at another scale, and the difference would give the gradients away.
-
-    Raises:
-        ConfigError: the ranks do not agree on it.
-    """
-    parts = [settings, mechanisms, fingerprint, origin, secret_id]
-    text = json.dumps(parts, sort_keys=True)
-    identity = hashlib.sha256(text.encode()).hexdigest()
-    if len(set(distributed.all_gather_object(identity))) > 1:
-        raise ConfigError(
-            "the ranks hold different master secrets: give every machine the same secret file "
-            f"(${SECRET_FILE_VARIABLE})"
-        )
-    return identity
-
-
 def _finished(run_dir: Path, identity: str) -> dict[str, Any] | None:
     path = run_dir / "evaluation.json"
     stored = json.loads(path.read_text()) if path.exists() else None
@@ -329,27 +272,7 @@ def _logged(report: Report, run_dir: Path, checkpoints: Checkpoints, config: Con
     return both
 
 
-def _central_images(
-    config: Config, dataset: Dataset, plan: PrivacyPlan, stream: Any, run_dir: Path
-) -> CentralImages:
-    """One release for all workers: rank 0 draws it, the others receive it."""
-    assert plan.central is not None
-    central = None
-    if distributed.rank() == 0:
-        central = release_central_images(
-            dataset.train,
-            config.dataset.num_classes,
-            config.central_images,
-            plan.central,
-            masks=stream("central_images", "mask"),
-            noise=stream("central_images", "noise"),
-        )
-        pixels = (central.images * 255).round().to(torch.uint8)
-        write_grid(run_dir / "central_images" / "grid.png", pixels, central.labels)
-    return distributed.broadcast_object(central)
-
-
-def _is_past_warm_up(checkpoints: Checkpoints, config: Config) -> bool:
+def _is_past_warm_up(checkpoints: Checkpoints) -> bool:
     state = distributed.on_rank_0(checkpoints.load)
     return state is not None and state["stage"] == "private_training"
 

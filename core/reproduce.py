@@ -70,7 +70,7 @@ def reproduce(options: argparse.Namespace) -> None:
             write_json(slots, {"seconds": before})
     command = _command(options.dataset, options.epsilon, options.budget, given)
     row = row_of(path.stem, config, result, sum(before), command)
-    _append(options.results, row, short_digest(config))
+    _append(options.results, row, f"| {_device(config)} | {short_digest(config)} |")
     print(f"{options.results}: {row}")
 
 
@@ -138,7 +138,7 @@ def _command(dataset: str, epsilon: float, budget: str, given: dict[str, Any]) -
     return f"make reproduce DATASET={dataset} EPSILON={epsilon:g} BUDGET={budget}{data}{extra}"
 
 
-def _append(results: Path, row: str, digest: str) -> None:
+def _append(results: Path, row: str, mark: str) -> None:
     text = results.read_text() if results.exists() else _HEADER
-    if f"| {digest} |" not in text:  # The command of a finished run may be given again.
+    if mark not in text:  # The command of a finished run may be given again.
         results.write_text(f"{text}{row}\n")

@@ -161,7 +161,7 @@ MUTANTS = (
     Mutant(
         "central images charged as shared, but drawn anew by each trial",
         "core/pipeline.py",
-        'central_identity if central_identity and stage == "central_images" else identity',
+        'released if stage == "central_images" else identity',
         "identity",
         SHARED,
     ),

@@ -41,6 +41,9 @@ def sample(
     def noise() -> torch.Tensor:
         return torch.randn((len(labels), *shape), generator=generator, device=device)
 
+    low = config.precision == "bfloat16"
+
+    @torch.autocast(device.type, dtype=torch.bfloat16, enabled=low)
     def denoise(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         level = sigma.to(x.dtype).expand(len(x))
         denoised = denoiser(x, level, labels)

@@ -8,12 +8,12 @@ import pytest
 import torch
 from two_ranks import tiny_run
 
-from core import trajectories
+from core import easy_stage
 from core.checkpoint import Checkpoints
+from core.easy_stage import Trajectory
 from core.errors import ConfigError
 from core.privacy.accounting import FINE, epsilon_of_mechanisms
 from core.privacy.ledger import Ledger
-from core.trajectories import Trajectory
 from sweep.config import load_sweep
 from sweep.scope import shares_central_images
 
@@ -147,7 +147,7 @@ def test_no_more_states_are_kept_than_stated_and_the_longest_stays(tmp_path):
         checkpoints.save({"stage": "warm_up", "step": step})
         warm_up.keep(checkpoints)
     kept = sorted(int(p.stem) for p in (tmp_path / "shared").glob("*/*.pt"))
-    assert len(kept) == trajectories._KEPT
+    assert len(kept) == easy_stage._KEPT
     assert kept[-1] == 80
     assert 31 not in kept
     fresh = Checkpoints(tmp_path / "fresh", "fresh")

@@ -9,7 +9,7 @@ import torch
 from checks import is_normal
 from two_ranks import tiny_run
 
-from core import pipeline
+from core import identity
 
 SCRIPT = Path(__file__).parents[1] / "integration" / "two_ranks.py"
 
@@ -54,7 +54,7 @@ def test_ranks_give_the_model_of_one_process(alone, tmp_path, world_size):
 def test_physical_batch_size_does_not_change_the_model(tmp_path, monkeypatch):
     # Its own identity draws its own noise; here the same, to compare the sums.
     key = "private_training.max_physical_batch_size"
-    monkeypatch.setattr(pipeline, "_NOT_IDENTITY", (*pipeline._NOT_IDENTITY, key))
+    monkeypatch.setattr(identity, "_NOT_IDENTITY", (*identity._NOT_IDENTITY, key))
     for size in (5, 16):
         tiny_run(tmp_path / str(size), **{key: size})
     expected = torch.load(tmp_path / "16" / "model.pt")

@@ -1,4 +1,4 @@
-"""Warm-ups that trials share: with the same central images one trajectory, left at each's split.
+"""The easy stage: central images, drawn once, and the warm-up on them, which trials may share.
 
 Each optimisation step of the warm-up is a function of the state before it and its number, so a
 trial that starts from another's state of step s ends where it would have ended alone.
@@ -10,17 +10,88 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from core import distributed
 from core.checkpoint import Checkpoints
 from core.config import Config, flatten
+from core.data import Split
+from core.diffusion.denoiser import Denoiser
+from core.diffusion.ema import Ema
 from core.locks import held
+from core.privacy.central_images import CentralImages, release_central_images
+from core.privacy.keys import KeyedStream
+from core.privacy.plan import CentralPlan
+from core.reporting import Report, write_grid
+from core.training import train, warm_up_stage
 
 _KEPT = 6
 """States of one trajectory on disk; each is as large as a checkpoint."""
-_PATIENCE = 120.0
-"""Seconds in which other trials may be writing theirs."""
+_PATIENCE = 600.0
+"""Seconds in which other trials may be drawing or writing the same."""
 _DECIDES = ("seed", "model.", "diffusion.", "warm_up.", "training.", "runtime.channels_last")
 _LENGTH = "training.num_steps"
+
+
+def kept_central_images(
+    config: Config,
+    train_split: Split,
+    plan: CentralPlan,
+    folder: Path,
+    identity: str,
+    masks: KeyedStream,
+    noise: KeyedStream,
+    picture: Path,
+) -> CentralImages:
+    """The central images of an identity: drawn by the first who asks, the same file ever after.
+
+    Args:
+        folder: where they are kept, each identity in a file of its own.
+        identity: of the release; `masks` and `noise` are drawn from it.
+        picture: receives a grid of them.
+
+    Privacy: one release for all ranks, all trials of the identity and all restarts. Nothing is
+        summed a second time, which on another machine could differ in its last digits.
+    """
+    central = None
+    if distributed.rank() == 0:
+        store = Checkpoints(folder, identity, f"{identity[:16]}.pt")
+        with held(folder / f"{identity[:16]}.lock", _PATIENCE):
+            kept = store.load()
+            if kept is None:
+                drawn = release_central_images(
+                    train_split,
+                    config.dataset.num_classes,
+                    config.central_images,
+                    plan,
+                    masks=masks,
+                    noise=noise,
+                )
+                kept = {"images": drawn.images, "labels": drawn.labels}
+                store.save(kept)
+        central = CentralImages(**kept)
+        pixels = (central.images * 255).round().to(torch.uint8)
+        write_grid(picture, pixels, central.labels)
+    return distributed.broadcast_object(central)
+
+
+def warm_up(
+    config: Config,
+    denoiser: Denoiser,
+    ema: Ema,
+    central: CentralImages,
+    checkpoints: Checkpoints,
+    report: Report,
+    trajectory: "Trajectory | None",
+    deadline: float,
+) -> None:
+    """Trains on the central images, from where another trial of the trajectory left them."""
+    stage = warm_up_stage(config, denoiser, central)
+    if trajectory is not None:
+        distributed.on_rank_0(lambda: trajectory.start(checkpoints, stage.num_steps))
+    train(stage, denoiser, ema, 0, checkpoints, report, config, deadline)
+    if trajectory is not None:
+        distributed.on_rank_0(lambda: trajectory.keep(checkpoints))
 
 
 @dataclass
