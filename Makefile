@@ -2,7 +2,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup sweep test check mutants bench fashion-mnist reproduce clean
+.PHONY: setup sweep test test-faults check mutants bench fashion-mnist reproduce clean
 
 setup: $(VENV)/.installed
 
@@ -19,6 +19,10 @@ sweep: setup
 
 test: setup
 	@$(BIN)/python -m pytest
+
+# Kills what a sweep consists of, for real: about ten minutes on two cores.
+test-faults: setup
+	@$(BIN)/python -m pytest tests/faults
 
 check: setup
 	@$(BIN)/ruff check .

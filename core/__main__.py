@@ -76,8 +76,15 @@ def _parser() -> argparse.ArgumentParser:
         "account", "core.account:account", "what a configuration spends; reads no data", False, True
     )
     again = add(
-        "generate", "core.commands:generate", "draw more images from a finished run", True, False
+        "generate",
+        "core.commands:generate",
+        "draw more images from a finished run or a bundle",
+        False,
+        False,
     )
+    source = again.add_mutually_exclusive_group(required=True)
+    source.add_argument("--run-dir", type=Path, help="folder of the run")
+    source.add_argument("--bundle", type=Path, help="released bundle with a generator")
     again.add_argument("--num-images", type=int, required=True)
     again.add_argument("--out", type=Path, required=True, help="npz file to write")
     add("evaluate", "core.commands:evaluate", "score a finished run's images again", True, False)
@@ -85,6 +92,16 @@ def _parser() -> argparse.ArgumentParser:
     fetched.set_defaults(command="core.prepare:prepare")
     fetched.add_argument("--dataset", required=True, help="such as mnist, cifar10, celeba")
     fetched.add_argument("--out", type=Path, default=Path("runs/data"), help="folder to put it in")
+    inspect = add(
+        "inspect",
+        "core.commands:inspect",
+        "for the owner's eyes: nearest real images and a membership attack",
+        True,
+        False,
+    )
+    inspect.add_argument(
+        "--max-images", type=int, default=2000, help="most images of either side; 2000"
+    )
     ledger = commands.add_parser("ledger", help="what was spent on each data set")
     ledger.set_defaults(command="core.commands:ledger")
     ledger.add_argument("action", choices=("show", "verify"))
@@ -94,7 +111,12 @@ def _parser() -> argparse.ArgumentParser:
     release.add_argument("--run-dir", type=Path, help="folder of a finished run")
     release.add_argument("--out", type=Path, required=True, help="new folder of the bundle")
     release.add_argument("--verify", action="store_true", help="check the digests of --out")
-    release.add_argument("--formats", default="folder,npz,parquet", help="any of them, by commas")
+    release.add_argument(
+        "--formats", default="folder,npz,parquet,generator", help="any of them, by commas"
+    )
+    release.add_argument(
+        "--license", default="unknown", help="for README.md, as the Hugging Face Hub names it"
+    )
     return parser
 
 

@@ -1,5 +1,6 @@
 """Atomic checkpoints of one run; they hold no key and no generator state."""
 
+import io
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 
 from core.errors import ConfigError
+from core.storage import stored
 
 
 @dataclass
@@ -29,14 +31,24 @@ class Checkpoints:
         return self.folder / self.name
 
     def save(self, state: dict[str, Any]) -> None:
-        """Writes `state`, or leaves the earlier file untouched."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """Writes `state`, or leaves the earlier file untouched.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        content = io.BytesIO()  # What fails below is the storage: torch's own errors are not.
+        torch.save({**state, "identity": self.identity}, content)
         temporary = self.path.with_suffix(".tmp")
-        with temporary.open("wb") as file:
-            torch.save({**state, "identity": self.identity}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self.path)
+        with stored(self.folder):
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                with temporary.open("wb") as file:
+                    file.write(content.getbuffer())
+                    file.flush()
+                    os.fsync(file.fileno())
+                temporary.replace(self.path)
+            finally:
+                temporary.unlink(missing_ok=True)  # Half a file would keep the space.
 
     def check(self) -> None:
         """Whether there is no checkpoint or one of this identity.

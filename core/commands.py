@@ -13,12 +13,16 @@ from core.config import Config, load, nested, parse_overrides, short_digest
 from core.data import Split, load_dataset
 from core.diffusion.denoiser import build_denoiser
 from core.errors import ConfigError
-from core.evaluation.metrics import downstream_accuracy, downstream_classifier, fid_score
+from core.evaluation.scoring import score
 from core.generate import generate as draw_images
+from core.generate import load_generator
+from core.inspection import inspect_run
 from core.pipeline import run as run_pipeline
 from core.privacy.card import ledger_text
 from core.privacy.keys import MasterSecret
 from core.privacy.ledger import Ledger
+from core.privacy.plan import PrivacyPlan
+from core.privacy.spending import require_same_data
 from core.release import release_card, verify_release, write_release
 from core.reporting import Console, write_grid
 from core.training import config_device
@@ -106,9 +110,11 @@ def release(options: argparse.Namespace) -> None:
     config, _ = _finished(options.run_dir, [])
     card = release_card(config, options.run_dir)
     formats = options.formats.split(",")
-    write_release(options.run_dir, options.out, card, config.privacy.target_epsilon, formats)
+    write_release(options.run_dir, options.out, config, card, formats, options.license)
     print(card["statement"])
-    print(f"bundle: {options.out} ({', '.join(formats)}, privacy_card.md, digests.json)")
+    print(f"bundle: {options.out} ({', '.join(formats)}, README.md, privacy_card.md, digests.json)")
+    if options.license == "unknown":
+        print("README.md states no license: name one with --license, such as cc-by-4.0")
 
 
 def _finished(run_dir: Path, overrides: list[str]) -> tuple[Config, torch.nn.Module]:
@@ -124,10 +130,15 @@ def _finished(run_dir: Path, overrides: list[str]) -> tuple[Config, torch.nn.Mod
 
 
 def generate(options: argparse.Namespace) -> None:
-    """Draws more images from a finished run."""
-    config, denoiser = _finished(options.run_dir, options.overrides)
+    """Draws more images from a finished run or from the generator of a bundle."""
     if options.num_images < 1:
         raise ConfigError(f"--num-images={options.num_images} must be at least 1")
+    if options.bundle is not None:
+        verify_release(options.bundle)
+        config, denoiser = load_generator(options.bundle, parse_overrides(options.overrides))
+        denoiser.to(config_device(config))
+    else:
+        config, denoiser = _finished(options.run_dir, options.overrides)
     images = draw_images(denoiser, config, options.num_images, config_device(config))
     options.out.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(options.out, images=images.images.numpy(), labels=images.labels.numpy())
@@ -135,16 +146,43 @@ def generate(options: argparse.Namespace) -> None:
     print(f"{options.num_images} images: {options.out}, {options.out.with_suffix('.png')}")
 
 
+def _synthetic(run_dir: Path) -> Split:
+    with np.load(run_dir / "synthetic" / "images.npz") as stored:
+        return Split(torch.from_numpy(stored["images"]), torch.from_numpy(stored["labels"]))
+
+
+def inspect(options: argparse.Namespace) -> None:
+    """Writes what the owner of the data alone may see of a finished run."""
+    if options.max_images < 4:
+        raise ConfigError(f"--max-images={options.max_images} must be at least 4")
+    config, denoiser = _finished(options.run_dir, options.overrides)
+    stored = json.loads((options.run_dir / "evaluation.json").read_text())
+    plan = PrivacyPlan.restored(json.loads((options.run_dir / "privacy.json").read_text()))
+    dataset = load_dataset(config.dataset, Path(config.runtime.cache))
+    require_same_data(stored["fingerprint"], dataset.fingerprint, config)
+    synthetic = _synthetic(options.run_dir)
+    page, figures = inspect_run(
+        options.run_dir,
+        config,
+        plan,
+        denoiser,
+        synthetic,
+        dataset,
+        options.max_images,
+        config_device(config),
+    )
+    found = figures["membership"]
+    low, high = found["auc_interval"]
+    print(f"membership attack: area {found['auc']:.4f} (95 % interval {low:.4f} to {high:.4f})")
+    print(f"NON-PRIVATE, for the owner of the data alone: {page}")
+
+
 def evaluate(options: argparse.Namespace) -> None:
     """Scores a finished run's images again."""
     config, _ = _finished(options.run_dir, options.overrides)
     dataset = load_dataset(config.dataset, Path(config.runtime.cache))
-    with np.load(options.run_dir / "synthetic" / "images.npz") as stored:
-        synthetic = Split(torch.from_numpy(stored["images"]), torch.from_numpy(stored["labels"]))
-    settings, classes = config.evaluation, config.dataset.num_classes
-    device, cache = config_device(config), Path(config.runtime.cache)
-    model = downstream_classifier(synthetic, settings, classes, device)
-    accuracy = downstream_accuracy(model, synthetic, dataset, settings)
-    name, distance = fid_score(synthetic, dataset, settings, classes, device, cache)
+    synthetic = _synthetic(options.run_dir)
+    scores = score(config, synthetic, dataset, config_device(config))
     tag = "public" if config.dataset.public else "non-private"
-    print(f"accuracy {accuracy:.4f} ({tag})  {name} {distance:.4g} ({tag})")
+    print("  ".join(f"{name} {value:.4g}" for name, value in scores.values.items()) + f"  ({tag})")
+    print(json.dumps(scores.record, indent=2))

@@ -27,14 +27,6 @@ from core.errors import ConfigError
 
 Model = TypeVar("Model", bound=BaseModel)
 
-DIRECTIONS = {
-    "accuracy": "maximize",
-    "dp_accuracy": "maximize",
-    "fid": "minimize",
-    "fid_cnn": "minimize",
-}
-"""Every score and the direction in which it improves."""
-
 
 class DatasetConfig(Section):
     """The data set and every public fact about it; none of these is computed from the data."""
@@ -60,7 +52,7 @@ class DatasetConfig(Section):
     image_size: Annotated[int, Field(ge=4, le=512)] = 8
     channels: Literal[1, 3] = 1
     num_classes: Annotated[int, Field(ge=1, le=1000)] = 10
-    num_examples: Annotated[int, Field(ge=2)] = 1437
+    num_examples: Annotated[int, Field(ge=4)] = 1437
     """Public number N of private training images; refused when the data disagrees."""
     public: bool = False
     """Whether the images are public, so that scores on them are: a stand-in to tune on."""
@@ -146,15 +138,35 @@ class EvaluationConfig(Section):
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Public seed of the classifier and the extractor; scores compare under one seed alone."""
-    num_images: Annotated[int, Field(ge=2)] = 1000
+    num_images: Annotated[int, Field(ge=4)] = 1000
     batch_size: PositiveInt = 500
     fid_extractor: Literal["inception", "cnn"] = "inception"
-    """`inception` scores as `fid`; `cnn` trains a small network on real data: `fid_cnn`."""
+    """`inception` scores as `fid`; `cnn` trains a small network on real data: `fid_cnn`. So do
+    `kid`, `precision` and `recall`."""
     inception_weights: str | None = None
+    """A copy of the published weights; null takes torch hub's cache, or downloads them there."""
+    num_features: Annotated[int, Field(ge=4)] = 10_000
+    """Most features of either side that `kid`, `precision` and `recall` use; bounds the memory."""
     extractor_epochs: PositiveInt = 8
     """Passes of the `cnn` extractor over the real training images."""
+    classifiers: Annotated[
+        tuple[Literal["cnn", "resnet", "wrn", "resnext", "mlp", "logistic"], ...],
+        Field(min_length=1),
+    ] = ("cnn",)
+    """Trained on synthetic images and tested on real ones; `accuracy` is the mean over all."""
     classifier_epochs: PositiveInt = 10
     classifier_batch_size: PositiveInt = 128
+    num_repeats: PositiveInt = 1
+    """Trainings of each classifier, with seeds of their own."""
+
+    @model_validator(mode="after")
+    def _each_once(self) -> Self:
+        if len(set(self.classifiers)) < len(self.classifiers):
+            raise ValueError(
+                f"evaluation.classifiers={list(self.classifiers)} names one twice: name each once "
+                "and raise evaluation.num_repeats to train it again"
+            )
+        return self
 
 
 class RuntimeConfig(Section):

@@ -53,8 +53,8 @@ def kept_central_images(
     Privacy: one release for all ranks, all trials of the identity and all restarts. Nothing is
         summed a second time, which on another machine could differ in its last digits.
     """
-    central = None
-    if distributed.rank() == 0:
+
+    def keep() -> CentralImages:
         store = Checkpoints(folder, identity, f"{identity[:16]}.pt")
         with held(folder / f"{identity[:16]}.lock", _PATIENCE):
             kept = store.load()
@@ -72,7 +72,9 @@ def kept_central_images(
         central = CentralImages(**kept)
         pixels = (central.images * 255).round().to(torch.uint8)
         write_grid(picture, pixels, central.labels)
-    return distributed.broadcast_object(central)
+        return central
+
+    return distributed.on_rank_0(keep)  # Its errors are everyone's, so that no rank waits.
 
 
 def warm_up(

@@ -17,6 +17,10 @@ class InfeasibleError(UserError):
     """The privacy budget cannot pay for the configuration; nothing was read or spent."""
 
 
+class StorageError(UserError):
+    """The folder of a run is full, gone or cannot be written: nothing is trained unsaved."""
+
+
 class StoppedError(UserError):
     """A run reached its time limit and left a checkpoint; its argument says where."""
 

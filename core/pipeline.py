@@ -5,7 +5,6 @@ import math
 import platform
 import shutil
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -13,23 +12,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from core import distributed, yaml_subset
 from core.checkpoint import Checkpoints
 from core.config import Config, flatten, load_yaml, nested
-from core.data import Dataset, Split, load_dataset
+from core.data import Split, load_dataset
 from core.diffusion.denoiser import build_denoiser
 from core.diffusion.ema import Ema
 from core.easy_stage import kept_central_images, trajectory_of, warm_up
 from core.errors import ConfigError
-from core.evaluation.classifiers import Classifier
 from core.evaluation.features import find_weights
-from core.evaluation.metrics import (
-    downstream_accuracy,
-    downstream_classifier,
-    dp_accuracy,
-    fid_score,
-)
+from core.evaluation.metrics import dp_accuracy
+from core.evaluation.scoring import score
 from core.generate import generate
 from core.identity import CENTRAL, identity_of, origin_of, settings_of
 from core.locks import held
@@ -37,11 +32,13 @@ from core.privacy.keys import KeyedStream, MasterSecret
 from core.privacy.plan import PrivacyPlan, make_plan
 from core.privacy.spending import Spending, require_same_data
 from core.reporting import MetricsLog, Report, write_grid, write_json
+from core.storage import require_space, stored
 from core.training import config_device, non_private_stage, private_stage, train
 
 _PATIENCE = 15.0
 """Seconds in which a worker that was given up by its supervisor may still let the folder go."""
-_ORIGIN = ("identity", "fingerprint", "name", "tags")
+_SWEEP_PATIENCE = 120.0
+_ORIGIN = ("identity", "fingerprint", "name", "tags", "scored")
 
 
 def run(
@@ -79,8 +76,14 @@ def run(
         DataError: the data set is missing, malformed or not what the configuration states.
     """
     with ExitStack() as stack:
-        lock = held(run_dir / "run.lock", _PATIENCE)
-        distributed.on_rank_0(lambda: stack.enter_context(lock))
+        # In a sweep the holder is a worker of the same trial that was given up.
+        lock = held(run_dir / "run.lock", _PATIENCE if lease is None else _SWEEP_PATIENCE)
+
+        def enter() -> None:
+            with stored(run_dir):
+                stack.enter_context(lock)
+
+        distributed.on_rank_0(enter)
         charged = charged or run_dir / "charged"
         return _run(config, run_dir, master, name, report, lease, charged, shared)
 
@@ -100,7 +103,7 @@ def _run(
     plan = distributed.on_rank_0(lambda: make_plan(config))
     if config.evaluation.fid_extractor == "inception":
         distributed.on_rank_0(lambda: find_weights(config.evaluation.inception_weights))
-    distributed.on_rank_0(lambda: _claim(run_dir, config, plan))
+    distributed.on_rank_0(stored(run_dir)(lambda: _claim(run_dir, config, plan)))
     begun = run_dir / "checkpoints" / "steps_begun"
     spending = Spending(config, plan, Path(config.runtime.ledger), name, begun, charged, lease)
     dataset, cache = None, Path(config.runtime.cache)
@@ -121,6 +124,7 @@ def _run(
         return finished
     checkpoints = Checkpoints(run_dir / "checkpoints", identity)
     distributed.on_rank_0(checkpoints.check)  # Refused before it is charged.
+    distributed.on_rank_0(lambda: require_space(run_dir, config))
     reservation = None
     if plan.is_private:
         reservation = distributed.on_rank_0(
@@ -157,6 +161,10 @@ def _run(
             trajectory = trajectory_of(shared, config, released) if shared else None
             warm_up(config, denoiser, ema, central, checkpoints, report, trajectory, deadline)
 
+    def count(step: int) -> None:
+        if spending.begins_block(step):  # On all ranks, as all must stop where it cannot be noted.
+            distributed.on_rank_0(lambda: spending.count(step))
+
     if plan.is_private:
         stage = private_stage(
             config,
@@ -165,7 +173,7 @@ def _run(
             plan.dp_sgd,
             masks=stream("private_training", "mask"),
             noise=stream("private_training", "noise"),
-            before_step=spending.count if distributed.rank() == 0 else lambda _: None,
+            before_step=count,
         )
     else:
         masks = stream("non_private_training", "mask")
@@ -176,7 +184,7 @@ def _run(
         if reservation is not None and distributed.rank() == 0:
             spending.settle(fingerprint, reservation)
 
-    def kept_accuracy(model: Classifier) -> float:
+    def kept_accuracy(model: nn.Module) -> float:
         """Drawn once: the same noise on what another classifier gets right would give both away."""
         path = run_dir / "dp_accuracy.json"
         if path.exists() and (kept := json.loads(path.read_text()))["identity"] == identity:
@@ -191,14 +199,12 @@ def _run(
     kept = run_dir / "synthetic" / f"parts-{identity[:16]}"
     number, device = config.evaluation.num_images, config_device(config)
     synthetic = generate(ema.module, config, number, device, kept, deadline)
-    parts = distributed.all_gather_object(
-        distributed.together(lambda: _my_scores(config, plan, synthetic, dataset, kept_accuracy))
-    )
-    scores = {name: value for part in parts for name, value in part.items()}
+    private = kept_accuracy if plan.score is not None else None
+    scores = score(config, synthetic, dataset, device, private)
     result = {
         "step": config.training.num_steps,
         "stage": "done",
-        **scores,
+        **scores.values,
         "epsilon": plan.epsilon,
         "epsilon_central": plan.epsilon_central,
         "epsilon_dp_sgd": plan.epsilon_dp_sgd,
@@ -206,11 +212,16 @@ def _run(
         "seconds": time.monotonic() - began,
     }
     result = distributed.broadcast_object(result)  # One clock: that of rank 0.
-    if distributed.rank() == 0:
-        tags = {metric: plan.tag(metric) for metric in (*scores, "loss")}
+
+    def store() -> None:
+        tags = {metric: plan.tag(metric) for metric in (*scores.values, "loss")}
         origin = {"identity": identity, "fingerprint": fingerprint, "name": name, "tags": tags}
-        _store(run_dir, synthetic, ema, {**result, **origin})
+        origin["scored"] = scores.record
+        with stored(run_dir):
+            _store(run_dir, synthetic, ema, {**result, **origin})
         shutil.rmtree(kept, ignore_errors=True)
+
+    distributed.on_rank_0(store)
     report(result)
     return result
 
@@ -266,7 +277,7 @@ def _logged(report: Report, run_dir: Path, checkpoints: Checkpoints, config: Con
     log = MetricsLog(run_dir / "metrics.jsonl", resumed)
 
     def both(metrics: dict[str, Any]) -> None:
-        log(metrics)
+        log({**metrics, "workers": distributed.world_size()})  # Which may change on a resumption.
         report(metrics)
 
     return both
@@ -275,41 +286,6 @@ def _logged(report: Report, run_dir: Path, checkpoints: Checkpoints, config: Con
 def _is_past_warm_up(checkpoints: Checkpoints) -> bool:
     state = distributed.on_rank_0(checkpoints.load)
     return state is not None and state["stage"] == "private_training"
-
-
-def _my_scores(
-    config: Config,
-    plan: PrivacyPlan,
-    synthetic: Split,
-    dataset: Dataset,
-    kept_accuracy: Callable[[Classifier], float],
-) -> dict[str, float]:
-    """This rank's share of accuracies and Frechet distance; together the ranks have all.
-
-    Args:
-        kept_accuracy: the private accuracy of a classifier.
-
-    Privacy: all are computed from real images; `plan.tag` says which are private.
-    """
-    num_classes, device = config.dataset.num_classes, config_device(config)
-
-    def accuracies() -> dict[str, float]:
-        model = downstream_classifier(synthetic, config.evaluation, num_classes, device)
-        scores = {"accuracy": downstream_accuracy(model, synthetic, dataset, config.evaluation)}
-        if plan.score is not None:
-            scores["dp_accuracy"] = kept_accuracy(model)
-        return scores
-
-    def fid() -> dict[str, float]:
-        cache = Path(config.runtime.cache)
-        name, value = fid_score(synthetic, dataset, config.evaluation, num_classes, device, cache)
-        return {name: value}
-
-    mine: dict[str, float] = {}
-    for number, task in enumerate((accuracies, fid)):
-        if number % distributed.world_size() == distributed.rank():
-            mine.update(task())
-    return mine
 
 
 def _store(run_dir: Path, synthetic: Split, ema: Ema, result: dict[str, Any]) -> None:

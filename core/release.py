@@ -1,4 +1,4 @@
-"""The release bundle of a run: synthetic images and the privacy card, never real images."""
+"""The release bundle of a run: synthetic images, generator and privacy card, never real images."""
 
 import csv
 import hashlib
@@ -14,28 +14,42 @@ import torch
 
 from core.config import Config
 from core.data import Split
+from core.dataset_card import PARQUET, dataset_card, parquet_metadata
+from core.diffusion.denoiser import build_denoiser
 from core.errors import ConfigError
+from core.generate import GENERATOR, write_generator
 from core.privacy.card import card_markdown, make_card
 from core.privacy.ledger import Ledger, ledger_path
 from core.privacy.plan import PrivacyPlan
 from core.reporting import encode_png, write_grid, write_json
 
-FORMATS = ("folder", "npz", "parquet")
+FORMATS = ("folder", "npz", "parquet", "generator")
+NON_PRIVATE = "non_private"
+"""Folder of a run for its owner's eyes: real images and attacks. Neither bundle nor MLflow may
+hold it."""
+DIGESTS = "digests.json"
 SELECTED = "selected.json"
 """What a complete sweep leaves in the folder of its best trial: the objective that chose it."""
 
 
 def write_release(
-    run_dir: Path, out: Path, card: Mapping[str, Any], target_epsilon: float, formats: Sequence[str]
+    run_dir: Path,
+    out: Path,
+    config: Config,
+    card: Mapping[str, Any],
+    formats: Sequence[str],
+    license_id: str = "unknown",
 ) -> Path:
     """Writes the bundle of a finished run into an empty folder.
 
     Args:
-        run_dir: of a finished run; only its synthetic images are read.
+        run_dir: of a finished run; only its synthetic images and its averaged weights are read.
         out: folder to create.
+        config: of the run.
         card: as of `make_card`; its scope decides which epsilon is held against the target.
-        target_epsilon: what the publication may spend.
-        formats: any of `folder` (PNG by class), `npz`, `parquet`.
+        formats: any of `folder` (PNG by class), `npz`, `parquet` (loads with Hugging Face's
+            `datasets`) and `generator` (weights, from which `core generate` draws more).
+        license_id: what the dataset card states, such as `cc-by-4.0`.
 
     Returns:
         `out`.
@@ -43,8 +57,10 @@ def write_release(
     Raises:
         ConfigError: nothing to release, the target is exceeded, or `out` is not empty.
 
-    Privacy: synthetic images are post-processing of a private model; scores stay behind, as they
-        are computed from real images.
+    Privacy: images and weights are functions of what the central images and DP-SGD released, and
+        of nothing else that is private: post-processing, hence free. The weights are the EMA
+        alone, under scope `selection` those of the selected trial. Scores stay behind, as they are
+        computed from real images.
     """
     stored = run_dir / "synthetic" / "images.npz"
     if not stored.exists():
@@ -54,13 +70,17 @@ def write_release(
         raise ConfigError(f"format {unknown[:1]} is unknown: choose of {', '.join(FORMATS)}")
     if "parquet" in formats and importlib.util.find_spec("pyarrow") is None:
         raise ConfigError("parquet needs pyarrow: pip install pyarrow, or leave parquet out")
+    target = config.privacy.target_epsilon
     released = "epsilon_trial" if card["scope"] == "trial" else "epsilon_released_with_selection"
     claimed = card[released]
-    if claimed > target_epsilon * (1 + 1e-9):
+    if claimed > target * (1 + 1e-9):
         raise ConfigError(
-            f"this release spends epsilon {claimed:.6g} of the target {target_epsilon:g}: nothing "
+            f"this release spends epsilon {claimed:.6g} of the target {target:g}: nothing "
             "is written; raise privacy.target_epsilon before a run, never after it"
         )
+    for path in (run_dir, out):
+        if NON_PRIVATE in path.resolve().parts:
+            raise ConfigError(f"'{path}' lies in a folder '{NON_PRIVATE}', which is never released")
     if out.exists() and any(out.iterdir()):
         raise ConfigError(f"'{out}' is not empty: name a new folder")
     temporary = out.with_name(out.name + ".tmp")
@@ -68,13 +88,25 @@ def write_release(
     temporary.mkdir(parents=True)
     with np.load(stored) as arrays:
         synthetic = Split(torch.from_numpy(arrays["images"]), torch.from_numpy(arrays["labels"]))
-    writers = {"folder": _write_folder, "npz": _write_npz, "parquet": _write_parquet}
-    for name in formats:
-        writers[name](temporary, synthetic)
+    classes = config.dataset.num_classes
+    if "folder" in formats:
+        _write_folder(temporary, synthetic)
+    if "npz" in formats:
+        _write_npz(temporary, synthetic)
+    if "parquet" in formats:
+        _write_parquet(temporary, synthetic, classes)
+    if "generator" in formats:
+        denoiser = build_denoiser(config)  # Takes the weights of the network and nothing else.
+        denoiser.load_state_dict(
+            torch.load(run_dir / "model.pt", map_location="cpu", weights_only=True)
+        )
+        write_generator(temporary / GENERATOR, denoiser, config)
     write_grid(temporary / "grid.png", synthetic.images, synthetic.labels)
     write_json(temporary / "privacy_card.json", card)
     (temporary / "privacy_card.md").write_text(card_markdown(card))
-    _write_digests(temporary)
+    text = dataset_card(card, len(synthetic.labels), classes, formats, license_id)
+    (temporary / "README.md").write_text(text)
+    write_json(temporary / DIGESTS, _digests(temporary))
     if out.exists():
         out.rmdir()
     temporary.replace(out)
@@ -122,9 +154,9 @@ def verify_release(folder: Path) -> int:
         ConfigError: a file is missing, changed or was added.
     """
     try:
-        stated: dict[str, str] = json.loads((folder / "digests.json").read_text())
+        stated: dict[str, str] = json.loads((folder / DIGESTS).read_text())
     except (OSError, ValueError):
-        raise ConfigError(f"'{folder}' is no release: it holds no digests.json") from None
+        raise ConfigError(f"'{folder}' is no release: it holds no {DIGESTS}") from None
     found = _digests(folder)
     for name in sorted(set(stated) | set(found)):
         if stated.get(name) != found.get(name):
@@ -152,7 +184,7 @@ def _write_npz(out: Path, synthetic: Split) -> None:
     np.savez_compressed(out / "images.npz", images=images, labels=labels)
 
 
-def _write_parquet(out: Path, synthetic: Split) -> None:
+def _write_parquet(out: Path, synthetic: Split, num_classes: int) -> None:
     import pyarrow
     from pyarrow import parquet
 
@@ -166,7 +198,8 @@ def _write_parquet(out: Path, synthetic: Split) -> None:
             "label": pyarrow.array(synthetic.labels.numpy()),
         }
     )
-    parquet.write_table(table, out / "images.parquet")
+    (out / PARQUET).parent.mkdir()
+    parquet.write_table(table.replace_schema_metadata(parquet_metadata(num_classes)), out / PARQUET)
 
 
 def _open_new(path: Path) -> Any:
@@ -175,13 +208,18 @@ def _open_new(path: Path) -> Any:
 
 
 def _digests(folder: Path) -> dict[str, str]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in files
-        if path.name != "digests.json"
-    }
+    """SHA-256 of every file but the list itself.
 
-
-def _write_digests(folder: Path) -> None:
-    write_json(folder / "digests.json", _digests(folder))
+    Raises:
+        ConfigError: something in the folder may not be published at all.
+    """
+    found: dict[str, str] = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if path.is_symlink():
+            raise ConfigError(f"'{path}' is a link: a bundle holds files alone")
+        if NON_PRIVATE in name.parts:
+            raise ConfigError(f"'{path}' is not private: remove it, and publish nothing of it")
+        if path.is_file() and name != Path(DIGESTS):
+            found[name.as_posix()] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found

@@ -82,11 +82,6 @@ def train(
         done = number + 1
         last = done == stage.num_steps
         late = deadline < math.inf and distributed.on_rank_0(lambda: time.monotonic() > deadline)
-        if late and not last:
-            _save(checkpoints, stage, done, denoiser, ema)
-            raise StoppedError(f"in {stage.name} at step {done} of {stage.num_steps}")
-        if done % runtime.checkpoint_every == 0 or last:
-            _save(checkpoints, stage, done, denoiser, ema)
         if done % runtime.log_every == 0 or last or done == start + 1:
             seconds = (time.monotonic() - began) / (done - start)
             report(
@@ -97,11 +92,17 @@ def train(
                     "seconds_per_step": seconds,
                 }
             )
+        # After the report: killed in between, a run reports again rather than never.
+        if done % runtime.checkpoint_every == 0 or last or late:
+            _save(checkpoints, stage, done, denoiser, ema)
+        if late and not last:
+            raise StoppedError(f"in {stage.name} at step {done} of {stage.num_steps}")
 
 
 def _save(checkpoints: Checkpoints, stage: Stage, step: int, denoiser: Denoiser, ema: Ema) -> None:
-    if distributed.rank() == 0:
-        checkpoints.save(
+    """Raises `StorageError` on all ranks where rank 0 cannot write: none trains on unsaved."""
+    distributed.on_rank_0(
+        lambda: checkpoints.save(
             {
                 "stage": stage.name,
                 "step": step,
@@ -110,6 +111,7 @@ def _save(checkpoints: Checkpoints, stage: Stage, step: int, denoiser: Denoiser,
                 "optimizer": stage.optimizer.state_dict(),
             }
         )
+    )
 
 
 def warm_up_stage(config: Config, denoiser: Denoiser, central: CentralImages) -> Stage:

@@ -14,7 +14,11 @@ from sweep.config import SweepConfig, dump_sweep, flat
 from sweep.driver import LOCK
 from sweep.stored import SWEEP_FILE
 
-_FREE = ("fixed.", "num_trials", "max_concurrent_trials", "cpus_per_worker", "storage_path")
+_LAUNCH = "launch"
+_FREE = (
+    *("fixed.", "num_trials", "max_concurrent_trials", "cpus_per_worker", "storage_path"),
+    *("min_workers_per_trial", "max_failures", "max_same_error"),
+)
 """What may change when a sweep is continued; what is fixed stands in the base run too."""
 _LEDGER = "base.runtime.ledger"
 """What may not, although it changes no result: another ledger would know nothing of the sweep."""
@@ -29,13 +33,32 @@ def driver_lock(folder: Path) -> Generator[int]:
     Raises:
         ConfigError: another driver runs this sweep.
     """
-    path = folder / "launch"
     with held(folder / LOCK):
-        earlier = int(path.read_text()) if path.exists() else 0
         # By the clock, so that it also grows over a folder that was deleted and begun anew.
-        token = max(earlier + 1, int(time.time()))
-        path.write_text(str(token))
+        token = max(newest_launch(folder) + 1, int(time.time()))
+        temporary = folder / f"{_LAUNCH}.tmp"
+        temporary.write_text(str(token))
+        temporary.replace(folder / _LAUNCH)
         yield token
+
+
+def newest_launch(folder: Path) -> int:
+    """Token of the driver that started last; 0 before the first."""
+    path = folder / _LAUNCH
+    return int(path.read_text()) if path.exists() else 0
+
+
+def require_newest_launch(folder: Path, token: int) -> None:
+    """Stops what an older driver has left running.
+
+    Raises:
+        ConfigError: another driver has started since that of `token`.
+    """
+    if (newest := newest_launch(folder)) > token:
+        raise ConfigError(
+            f"a newer driver (launch {newest}) runs sweep '{folder.name}': this worker of launch "
+            f"{token} stops; its trial goes on from its checkpoint there"
+        )
 
 
 def claim(sweep: SweepConfig) -> None:

@@ -1,9 +1,11 @@
 """Starts or joins a Ray cluster."""
 
+import json
 import logging
 import os
+import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from sweep.config import SweepConfig
 DRIVER_RESOURCE = "trial_driver"
 """Trials hold this and no CPU: a trial that held CPUs could keep its own workers from starting."""
 _LOCAL_DRIVERS = 64
+_PATIENCE = 60.0
+"""Seconds that a cluster without room may launch no node before the sweep ends."""
 
 # Ray reads these when it is imported.
 os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
@@ -48,13 +52,25 @@ def join_cluster() -> None:
         ConfigError: the cluster does not offer the resource that trials hold.
     """
     import ray
+    import ray._private.worker
+
+    def leave_submitted_files() -> None:
+        # A submitted job's processes begin in Ray's copy of its files. When the agent of another
+        # node on this machine unpacks the same files, the folder is a new one of the same name,
+        # and whatever asks a process in the old one for its directory fails.
+        os.chdir("/")
 
     warnings.filterwarnings("ignore", module="ray")
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # The table tells of failed trials.
     root = str(Path(__file__).resolve().parent.parent)
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    # Warnings of the node, which are printed also where log_to_driver is false; Ray is pinned.
+    ray._private.worker._worker_logs_enabled = False
     shared: dict[str, Any] = {
-        "runtime_env": {"env_vars": {"PYTHONPATH": path}},
+        "runtime_env": {
+            "env_vars": {"PYTHONPATH": path},
+            "worker_process_setup_hook": leave_submitted_files,
+        },
         "log_to_driver": False,
         "logging_level": logging.ERROR,
         "configure_logging": True,
@@ -70,36 +86,124 @@ def join_cluster() -> None:
         ray.init(address="local", resources={DRIVER_RESOURCE: _LOCAL_DRIVERS}, **shared)
 
 
-def check_room(sweep: SweepConfig, resources: Mapping[str, float]) -> None:
-    """Refuses a trial that this machine could never hold, rather than wait for ever.
+def node_resources() -> list[dict[str, float]]:
+    """What each node of the cluster offers."""
+    import ray
 
-    A cluster that was joined may yet grow: its autoscaler adds nodes for what waits.
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def check_room(sweep: SweepConfig, nodes: Sequence[Mapping[str, float]]) -> None:
+    """Refuses a trial that a cluster of these nodes cannot hold.
 
     Raises:
-        ConfigError: the machine is too small for one trial.
+        ConfigError: it is too small for one trial.
     """
-    if os.environ.get("RAY_ADDRESS"):
-        return
-    needs = {
-        "CPU": sweep.workers_per_trial * sweep.cpus_per_worker,
-        "GPU": sweep.workers_per_trial * sweep.gpus_per_worker,
-    }
-    for name, need in needs.items():
-        if need > (has := resources.get(name, 0)):
+    workers = sweep.min_workers_per_trial or sweep.workers_per_trial
+    joined = bool(os.environ.get("RAY_ADDRESS"))
+    where = "the cluster at RAY_ADDRESS" if joined else "this machine"
+    remedy = "add nodes" if joined else "submit the sweep to a cluster"
+    for name, per_worker in _worker_needs(sweep).items():
+        need, has = workers * per_worker, sum(node.get(name, 0) for node in nodes)
+        if need > has:
             key = f"{name.lower()}s_per_worker"
             raise ConfigError(
-                f"one trial needs {need:g} {name}s (workers_per_trial={sweep.workers_per_trial} "
-                f"with {key}={need / sweep.workers_per_trial:g}), this machine has {has:g}: "
-                f"lower workers_per_trial or {key}, or submit the sweep to a cluster"
+                f"one trial needs {need:g} {name}s (workers_per_trial={workers} with {key}="
+                f"{per_worker:g}), {where} has {has:g}: lower workers_per_trial or {key}, or "
+                f"{remedy}"
             )
+    if (fit := _room(sweep, nodes)) < workers:
+        each = " and ".join(f"{need:g} {name}s" for name, need in _worker_needs(sweep).items())
+        raise ConfigError(
+            f"one trial needs {workers} workers with {each} each, the nodes of {where} hold {fit}: "
+            f"lower what a worker needs, or {remedy}"
+        )
 
 
-def max_concurrent(sweep: SweepConfig, resources: Mapping[str, float]) -> int:
-    """As many trials as the cluster has room for, at least one."""
+def _room(sweep: SweepConfig, nodes: Sequence[Mapping[str, float]]) -> int:
+    """Workers that fit on the nodes, each on one."""
+    needs = _worker_needs(sweep).items()
+    return sum(int(min(node.get(name, 0) / need for name, need in needs)) for node in nodes)
+
+
+def wait_for_room(sweep: SweepConfig, note: Callable[[str], None]) -> bool:
+    """Waits until the cluster holds one trial, as long as its autoscaler is launching nodes.
+
+    Ray does not tell what an autoscaler could add at most, but which nodes it is launching: one
+    that launches none for what it is asked has none to offer, or there is no autoscaler.
+
+    Args:
+        note: shows a line.
+
+    Returns:
+        Whether there was no room at first: the cluster grows as trials need it.
+
+    Raises:
+        ConfigError: there is no room, and none is coming.
+    """
+    from ray.autoscaler.sdk import request_resources
+
+    def missing() -> ConfigError | None:
+        try:
+            check_room(sweep, node_resources())
+        except ConfigError as error:
+            return error
+        return None
+
+    if (error := missing()) is None:
+        return False
+    if not os.environ.get("RAY_ADDRESS"):
+        raise error
+    note("the cluster has no room for a trial yet: asking its autoscaler for nodes")
+    workers = sweep.min_workers_per_trial or sweep.workers_per_trial
+    request_resources(bundles=[_worker_needs(sweep)] * workers)
+    try:
+        hopeful = time.monotonic()
+        while (error := missing()) is not None:
+            if _launching():
+                hopeful = time.monotonic()
+            elif time.monotonic() - hopeful > _PATIENCE:
+                raise ConfigError(
+                    f"{error}; no autoscaler has launched a node for it in {_PATIENCE:g} s"
+                )
+            time.sleep(1.0)
+    finally:
+        request_resources(bundles=[])
+    return True
+
+
+def _launching() -> bool:
+    """Whether the cluster's autoscaler, of either version, is starting a node."""
+    import ray
+    from ray.autoscaler.v2.sdk import get_cluster_status
+    from ray.autoscaler.v2.utils import is_autoscaler_v2
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    if is_autoscaler_v2(fetch_from_server=True):
+        status = get_cluster_status(ray.get_runtime_context().gcs_address)
+        return bool(status.pending_launches or status.pending_nodes)
+    report = json.loads(_internal_kv_get(b"__autoscaling_status") or b"{}")
+    report = report.get("autoscaler_report") or {}
+    return bool(report.get("pending_launches") or report.get("pending_nodes"))
+
+
+def max_concurrent(
+    sweep: SweepConfig, nodes: Sequence[Mapping[str, float]], grows: bool = False
+) -> int:
+    """As many trials as the cluster has room for, at least one.
+
+    Args:
+        grows: a cluster that adds workers as trials ask for them has room for as many trials as
+            its head has drivers; those for which the autoscaler may add no more wait.
+    """
     if sweep.max_concurrent_trials is not None:
         return sweep.max_concurrent_trials
-    rooms = [resources.get("CPU", 0) / (sweep.workers_per_trial * sweep.cpus_per_worker)]
-    if sweep.gpus_per_worker:
-        rooms.append(resources.get("GPU", 0) / (sweep.workers_per_trial * sweep.gpus_per_worker))
-    rooms.append(resources.get(DRIVER_RESOURCE, 1))
-    return max(1, int(min(rooms)))
+    drivers = int(sum(node.get(DRIVER_RESOURCE, 0) for node in nodes))
+    room = drivers if grows else _room(sweep, nodes) // sweep.workers_per_trial
+    return max(1, min(room, drivers))
+
+
+def _worker_needs(sweep: SweepConfig) -> dict[str, float]:
+    """Resources of one worker."""
+    needs = {"CPU": sweep.cpus_per_worker}
+    return {**needs, "GPU": sweep.gpus_per_worker} if sweep.gpus_per_worker else needs

@@ -12,7 +12,6 @@ from pydantic import Field, model_validator
 from pydantic.fields import FieldInfo
 
 from core.config import (
-    DIRECTIONS,
     Config,
     PositiveInt,
     Section,
@@ -26,6 +25,7 @@ from core.config import (
 )
 from core.config_keys import known_keys, nearest_key
 from core.errors import ConfigError
+from core.evaluation.names import DIRECTIONS
 from sweep.scope import SEED, check_searched, scope_settings
 
 _FOLDERS = ("runtime.ledger", "runtime.cache")
@@ -69,7 +69,10 @@ class Dimension(Section):
 class Objective(Section):
     """What makes a trial the best one."""
 
-    metric: Literal["accuracy", "dp_accuracy", "fid", "fid_cnn"] = "accuracy"
+    metric: Literal[
+        "accuracy", "dp_accuracy", "fid", "fid_cnn", "kid", "kid_cnn",
+        "precision", "precision_cnn", "recall", "recall_cnn",
+    ] = "accuracy"  # fmt: skip
     direction: Literal["maximize", "minimize"] = "maximize"
 
     @model_validator(mode="after")
@@ -101,12 +104,16 @@ class SweepConfig(Section):
     num_trials: PositiveInt | None = None
     """8 if not given; under scope `selection` drawn secretly, and never given."""
     workers_per_trial: PositiveInt = 2
+    min_workers_per_trial: PositiveInt | None = None
+    """Given, a trial that lost workers goes on with as few as this, and with more when it can."""
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1.0
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
     max_concurrent_trials: PositiveInt | None = None
     """None: as many as the cluster has room for when the sweep starts."""
     max_failures: Annotated[int, Field(ge=0)] = 2
     """Restarts of a trial whose worker died; each goes on from the last checkpoint."""
+    max_same_error: PositiveInt = 3
+    """Trials in a row that may fail with the same error before the sweep stops."""
     search_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     num_startup_trials: PositiveInt = 10
     """Random trials before TPE starts to model the results."""
@@ -127,7 +134,19 @@ class SweepConfig(Section):
                 raise ValueError(f"search_space.{key} is not numeric: give choices")
         if not self.search_space:
             raise ValueError("search_space is empty: name at least one key to search")
+        least = self.min_workers_per_trial
+        if least is not None and least > self.workers_per_trial:
+            raise ValueError(
+                f"min_workers_per_trial={least} exceeds workers_per_trial="
+                f"{self.workers_per_trial}: lower it"
+            )
         return self
+
+    @property
+    def num_workers(self) -> int | tuple[int, int]:
+        """Workers of a trial as Ray Train wants them: a number, or the least and the most."""
+        least = self.min_workers_per_trial
+        return self.workers_per_trial if least is None else (least, self.workers_per_trial)
 
     def trial_config(self, parameters: Mapping[str, Any]) -> Config:
         """The run's configuration at a point of the search space.

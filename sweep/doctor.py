@@ -10,7 +10,7 @@ from typing import Any
 
 from core.config import nested
 from core.errors import UserError
-from sweep.cluster import check_room, check_storage, join_cluster
+from sweep.cluster import check_storage, join_cluster, wait_for_room
 from sweep.config import SweepConfig
 
 _PACKAGES = ("ray", "torch", "opacus", "dp-accounting")
@@ -51,7 +51,7 @@ def checks(sweep: SweepConfig) -> Iterator[Check]:
     if joined.problem:
         return
     try:
-        yield _check("room for one trial", lambda: check_room(sweep, ray.cluster_resources()))
+        yield _check("room for one trial", lambda: wait_for_room(sweep, lambda _: None))
         mark = storage / f".doctor-{uuid.uuid4().hex}"
         storage.mkdir(parents=True, exist_ok=True)
         mark.write_text(mark.name)

@@ -1,6 +1,8 @@
 """Runs the search on a Ray cluster: what is missing of a sweep, and its final run."""
 
 import os
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -8,12 +10,22 @@ from typing import Any
 from core.config import flatten
 from core.privacy.keys import MasterSecret
 from sweep.claim import claim, driver_lock, release_id
-from sweep.cluster import DRIVER_RESOURCE, check_room, check_storage, join_cluster, max_concurrent
+from sweep.cluster import (
+    DRIVER_RESOURCE,
+    check_storage,
+    join_cluster,
+    max_concurrent,
+    node_resources,
+    wait_for_room,
+)
 from sweep.config import SweepConfig
 from sweep.progress import Progress
 from sweep.results import Row, best, final_row, load_rows, stored_result, three_figures, write_card
 from sweep.scope import count_trials, settings_entropy
-from sweep.trial import Context, record_result, run_trial
+from sweep.trial import TRACEBACK, Context, record_result, run_trial
+
+_PATIENCE = 10.0
+"""Seconds that the end of a sweep waits for MLflow."""
 
 
 @dataclass(frozen=True)
@@ -52,21 +64,28 @@ def run_sweep(sweep: SweepConfig) -> Outcome:
 
 def _run(sweep: SweepConfig, total: int, token: int) -> Outcome:
     from sweep import tracking
+    from sweep.outbox import Outbox
 
     rows = load_rows(sweep)
     storage = Path(sweep.storage_path)
     uri = tracking.tracking_uri(storage)
     complete = _is_complete(sweep, rows, total)
+    tracking.reachable(uri)  # Refused now; if it goes away later, trials go on without it.
     experiment_id = tracking.open_experiment(uri, sweep.experiment, storage)
     pending = tracking.unfinished(uri, experiment_id, sweep.name)
-    if complete and not pending:
+    if complete and not pending and not _waiting(sweep, rows):
         return Outcome(rows, [], "", True, uri)
-    parent = tracking.Tracker(uri, experiment_id, sweep.name)
-    tracking.kill_stale(uri, experiment_id, parent.run_id, sweep.name)
+    run_id = tracking.Tracker(uri, experiment_id, sweep.name).run_id
+    parent = Outbox(sweep.folder, uri, experiment_id, sweep.name)
+    tracking.kill_stale(uri, experiment_id, run_id, sweep.name)
+    for row in rows:  # What the server had missed when the trial ended.
+        Outbox(row.run_dir, uri, experiment_id, f"{sweep.name}/{row.trial}", run_id).flush()
+    parent.flush()
+    pending = tracking.unfinished(uri, experiment_id, sweep.name)
     for row in rows:  # Finished, but the driver was stopped before it could say so.
         key = f"{sweep.name}/{row.trial}"
         if row.state == "finished" and key in pending:
-            tracker = tracking.Tracker(uri, experiment_id, key, parent.run_id)
+            tracker = tracking.Tracker(uri, experiment_id, key, run_id)
             record_result(tracker, row.run_dir, stored_result(row))
             tracker.finish("FINISHED")
     if complete:
@@ -77,13 +96,28 @@ def _run(sweep: SweepConfig, total: int, token: int) -> Outcome:
     parent.log_file(sweep.folder / "sweep.json")
     status = "KILLED"
     try:
-        outcome = _search(sweep, rows, total, token, (uri, experiment_id, parent.run_id))
+        outcome = _search(sweep, rows, total, token, (uri, experiment_id, run_id))
         _log_summary(parent, sweep, outcome.rows, outcome.complete)
         if not outcome.stopped:
             status = "FINISHED"
         return outcome
     finally:
         parent.finish(status)
+        parent.flush(_PATIENCE)
+        if count := _waiting(sweep, load_rows(sweep)):
+            print(
+                f"MLflow at {uri} does not answer: records of {count} runs wait in the sweep's "
+                "folder; the same command sends them when it does",
+                file=sys.stderr,
+            )
+
+
+def _waiting(sweep: SweepConfig, rows: Sequence[Row]) -> int:
+    """Runs of which MLflow has not received everything."""
+    from sweep.outbox import OUTBOX
+
+    folders = (sweep.folder, *(row.run_dir for row in rows))
+    return sum((folder / OUTBOX).exists() for folder in folders)
 
 
 def _search(
@@ -95,7 +129,6 @@ def _search(
 
     uri, experiment_id, parent_id = tracked
     join_cluster()
-    check_room(sweep, ray.cluster_resources())
     metric, secret = sweep.objective.metric, sweep.run.privacy.scope == "selection"
     before = sum(_is_done(sweep, row) for row in rows)
     progress = Progress(sweep, total, before, secret)
@@ -113,12 +146,15 @@ def _search(
         search = FeasibleSearch(sweep, ended, on_pruned, entropy)
         context = Context(sweep, token, uri, experiment_id, parent_id)
         stopped = ""
+        grew = wait_for_room(sweep, progress.note)
         if total > before:
-            concurrent = max_concurrent(sweep, ray.cluster_resources())
+            concurrent = max_concurrent(sweep, node_resources(), grew)
             finished = _fit(
                 context, progress, total - before, search_alg=search, concurrent=concurrent
             )
             stopped = search.gave_up or ("" if finished else "interrupted")
+            if search.same_error:
+                progress.note(_last_traceback(sweep))
         if not stopped and sweep.final:
             winner = best(sweep, load_rows(sweep))
             if winner is not None:
@@ -166,12 +202,15 @@ def _fit(
             name=f"{context.launch}{'-final' if context.is_final else ''}",
             storage_path=str(sweep.folder / "ray" / "tune"),
             callbacks=[progress.callback()],
+            # A trial whose process died; its own failures it reports instead.
+            failure_config=tune.FailureConfig(max_failures=sweep.max_failures),
             verbose=0,
         ),
     )
     results = tuner.fit()
     # A signal makes fit() return as if all were done: trials without score or error were cut off.
-    whole = all("accuracy" in (r.metrics or {}) or r.error for r in results)
+    ends = {"accuracy", "failure"}
+    whole = all(ends & set(r.metrics or {}) or r.error for r in results)
     return whole and len(results) >= num_samples
 
 
@@ -189,6 +228,13 @@ def _is_complete(sweep: SweepConfig, rows: list[Row], total: int) -> bool:
         return False
     final = final_row(sweep, rows)
     return not sweep.final or (final is not None and final.state == "finished")
+
+
+def _last_traceback(sweep: SweepConfig) -> str:
+    """Of the trial that failed last."""
+    paths = (sweep.folder / "trials").glob(f"*/{TRACEBACK}")
+    newest = max(paths, key=lambda path: path.stat().st_mtime_ns, default=None)
+    return newest.read_text().rstrip() if newest else "the trials left no traceback"
 
 
 def _sweep_params(sweep: SweepConfig, total: int) -> dict[str, Any]:

@@ -32,6 +32,10 @@ class Progress:
         self._pruned += 1
         self._line.keep(f"pruned without compute: {_short(point)}: {reason}")
 
+    def note(self, text: str) -> None:
+        """Keeps a line about the sweep."""
+        self._line.keep(text)
+
     def moved(self, point: dict[str, Any], where: str) -> None:
         """Shows where a running trial is."""
         self._running[self._name(point)] = where
@@ -75,17 +79,24 @@ class Progress:
             def on_trial_result(
                 self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **_: Any
             ) -> None:
+                if "failure" in result:
+                    return
                 total = trial.config.get("training.num_steps", steps)
                 progress.moved(trial.config, f"{result['stage']} {result['step']}/{total}")
 
             def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
                 result = trial.last_result
-                if metric in result:
+                if "failure" in result:
+                    progress.ended(trial.config, f"failed: {result['failure']}", failed=True)
+                elif metric in result:
                     text = f"finished: {metric} {result[metric]:.4g}, {result['seconds']:.0f} s"
                     progress.ended(trial.config, text, failed=False)
 
             def on_trial_error(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
-                progress.ended(trial.config, "failed", failed=True)
+                progress.ended(trial.config, "failed: its process died too often", failed=True)
+
+            def on_trial_recover(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
+                progress.note(f"trial {progress._name(trial.config)}: its process died, restarted")
 
         return Callback()
 

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from core.config import DIRECTIONS, flatten
+from core.config import flatten
 from core.errors import ConfigError
+from core.evaluation.names import DIRECTIONS
 from sweep.results import Row
 
 FORMATS = (".csv", ".json", ".parquet")

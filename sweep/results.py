@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from core.account import COUNT, NOISE
-from core.config import DIRECTIONS, Config, flatten, load, load_yaml
+from core.config import Config, flatten, load, load_yaml
+from core.evaluation.names import DIRECTIONS, HEADLINES
 from core.privacy.card import card_markdown, make_card, three_epsilons
 from core.privacy.ledger import Ledger, ledger_path
 from core.privacy.plan import PrivacyPlan, composed_epsilon
@@ -156,10 +157,16 @@ def three_figures(card: Mapping[str, Any]) -> dict[str, float]:
     return {name: card[key] for name, key in names.items() if card[key] is not None}
 
 
+def shown_metrics(sweep: SweepConfig, rows: Sequence[Row]) -> list[str]:
+    """The scores that a table has columns for: the usual ones and the objective."""
+    shown = {*HEADLINES, sweep.objective.metric}
+    return [name for name in DIRECTIONS if name in shown and any(name in r.scores for r in rows)]
+
+
 def print_results(sweep: SweepConfig, rows: list[Row], pruned: int, ui: str) -> None:
     """Prints the table, the best trial, the epsilons and where to look next."""
     winner, last = best(sweep, rows), final_row(sweep, rows)
-    metrics = [name for name in DIRECTIONS if any(name in row.scores for row in rows)]
+    metrics = shown_metrics(sweep, rows)
     print(f"sweep {sweep.name}: {len(rows)} trials, {pruned} points pruned without compute")
     total = sweep_epsilon(sweep, rows)
     table = results_table(sweep, rows, winner, metrics, total)

@@ -5,6 +5,7 @@ from typing import Any
 
 from core.config import Config, load
 from core.errors import ConfigError
+from core.evaluation.names import LIKENESS, SUFFIXES
 from core.privacy.keys import KeyedStream, MasterSecret
 from core.privacy.scopes import num_trials_at
 
@@ -35,6 +36,12 @@ def scope_settings(
         raise ConfigError(
             "objective.metric='dp_accuracy' needs its noise: set privacy.dp_accuracy_stddev, in "
             "images, such as 50"
+        )
+    extractor, name = base.evaluation.fid_extractor, objective.removesuffix("_cnn")
+    if name in LIKENESS and objective != name + SUFFIXES[extractor]:
+        raise ConfigError(
+            f"objective.metric={objective!r} is not what evaluation.fid_extractor={extractor!r} "
+            f"scores: choose {name + SUFFIXES[extractor]!r}, or the other extractor"
         )
     private = objective == "dp_accuracy" or base.dataset.public
     if privacy.scope in ("sweep", "selection") and not private:

@@ -1,5 +1,6 @@
 """The search over the space, where points that the budget cannot pay never become trials."""
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,6 +44,7 @@ class FeasibleSearch(OptunaSearch):
         self._on_pruned = on_pruned
         self._asked: dict[str, str] = {}
         self._gave_up = ""
+        self._same = SameError(sweep.max_same_error)
         storage = open_storage(sweep.folder)
         earlier = _settle(sweep, storage, ended)
         super().__init__(
@@ -64,10 +66,17 @@ class FeasibleSearch(OptunaSearch):
     @property
     def gave_up(self) -> str:
         """Why no further point was found; empty if the search did not give up."""
-        return self._gave_up
+        return self._gave_up or self.same_error
+
+    @property
+    def same_error(self) -> str:
+        """The error with which so many trials in a row failed that the search gave up, or empty."""
+        return self._same.reached
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str:
-        """The next affordable, new point, or FINISHED when none was found."""
+        """The next affordable, new point, or FINISHED when none was found or all fail alike."""
+        if self.same_error:
+            return OptunaSearch.FINISHED
         reason = ""
         for attempt in range(MAX_ATTEMPTS):
             asked = f"{trial_id}/{attempt}"
@@ -94,6 +103,8 @@ class FeasibleSearch(OptunaSearch):
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
         """Tells Optuna how a trial ended; one stopped half-way counts as failed, not as bad."""
+        died = "the trial's process died" if error else ""
+        self._same.ended((result or {}).get("failure", died))
         scored = result is not None and self.metric in result
         super().on_trial_complete(
             self._asked[trial_id], result if scored else None, error or not scored
@@ -108,6 +119,25 @@ class FeasibleSearch(OptunaSearch):
         identity = trial_id_of(config)
         known = self._known.get(identity)
         return identity, f"trial {identity} has the same configuration ({known})" if known else ""
+
+
+class SameError:
+    """Counts the trials in a row that failed with the same error.
+
+    Args:
+        limit: how many make it a bug rather than the fault of a point or a machine.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._count, self._last, self.reached = limit, 0, "", ""
+
+    def ended(self, failure: str) -> None:
+        """Takes note of a trial that has ended, with `failure` empty if it did not fail."""
+        text = re.sub(r"0x[0-9a-f]+|[0-9a-f]{8,}|\d+", "#", failure)  # Sizes, ids and times differ.
+        self._count = self._count + 1 if text == self._last else 1
+        self._last = text
+        if text and self._count >= self._limit:
+            self.reached = f"{self._count} trials in a row failed with the same error: {failure}"
 
 
 class IndependentSampler(optuna.samplers.RandomSampler):

@@ -3,6 +3,7 @@
 The only file that imports mlflow.
 """
 
+import json
 import logging
 import os
 import sys
@@ -13,6 +14,10 @@ from typing import Any
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+# A call to a server that is away fails in seconds, not minutes: the outbox repeats it.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 
 from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
@@ -20,10 +25,16 @@ from mlflow.tracking import MlflowClient
 from mlflow.utils.time import get_current_time_millis
 
 from core.errors import ConfigError
+from core.release import NON_PRIVATE
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)
 logging.getLogger("alembic").setLevel(logging.WARNING)
+logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # The outbox tells of retries.
 
+UNREACHABLE = (MlflowException, OSError)
+"""What calls raise while the server, its data base or its artifact store does not answer."""
+_TEMPORARY = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED")
+_CURVES = ("loss", "seconds_per_step")
 _KEY = "sweep.key"
 _PARENT = "mlflow.parentRunId"
 _MAX_BATCH = 100
@@ -72,6 +83,17 @@ class Tracker:
             self._last_step = step
             self.log_metrics({**metrics, "step": step}, step)
 
+    def log_missing_steps(self, path: Path) -> None:
+        """Logs the points of a run's `metrics.jsonl` that were lost with the process they were in.
+
+        Privacy: the loss is not private.
+        """
+        known = {point.step for point in self._client.get_metric_history(self.run_id, "step")}
+        for line in path.read_text().splitlines():
+            report = json.loads(line)
+            if "loss" in report and report["step"] not in known:
+                self.log_metrics({**curves(report), "step": report["step"]}, report["step"])
+
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
         """Logs numbers at a step."""
         now = get_current_time_millis()
@@ -80,13 +102,29 @@ class Tracker:
         )
 
     def log_file(self, path: Path, folder: str = "") -> None:
-        """Uploads a file, if it exists, as an artifact."""
+        """Uploads a file, if it exists, as an artifact.
+
+        Raises:
+            ValueError: the file is for the owner of the data alone.
+        """
+        if NON_PRIVATE in path.parts:
+            raise ValueError(f"'{path}' is not private and stays out of MLflow")
         if path.exists():
             self._client.log_artifact(self.run_id, str(path), folder or None)
 
     def finish(self, status: str) -> None:
         """Ends the run as FINISHED, FAILED or KILLED."""
         self._client.set_terminated(self.run_id, status)
+
+
+def curves(report: Mapping[str, Any]) -> dict[str, float]:
+    """What of a step's report is drawn as curves, by stage."""
+    return {f"{report['stage']}/{k}": report[k] for k in _CURVES if k in report}
+
+
+def is_temporary(error: BaseException) -> bool:
+    """Whether the same call may succeed later; False where the server refused its content."""
+    return not isinstance(error, MlflowException) or error.error_code in _TEMPORARY
 
 
 def tracking_uri(storage: Path) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import threading
+import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,14 +10,21 @@ from typing import Any
 
 from core.config import Config, flatten, nested
 from core.errors import UserError
+from sweep.claim import newest_launch, require_newest_launch
 from sweep.config import SweepConfig, trial_id_of
 from sweep.scope import shares_central_images
 
-CURVES = ("loss", "seconds_per_step")
+TRACEBACK = "traceback.txt"
+_PATIENCE = 10.0
+"""Seconds that a trial which has ended waits for MLflow before it leaves the rest in its outbox."""
 
 
 class TrialError(Exception):
     """A trial ended without a result; the text is for the sweep's table."""
+
+
+class _ControllerDiedError(Exception):
+    """What supervises the workers died, not they: they go on with another."""
 
 
 @dataclass(frozen=True)
@@ -43,52 +51,66 @@ class Context:
 def run_trial(parameters: dict[str, Any], context: Context) -> None:
     """Trains one point of the search space; reports progress and, last, the scores to Tune.
 
-    Raises:
-        TrialError: the workers failed more often than allowed, or refused the configuration.
+    A trial that fails reports `failure`, the reason, as its last result: what Tune sees raised is
+    the death of this process, after which it starts the trial again.
     """
     from ray import tune
 
-    from sweep.tracking import Tracker
+    from sweep.outbox import Outbox
+    from sweep.tracking import curves
 
     config = context.sweep.trial_config(parameters)
     trial_id = trial_id_of(config)
     run_dir = context.run_dir(trial_id)
-    tracker = Tracker(
-        context.uri, context.experiment_id, f"{context.sweep.name}/{trial_id}", context.parent_id
-    )
+    key = f"{context.sweep.name}/{trial_id}"
+    tracker = Outbox(run_dir, context.uri, context.experiment_id, key, context.parent_id)
     tracker.log_params(flatten(config))
     status = "FAILED"
     try:
         result: dict[str, Any] | None = None
-        for metrics in _train(context, config, trial_id):
+        for metrics in _supervised(context, config, trial_id):
             if "refused" in metrics:
                 raise TrialError(metrics["refused"])
             if metrics["stage"] == "done":
                 result = metrics
             else:
-                curves = {f"{metrics['stage']}/{k}": metrics[k] for k in CURVES if k in metrics}
-                tracker.log_step(metrics["step"], curves)
+                tracker.log_step(metrics["step"], curves(metrics))
                 tune.report({**metrics, "trial": trial_id})
         if result is None:
             raise TrialError("the workers ended without a result")
         record_result(tracker, run_dir, result)
         status = "FINISHED"
         tracker.finish(status)
+        tracker.flush(_PATIENCE)
         tune.report({**result, "trial": trial_id})
     except SystemExit:  # How Tune stops a trial.
         status = "KILLED"
+        tracker.finish(status)
         raise
     except TrialError as error:
+        if newest_launch(context.sweep.folder) == context.launch:  # Else it is another's trial.
+            tracker.finish(status)
+            _note_failure(run_dir, error)
+            tracker.flush(_PATIENCE)
+        tune.report({"failure": str(error), "trial": trial_id})
+    except Exception:  # Tune starts it again.
+        tracker.finish(status)
+        raise
+
+
+def _note_failure(run_dir: Path, error: TrialError) -> None:
+    """Privacy: a traceback may quote values computed from private data; it stays in the folder."""
+    try:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "error.txt").write_text(f"{error}\n")
-        raise
-    finally:
-        if status != "FINISHED":
-            tracker.finish(status)
+        (run_dir / TRACEBACK).write_text(f"{error.__cause__ or error}\n")
+    except OSError:
+        pass  # The storage is what failed: the sweep's output says so.
 
 
 def record_result(tracker: Any, run_dir: Path, result: Mapping[str, Any]) -> None:
     """Logs what a finished trial has: scores with their tags, the plan, the pictures."""
+    tracker.log_missing_steps(run_dir / "metrics.jsonl")
     figures = {k: v for k, v in result.items() if isinstance(v, float)}
     tracker.log_metrics(figures, result["step"])
     tags = json.loads((run_dir / "evaluation.json").read_text())["tags"]
@@ -97,6 +119,21 @@ def record_result(tracker: Any, run_dir: Path, result: Mapping[str, Any]) -> Non
         tracker.log_file(run_dir / name)
     tracker.log_file(run_dir / "synthetic" / "grid.png", "synthetic")
     tracker.log_file(run_dir / "central_images" / "grid.png", "central_images")
+
+
+def _supervised(context: Context, config: Config, trial_id: str) -> Iterator[dict[str, Any]]:
+    """Yields what rank 0 reports; begins again when the workers' supervisor died.
+
+    Raises:
+        TrialError: the workers or their supervisor failed more often than allowed.
+    """
+    for attempt in range(context.sweep.max_failures + 1):
+        try:
+            yield from _train(context, config, trial_id)
+            return
+        except _ControllerDiedError as error:
+            if attempt == context.sweep.max_failures:
+                raise TrialError(_reason(error)) from error
 
 
 def _train(context: Context, config: Config, trial_id: str) -> Iterator[dict[str, Any]]:
@@ -116,13 +153,13 @@ def _train(context: Context, config: Config, trial_id: str) -> Iterator[dict[str
             "config": nested(config),
             "run_dir": str(context.run_dir(trial_id)),
             "name": sweep.name,
-            "charged": str(sweep.folder / "charged"),
-            "shared": str(sweep.folder / "shared") if shares_central_images(config) else None,
+            "folder": str(sweep.folder),
+            "shares": shares_central_images(config),
             "launch": context.launch,
             "threads": max(1, int(sweep.cpus_per_worker)),
         },
         scaling_config=ray.train.ScalingConfig(
-            num_workers=sweep.workers_per_trial,
+            num_workers=sweep.num_workers,
             use_gpu=sweep.gpus_per_worker > 0,
             resources_per_worker=resources,
         ),
@@ -152,8 +189,11 @@ def _train(context: Context, config: Config, trial_id: str) -> Iterator[dict[str
         except Empty:
             pass
     reports.shutdown()
-    if failure:
+    if not failure:
+        return
+    if isinstance(failure[0], ray.train.WorkerGroupError):
         raise TrialError(_reason(failure[0])) from failure[0]
+    raise _ControllerDiedError(_reason(failure[0])) from failure[0]
 
 
 def _relay(reports: Any) -> Any:
@@ -171,7 +211,8 @@ def _relay(reports: Any) -> Any:
 def train_worker(settings: dict[str, Any]) -> None:
     """What each Ray Train worker runs: the core, reporting through Ray.
 
-    A user's error is reported, not raised: it would be the same after a restart.
+    A user's error is reported, not raised: it would be the same after a restart. All ranks see
+    it, as a report waits for all.
     """
     import ray.train
     import torch
@@ -182,16 +223,22 @@ def train_worker(settings: dict[str, Any]) -> None:
     from core.privacy.keys import MasterSecret
 
     torch.set_num_threads(settings["threads"])
+    folder, launch = Path(settings["folder"]), settings["launch"]
+
+    def report(metrics: dict[str, Any]) -> None:
+        distributed.on_rank_0(lambda: require_newest_launch(folder, launch))
+        ray.train.report(metrics)
+
     try:
         run(
             load(settings["config"]),
             Path(settings["run_dir"]),
             master=distributed.together(lambda: MasterSecret.load(create=False)),
             name=settings["name"],
-            report=ray.train.report,
-            lease=settings["launch"],
-            charged=Path(settings["charged"]),
-            shared=Path(settings["shared"]) if settings["shared"] else None,
+            report=report,
+            lease=launch,
+            charged=folder / "charged",
+            shared=folder / "shared" if settings["shares"] else None,
         )
     except UserError as error:
         ray.train.report({"refused": str(error), "stage": "refused", "step": 0})
@@ -199,7 +246,18 @@ def train_worker(settings: dict[str, Any]) -> None:
 
 def _reason(error: BaseException) -> str:
     """The line of a nested remote traceback that a person wants to read first."""
-    causes = getattr(error, "worker_failures", None) or {}
-    first = next(iter(causes.values()), error)
-    lines = [line.strip() for line in str(first).strip().splitlines() if line.strip()]
-    return lines[-1] if lines else type(first).__name__
+    from ray.exceptions import OutOfMemoryError, RayActorError
+
+    causes = list((getattr(error, "worker_failures", None) or {}).values())
+    causes = [getattr(cause, "health_check_failure", cause) for cause in causes]
+    # When a process dies, the others fail too, as they lose the connection to it.
+    if any(isinstance(cause, RayActorError | OutOfMemoryError) for cause in causes):
+        return (
+            "a worker's process was killed, more often than max_failures allows; if memory ran out "
+            "(the system's log says so), set private_training.max_physical_batch_size=auto or "
+            "lower, or give each worker more memory"
+        )
+    if causes:
+        return traceback.format_exception_only(causes[0])[-1].strip()
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

@@ -1,6 +1,5 @@
-"""A small convolutional classifier: downstream accuracy, and features where Inception is absent."""
+"""Training and accuracy of classifiers that learn from synthetic, or from real, images."""
 
-import itertools
 import math
 from collections.abc import Callable
 
@@ -10,64 +9,11 @@ from torch.nn import functional as F
 
 from core.data import Split, to_float
 from core.errors import ConfigError
+from core.evaluation.networks import NETWORKS
 
-FEATURES = 64
-"""Width of the penultimate layer."""
-
-_PEAK_LEARNING_RATE = 3e-3
 _WEIGHT_DECAY = 1e-2
 _WARM_UP = 0.2
 """Share of the steps in which the learning rate rises."""
-
-
-class Classifier(nn.Module):
-    """Convolution, batch norm, ReLU, 2x2 pooling; below 9 pixels no more pooling; two dense layers.
-
-    Args:
-        channels: of the images.
-        size: `(H, W)`, each at least 8.
-        num_classes: number of classes, >= 1.
-        generator: CPU generator from which all weights are drawn.
-
-    Raises:
-        ValueError: the images are smaller than 8x8.
-    """
-
-    def __init__(
-        self, channels: int, size: tuple[int, int], num_classes: int, generator: torch.Generator
-    ) -> None:
-        super().__init__()
-        if min(size) < 8:
-            raise ValueError(f"images are {size[0]}x{size[1]}: the classifier needs at least 8x8")
-        halvings = max(1, math.ceil(math.log2(min(size) / 8)))
-        widths = [channels, *(min(32 * 2**level, 128) for level in range(max(3, halvings + 1)))]
-        layers: list[nn.Module] = []
-        for level, (before, after) in enumerate(itertools.pairwise(widths)):
-            layers += [_conv(before, after), nn.BatchNorm2d(after), nn.ReLU()]
-            if level < halvings:
-                layers.append(nn.MaxPool2d(2))
-        layers += [nn.AdaptiveAvgPool2d(2), nn.Flatten()]
-        layers += [nn.utils.skip_init(nn.Linear, 4 * 128, FEATURES), nn.ReLU()]
-        self.features = nn.Sequential(*layers)
-        self.head = nn.utils.skip_init(nn.Linear, FEATURES, num_classes)
-        for module in self.modules():
-            if isinstance(module, (nn.Conv2d, nn.Linear)):
-                nn.init.kaiming_normal_(module.weight, nonlinearity="relu", generator=generator)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        self.to(memory_format=torch.channels_last)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits `[B, num_classes]` of images `[B, C, H, W]` in [0, 1]."""
-        return self.head(self.penultimate(x))
-
-    def penultimate(self, x: torch.Tensor) -> torch.Tensor:
-        """Features `[B, FEATURES]`, >= 0, of images `[B, C, H, W]` in [0, 1]."""
-        return self.features((2 * x - 1).contiguous(memory_format=torch.channels_last))
-
-
-def _conv(before: int, after: int) -> nn.Module:
-    return nn.utils.skip_init(nn.Conv2d, before, after, 3, padding=1, bias=False)
 
 
 def synthetic_split(
@@ -116,7 +62,8 @@ def train_classifier(
     seed: int,
     device: torch.device | str,
     progress: Callable[[int, float], None] | None = None,
-) -> Classifier:
+    network: str = "cnn",
+) -> nn.Module:
     """Trains a classifier and returns it as it was after its best epoch, in evaluation mode.
 
     AdamW; the learning rate rises linearly and falls along a cosine (Loshchilov and Hutter 2017).
@@ -132,6 +79,7 @@ def train_classifier(
         batch_size: >= 1.
         seed: of weights and order, in [0, 2**63).
         progress: called after each epoch with its number, from 1, and the validation accuracy.
+        network: a key of `NETWORKS`.
 
     Raises:
         ValueError: a count is below 1, a split is empty, or the images are smaller than 8x8.
@@ -147,10 +95,9 @@ def train_classifier(
         raise ValueError("the training and the validation split need at least one image each")
     generator = torch.Generator().manual_seed(seed)
     _, channels, height, width = train.images.shape
-    model = Classifier(channels, (height, width), num_classes, generator).to(device)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=_PEAK_LEARNING_RATE, weight_decay=_WEIGHT_DECAY
-    )
+    kind = NETWORKS[network]
+    model = kind.build(channels, (height, width), num_classes, generator).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=_WEIGHT_DECAY)
     total = epochs * math.ceil(len(train.labels) / batch_size)
     step, best, best_state = 0, -1.0, model.state_dict()
     for epoch in range(1, epochs + 1):
@@ -158,7 +105,7 @@ def train_classifier(
         order = torch.randperm(len(train.labels), generator=generator)
         for index in order.split(batch_size):
             for group in optimizer.param_groups:
-                group["lr"] = _PEAK_LEARNING_RATE * learning_rate_factor(step, total)
+                group["lr"] = kind.learning_rate * learning_rate_factor(step, total)
             with torch.enable_grad():
                 logits = model(to_float(train.images[index].to(device)))
                 loss = F.cross_entropy(logits, train.labels[index].to(device))

@@ -1,8 +1,7 @@
-"""Feature extractors for the Frechet distance: Inception, or a small network on real images."""
+"""Feature extractors for the scores of likeness: Inception, or a small network on real images."""
 
 import hashlib
 import http.client
-import logging
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,35 +10,37 @@ from torch import nn
 
 from core.data import Split, to_float
 from core.errors import ConfigError
-from core.evaluation.classifiers import FEATURES, Classifier, train_classifier
+from core.evaluation.classifiers import train_classifier
+from core.evaluation.names import SUFFIXES
+from core.evaluation.networks import FEATURES, Classifier
 
 WEIGHTS_URL = (
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
     "pt_inception-2015-12-05-6726825d.pth"
 )
-WEIGHTS_SHA256 = "6726825d"
-"""First digits of the digest of the published weights; their file name ends in it."""
+WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+"""Digest of the published weights; their file name ends in its first eight digits."""
 
 _REMEDIES = (
     "set evaluation.inception_weights=PATH to a copy of "
-    f"{WEIGHTS_URL}, or evaluation.fid_extractor=cnn, which scores as fid_cnn"
+    f"{WEIGHTS_URL}, or evaluation.fid_extractor=cnn, whose scores are named fid_cnn and so on"
 )
 _BATCH = 64
 """Most images of 299x299 pixels at once; bounds the memory and does not change the result."""
 
-_log = logging.getLogger(__name__)
-
 
 class FeatureExtractor(Protocol):
-    """Maps images to vectors whose moments are compared.
+    """Maps images to vectors that are compared.
 
     Attributes:
-        name: of the metric, `fid` or `fid_cnn`.
+        suffix: of the names of scores, such as `_cnn` in `fid_cnn`.
         dimension: length D of a feature vector.
+        what: the network and what it is shown, in words.
     """
 
-    name: str
+    suffix: str
     dimension: int
+    what: str
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """Features, float `[B, D]`, of images, uint8 `[B, C, H, W]`, C 1 or 3."""
@@ -52,25 +53,23 @@ class InceptionExtractor:
     Images are resized to 299x299 by pytorch-fid; grey ones are repeated to three channels.
 
     Args:
-        weights: file of the network's state; None takes the published one, see `find_weights`.
+        weights: file of the published weights; None looks for them, see `find_weights`.
         device: where the network runs.
 
-    Attributes:
-        digest: SHA-256 of the weights file, 64 hexadecimal digits.
-
     Raises:
-        ConfigError: pytorch-fid is not installed, or no usable weights were found.
+        ConfigError: pytorch-fid is not installed, or the published weights were not found.
     """
 
-    name = "fid"
+    suffix = SUFFIXES["inception"]
     dimension = 2048
+    what = (
+        f"Inception v3 of pytorch-fid, pool3, weights of SHA-256 {WEIGHTS_SHA256}; resized to "
+        "299x299, grey repeated to RGB"
+    )
 
     def __init__(self, weights: str | Path | None, device: torch.device | str) -> None:
         inception = _import_inception()
         path = find_weights(weights)
-        self.digest = _sha256(path)
-        if not self.digest.startswith(WEIGHTS_SHA256):
-            _log.warning("'%s' is not the published Inception: fid not comparable to papers", path)
         self._device = device
         self._network = _load_network(inception, path).to(device).eval()
 
@@ -87,7 +86,7 @@ class InceptionExtractor:
 
 
 class CnnExtractor:
-    """Penultimate layer of a small classifier trained on real images; scores as `fid_cnn`.
+    """Penultimate layer of a small classifier trained on real images; names end in `_cnn`.
 
     Its scale depends on the data set, the seed and the training length: compare values of
     `fid_cnn` only where all of these agree, and never with `fid`.
@@ -105,8 +104,9 @@ class CnnExtractor:
         metric is private, and it must not be released.
     """
 
-    name = "fid_cnn"
+    suffix = SUFFIXES["cnn"]
     dimension = FEATURES
+    what = "small classifier trained on the real images; size and channels as they are"
 
     def __init__(
         self,
@@ -119,9 +119,9 @@ class CnnExtractor:
         device: torch.device | str,
     ) -> None:
         self._device = device
-        self._network = train_classifier(
-            train, validation, num_classes, epochs, batch_size, seed, device
-        )
+        network = train_classifier(train, validation, num_classes, epochs, batch_size, seed, device)
+        assert isinstance(network, Classifier)
+        self._network = network
 
     @classmethod
     def restored(
@@ -150,26 +150,33 @@ class CnnExtractor:
 
 
 def find_weights(weights: str | Path | None) -> Path:
-    """Returns the file of Inception weights; call it early to fail before any compute.
+    """Returns the file of the published Inception weights; call it early to fail before compute.
 
     Args:
-        weights: a file of the user's, taken as it is. None looks for the published file in the
-            cache of torch.hub and downloads it there if it is absent or damaged.
+        weights: the user's copy of the published file; nothing is then downloaded. None looks in
+            the cache of torch.hub, and downloads to there what is absent or damaged.
 
     Raises:
-        ConfigError: says what was tried and how to go on.
+        ConfigError: there is no file whose SHA-256 is `WEIGHTS_SHA256`: scores of other weights
+            would compare with no published one. Says what was tried and how to go on.
     """
     if weights is not None:
-        if not Path(weights).is_file():
+        path = Path(weights)
+        if not path.is_file():
             raise ConfigError(
                 f"evaluation.inception_weights='{weights}' is not a file: correct the path, or "
-                "set evaluation.fid_extractor=cnn, which scores as fid_cnn"
+                "set evaluation.fid_extractor=cnn, whose scores are named fid_cnn and so on"
             )
-        return Path(weights)
+        if (digest := _sha256(path)) != WEIGHTS_SHA256:
+            raise ConfigError(
+                f"evaluation.inception_weights='{weights}' has SHA-256 {digest}, not that of the "
+                f"published weights, {WEIGHTS_SHA256}: fid would compare with no other; {_REMEDIES}"
+            )
+        return path
     path = Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS_URL.rsplit("/", 1)[-1]
     found = "is absent"
     if path.is_file():
-        if _sha256(path).startswith(WEIGHTS_SHA256):
+        if _sha256(path) == WEIGHTS_SHA256:
             return path
         found = "is damaged (SHA-256 differs)"
     try:
@@ -189,7 +196,7 @@ def _import_inception() -> Any:
     except ImportError as error:
         raise ConfigError(
             f"fid needs pytorch-fid ({error}): pip install pytorch-fid, or set "
-            "evaluation.fid_extractor=cnn, which scores as fid_cnn"
+            "evaluation.fid_extractor=cnn, whose scores are named fid_cnn and so on"
         ) from None
     return inception
 

@@ -5,8 +5,6 @@ from typing import Any
 
 import torch
 
-from core.evaluation.features import FeatureExtractor
-
 
 class Moments:
     """Mean and covariance of features that arrive in batches, in float64.
@@ -94,22 +92,3 @@ def frechet_distance(m1: Moments, m2: Moments) -> float:
     shift = m1.mean - m2.mean.to(m1.mean.device)
     distance = shift @ shift + s1.trace() + s2.trace() - 2 * trace
     return max(distance.item(), 0.0)
-
-
-def image_moments(
-    extractor: FeatureExtractor,
-    images: torch.Tensor,
-    batch_size: int,
-    device: torch.device | str = "cpu",
-) -> Moments:
-    """Moments of the features of `images`, which are visited in batches.
-
-    Args:
-        images: uint8 `[N, C, H, W]`, N >= 2.
-        batch_size: most images given to the extractor at once, >= 1.
-        device: where the moments are summed.
-    """
-    moments = Moments(extractor.dimension, device)
-    for batch in images.split(batch_size):
-        moments.update(extractor(batch))
-    return moments

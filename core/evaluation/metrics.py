@@ -1,29 +1,45 @@
 """The scores of a set of synthetic images against the real ones; only `dp_accuracy` is private."""
 
+import logging
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from core.config import EvaluationConfig
 from core.data import Dataset, Split
 from core.errors import DataError
 from core.evaluation.classifiers import (
-    Classifier,
     accuracy,
     count_correct,
     synthetic_split,
     train_classifier,
 )
-from core.evaluation.fid import frechet_distance, image_moments
+from core.evaluation.fid import frechet_distance
+from core.evaluation.kid import kernel_distance
+from core.evaluation.precision_recall import precision_and_recall
 from core.evaluation.reference import real_reference
+from core.evaluation.summary import summarize
 from core.privacy.keys import KeyedStream
 from core.privacy.plan import ScorePlan
 
+_log = logging.getLogger(__name__)
+
 
 def downstream_classifier(
-    synthetic: Split, config: EvaluationConfig, num_classes: int, device: torch.device | str
-) -> Classifier:
+    synthetic: Split,
+    config: EvaluationConfig,
+    num_classes: int,
+    device: torch.device | str,
+    network: str = "cnn",
+    repeat: int = 0,
+) -> nn.Module:
     """A classifier that saw synthetic images alone; its epoch is chosen on held-out ones.
+
+    Args:
+        network: one of `evaluation.classifiers`.
+        repeat: number of the training, from 0; each has a seed of its own.
 
     Raises:
         ConfigError: too few synthetic images to hold some out.
@@ -37,13 +53,14 @@ def downstream_classifier(
         num_classes,
         config.classifier_epochs,
         config.classifier_batch_size,
-        config.seed,
+        config.seed + repeat,
         device,
+        network=network,
     )
 
 
 def downstream_accuracy(
-    model: Classifier, synthetic: Split, dataset: Dataset, config: EvaluationConfig
+    model: nn.Module, synthetic: Split, dataset: Dataset, config: EvaluationConfig
 ) -> float:
     """Accuracy in [0, 1] of `downstream_classifier` on the real test images, which it uses once.
 
@@ -62,7 +79,7 @@ def downstream_accuracy(
 
 
 def dp_accuracy(
-    model: Classifier,
+    model: nn.Module,
     dataset: Dataset,
     config: EvaluationConfig,
     plan: ScorePlan,
@@ -84,36 +101,68 @@ def dp_accuracy(
     return min(max(noisy / len(dataset.train.labels), 0.0), 1.0)
 
 
-def fid_score(
+def likeness(
     synthetic: Split,
     dataset: Dataset,
     config: EvaluationConfig,
     num_classes: int,
     device: torch.device | str,
     cache: Path,
-) -> tuple[str, float]:
-    """Frechet distance (Heusel et al. 2017) of synthetic images to the real training images.
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """How like the synthetic images are to the real training images.
 
     Args:
-        synthetic: generated images, at least two, of the shape of the real ones.
+        synthetic: generated images, of the shape of the real ones.
         dataset: only `dataset.train` is read.
-        config: with the seed of the `cnn` extractor, under which alone `fid_cnn` compares.
+        config: with the seed of the `cnn` extractor, under which alone its scores compare.
         cache: folder of what depends on real images alone, see `real_reference`.
 
     Returns:
-        `("fid", value)` with the Inception extractor, `("fid_cnn", value)` with the small network.
+        `fid` (Heusel et al. 2017), `kid` with `kid_stddev` (Binkowski et al. 2018), `precision`
+        and `recall` (Kynkaanniemi et al. 2019), named `fid_cnn` and so on with the small network;
+        and what must be equal for two scores to compare.
 
     Raises:
         ConfigError: the Inception weights cannot be had.
-        DataError: synthetic and real images differ in shape.
+        DataError: synthetic and real images differ in shape, or are too few.
 
-    Privacy: a non-private metric: it reads the private training images without protection, and no
-        epsilon covers it or a choice made by it.
+    Privacy: non-private metrics: they read the private training images without protection, and no
+        epsilon covers them or a choice made by them.
     """
     _require_same_shape(synthetic, dataset.train)
-    extractor, real = real_reference(dataset, config, num_classes, config.seed, device, cache)
-    ours = image_moments(extractor, synthetic.images, config.batch_size, device)
-    return extractor.name, frechet_distance(ours, real)
+    reference = real_reference(dataset, config, num_classes, device, cache)
+    extractor, real = reference.extractor, reference.real
+    ours = summarize(
+        extractor, synthetic.images, config.batch_size, device, config.num_features, config.seed
+    )
+    generator = torch.Generator().manual_seed(config.seed)
+    kid, kid_stddev = kernel_distance(real.features, ours.features, generator)
+    precision, recall = precision_and_recall(real.features, ours.features)
+    suffix = extractor.suffix
+    values = {
+        f"fid{suffix}": frechet_distance(ours.moments, real.moments),
+        f"kid{suffix}": kid,
+        f"kid{suffix}_stddev": kid_stddev,
+        f"precision{suffix}": precision,
+        f"recall{suffix}": recall,
+    }
+    notes: list[str] = []
+    if ours.moments.count < extractor.dimension:
+        notes.append(
+            f"fid of {ours.moments.count} images, fewer than its {extractor.dimension} features, "
+            "is biased upwards: raise evaluation.num_images, or read kid"
+        )
+        _log.warning(notes[0])
+    record = {
+        "extractor": extractor.what,
+        "num_images": ours.moments.count,
+        "num_real_images": real.moments.count,
+        "num_features": len(ours.features),
+        "num_real_features": len(real.features),
+        "real_statistics": reference.digest,
+        "notes": notes,
+    }
+    return values, record
 
 
 def _require_same_shape(synthetic: Split, real: Split) -> None:

@@ -1,8 +1,9 @@
-"""The real side of a Frechet distance, computed once for all runs on the same data."""
+"""The real side of the scores of likeness, computed once for all runs on the same data."""
 
 import hashlib
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -10,26 +11,45 @@ import torch
 from core.config import EvaluationConfig
 from core.data import Dataset
 from core.evaluation.classifiers import synthetic_split
-from core.evaluation.features import CnnExtractor, FeatureExtractor, InceptionExtractor
-from core.evaluation.fid import Moments, image_moments
+from core.evaluation.features import (
+    WEIGHTS_SHA256,
+    CnnExtractor,
+    FeatureExtractor,
+    InceptionExtractor,
+)
+from core.evaluation.fid import Moments
+from core.evaluation.summary import Summary, summarize
 
-_VERSION = 2
-"""Raised whenever extractor, transform or moments change, so that no old file is taken."""
+_VERSION = 3
+"""Raised whenever extractor, transform or summary change, so that no old file is taken."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What synthetic images are held against.
+
+    Attributes:
+        real: summary of the real training images.
+        digest: SHA-256 of all that `real` depends on: equal digests compare.
+    """
+
+    extractor: FeatureExtractor
+    real: Summary
+    digest: str
 
 
 def real_reference(
     dataset: Dataset,
     config: EvaluationConfig,
     num_classes: int,
-    seed: int,
     device: torch.device | str,
     cache: Path,
-) -> tuple[FeatureExtractor, Moments]:
-    """The extractor and the moments of the real training images.
+) -> Reference:
+    """The extractor and the summary of the real training images.
 
     Args:
         dataset: only `dataset.train` and the fingerprint are read.
-        seed: of the `cnn` extractor.
+        config: with the seed of the `cnn` extractor and of the features that are kept.
         cache: folder that keeps both by a digest of all that they depend on; files that are
             damaged or of another digest are made anew.
 
@@ -38,14 +58,15 @@ def real_reference(
 
     Privacy: computed from the private images without protection: the folder must not be released.
     """
-    inception = None
+    inception, seed = None, config.seed
     content = [dataset.fingerprint, list(dataset.train.images.shape)]
     origin: list[object] = [_VERSION, torch.__version__, content, config.fid_extractor]
+    origin += [config.num_features, seed]
     if config.fid_extractor == "inception":
         inception = InceptionExtractor(config.inception_weights, device)
-        origin.append(inception.digest)
+        origin.append(WEIGHTS_SHA256)
     else:
-        origin += [num_classes, config.extractor_epochs, config.classifier_batch_size, seed]
+        origin += [num_classes, config.extractor_epochs, config.classifier_batch_size]
     digest = hashlib.sha256(json.dumps(origin).encode()).hexdigest()
     path = cache / f"{config.fid_extractor}-{digest[:16]}.pt"
     stored = torch.load(path, map_location=device, weights_only=True) if path.exists() else None
@@ -53,7 +74,8 @@ def real_reference(
         extractor = inception or CnnExtractor.restored(
             stored["network"], dataset.train, num_classes, device
         )
-        return extractor, Moments.restored(stored["moments"])
+        summary = Summary(Moments.restored(stored["moments"]), stored["features"])
+        return Reference(extractor, summary, digest)
     real = dataset.train
     if inception is None:
         train, validation = synthetic_split(real.images, real.labels)
@@ -62,9 +84,12 @@ def real_reference(
         network = extractor.state_dict()
     else:
         extractor, network = inception, {}
-    moments = image_moments(extractor, real.images, config.batch_size, device)
+    summary = summarize(
+        extractor, real.images, config.batch_size, device, config.num_features, seed
+    )
     cache.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    torch.save({"digest": digest, "network": network, "moments": moments.state_dict()}, temporary)
+    kept = {"moments": summary.moments.state_dict(), "features": summary.features}
+    torch.save({"digest": digest, "network": network, **kept}, temporary)
     temporary.replace(path)
-    return extractor, moments
+    return Reference(extractor, summary, digest)

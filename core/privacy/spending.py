@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from core.privacy.ledger import Ledger, Reservation, events_of
 from core.privacy.ledger_file import Key, Terms
 from core.privacy.plan import PrivacyPlan
 from core.privacy.scopes import run_budget
+from core.storage import stored
 
 _SOURCES = "sources.json"
 _BLOCK = 25
@@ -43,6 +44,7 @@ class Spending:
     begun: Path
     charged: Path
     lease: int | None = None
+    _counted: bool = field(default=False, init=False)
 
     def known_fingerprint(self) -> str | None:
         """Fingerprint that this source had when a run opened it last."""
@@ -78,11 +80,21 @@ class Spending:
         """Settles what ran: all steps that ever began, by this process or one before it."""
         self._ledger(fingerprint).commit(reservation, steps_begun(self.begun))
 
+    def begins_block(self, step: int) -> bool:
+        """Whether `count` must be called before this step: the same on all ranks."""
+        first, self._counted = not self._counted, True  # A resumed run begins inside a block.
+        return first or step % _BLOCK == 0
+
     def count(self, step: int) -> None:
-        """Notes that a step is about to begin, in blocks: the file is never behind."""
-        if step >= steps_begun(self.begun):
-            block = step - step % _BLOCK + _BLOCK
-            self._write_begun(min(block, self.plan.dp_sgd.num_steps))
+        """Notes that a step is about to begin, in blocks: the file is never behind.
+
+        Raises:
+            StorageError: it cannot be noted, so the step must not run.
+        """
+        end = min(step - step % _BLOCK + _BLOCK, self.plan.dp_sgd.num_steps)
+        if steps_begun(self.begun) < end:
+            with stored(self.begun.parent):
+                self._write_begun(end)
 
     def _write_begun(self, steps: int) -> None:
         self.begun.parent.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ import numpy as np
 from scipy.interpolate import griddata
 
 from core.account import COUNT, NOISE
-from core.config import DIRECTIONS
+from core.evaluation.names import DIRECTIONS
 from sweep.config import SweepConfig
 from sweep.report.effects import Boundary
 from sweep.report.figures import LABELS, Figure, axis_ticks, scatter

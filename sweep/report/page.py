@@ -11,7 +11,7 @@ import jinja2
 from plotly.offline import get_plotlyjs
 
 from core import yaml_subset
-from core.config import DIRECTIONS, nested
+from core.config import nested
 from core.errors import UserError
 from core.privacy.card import three_epsilons
 from sweep.config import SweepConfig
@@ -21,7 +21,15 @@ from sweep.report.effects import affordable, importance
 from sweep.report.figures import Figure, budget_bars, importance_bars, pareto, slices
 from sweep.report.pictures import CLASSES, Picture, picture
 from sweep.report.tables import all_tables
-from sweep.results import Row, best, load_rows, planned_epsilon, sweep_card, sweep_epsilon
+from sweep.results import (
+    Row,
+    best,
+    load_rows,
+    planned_epsilon,
+    shown_metrics,
+    sweep_card,
+    sweep_epsilon,
+)
 from sweep.study import pruned_points
 
 GALLERY_BYTES = 2_000_000
@@ -38,7 +46,7 @@ def write_report(sweep: SweepConfig, out: Path) -> None:
     winner = best(sweep, rows)
     finished = [row for row in rows if row.state == "finished"]
     pruned = pruned_points(sweep)
-    metrics = [name for name in DIRECTIONS if any(name in row.scores for row in rows)]
+    metrics = shown_metrics(sweep, rows)
     shares = importance(sweep, rows)
     figures = _figures(sweep, rows, finished, winner, pruned, shares)
     card, total, no_card = _card(sweep, rows, winner)

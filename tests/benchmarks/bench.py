@@ -34,7 +34,7 @@ from core.config import EvaluationConfig, load
 from core.data import load_dataset
 from core.diffusion.denoiser import build_denoiser
 from core.evaluation.fid import Moments, frechet_distance
-from core.evaluation.metrics import fid_score
+from core.evaluation.metrics import likeness
 from core.generate import generate
 
 SHAPES = ((8, 16), (16, 8))
@@ -157,16 +157,16 @@ def sampling() -> Figures:
             began = time.process_time()
             synthetic = generate(denoiser, config, 1000, "cpu")
             figures[f"sampling_{steps}_seconds"] = time.process_time() - began
-            _, score = fid_score(synthetic, dataset, scores, 10, "cpu", Path(folder) / "cache")
-            figures[f"sampling_{steps}_fid_cnn"] = score
+            found, _ = likeness(synthetic, dataset, scores, 10, "cpu", Path(folder) / "cache")
+            figures[f"sampling_{steps}_fid_cnn"] = found["fid_cnn"]
         steps = base.sampler.num_steps
         low = load(run / "config.yaml", {"sampler.precision": "bfloat16"})
         began = time.process_time()
         synthetic = generate(denoiser, low, 1000, "cpu")
         seconds = time.process_time() - began
         figures["sampling_bfloat16_over_float32"] = seconds / figures[f"sampling_{steps}_seconds"]
-        _, score = fid_score(synthetic, dataset, scores, 10, "cpu", Path(folder) / "cache")
-        figures["sampling_bfloat16_fid_cnn"] = score
+        found, _ = likeness(synthetic, dataset, scores, 10, "cpu", Path(folder) / "cache")
+        figures["sampling_bfloat16_fid_cnn"] = found["fid_cnn"]
         single = load(run / "config.yaml", {"evaluation.batch_size": 1})
         began = time.process_time()
         generate(denoiser, single, 20, "cpu")

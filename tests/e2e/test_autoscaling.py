@@ -11,7 +11,7 @@ from tiny_sweep import ROOT, sweep_text
 
 from core.privacy.ledger import Ledger
 
-SWEEP = sweep_text("scaled", "num_trials: 2\nmax_concurrent_trials: 2", num_steps=60)
+SWEEP = sweep_text("scaled", "num_trials: 2", num_steps=60)
 SUBMIT = "ray job submit --runtime-env {root}/clusters/runtime_env.yaml --working-dir {root}"
 RUN = "-- python sweep/run.py --config {folder}/sweep.yaml"
 # Refused; stopped at its first checkpoint; submitted again to the end.
@@ -27,8 +27,7 @@ ray job logs first
 ray job status first
 finished=$(ls {{folder}}/runs/scaled/trials/*/evaluation.json 2>/dev/null | wc -l)
 echo "finished at the stop: $finished"
-# A trial that starts in files which Ray is still deleting fails; the same command tries it again.
-{SUBMIT} {RUN} storage_path={{folder}}/runs || {SUBMIT} {RUN} storage_path={{folder}}/runs
+{SUBMIT} {RUN} storage_path={{folder}}/runs
 """
 
 

@@ -99,7 +99,7 @@ def test_head_and_workers(cluster, monkeypatch):
     assert expected.items() <= tags(head).items()
 
     started = next(command for command in run if "ray start --head" in command)
-    assert '"CPU":0,"trial_driver":64' in started
+    assert '"CPU":0,"trial_driver":8' in started
     assert "RAY_enable_autoscaler_v2=1" in started
     setup = next(i for i, command in enumerate(run) if "clusters/setup.sh aws" in command)
     secrets = next(i for i, c in enumerate(run) if c.startswith("rsync") and ".config/feta" in c)

@@ -13,7 +13,8 @@ from core import pipeline
 from core.config import EvaluationConfig, load
 from core.data import Dataset, Split
 from core.evaluation import metrics
-from core.evaluation.classifiers import Classifier, count_correct
+from core.evaluation.classifiers import count_correct
+from core.evaluation.networks import Classifier
 from core.privacy.keys import KeyedStream
 from core.privacy.ledger import BudgetExceededError, Ledger
 from core.privacy.ledger_file import Event, Key, LedgerError

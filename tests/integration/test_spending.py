@@ -136,20 +136,22 @@ def test_the_release_holds_synthetic_images_card_and_digests_alone(finished, tmp
     with np.load(out / "images.npz") as released:
         assert (released["images"] == images).all()
         assert (released["labels"] == labels).all()
-    table = parquet.read_table(out / "images.parquet")
+    table = parquet.read_table(out / "data" / "train-00000-of-00001.parquet")
     assert table["label"].to_pylist() == labels.tolist()
     pictures = sorted((out / "images").glob("*/*.png"), key=lambda path: path.name)
     assert len(pictures) == len(images)
     assert (np.array(Image.open(pictures[7])) == images[7, 0]).all()
     assert {path.name for path in out.iterdir()} == {
-        "images", "images.npz", "images.parquet", "grid.png", "privacy_card.json",
+        "images", "images.npz", "data", "generator", "grid.png", "README.md", "privacy_card.json",
         "privacy_card.md", "digests.json",
     }  # fmt: skip
     assert "accuracy" not in page + json.dumps(card)
     # Whoever knows all records but one could test for that one by their digest.
     fingerprint = summary_of(folder / "ledger")["fingerprint"]
     published = [path.read_bytes() for path in out.rglob("*") if path.is_file()]
-    assert not any(fingerprint[:16].encode() in content for content in published)
+    trial = (folder / "run" / "trial_id").read_text()
+    for secret in (fingerprint[:16], trial, str(folder)):
+        assert not any(secret.encode() in content for content in published)
 
     assert main(["release", "--verify", "--out", str(out)]) == 0
     assert main(["release", "--run-dir", str(folder / "run"), "--out", str(out)]) == 2

@@ -1,5 +1,7 @@
 """MLflow's records: found again rather than made twice, each step once, statuses true."""
 
+import json
+
 from mlflow.tracking import MlflowClient
 
 from sweep.tracking import Tracker, kill_stale, open_experiment, tracking_uri, ui_command
@@ -30,6 +32,11 @@ def test_runs_are_found_again_and_steps_logged_once(tmp_path, monkeypatch):
     again.log_params({"k0": 0, "new": 1})
     for step in (10, 20, 30):
         again.log_step(step, {"loss": 1.0 / step})
+    reports = [{"stage": "warm_up", "step": step, "loss": 1.0 / step} for step in (20, 25, 30)]
+    reports.append({"stage": "evaluation", "step": 30})
+    lines = [json.dumps(report) for report in reports]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    again.log_missing_steps(tmp_path / "metrics.jsonl")
     again.log_file(picture, "synthetic")
     again.log_file(tmp_path / "absent.png")
     again.finish("FINISHED")
@@ -38,6 +45,8 @@ def test_runs_are_found_again_and_steps_logged_once(tmp_path, monkeypatch):
     assert run.info.status == "FINISHED"
     assert len(run.data.params) == 151
     assert [m.step for m in client.get_metric_history(first.run_id, "loss")] == [10, 20, 30]
+    lost = client.get_metric_history(first.run_id, "warm_up/loss")
+    assert [(m.step, m.value) for m in lost] == [(25, 1 / 25)]
     assert [a.path for a in client.list_artifacts(first.run_id, "synthetic")] == [
         "synthetic/grid.png"
     ]

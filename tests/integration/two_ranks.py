@@ -1,5 +1,9 @@
-"""Started once for each rank by test_ranks.py: trains a tiny run and saves what it released."""
+"""Started once for each rank by test_ranks.py: trains a tiny run and saves what it released.
 
+A fourth argument is the step at which all ranks die, having kept every step before it.
+"""
+
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -75,6 +79,12 @@ if __name__ == "__main__":
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size
     )
-    reports = tiny_run(folder / "run")
+
+    def die(report: dict) -> None:
+        if len(sys.argv) > 4 and report["step"] == int(sys.argv[4]):
+            os._exit(0)
+
+    every_step = {"runtime.checkpoint_every": 1, "runtime.log_every": 1}
+    reports = tiny_run(folder / "run", die, **(every_step if len(sys.argv) > 4 else {}))
     torch.save({"noise": released_noise(), "reports": reports}, folder / f"rank_{rank}.pt")
     dist.destroy_process_group()

@@ -1,5 +1,6 @@
 """One process and several gloo ranks: the same model, the same noise, once."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -20,12 +21,16 @@ def alone(tmp_path_factory):
     return folder, tiny_run(folder)
 
 
-def run_ranks(folder: Path, world_size: int) -> list[dict]:
+def start_ranks(folder: Path, world_size: int, *more: str) -> None:
     processes = [
-        subprocess.Popen([sys.executable, SCRIPT, str(rank), str(world_size), str(folder)])
+        subprocess.Popen([sys.executable, SCRIPT, str(rank), str(world_size), str(folder), *more])
         for rank in range(world_size)
     ]
     assert [process.wait(timeout=120) for process in processes] == [0] * world_size
+
+
+def run_ranks(folder: Path, world_size: int) -> list[dict]:
+    start_ranks(folder, world_size)
     return [torch.load(folder / f"rank_{rank}.pt") for rank in range(world_size)]
 
 
@@ -49,6 +54,20 @@ def test_ranks_give_the_model_of_one_process(alone, tmp_path, world_size):
     assert is_normal(noise, 1.0)
     for wrong in (0.0001, world_size**-0.5, world_size**0.5, 1 / world_size, world_size):
         assert not is_normal(noise, wrong)
+
+
+@pytest.mark.parametrize("step", [2, 5])
+def test_one_process_goes_on_where_two_ranks_stopped(alone, tmp_path, step):
+    single, reports = alone
+    start_ranks(tmp_path, 2, str(step))
+    run = tmp_path / "run"
+    assert torch.load(run / "checkpoints" / "last.pt")["step"] == (step - 1 if step <= 3 else 1)
+    again = tiny_run(run)
+    for name, value in torch.load(single / "model.pt").items():
+        torch.testing.assert_close(torch.load(run / "model.pt")[name], value, rtol=0, atol=1e-5)
+    assert again[-1]["epsilon"] == reports[-1]["epsilon"]
+    workers = [json.loads(line)["workers"] for line in (run / "metrics.jsonl").open()]
+    assert (workers[0], workers[-1]) == (2, 1)
 
 
 def test_physical_batch_size_does_not_change_the_model(tmp_path, monkeypatch):

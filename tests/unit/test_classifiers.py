@@ -1,21 +1,26 @@
 """The classifier, its training, and the accuracy of those who learn from synthetic images."""
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 
-from core.config import DIRECTIONS, DatasetConfig, EvaluationConfig
+from core.config import DatasetConfig, EvaluationConfig, load
 from core.data import Dataset, Split, load_dataset
 from core.errors import ConfigError, DataError
-from core.evaluation import classifiers
+from core.evaluation import classifiers, networks, residual
 from core.evaluation.classifiers import (
-    Classifier,
     accuracy,
     learning_rate_factor,
     train_classifier,
 )
 from core.evaluation.metrics import downstream_accuracy, downstream_classifier, synthetic_split
+from core.evaluation.names import DIRECTIONS, HEADLINES
+from core.evaluation.networks import NETWORKS, Classifier
+from core.evaluation.scoring import score
+from sweep.config import Objective
 
 
 @pytest.fixture(autouse=True)
@@ -115,7 +120,7 @@ def test_accepts_grey_and_colour_of_any_size(size: tuple[int, int]) -> None:
         model = Classifier(channels, size, 4, torch.Generator().manual_seed(0)).eval()
         images = torch.rand(2, channels, *size)
         assert model(images).shape == (2, 4)
-        assert model.penultimate(images).shape == (2, classifiers.FEATURES)
+        assert model.penultimate(images).shape == (2, networks.FEATURES)
 
 
 def test_number_of_parameters_at_28_pixels() -> None:
@@ -197,9 +202,112 @@ def test_images_of_another_shape_are_refused(digits: Dataset) -> None:
 
 
 def test_every_metric_has_a_direction() -> None:
-    assert DIRECTIONS == {
-        "accuracy": "maximize",
-        "dp_accuracy": "maximize",
-        "fid": "minimize",
-        "fid_cnn": "minimize",
-    }
+    best_high = {"accuracy", "dp_accuracy", "precision", "recall"}
+    assert {name.removesuffix("_cnn") for name in DIRECTIONS} == best_high | {"fid", "kid"}
+    for name, direction in DIRECTIONS.items():
+        high = name.removesuffix("_cnn") in best_high
+        assert direction == ("maximize" if high else "minimize")
+    assert set(HEADLINES) <= set(DIRECTIONS)
+    assert set(get_args(Objective.model_fields["metric"].annotation)) == set(DIRECTIONS)
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [("resnet", 1.7), ("wrn", 36.5), ("resnext", 34.4)],  # As their papers say, 32x32 in colour.
+)
+def test_residual_networks_have_the_published_number_of_parameters(
+    name: str, millions: float
+) -> None:
+    model = NETWORKS[name].build(3, (32, 32), 10, torch.Generator())
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
+
+
+@pytest.mark.parametrize("name", list(NETWORKS))
+def test_networks_take_grey_and_colour_of_any_size_and_are_those_of_their_seed(name: str) -> None:
+    def logits(seed: int, images: torch.Tensor) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        model = NETWORKS[name].build(images.shape[1], tuple(images.shape[2:]), 4, generator)
+        return model.eval()(images)
+
+    grey, colour = torch.rand(2, 1, 8, 8), torch.rand(2, 3, 28, 28)
+    assert logits(0, colour).shape == (2, 4)
+    assert torch.equal(logits(0, grey), logits(0, grey))
+    assert not torch.allclose(logits(0, grey), logits(1, grey))
+
+
+@pytest.mark.parametrize(("name", "epochs", "at_least"), [("logistic", 8, 0.85), ("mlp", 8, 0.88)])
+def test_networks_without_convolution_learn_digits(
+    digits: Dataset, name: str, epochs: int, at_least: float
+) -> None:
+    config = EvaluationConfig(classifier_epochs=epochs, classifier_batch_size=64)
+    model = downstream_classifier(digits.train, config, 10, "cpu", name)
+    assert downstream_accuracy(model, digits.train, digits, config) > at_least
+
+
+def test_a_small_residual_network_of_each_kind_learns_digits(digits: Dataset) -> None:
+    for block in (residual.BasicBlock, residual.PreActivationBlock, residual.GroupedBottleneck):
+
+        def build(channels, _, classes, generator, block=block):
+            return residual.ResidualNetwork(block, 1, (16, 32, 64), channels, classes, generator)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(NETWORKS, "resnet", networks.Network(build, 3e-3, "small"))
+            config = EvaluationConfig(classifier_epochs=3, classifier_batch_size=64)
+            model = downstream_classifier(digits.train, config, 10, "cpu", "resnet")
+        assert downstream_accuracy(model, digits.train, digits, config) > 0.85
+
+
+def test_scores_are_means_over_classifiers_and_repeats(digits: Dataset, tmp_path: Path) -> None:
+    config = load(
+        {},
+        {
+            "evaluation.classifiers": ["mlp", "logistic"],
+            "evaluation.num_repeats": 2,
+            "evaluation.classifier_epochs": 1,
+            "evaluation.extractor_epochs": 1,
+            "evaluation.fid_extractor": "cnn",
+            "runtime.cache": str(tmp_path),
+        },
+    )
+    asked: list[torch.nn.Module] = []
+
+    def private(model: torch.nn.Module) -> float:
+        asked.append(model)
+        return 0.25
+
+    synthetic = _few(digits.train, 300)
+    found = score(config, synthetic, digits, "cpu", private)
+    values, single = found.values, found.record["classifiers"]
+    each = {name: single[name]["accuracies"] for name in ("mlp", "logistic")}
+    assert each["mlp"][0] != each["mlp"][1]
+    assert values["accuracy_mlp"] == pytest.approx(sum(each["mlp"]) / 2)
+    assert values["accuracy"] == pytest.approx((sum(each["mlp"]) + sum(each["logistic"])) / 4)
+    means = [(a + b) / 2 for a, b in zip(each["mlp"], each["logistic"], strict=True)]
+    assert values["accuracy_stddev"] == pytest.approx(abs(means[0] - means[1]) / 2**0.5)
+    assert values["dp_accuracy"] == 0.25
+    (model,) = asked  # One release for one charge.
+    again = downstream_classifier(synthetic, config.evaluation, 10, "cpu", "mlp")
+    assert downstream_accuracy(model, synthetic, digits, config.evaluation) == each["mlp"][0]
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True)
+    )
+    assert {"fid_cnn", "kid_cnn", "kid_cnn_stddev", "precision_cnn", "recall_cnn"} <= set(values)
+
+
+def test_one_classifier_trained_once_has_one_accuracy(digits: Dataset, tmp_path: Path) -> None:
+    config = load(
+        {},
+        {
+            "evaluation.classifiers": ["logistic"],
+            "evaluation.classifier_epochs": 1,
+            "evaluation.extractor_epochs": 1,
+            "evaluation.fid_extractor": "cnn",
+            "runtime.cache": str(tmp_path),
+        },
+    )
+    values = score(config, _few(digits.train, 300), digits, "cpu").values
+    assert [name for name in values if "accuracy" in name] == ["accuracy"]
+    with pytest.raises(ConfigError, match="names one twice"):
+        load({}, {"evaluation.classifiers": ["cnn", "cnn"]})
+    with pytest.raises(ConfigError, match="one of 'cnn', 'resnet'"):
+        load({}, {"evaluation.classifiers": ["vgg"]})

@@ -48,7 +48,7 @@ def test_head_holds_trials_and_workers_come_and_go(cloud):
     types = config["available_node_types"]
     assert set(types) == {HEAD, WORKER}
     assert config["head_node_type"] == HEAD
-    assert types[HEAD]["resources"] == {"CPU": 0, DRIVER_RESOURCE: 64}
+    assert types[HEAD]["resources"] == {"CPU": 0, DRIVER_RESOURCE: 8}
     assert types[WORKER]["min_workers"] == 0
     assert 0 < types[WORKER]["max_workers"] <= config["max_workers"]
     assert types[WORKER]["resources"]["GPU"] == 1

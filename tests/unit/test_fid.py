@@ -12,7 +12,8 @@ from core.data import Dataset, Split
 from core.errors import ConfigError, DataError
 from core.evaluation import features, metrics, reference
 from core.evaluation.features import CnnExtractor, InceptionExtractor, find_weights
-from core.evaluation.fid import Moments, frechet_distance, image_moments
+from core.evaluation.fid import Moments, frechet_distance
+from core.evaluation.summary import summarize
 
 
 @pytest.fixture(autouse=True)
@@ -154,8 +155,20 @@ def test_damaged_cached_weights_are_not_used(offline: Path) -> None:
 def test_cached_weights_are_found(offline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     offline.parent.mkdir(parents=True)
     offline.write_bytes(b"weights")
-    monkeypatch.setattr(features, "WEIGHTS_SHA256", features._sha256(offline)[:8])
+    monkeypatch.setattr(features, "WEIGHTS_SHA256", features._sha256(offline))
     assert find_weights(None) == offline
+    assert find_weights(offline) == offline
+
+
+def test_only_the_published_weights_score_as_fid(tmp_path: Path) -> None:
+    other = tmp_path / "other.pth"
+    other.write_bytes(b"other weights")
+    with pytest.raises(ConfigError) as caught:
+        find_weights(other)
+    for part in (str(other), features._sha256(other), features.WEIGHTS_SHA256, "fid_extractor=cnn"):
+        assert part in str(caught.value)
+    assert len(features.WEIGHTS_SHA256) == 64
+    assert features.WEIGHTS_URL.endswith(f"-{features.WEIGHTS_SHA256[:8]}.pth")
 
 
 def test_a_given_path_is_never_replaced_by_the_cache(offline: Path) -> None:
@@ -163,10 +176,13 @@ def test_a_given_path_is_never_replaced_by_the_cache(offline: Path) -> None:
         find_weights("/absent.pth")
 
 
-def test_a_file_without_inception_weights_is_named(tmp_path: Path) -> None:
+def test_a_file_without_inception_weights_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("pytorch_fid")
     path = tmp_path / "other.pth"
     torch.save({"weight": torch.zeros(1)}, path)
+    monkeypatch.setattr(features, "WEIGHTS_SHA256", features._sha256(path))
     with pytest.raises(ConfigError, match=r"other\.pth.*does not hold"):
         InceptionExtractor(path, "cpu")
 
@@ -193,13 +209,13 @@ def random_inception(
 
 
 def test_inception_weights_load_from_a_path(
-    random_inception: tuple[Path, torch.nn.Module], offline: Path
+    random_inception: tuple[Path, torch.nn.Module], offline: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, reference = random_inception
+    monkeypatch.setattr(features, "WEIGHTS_SHA256", features._sha256(path))
     state = torch.get_rng_state()
     extractor = InceptionExtractor(path, "cpu")
     assert torch.equal(torch.get_rng_state(), state)
-    assert extractor.digest == features._sha256(path)
     grey = _images(2, seed=0).images
     found = extractor(grey)
     expected = reference(grey.repeat(1, 3, 1, 1) / 255)[0].flatten(1)
@@ -214,8 +230,7 @@ def test_the_metric_is_named_after_its_extractor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Pixels:
-        digest = "pixels"
-        name, dimension = "fid", 64
+        suffix, dimension, what = "", 64, "pixels"
 
         def __init__(self, weights: str | None, device: str) -> None:
             assert weights == "weights.pth"
@@ -228,25 +243,57 @@ def test_the_metric_is_named_after_its_extractor(
     inception = EvaluationConfig(inception_weights="weights.pth", batch_size=7)
     cnn = EvaluationConfig(fid_extractor="cnn", extractor_epochs=1, batch_size=7)
     for config, expected in ((inception, "fid"), (cnn, "fid_cnn")):
-        name, same = metrics.fid_score(dataset.train, dataset, config, 2, "cpu", tmp_path)
-        assert name == expected
-        assert same == pytest.approx(0, abs=1e-6)
+        same, _ = metrics.likeness(dataset.train, dataset, config, 2, "cpu", tmp_path)
+        suffix = expected[3:]
+        others = {f"{name}{suffix}" for name in ("kid", "precision", "recall")}
+        assert set(same) == {expected, *others, f"kid{suffix}_stddev"}
+        assert same[expected] == pytest.approx(0, abs=1e-6)
         darker = Split(dataset.train.images // 2, dataset.train.labels)
-        assert metrics.fid_score(darker, dataset, config, 2, "cpu", tmp_path)[1] > 1e-3
+        changed, _ = metrics.likeness(darker, dataset, config, 2, "cpu", tmp_path)
+        assert changed[expected] > 1e-3
+
+
+def test_what_a_score_rests_on_is_recorded_and_few_images_are_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Wide:
+        suffix, dimension, what = "", 64, "pixels"
+
+        def __init__(self, *_: object) -> None:
+            pass
+
+        def __call__(self, images: torch.Tensor) -> torch.Tensor:
+            return images.flatten(1).float()
+
+    monkeypatch.setattr(reference, "InceptionExtractor", Wide)
+    dataset = Dataset(_images(90, seed=0), _images(8, seed=1), "a")
+    config = EvaluationConfig(num_features=40)
+    _, few = metrics.likeness(_images(63, seed=2), dataset, config, 2, "cpu", tmp_path)
+    assert few["extractor"] == "pixels"
+    assert (few["num_images"], few["num_real_images"]) == (63, 90)
+    assert (few["num_features"], few["num_real_features"]) == (40, 40)
+    assert "63 images, fewer than its 64 features" in few["notes"][0]
+    assert few["notes"][0] in caplog.text
+    _, enough = metrics.likeness(_images(64, seed=2), dataset, config, 2, "cpu", tmp_path)
+    assert enough["notes"] == []
+    assert enough["real_statistics"] == few["real_statistics"]
+    other = Dataset(dataset.train, dataset.test, "b")
+    _, elsewhere = metrics.likeness(_images(64, seed=2), other, config, 2, "cpu", tmp_path)
+    assert elsewhere["real_statistics"] != enough["real_statistics"]
 
 
 def test_inception_never_falls_back_to_the_cnn(offline: Path, tmp_path: Path) -> None:
     pytest.importorskip("pytorch_fid")
     dataset = Dataset(_images(8, seed=0), _images(8, seed=1), "")
     with pytest.raises(ConfigError, match="no Inception weights"):
-        metrics.fid_score(dataset.train, dataset, EvaluationConfig(), 2, "cpu", tmp_path)
+        metrics.likeness(dataset.train, dataset, EvaluationConfig(), 2, "cpu", tmp_path)
 
 
 def test_images_of_another_shape_are_refused(tmp_path: Path) -> None:
     dataset = Dataset(_images(8, seed=0), _images(8, seed=1), "")
     colour = _images(8, seed=2, channels=3)
     with pytest.raises(DataError, match=r"\[3, 8, 8\].*\[1, 8, 8\]"):
-        metrics.fid_score(colour, dataset, EvaluationConfig(), 2, "cpu", tmp_path)
+        metrics.likeness(colour, dataset, EvaluationConfig(), 2, "cpu", tmp_path)
 
 
 def test_the_real_side_is_kept_for_the_same_data_and_settings_alone(
@@ -256,19 +303,19 @@ def test_the_real_side_is_kept_for_the_same_data_and_settings_alone(
     other = Dataset(_images(40, seed=5), _images(8, seed=1), "b")
     cnn = EvaluationConfig(fid_extractor="cnn", extractor_epochs=1, batch_size=7)
     images = _images(20, seed=2)
-    first = metrics.fid_score(images, dataset, cnn, 2, "cpu", tmp_path)
-    fresh = metrics.fid_score(images, other, cnn, 2, "cpu", tmp_path)
+    first = metrics.likeness(images, dataset, cnn, 2, "cpu", tmp_path)
+    fresh = metrics.likeness(images, other, cnn, 2, "cpu", tmp_path)
     assert fresh != first
     seeded = cnn.model_copy(update={"seed": 1})
-    assert metrics.fid_score(images, dataset, seeded, 2, "cpu", tmp_path) != first
+    assert metrics.likeness(images, dataset, seeded, 2, "cpu", tmp_path) != first
     assert len(list(tmp_path.glob("cnn-*.pt"))) == 3
 
     def refuse(*_: object) -> None:
         raise AssertionError("trained again")
 
     monkeypatch.setattr(features, "train_classifier", refuse)
-    assert metrics.fid_score(images, dataset, cnn, 2, "cpu", tmp_path) == first
-    assert metrics.fid_score(images, other, cnn, 2, "cpu", tmp_path) == fresh
+    assert metrics.likeness(images, dataset, cnn, 2, "cpu", tmp_path) == first
+    assert metrics.likeness(images, other, cnn, 2, "cpu", tmp_path) == fresh
 
 
 def test_cnn_features_are_those_of_their_seed() -> None:
@@ -283,8 +330,14 @@ def test_cnn_features_are_those_of_their_seed() -> None:
     assert not torch.allclose(one, extract(1))
 
 
-def test_batches_do_not_change_the_moments() -> None:
+def test_batches_do_not_change_the_summary() -> None:
     train = _images(40, 0)
     extractor = CnnExtractor(train, _images(8, 1), 2, 1, 16, 0, "cpu")
-    whole, parts = (image_moments(extractor, train.images, size) for size in (100, 7))
-    torch.testing.assert_close(whole.covariance, parts.covariance, rtol=1e-4, atol=1e-6)
+    whole, parts = (
+        summarize(extractor, train.images, size, "cpu", 25, seed=3) for size in (100, 7)
+    )
+    torch.testing.assert_close(
+        whole.moments.covariance, parts.moments.covariance, rtol=1e-4, atol=1e-6
+    )
+    assert whole.features.shape == (25, CnnExtractor.dimension)
+    torch.testing.assert_close(whole.features, parts.features)

@@ -129,19 +129,19 @@ def test_parquet_of_several_files(tmp_path):
 
 def test_parquet_columns_have_other_names(tmp_path):
     for name in ("train", "validation"):
-        write_parquet(tmp_path / f"{name}.parquet", [0, 1], "img", "fine_label")
-    settings = config("parquet", tmp_path, num_examples=2, image_size=8)
+        write_parquet(tmp_path / f"{name}.parquet", [0, 1, 1, 0], "img", "fine_label")
+    settings = config("parquet", tmp_path, num_examples=4, image_size=8)
     refuses(settings, "no column 'label'", "dataset.label_column", "img, fine_label")
     settings = settings.model_copy(update={"label_column": "fine_label"})
     refuses(settings, "no column 'image'", "dataset.image_column", "img, fine_label")
     settings = settings.model_copy(update={"image_column": "img"})
-    assert load_dataset(settings).train.labels.tolist() == [0, 1]
+    assert load_dataset(settings).train.labels.tolist() == [0, 1, 1, 0]
 
 
 def test_damaged_parquet_files_are_named(tmp_path):
     for name in ("train", "test"):
         write_parquet(tmp_path / f"{name}.parquet", [0, 1])
-    settings = config("parquet", tmp_path, num_examples=2, image_size=8)
+    settings = config("parquet", tmp_path, num_examples=4, image_size=8)
     train = tmp_path / "train.parquet"
     write_parquet(train, [0, None])
     refuses(settings, "column 'label'", train, "not an integer in each row")

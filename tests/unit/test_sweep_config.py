@@ -74,6 +74,10 @@ def test_dotted_and_nested_search_spaces_mean_the_same(tmp_path):
         ({"search_space.stage_splt.low": 0.9}, r"unknown key 'stage_splt'|either low and high"),
         ({"objective.direction": "minimize"}, r"would search for the worst accuracy"),
         ({"objective.metric": "loss"}, r"'accuracy', 'dp_accuracy', 'fid', 'fid_cnn'"),
+        (
+            {"objective.metric": "kid", "objective.direction": "minimize"},
+            r"'kid' is not what evaluation\.fid_extractor='cnn' scores: choose 'kid_cnn'",
+        ),
         ({"name": "../elsewhere"}, r"name="),
         ({"privacy.target_epsilon": -1}, r"privacy\.target_epsilon=-1"),
         ({"base": "nowhere.yaml"}, r"no configuration file at '.*nowhere\.yaml'"),

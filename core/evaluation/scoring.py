@@ -1,0 +1,100 @@
+"""All scores of a run, shared among ranks, with what must be equal for them to compare."""
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from core import distributed
+from core.config import Config
+from core.data import Dataset, Split
+from core.evaluation.metrics import downstream_accuracy, downstream_classifier, likeness
+from core.evaluation.networks import NETWORKS
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores by name, and how they were computed.
+
+    Attributes:
+        record: plain data; scores compare where it is equal, but for single accuracies.
+    """
+
+    values: dict[str, float]
+    record: dict[str, Any]
+
+
+def score(
+    config: Config,
+    synthetic: Split,
+    dataset: Dataset,
+    device: str,
+    private_accuracy: Callable[[nn.Module], float] | None = None,
+) -> Scores:
+    """Scores synthetic images; every rank does a share and returns all.
+
+    `accuracy` is the mean over all `evaluation.classifiers` and repeats; where several are named,
+    `accuracy_NAME` is the mean of one. `accuracy_stddev` is the deviation between the means of
+    `evaluation.num_repeats` trainings with other seeds.
+
+    Args:
+        private_accuracy: called once, on rank 0, with the first classifier; gives `dp_accuracy`.
+
+    Privacy: all but `dp_accuracy` are computed from real images without protection.
+    """
+    settings, num_classes = config.evaluation, config.dataset.num_classes
+
+    def trained(network: str, repeat: int) -> dict[str, Any]:
+        model = downstream_classifier(synthetic, settings, num_classes, device, network, repeat)
+        found: dict[str, Any] = {
+            f"{network}/{repeat}": downstream_accuracy(model, synthetic, dataset, settings)
+        }
+        if private_accuracy is not None and (network, repeat) == (settings.classifiers[0], 0):
+            found["dp_accuracy"] = private_accuracy(model)
+        return found
+
+    def compared() -> dict[str, Any]:
+        cache = Path(config.runtime.cache)
+        return {"likeness": likeness(synthetic, dataset, settings, num_classes, device, cache)}
+
+    first, *others = [(n, r) for r in range(settings.num_repeats) for n in settings.classifiers]
+    tasks = [lambda: trained(*first), compared]  # The private accuracy belongs to rank 0.
+    tasks += [lambda pair=pair: trained(*pair) for pair in others]
+
+    def mine() -> dict[str, Any]:
+        share: dict[str, Any] = {}
+        for task in tasks[distributed.rank() :: distributed.world_size()]:
+            share.update(task())
+        return share
+
+    found: dict[str, Any] = {}
+    for part in distributed.all_gather_object(distributed.together(mine)):
+        found.update(part)
+    single = {
+        network: [found[f"{network}/{repeat}"] for repeat in range(settings.num_repeats)]
+        for network in settings.classifiers
+    }
+    means = [statistics.fmean(values) for values in zip(*single.values(), strict=True)]
+    values = {"accuracy": statistics.fmean(means)}
+    if settings.num_repeats > 1:
+        values["accuracy_stddev"] = statistics.stdev(means)
+    if len(single) > 1:
+        values |= {f"accuracy_{name}": statistics.fmean(each) for name, each in single.items()}
+    if "dp_accuracy" in found:
+        values["dp_accuracy"] = found["dp_accuracy"]
+    likenesses, record = found["likeness"]
+    classifiers = {
+        name: {"network": NETWORKS[name].what, "accuracies": each} for name, each in single.items()
+    }
+    return Scores(
+        {**values, **likenesses},
+        {
+            "classifiers": classifiers,
+            "epoch_chosen_on": "synthetic images held out from training",
+            "seed": settings.seed,
+            **record,
+        },
+    )

@@ -1,0 +1,65 @@
+"""Whether a run's folder can hold what the run will write, and clear errors where it cannot."""
+
+import shutil
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from core.config import Config
+from core.diffusion.denoiser import build_denoiser
+from core.errors import StorageError
+
+_PICTURES = 2**20
+"""Bytes for what else a run writes: picture grids, metrics, records."""
+
+
+@contextmanager
+def stored(path: Path) -> Generator[None]:
+    """Turns what the file system refuses into a user's error that names the folder.
+
+    Raises:
+        StorageError: the block raised OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"'{path}' cannot be written ({error.strerror or error}): free space or restore the "
+            "storage; the same command goes on from the last checkpoint"
+        ) from error
+
+
+def needed_bytes(config: Config) -> int:
+    """What a run writes at most: three checkpoints, the model and, twice, the images.
+
+    One checkpoint beside that which it replaces, and the warm-up's last for other trials. Drawn
+    images are kept in chunks until the file of all is written.
+    """
+    with torch.device("meta"):
+        model = sum(p.numel() * p.element_size() for p in build_denoiser(config).parameters())
+    checkpoint = 4 * model  # Parameters, their average, and two moments of Adam.
+    data = config.dataset
+    images = config.evaluation.num_images * data.channels * data.image_size**2
+    return 3 * checkpoint + model + 2 * images + _PICTURES
+
+
+def require_space(run_dir: Path, config: Config) -> None:
+    """Refuses a run that its folder could not hold, before anything is charged.
+
+    Raises:
+        StorageError: the folder cannot be written, or has too little space.
+    """
+    with stored(run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        probe = run_dir / "probe"
+        probe.write_text("written")
+        probe.unlink()
+        free = shutil.disk_usage(run_dir).free
+    if free < (needed := needed_bytes(config)):
+        raise StorageError(
+            f"'{run_dir}' has {free / 1e6:.1f} MB free, a run needs {needed / 1e6:.1f} MB for "
+            "checkpoints and images: free space, or choose another storage folder; nothing more "
+            "was spent"
+        )

@@ -1,0 +1,390 @@
+"""A cluster, a tracking server and sweeps of this machine, to be killed; and what must be left.
+
+Everything that the tests start carries a mark in its environment, and only such processes are
+looked for or killed.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from ray.job_submission import JobSubmissionClient
+
+from core.config import load, nested
+from core.pipeline import run
+from core.privacy.keys import MasterSecret
+from core.privacy.ledger import Ledger
+from sweep.config import SweepConfig, load_sweep, trial_id_of
+
+ROOT = Path(__file__).resolve().parents[2]
+RATE = "private_training.learning_rate"
+MARK = "FETA_SWEEP_TEST"
+STEPS = 80
+ORIGIN = "0123456789abcdef" * 2
+_SWEEP = """
+name: {name}
+base: {root}/core/configs/digits.yaml
+sampler: random
+max_concurrent_trials: 1
+{head}
+fixed:
+  stage_split: 0.25
+  training.num_steps: {steps}
+  private_training.expected_batch_size: 60
+  private_training.noise_multiplicity: 1
+  private_training.max_physical_batch_size: auto
+  model.base_channels: 8
+  sampler.num_steps: 3
+  evaluation.num_images: 60
+  evaluation.classifier_epochs: 1
+  evaluation.extractor_epochs: 1
+  runtime.checkpoint_every: 5
+  runtime.log_every: 5
+  runtime.device: cpu
+search_space:
+  {rate}:
+    choices: {rates}
+"""
+
+
+def wait_for(what: Callable[[], object], name: str, seconds: float = 240) -> object:
+    """What `what` returns when that is first true."""
+    deadline = time.monotonic() + seconds
+    while not (value := what()):
+        assert time.monotonic() < deadline, f"no {name} within {seconds:g} s"
+        time.sleep(0.1)
+    return value
+
+
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        opened = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in opened:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in opened]
+
+
+@dataclasses.dataclass
+class Lab:
+    """Where the tests of one cluster work.
+
+    Attributes:
+        folder: holds sweeps, secret and the server's data.
+        environment: of all that is started.
+        nodes: the two nodes' `ray start` processes, head first; each offers one CPU.
+    """
+
+    folder: Path
+    environment: dict[str, str]
+    nodes: list[subprocess.Popen] = dataclasses.field(default_factory=list)
+    server: subprocess.Popen | None = None
+
+    def processes(self, title: str = "") -> list[int]:
+        """Marked processes whose command begins so, but for this one."""
+        mark = f"{MARK}={self.environment[MARK]}".encode()
+        found = []
+        for entry in Path("/proc").glob("[0-9]*"):
+            try:
+                marked = mark in (entry / "environ").read_bytes().split(b"\0")
+                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            except OSError:  # Gone, or another user's.
+                continue
+            if marked and command.startswith(title) and int(entry.name) != os.getpid():
+                found.append(int(entry.name))
+        return found
+
+    def start_nodes(self) -> None:
+        gcs, dashboard, client, *agents = free_ports(7)
+        address = f"127.0.0.1:{gcs}"
+        common = ("--block", "--num-cpus=1", "--min-worker-port=0", "--max-worker-port=0")
+        head = (
+            *("--head", f"--port={gcs}", f"--dashboard-port={dashboard}"),
+            *(f"--ray-client-server-port={client}", "--resources", '{"trial_driver": 8}'),
+            f"--temp-dir={self.folder}/ray",
+        )
+        for number, arguments in enumerate((head, (f"--address={address}",))):
+            listen, grpc = agents[2 * number : 2 * number + 2]
+            ports = (
+                f"--dashboard-agent-listen-port={listen}",
+                f"--dashboard-agent-grpc-port={grpc}",
+            )
+            command = ("ray", "start", *arguments, *common, *ports)
+            with (self.folder / f"node {number}.log").open("w") as log:
+                self.nodes.append(
+                    subprocess.Popen(
+                        command,
+                        env=self.environment,
+                        stdout=log,
+                        stderr=log,
+                        start_new_session=True,
+                    )
+                )
+            alive = functools.partial(self._are_alive, dashboard, number + 1)
+            wait_for(alive, f"node {number}", 120)
+        self.environment |= {
+            "RAY_ADDRESS": address,
+            "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
+        }
+
+    def _are_alive(self, dashboard: int, count: int) -> bool:
+        from ray.util.state import list_nodes
+
+        try:
+            nodes = list_nodes(address=f"http://127.0.0.1:{dashboard}", timeout=5)
+        except Exception:  # Not up yet.
+            return False
+        return sum(node.state == "ALIVE" for node in nodes) >= count
+
+    def start_server(self) -> None:
+        """Starts the MLflow server, always at the same address."""
+        if "MLFLOW_TRACKING_URI" not in self.environment:
+            (port,) = free_ports(1)
+            self.environment["MLFLOW_TRACKING_URI"] = f"http://127.0.0.1:{port}"
+        port = self.environment["MLFLOW_TRACKING_URI"].rpartition(":")[2]
+        with (self.folder / "mlflow.log").open("a") as log:
+            self.server = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "mlflow", "server", "--port", port, "--workers", "1"),
+                    *("--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db"),
+                    *("--artifacts-destination", f"{self.folder}/artifacts"),
+                ],
+                env=self.environment | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+        def answers() -> bool:
+            try:
+                with urllib.request.urlopen(
+                    f"{self.environment['MLFLOW_TRACKING_URI']}/health", timeout=2
+                ) as answer:
+                    return answer.status == 200
+            except OSError:
+                return False
+
+        wait_for(answers, "answer of the MLflow server", 120)
+
+    def stop_server(self) -> None:
+        assert self.server is not None
+        os.killpg(self.server.pid, signal.SIGKILL)
+        self.server.wait()
+        self.server = None
+
+    def end(self) -> None:
+        """Ends all that carries the mark."""
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            deadline = time.monotonic() + 15
+            for pid in self.processes():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+            while self.processes() and time.monotonic() < deadline:
+                time.sleep(0.2)
+
+    def sweep(self, name: str, rates: list[float], head: str = "", steps: int = STEPS) -> "Sweep":
+        """Writes a sweep's file; its trials draw the noise of `undisturbed` ones."""
+        file = self.folder / f"{name}.yaml"
+        content = {"name": name, "root": ROOT, "head": f"num_trials: {len(rates)}\n{head}"}
+        file.write_text(_SWEEP.format(**content, steps=steps, rate=RATE, rates=rates))
+        config = load_sweep(file, {"storage_path": str(self.folder / name / "runs")})
+        sweep = Sweep(self, file, config)
+        (config.folder / "shared").mkdir(parents=True)
+        (config.folder / "shared" / "central_id").write_text(ORIGIN)
+        for rate in rates:
+            folder = config.folder / "trials" / trial_id_of(config.trial_config({RATE: rate}))
+            folder.mkdir(parents=True)
+            (folder / "trial_id").write_text(ORIGIN)
+        return sweep
+
+
+@dataclasses.dataclass
+class Sweep:
+    """One sweep of the lab."""
+
+    lab: Lab
+    file: Path
+    config: SweepConfig
+
+    @property
+    def trials(self) -> Path:
+        return self.config.folder / "trials"
+
+    def command(self, *overrides: str) -> list[str]:
+        storage = f"storage_path={self.config.storage_path}"
+        return ["sweep/run.py", "--config", str(self.file), storage, *overrides]
+
+    def start(self, *overrides: str, spoilt: str = "") -> subprocess.Popen:
+        """Starts the driver here; `spoilt` names what is done to the workers' code."""
+        path = [str(Path(__file__).with_name("spoilt") / spoilt)] if spoilt else []
+        return subprocess.Popen(
+            [sys.executable, *self.command(*overrides)],
+            cwd=ROOT,
+            env=self.lab.environment | {"PYTHONPATH": os.pathsep.join(path)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def finish(self, *overrides: str, spoilt: str = "") -> tuple[int, str]:
+        """Runs the driver to its end; returns its exit code and all that it printed."""
+        return ended(self.start(*overrides, spoilt=spoilt))
+
+    def submit(self, job: str) -> None:
+        """Submits the sweep to the cluster as a job."""
+        self._ray_job("submit", "--no-wait", "--submission-id", job, *self._submission())
+
+    def stop(self, job: str) -> None:
+        """Stops a job as a user does."""
+        self._ray_job("stop", job)
+
+    def printed(self, job: str) -> str:
+        return self._jobs().get_job_logs(job)
+
+    def state(self, job: str) -> str:
+        return self._jobs().get_job_status(job).value
+
+    def _jobs(self) -> JobSubmissionClient:
+        return JobSubmissionClient(self.lab.environment["RAY_API_SERVER_ADDRESS"])
+
+    def _submission(self) -> list[str]:
+        settings = ["--runtime-env", str(ROOT / "clusters" / "runtime_env.yaml")]
+        return [*settings, "--working-dir", str(ROOT), "--", "python", *self.command()]
+
+    def _ray_job(self, *arguments: str) -> None:
+        done = subprocess.run(
+            ["ray", "job", *arguments],
+            env=self.lab.environment,
+            capture_output=True,
+            text=True,
+            timeout=180,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    def running_trial(self, but: tuple[Path, ...] = ()) -> Path | None:
+        """The folder of a trial that has a checkpoint and has not ended."""
+        for folder in self.trials.iterdir():
+            begun = (folder / "checkpoints" / "last.pt").exists()
+            if begun and not (folder / "evaluation.json").exists() and folder not in but:
+                return folder
+        return None
+
+    def wait_for_trial(self, *but: Path, process: subprocess.Popen | None = None) -> Path:
+        def look() -> Path | None:
+            assert process is None or process.poll() is None, ended(process)
+            return self.running_trial(but)
+
+        found = wait_for(look, "trial with a checkpoint")
+        assert isinstance(found, Path)
+        return found
+
+    def ledger(self) -> Ledger:
+        (path,) = (Path(self.config.storage_path) / "ledger").glob("*.jsonl")
+        return Ledger.at(path)
+
+
+def ended(process: subprocess.Popen) -> tuple[int, str]:
+    out, err = process.communicate(timeout=500)
+    assert "Traceback" not in out
+    return process.returncode, out + err
+
+
+def holder(trial: Path) -> int:
+    """Process of rank 0 of a running trial, by its lock; 0 while that is being written."""
+    try:
+        return json.loads((trial / "run.lock").read_text())["pid"]
+    except ValueError:
+        return 0
+
+
+class Undisturbed:
+    """Runs of the same keys in one process, without Ray."""
+
+    def __init__(self, folder: Path, secret: Path) -> None:
+        self._folder, self._shared, self._secret = folder, folder / "shared", secret
+        self._shared.mkdir(parents=True)
+        (self._shared / "central_id").write_text(ORIGIN)
+
+    def model(self, trial: Path) -> tuple[dict[str, torch.Tensor], dict]:
+        """Parameters and result of the trial's configuration where nothing happens to it."""
+        folder = self._folder / trial.name
+        if not (folder / "model.pt").exists():
+            here = {"runtime.ledger": str(folder / "ledger")}
+            here |= {"runtime.cache": str(folder / "cache")}
+            config = load(nested(load(trial / "config.yaml")), here)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "trial_id").write_text(ORIGIN)
+            secret = MasterSecret(bytes.fromhex(self._secret.read_text().strip()))
+            run(
+                config,
+                folder,
+                master=secret,
+                name="undisturbed",
+                report=lambda _: None,
+                shared=self._shared,
+            )
+        result = json.loads((folder / "evaluation.json").read_text())
+        return torch.load(folder / "model.pt"), result
+
+
+def assert_as_undisturbed(sweep: Sweep, undisturbed: Undisturbed) -> None:
+    """Every trial: the parameters and epsilon of a quiet run; each charged once, and in full."""
+    trials = sorted(path.parent for path in sweep.trials.glob("*/evaluation.json"))
+    assert len(trials) == sweep.config.num_trials
+    for trial in trials:
+        expected, result = undisturbed.model(trial)
+        found = torch.load(trial / "model.pt")
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=0, atol=1e-5)
+        told = json.loads((trial / "evaluation.json").read_text())
+        assert told["identity"] == result["identity"]
+        assert told["epsilon"] == result["epsilon"]
+        steps = [json.loads(line)["step"] for line in (trial / "metrics.jsonl").open()]
+        assert steps == sorted(steps)
+    summary = sweep.ledger().summary()
+    entries = summary["entries"]
+    assert [entry["state"] for entry in entries] == ["committed"] * len(trials)
+    assert len({entry["trial"] for entry in entries}) == len(trials)
+    assert summary["epsilon_committed_and_reserved"] == summary["epsilon_committed"]
+
+
+@contextlib.contextmanager
+def laboratory(folder: Path) -> Iterator[Lab]:
+    """A folder, an environment and a mark; ends what was started."""
+    secret = folder / "secret"
+    secret.write_text(secrets.token_hex(32))
+    secret.chmod(0o600)
+    kept = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS", "PYTHONPATH")
+    }
+    lab = Lab(
+        folder,
+        kept
+        | {
+            MARK: str(folder),
+            "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"])),
+            "FETA_SWEEP_SECRET_FILE": str(secret),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "OMP_NUM_THREADS": "1",
+            "COLUMNS": "160",
+        },
+    )
+    try:
+        yield lab
+    finally:
+        lab.end()
+    assert not lab.processes(), "processes of the test are still there"

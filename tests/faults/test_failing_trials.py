@@ -1,0 +1,63 @@
+"""Trials whose workers run out of memory, are killed again and again, or have a bug."""
+
+import json
+import os
+import signal
+import time
+
+from lab import Lab, Undisturbed, assert_as_undisturbed, ended, holder
+
+
+def test_out_of_memory_halves_the_batch_and_changes_nothing(cluster: Lab, undisturbed: Undisturbed):
+    sweep = cluster.sweep("memory", [1e-3])
+    code, told = sweep.finish(spoilt="memory")
+    assert code == 0, told
+    (size,) = (sweep.config.folder.parent / "cache").glob("physical_batch-*.json")
+    assert json.loads(size.read_text())["size"] <= 7, "memory did not run out"
+    assert_as_undisturbed(sweep, undisturbed)
+
+
+def test_fenced_out_then_killed_too_often_then_left_alone(cluster: Lab, undisturbed: Undisturbed):
+    sweep = cluster.sweep("worn", [2e-3], "max_failures: 1")
+
+    driver = sweep.start()
+    trial = sweep.wait_for_trial(process=driver)
+    newer = int(time.time()) + 10
+    (sweep.config.folder / "launch").write_text(str(newer))  # As a newer driver would.
+    code, told = ended(driver)
+    assert code == 1
+    assert f"a newer driver (launch {newer}) runs sweep 'worn': this worker of launch" in told
+    assert not (trial / "evaluation.json").exists()
+    assert not (trial / "error.txt").exists(), "the trial belongs to the newer driver"
+
+    driver = sweep.start()
+    killed = set()
+    while driver.poll() is None:  # Whatever trains is killed, as by a system without memory.
+        pid = holder(trial)
+        if pid not in killed and pid in cluster.processes("ray::"):
+            assert not (trial / "evaluation.json").exists()
+            os.kill(pid, signal.SIGKILL)
+            killed.add(pid)
+        time.sleep(0.2)
+    code, told = ended(driver)
+    assert code == 1
+    assert len(killed) == 2, "one restart"
+    assert "a worker's process was killed, more often than max_failures allows" in told
+    assert "max_physical_batch_size=auto" in told
+
+    code, told = sweep.finish()
+    assert code == 0, told
+    assert_as_undisturbed(sweep, undisturbed)
+
+
+def test_a_bug_in_every_trial_stops_the_sweep(cluster: Lab):
+    sweep = cluster.sweep("bug", [1e-4, 2e-4, 5e-4, 1e-3], "max_failures: 0\nmax_same_error: 2")
+    code, told = sweep.finish(spoilt="bug")
+    assert code == 1
+    assert "2 trials in a row failed with the same error: ZeroDivisionError" in told
+    assert told.count("Traceback (most recent call last)") == 1
+    assert "buggy_stage" in told
+    entries = sweep.ledger().summary()["entries"]
+    assert len(list(sweep.trials.glob("*/config.yaml"))) == len(entries) == 2
+    # Of the 60 steps the first 25 were noted before they began.
+    assert [entry["executed_steps"] for entry in entries] == [25, 25]

@@ -1,0 +1,44 @@
+"""A node is lost: an elastic trial goes on with fewer workers, another says what it lacks."""
+
+import json
+import os
+import signal
+
+import pytest
+from lab import Lab, Undisturbed, assert_as_undisturbed, wait_for
+
+HEAD = "min_workers_per_trial: 1"
+
+
+@pytest.fixture(scope="module")
+def after_the_loss(cluster: Lab):
+    """An elastic sweep whose trial loses the second node, and its end."""
+    sweep = cluster.sweep("elastic", [5e-4], HEAD, steps=200)
+    driver = sweep.start()
+    trial = sweep.wait_for_trial(process=driver)
+    lost = cluster.nodes[1]
+    os.killpg(lost.pid, signal.SIGKILL)  # Its raylet and agents.
+    lost.wait()
+    out, err = driver.communicate(timeout=400)
+    return sweep, trial, driver.returncode, out + err
+
+
+def test_the_trial_goes_on_with_one_worker(after_the_loss, undisturbed: Undisturbed):
+    sweep, trial, code, told = after_the_loss
+    assert code == 0, told
+    assert json.loads((trial / "environment.json").read_text())["world_size"] == 2
+    workers = [json.loads(line)["workers"] for line in (trial / "metrics.jsonl").open()]
+    assert sorted(set(workers)) == [1, 2]
+    assert workers[-1] == 1
+    assert_as_undisturbed(sweep, undisturbed)
+
+
+def test_what_is_left_is_too_small_for_a_trial_of_two_and_says_so(after_the_loss, cluster: Lab):
+    sweep = cluster.sweep("large", [5e-4])
+    code, told = sweep.finish()
+    assert code == 2
+    (line,) = [line for line in told.splitlines() if line.startswith("error: ")]
+    assert "one trial needs 2 CPUs" in line
+    assert "the cluster at RAY_ADDRESS has 1" in line
+    assert "no autoscaler has launched a node for it" in line
+    wait_for(lambda: not cluster.processes("ray::TrainController"), "end of the trial", 30)
