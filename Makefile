@@ -2,7 +2,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup sweep test test-faults check mutants bench fashion-mnist clean
+.PHONY: setup sweep test test-faults check mutants bench fashion-mnist reproduce clean
 
 setup: $(VENV)/.installed
 
@@ -40,6 +40,14 @@ bench: setup
 fashion-mnist: setup
 	@test -n "$(DATA)" || { echo "usage: make fashion-mnist DATA=folder-with-the-four-idx-files"; exit 2; }
 	@$(BIN)/python -m core compare --config core/configs/fashion_mnist_small.yaml dataset.path="$(DATA)"
+
+# One published run in time slots: repeat the command until RESULTS.md has its row.
+EPSILON ?= 10
+BUDGET ?= 1h
+reproduce: setup
+	@test -n "$(DATASET)" || { echo "usage: make reproduce DATASET=mnist EPSILON=10 BUDGET=20m DATA=folder"; exit 2; }
+	@$(BIN)/python -m core reproduce --dataset "$(DATASET)" --epsilon "$(EPSILON)" \
+		--budget "$(BUDGET)" $(if $(DATA),dataset.path="$(DATA)") $(SET)
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

@@ -6,11 +6,15 @@ import logging
 import sys
 from pathlib import Path
 
-from core.errors import UserError
+from core.errors import StoppedError, UserError
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command; returns the exit code: 0, 2 for a user's error, 130 for Ctrl-C."""
+    """Runs one command.
+
+    Returns:
+        The exit code: 0, 2 for a user's error, 3 at a time limit, 130 for Ctrl-C.
+    """
     parser = _parser()
     options, more = parser.parse_known_args(arguments)
     if more:  # argparse takes key=value arguments on one side of the flags alone.
@@ -21,6 +25,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         module, _, function = options.command.partition(":")
         getattr(importlib.import_module(module), function)(options)  # Some need torch, not all.
+    except StoppedError as stop:
+        print(stop, file=sys.stderr)
+        return 3
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -69,6 +76,13 @@ def _parser() -> argparse.ArgumentParser:
         False,
         True,
     )
+    reproduce = add(
+        "reproduce", "core.reproduce:reproduce", "one published run, in time slots", False, False
+    )
+    reproduce.add_argument("--dataset", required=True, help="preset in core/configs, such as mnist")
+    reproduce.add_argument("--epsilon", type=float, default=10.0)
+    reproduce.add_argument("--budget", default="1h", help="time of this slot: 600, 90s, 20m, 2h")
+    reproduce.add_argument("--results", type=Path, default=Path("RESULTS.md"))
     add(
         "account", "core.account:account", "what a configuration spends; reads no data", False, True
     )
@@ -85,6 +99,10 @@ def _parser() -> argparse.ArgumentParser:
     again.add_argument("--num-images", type=int, required=True)
     again.add_argument("--out", type=Path, required=True, help="npz file to write")
     add("evaluate", "core.commands:evaluate", "score a finished run's images again", True, False)
+    fetched = commands.add_parser("prepare", help="where a data set comes from; fetches it")
+    fetched.set_defaults(command="core.prepare:prepare")
+    fetched.add_argument("--dataset", required=True, help="such as mnist, cifar10, celeba")
+    fetched.add_argument("--out", type=Path, default=Path("runs/data"), help="folder to put it in")
     inspect = add(
         "inspect",
         "core.commands:inspect",

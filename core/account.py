@@ -29,6 +29,8 @@ def account(options: argparse.Namespace) -> None:
     )
     plan = make_plan(config)
     print(plan.statement)
+    if not plan.is_private:
+        return
     print(f"central images     epsilon {plan.epsilon_central:.4g} alone")
     if plan.score is not None:
         print(f"dp_accuracy        epsilon +{plan.epsilon_score:.2g}")

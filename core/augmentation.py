@@ -1,9 +1,14 @@
 """Augmentation of the central images; they are public by then, so all of it is free."""
 
+import importlib.util
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+
+from core.errors import ConfigError
+
+_OPERATIONS, _MAGNITUDE = 2, 9
 
 
 def augment(images: torch.Tensor, kind: str, generator: torch.Generator) -> torch.Tensor:
@@ -12,11 +17,14 @@ def augment(images: torch.Tensor, kind: str, generator: torch.Generator) -> torc
     Args:
         images: float32 `[B, C, H, W]` in [-1, 1].
         kind: `none`; `shift` (up to a sixteenth of the side); `affine` (shift, rotation up to 10
-            degrees, shear and scale up to 10 %, then a random tone curve).
+            degrees, shear and scale up to 10 %, then a random tone curve); `rand_augment`
+            (Cubuk et al. 2020: two operations of a random magnitude up to 9 of 30).
         generator: source of all randomness, on the CPU.
     """
     if kind == "none":
         return images
+    if kind == "rand_augment":
+        return _rand_augment(images, generator)
     batch = len(images)
 
     def uniform(limit: float) -> torch.Tensor:
@@ -53,3 +61,24 @@ def _tone_curve(light: torch.Tensor, uniform: Callable[[float], torch.Tensor]) -
     peak = light.amax((1, 2, 3), keepdim=True).clamp(min=1e-3)
     low, width = column(0.15 + uniform(0.15)), column(0.45 + uniform(0.25))
     return ((light / peak - low) / width).clamp(0.0, 1.0) * column(0.85 + uniform(0.4))
+
+
+def _rand_augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Each image by operations of its own; torchvision draws them from a seed of the generator."""
+    if importlib.util.find_spec("torchvision") is None:
+        raise ConfigError(
+            "warm_up.augmentation='rand_augment' needs torchvision: pip install torchvision, or "
+            "choose 'affine'"
+        )
+    from torchvision.transforms import RandAugment
+
+    pixels = ((images + 1) * 127.5).round().to(torch.uint8).cpu()
+    magnitudes = torch.randint(_MAGNITUDE + 1, (len(images),), generator=generator).tolist()
+    seed = int(torch.randint(2**31, (1,), generator=generator))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        changed = [
+            RandAugment(_OPERATIONS, magnitude)(image)
+            for image, magnitude in zip(pixels, magnitudes, strict=True)
+        ]
+    return (torch.stack(changed).float() / 127.5 - 1).to(images.device)

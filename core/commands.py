@@ -36,8 +36,8 @@ def run(options: argparse.Namespace) -> None:
             "privacy.scope='selection': one run alone is no selection; run a sweep, or choose "
             "another scope"
         )
-    run_dir = options.run_dir or _run_dir(options.config, config)
-    result = _train(config, run_dir, options.verbosity)
+    run_dir = options.run_dir or run_dir_of(options.config, config)
+    result = train(config, run_dir, options.verbosity)
     print(json.loads((run_dir / "privacy.json").read_text())["statement"])
     print("Scores are computed from real images and are not private:")
     for name, value in result.items():
@@ -56,9 +56,9 @@ def compare(options: argparse.Namespace) -> None:
     baseline = load(nested(config), {"stage_split": 0.0})
     rows: list[tuple[Config, Path, dict[str, Any]]] = []
     for each in (config, baseline):
-        run_dir = _run_dir(options.config, each)
+        run_dir = run_dir_of(options.config, each)
         print(f"stage_split={each.stage_split:g}: {run_dir}", file=sys.stderr, flush=True)
-        rows.append((each, run_dir, _train(each, run_dir)))
+        rows.append((each, run_dir, train(each, run_dir)))
     print(json.loads((rows[0][1] / "privacy.json").read_text())["statement"])
     print("Scores are computed from real images and are not private.")
     metric = next(name for name in rows[0][2] if name.startswith("fid"))
@@ -75,13 +75,14 @@ def compare(options: argparse.Namespace) -> None:
         )
 
 
-def _train(config: Config, run_dir: Path, verbosity: int = 0) -> dict[str, Any]:
+def train(config: Config, run_dir: Path, verbosity: int = 0) -> dict[str, Any]:
+    """Runs or continues one run in `run_dir`, with its progress on the terminal."""
     console = Console(config.training.num_steps, verbosity)
     master = MasterSecret.load()
     return run_pipeline(config, run_dir, master=master, name=run_dir.name, report=console)
 
 
-def _run_dir(path: str, config: Config) -> Path:
+def run_dir_of(path: str, config: Config) -> Path:
     """The same command names the same folder, so it goes on where it was stopped."""
     return Path("runs") / f"{Path(path).stem}-{short_digest(config)}"
 
@@ -152,7 +153,7 @@ def inspect(options: argparse.Namespace) -> None:
     config, denoiser = _finished(options.run_dir, options.overrides)
     stored = json.loads((options.run_dir / "evaluation.json").read_text())
     plan = PrivacyPlan.restored(json.loads((options.run_dir / "privacy.json").read_text()))
-    dataset = load_dataset(config.dataset)
+    dataset = load_dataset(config.dataset, Path(config.runtime.cache))
     require_same_data(stored["fingerprint"], dataset.fingerprint, config)
     synthetic = _synthetic(options.run_dir)
     page, figures = inspect_run(
@@ -174,7 +175,7 @@ def inspect(options: argparse.Namespace) -> None:
 def evaluate(options: argparse.Namespace) -> None:
     """Scores a finished run's images again."""
     config, _ = _finished(options.run_dir, options.overrides)
-    dataset = load_dataset(config.dataset)
+    dataset = load_dataset(config.dataset, Path(config.runtime.cache))
     synthetic = _synthetic(options.run_dir)
     scores = score(config, synthetic, dataset, config_device(config))
     tag = "public" if config.dataset.public else "non-private"

@@ -10,30 +10,46 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from core.config_keys import explain, load_yaml
-from core.config_keys import parse_overrides as parse_overrides
+from core.config_files import load_yaml
+from core.config_files import parse_overrides as parse_overrides
+from core.config_keys import explain
+from core.config_network import (
+    DiffusionConfig,
+    ModelConfig,
+    Positive,
+    PositiveInt,
+    SamplerConfig,
+    Section,
+)
 from core.errors import ConfigError
 from core.evaluation.names import LIKENESS, SUFFIXES
 
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Model = TypeVar("Model", bound=BaseModel)
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-PositiveInt = Annotated[int, Field(ge=1)]
-
-
-class Section(BaseModel):
-    """A frozen part of the configuration that refuses unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class DatasetConfig(Section):
     """The data set and every public fact about it; none of these is computed from the data."""
 
-    name: Literal["digits", "idx", "image_folder"] = "digits"
+    name: Literal[
+        "digits",
+        "idx",
+        "image_folder",
+        "cifar10",
+        "cifar100",
+        "eurosat",
+        "celeba",
+        "camelyon17",
+        "parquet",
+    ] = "digits"
+    """How it is stored; `idx` are MNIST and its kin."""
     path: str | None = None
+    """Folder; `python -m core prepare` says what it must hold."""
+    image_column: str = "image"
+    """Column of `parquet` files with the encoded images."""
+    label_column: str = "label"
+    """Column of `parquet` files with the class numbers."""
     image_size: Annotated[int, Field(ge=4, le=512)] = 8
     channels: Literal[1, 3] = 1
     num_classes: Annotated[int, Field(ge=1, le=1000)] = 10
@@ -84,6 +100,8 @@ class CentralImagesConfig(Section):
     """Bins of the per-pixel histogram; used by mode images alone."""
     median_filter: bool = False
     """3x3 median over the released images; post-processing, hence free."""
+    sharpen: bool = False
+    """Sharpened afterwards, as the paper does with grey images; free like all that follows."""
 
 
 class WarmUpConfig(Section):
@@ -91,7 +109,7 @@ class WarmUpConfig(Section):
 
     batch_size: PositiveInt = 64
     learning_rate: Positive = 3e-4
-    augmentation: Literal["none", "shift", "affine"] = "affine"
+    augmentation: Literal["none", "shift", "affine", "rand_augment"] = "affine"
 
 
 class PrivateTrainingConfig(Section):
@@ -114,52 +132,6 @@ class TrainingConfig(Section):
     label_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the network while it is trained; weights, norms, sums and noise are always float32."""
-
-
-class ModelConfig(Section):
-    """UNet size."""
-
-    base_channels: Annotated[int, Field(ge=4, le=1024)] = 16
-    channel_multipliers: tuple[PositiveInt, ...] = (1, 2)
-    blocks_per_level: PositiveInt = 1
-    patch_size: PositiveInt = 1
-    """Pixels of a patch of this side become channels (Hoogeboom et al. 2023): a cheaper network."""
-    attention_sizes: tuple[PositiveInt, ...] = ()
-    """Feature-map sides at which self-attention is applied."""
-
-
-class DiffusionConfig(Section):
-    """EDM training distribution (Karras et al. 2022, table 1)."""
-
-    sigma_data: Positive = 0.5
-    p_mean: Annotated[float, Field(allow_inf_nan=False)] = -1.2
-    p_std: Positive = 1.2
-
-
-class SamplerConfig(Section):
-    """Samplers of Karras et al. 2022 (algorithms 1 and 2)."""
-
-    name: Literal["ddim", "heun"] = "heun"
-    num_steps: Annotated[int, Field(ge=2, le=4096)] = 18
-    sigma_min: Positive = 0.002
-    sigma_max: Positive = 80.0
-    rho: Positive = 7.0
-    s_churn: NonNegative = 0.0
-    s_min: NonNegative = 0.0
-    s_max: Positive = 1e9
-    s_noise: Positive = 1.0
-    guidance: NonNegative = 1.0
-    """Classifier-free guidance weight; 1 is none."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the network while images are drawn; the images themselves are always float32."""
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        if self.sigma_min >= self.sigma_max:
-            raise ValueError(
-                f"sigma_min={self.sigma_min} must be smaller than sigma_max={self.sigma_max}"
-            )
-        return self
 
 
 class EvaluationConfig(Section):
@@ -217,6 +189,9 @@ class RuntimeConfig(Section):
     checkpoint_every: PositiveInt = 200
     num_pictures: Annotated[int, Field(ge=0, le=100)] = 4
     """Grids of samples that are drawn while training, evenly over its steps, to watch it."""
+    max_seconds: Positive | None = None
+    """After so long a run leaves a checkpoint and stops; the same command goes on from it. A step,
+    a chunk of generated images and the scoring are never cut."""
     cache: str = "runs/cache"
     """Folder of what depends on real images alone, such as FID's real side; not to be released."""
     ledger: str = "runs/ledger"
@@ -228,6 +203,10 @@ class Config(Section):
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Public seed of weights, diffusion noise and sampling; never of privacy noise or masks."""
+    method: Literal["dp_feta", "dpdm", "non_private"] = "dp_feta"
+    """`dp_feta`: both stages (Li et al. 2024; `central_images.kind` mean or mode). `dpdm`: DP-SGD
+    alone, whatever `stage_split` (Dockhorn et al. 2023). `non_private`: no noise, no clipping, no
+    epsilon; a ceiling to compare with that must never leave."""
     stage_split: Annotated[float, Field(ge=0, lt=1)] = 0.5
     """Share of the optimisation steps given to the easy stage; 0 is plain DP-SGD diffusion."""
     dataset: DatasetConfig = DatasetConfig()
@@ -246,6 +225,8 @@ class Config(Section):
     @property
     def warm_up_steps(self) -> int:
         """Optimisation steps of the easy stage, in [0, training.num_steps)."""
+        if self.method != "dp_feta":
+            return 0
         return min(round(self.stage_split * self.training.num_steps), self.training.num_steps - 1)
 
     @property
@@ -296,6 +277,8 @@ class Config(Section):
                 "privacy.data_set_budget cannot be combined with privacy.scope='selection': a "
                 "refused trial would change the law of their secret number; set it to null"
             )
+        if self.method == "non_private":
+            _without_promises(privacy)
         if self.central_images.image_size > dataset.image_size:
             raise ValueError(
                 f"central_images.image_size={self.central_images.image_size} must lie in "
@@ -324,6 +307,21 @@ class Config(Section):
                 "model.channel_multipliers but the first"
             )
         return self
+
+
+def _without_promises(privacy: PrivacyConfig) -> None:
+    """Refuses settings that promise what a run without privacy breaks."""
+    for key, allowed in (
+        ("scope", "trial"),
+        ("dp_accuracy_stddev", None),
+        ("data_set_budget", None),
+    ):
+        if (value := getattr(privacy, key)) != allowed:
+            raise ValueError(
+                f"method='non_private' spends without bound, which privacy.{key}={value!r} "
+                f"excludes: set that to {'null' if allowed is None else allowed}, or choose "
+                "another method"
+            )
 
 
 def load(

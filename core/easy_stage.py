@@ -86,6 +86,7 @@ def warm_up(
     report: Report,
     trajectory: "Trajectory | None",
     after_step: AfterStep,
+    deadline: float,
 ) -> None:
     """Trains on the central images, from where another trial of the trajectory left them.
 
@@ -95,7 +96,7 @@ def warm_up(
     stage = warm_up_stage(config, denoiser, central)
     if trajectory is not None:
         distributed.on_rank_0(lambda: trajectory.start(checkpoints, stage.num_steps))
-    train(stage, denoiser, ema, 0, checkpoints, report, config, after_step)
+    train(stage, denoiser, ema, 0, checkpoints, report, config, after_step, deadline)
     if trajectory is not None:
         distributed.on_rank_0(lambda: trajectory.keep(checkpoints))
 

@@ -19,3 +19,10 @@ class InfeasibleError(UserError):
 
 class StorageError(UserError):
     """The folder of a run is full, gone or cannot be written: nothing is trained unsaved."""
+
+
+class StoppedError(UserError):
+    """A run reached its time limit and left a checkpoint; its argument says where."""
+
+    def __str__(self) -> str:
+        return f"runtime.max_seconds is over {self.args[0]}: the same command goes on from there"

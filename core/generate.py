@@ -1,5 +1,7 @@
 """Class-balanced generation of synthetic images, shared among ranks, and the released generator."""
 
+import math
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,9 @@ from core.config import Config, load, load_yaml, merge, nested
 from core.data import Split, from_model_range
 from core.diffusion.denoiser import Denoiser, build_denoiser
 from core.diffusion.sampler import sample
-from core.errors import ConfigError
+from core.errors import ConfigError, StoppedError
 from core.reporting import write_grid
+from core.storage import stored
 
 _SEEDS = 1_000_003
 """Seeds that one public seed stands for: one for each chunk of images, the last for pictures."""
@@ -24,20 +27,53 @@ _PUBLIC = ("image_size", "channels", "num_classes")
 _SECTIONS = ("model", "diffusion", "sampler")
 
 
-def generate(denoiser: nn.Module, config: Config, num_images: int, device: str) -> Split:
+def generate(
+    denoiser: nn.Module,
+    config: Config,
+    num_images: int,
+    device: str,
+    kept: Path | None = None,
+    deadline: float = math.inf,
+) -> Split:
     """Draws `num_images` images, image i of class `i % num_classes`, the same on all ranks.
 
     Each chunk has a seed of its own, so the result does not depend on the number of ranks.
 
+    Args:
+        kept: folder of this model that keeps finished chunks until all are there; None keeps none.
+        deadline: by this machine's monotonic clock; after it the next chunk is the last.
+
+    Raises:
+        StoppedError: the deadline has passed; what was drawn is kept.
+
     Privacy: post-processing of a private model.
     """
     labels = torch.arange(num_images) % config.dataset.num_classes
-    mine: dict[int, torch.Tensor] = {}
-    for number, part in enumerate(labels.split(config.evaluation.batch_size)):
-        if number % distributed.world_size() == distributed.rank():
-            mine[number] = draw_images(denoiser, part, config, config.seed, number, device)
+    chunks = labels.split(config.evaluation.batch_size)
+
+    def draw_mine() -> dict[int, torch.Tensor]:
+        mine: dict[int, torch.Tensor] = {}
+        drawn = 0
+        for number in range(distributed.rank(), len(chunks), distributed.world_size()):
+            path = kept and kept / f"{number}.pt"
+            if path and path.exists():
+                mine[number] = torch.load(path, weights_only=True)
+                continue
+            if drawn and time.monotonic() > deadline:  # At least one, or none would ever end.
+                raise StoppedError(f"at image {number * len(chunks[0])} of {num_images}")
+            drawn += 1
+            mine[number] = draw_images(
+                denoiser, chunks[number], config, config.seed, number, device
+            )
+            if path:
+                with stored(path.parent):
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    torch.save(mine[number], path.with_suffix(".tmp"))
+                    path.with_suffix(".tmp").replace(path)
+        return mine
+
     parts: dict[int, torch.Tensor] = {}
-    for share in distributed.all_gather_object(mine):
+    for share in distributed.all_gather_object(distributed.together(draw_mine)):
         parts.update(share)
     return Split(torch.cat([parts[number] for number in sorted(parts)]), labels)
 

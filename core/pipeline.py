@@ -2,7 +2,9 @@
 
 import json
 import logging
+import math
 import platform
+import shutil
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -36,7 +38,7 @@ from core.privacy.plan import PrivacyPlan, make_plan
 from core.privacy.spending import Spending, require_same_data, steps_begun
 from core.reporting import MetricsLog, Report, log_to, report_line, write_grid, write_json
 from core.storage import require_space, stored
-from core.training import private_stage, train
+from core.training import non_private_stage, private_stage, train
 
 _LOG = logging.getLogger("core")
 _PATIENCE = 15.0
@@ -107,15 +109,16 @@ def _run(
     goes_on: GoesOn,
 ) -> dict[str, Any]:
     began = time.monotonic()
+    deadline = began + (config.runtime.max_seconds or math.inf)
     plan = distributed.on_rank_0(lambda: make_plan(config))
     if config.evaluation.fid_extractor == "inception":
         distributed.on_rank_0(lambda: find_weights(config.evaluation.inception_weights))
     distributed.on_rank_0(stored(run_dir)(lambda: _claim(run_dir, config, plan)))
     begun = run_dir / "checkpoints" / "steps_begun"
     spending = Spending(config, plan, Path(config.runtime.ledger), name, begun, charged, lease)
-    dataset = None
+    dataset, cache = None, Path(config.runtime.cache)
     if (fingerprint := distributed.on_rank_0(spending.known_fingerprint)) is None:
-        dataset = distributed.together(lambda: load_dataset(config.dataset))
+        dataset = distributed.together(lambda: load_dataset(config.dataset, cache))
         fingerprint = distributed.broadcast_object(dataset.fingerprint)
     central_identity = ""
     if shared is not None and plan.central is not None:
@@ -132,10 +135,12 @@ def _run(
     checkpoints = Checkpoints(run_dir / "checkpoints", identity)
     distributed.on_rank_0(checkpoints.check)  # Refused before it is charged.
     distributed.on_rank_0(lambda: require_space(run_dir, config))
-    reservation = distributed.on_rank_0(
-        lambda: spending.reserve(fingerprint, identity, central_identity)
-    )
-    dataset = dataset or distributed.together(lambda: load_dataset(config.dataset))
+    reservation = None
+    if plan.is_private:
+        reservation = distributed.on_rank_0(
+            lambda: spending.reserve(fingerprint, identity, central_identity)
+        )
+    dataset = dataset or distributed.together(lambda: load_dataset(config.dataset, cache))
     found = dataset.fingerprint
     distributed.together(lambda: require_same_data(fingerprint, found, config))
     distributed.on_rank_0(lambda: spending.remember(fingerprint))
@@ -166,7 +171,8 @@ def _run(
         """Pays for what ran; a run that was stopped never goes on."""
         result = None
         if distributed.rank() == 0:
-            spending.settle(fingerprint, reservation)
+            if reservation is not None:
+                spending.settle(fingerprint, reservation)
             result = {
                 "step": end.step,
                 "stage": ENDED_EARLY,
@@ -195,7 +201,17 @@ def _run(
         if not _is_past_warm_up(checkpoints):
             trajectory = trajectory_of(shared, config, released) if shared else None
             try:
-                warm_up(config, denoiser, ema, central, checkpoints, report, trajectory, after_step)
+                warm_up(
+                    config,
+                    denoiser,
+                    ema,
+                    central,
+                    checkpoints,
+                    report,
+                    trajectory,
+                    after_step,
+                    deadline,
+                )
             except StoppedEarlyError as end:
                 return stopped(end)
 
@@ -203,22 +219,26 @@ def _run(
         if spending.begins_block(step):  # On all ranks, as all must stop where it cannot be noted.
             distributed.on_rank_0(lambda: spending.count(step))
 
-    stage = private_stage(
-        config,
-        denoiser,
-        dataset.train,
-        plan.dp_sgd,
-        masks=stream("private_training", "mask"),
-        noise=stream("private_training", "noise"),
-        before_step=count,
-    )
+    if plan.is_private:
+        stage = private_stage(
+            config,
+            denoiser,
+            dataset.train,
+            plan.dp_sgd,
+            masks=stream("private_training", "mask"),
+            noise=stream("private_training", "noise"),
+            before_step=count,
+        )
+    else:
+        masks = stream("non_private_training", "mask")
+        stage = non_private_stage(config, denoiser, dataset.train, plan.dp_sgd, masks)
     try:
         offset = config.warm_up_steps
-        train(stage, denoiser, ema, offset, checkpoints, report, config, after_step)
+        train(stage, denoiser, ema, offset, checkpoints, report, config, after_step, deadline)
     except StoppedEarlyError as end:
         return stopped(end)
     finally:
-        if distributed.rank() == 0:
+        if reservation is not None and distributed.rank() == 0:
             spending.settle(fingerprint, reservation)
 
     def kept_accuracy(model: nn.Module) -> float:
@@ -233,9 +253,11 @@ def _run(
         return value
 
     report({"step": config.training.num_steps, "stage": "evaluation"})
-    synthetic = generate(ema.module, config, config.evaluation.num_images, config_device(config))
+    kept = run_dir / "synthetic" / f"parts-{identity[:16]}"
+    number, device = config.evaluation.num_images, config_device(config)
+    synthetic = generate(ema.module, config, number, device, kept, deadline)
     private = kept_accuracy if plan.score is not None else None
-    scores = score(config, synthetic, dataset, config_device(config), private)
+    scores = score(config, synthetic, dataset, device, private)
     result = {
         "step": config.training.num_steps,
         "stage": "done",
@@ -254,6 +276,7 @@ def _run(
         origin["scored"] = scores.record
         with stored(run_dir):
             _store(run_dir, synthetic, ema, {**result, **origin})
+        shutil.rmtree(kept, ignore_errors=True)
 
     distributed.on_rank_0(store)
     report(result)

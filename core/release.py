@@ -120,6 +120,11 @@ def release_card(config: Config, run_dir: Path) -> dict[str, Any]:
         ConfigError: the run is not finished, or scope `selection` did not select it.
         LedgerError: its ledger is missing or damaged.
     """
+    if config.method == "non_private":
+        raise ConfigError(
+            f"'{run_dir}' holds a run of method=non_private, whose epsilon is infinite: nothing of "
+            "it may be released; release a private run"
+        )
     path = run_dir / "evaluation.json"
     if not path.exists():
         raise ConfigError(f"'{run_dir}' holds no finished run (no evaluation.json): finish it")

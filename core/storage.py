@@ -32,16 +32,17 @@ def stored(path: Path) -> Generator[None]:
 
 
 def needed_bytes(config: Config) -> int:
-    """What a run writes at most: three checkpoints, the model and the images.
+    """What a run writes at most: three checkpoints, the model and, twice, the images.
 
-    One checkpoint beside that which it replaces, and the warm-up's last for other trials.
+    One checkpoint beside that which it replaces, and the warm-up's last for other trials. Drawn
+    images are kept in chunks until the file of all is written.
     """
     with torch.device("meta"):
         model = sum(p.numel() * p.element_size() for p in build_denoiser(config).parameters())
     checkpoint = 4 * model  # Parameters, their average, and two moments of Adam.
     data = config.dataset
     images = config.evaluation.num_images * data.channels * data.image_size**2
-    return 3 * checkpoint + model + images + _PICTURES
+    return 3 * checkpoint + model + 2 * images + _PICTURES
 
 
 def require_space(run_dir: Path, config: Config) -> None:

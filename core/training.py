@@ -5,6 +5,7 @@ can be replayed exactly and does not depend on the number of ranks.
 """
 
 import hashlib
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from core.device import config_device
 from core.diffusion.denoiser import Denoiser
 from core.diffusion.ema import Ema
 from core.diffusion.loss import draw, edm_loss
+from core.errors import StoppedError
 from core.physical_batch import PhysicalBatches
 from core.privacy.central_images import CentralImages
 from core.privacy.dp_sgd import DpSgdOptimizer
@@ -59,6 +61,7 @@ def train(
     report: Report,
     config: Config,
     after_step: AfterStep = lambda *_: None,
+    deadline: float = math.inf,
 ) -> None:
     """Runs a stage from its last checkpoint, if there is one, to its end.
 
@@ -67,6 +70,10 @@ def train(
         after_step: called with the number of all steps done and the averaged model, at the start
             as well; what it raises ends the stage. It must not change anything that is trained,
             nor any state of a random generator.
+        deadline: by the monotonic clock of rank 0; after it the next step is the last.
+
+    Raises:
+        StoppedError: the deadline has passed; the state is kept.
     """
     start = 0
     state = distributed.on_rank_0(checkpoints.load)
@@ -82,6 +89,7 @@ def train(
         ema.update(denoiser)
         done = number + 1
         last = done == stage.num_steps
+        late = deadline < math.inf and distributed.on_rank_0(lambda: time.monotonic() > deadline)
         if done % runtime.log_every == 0 or last or done == start + 1:
             seconds = (time.monotonic() - began) / (done - start)
             report(
@@ -93,11 +101,13 @@ def train(
                 }
             )
         # After the report: killed in between, a run reports again rather than never.
-        if done % runtime.checkpoint_every == 0 or last:
+        if done % runtime.checkpoint_every == 0 or last or late:
             _save(checkpoints, stage, done, denoiser, ema)
         scoring = time.monotonic()
         after_step(offset + done, ema.module)
         began += time.monotonic() - scoring  # Not a part of the step.
+        if late and not last:
+            raise StoppedError(f"in {stage.name} at step {done} of {stage.num_steps}")
 
 
 def _save(checkpoints: Checkpoints, stage: Stage, step: int, denoiser: Denoiser, ema: Ema) -> None:
@@ -195,6 +205,51 @@ def private_stage(
         return total[0] / total[1].clamp(min=1)
 
     return Stage("private_training", plan.num_steps, step, adam)
+
+
+def non_private_stage(
+    config: Config,
+    denoiser: Denoiser,
+    train_split: Split,
+    plan: DpSgdPlan,
+    masks: KeyedStream,
+) -> Stage:
+    """A ceiling for the hard stage: the same batches and draws without clipping and noise.
+
+    Privacy: none. The network that comes out depends on every image without bound.
+    """
+    device, settings = config_device(config), config.private_training
+    parameters = list(denoiser.parameters())
+    adam = torch.optim.Adam(parameters, lr=settings.learning_rate)
+    sampler = PoissonSampler(masks, len(train_split.labels), plan.sample_rate)
+    batches = PhysicalBatches(config, device)
+    stream = f"{config.seed}/non_private_training"
+
+    def step(number: int) -> torch.Tensor:
+        chosen = sampler.indices(number)
+        share = rank_share(chosen, distributed.rank(), distributed.world_size())
+        sums = [torch.zeros_like(parameter) for parameter in parameters]
+
+        def compute(part: torch.Tensor) -> torch.Tensor:
+            images = to_model_range(to_float(train_split.images[part])).to(device)
+            copies, shape = settings.noise_multiplicity, images.shape[1:]
+            draws = draw(stream, number, part, copies, shape, device)
+            labels = train_split.labels[part].to(device)
+            loss = _loss(config, denoiser, images, labels, draws).sum()
+            for total, gradient in zip(sums, torch.autograd.grad(loss, parameters), strict=True):
+                total += gradient
+            return loss.detach()
+
+        total = torch.zeros((), device=device)
+        for loss in batches.run(compute, share, give_up=lambda: None):
+            total += loss
+        count = max(len(chosen), 1)
+        for parameter, gradient in zip(parameters, sums, strict=True):
+            parameter.grad = distributed.sum_over_ranks(gradient) / count
+        adam.step()
+        return distributed.sum_over_ranks(total) / count
+
+    return Stage("non_private_training", plan.num_steps, step, adam)
 
 
 def _loss(

@@ -237,6 +237,11 @@ class SweepConfig(Section):
             ConfigError: the point is not a valid configuration.
         """
         config = load(self.base, {**self.fixed, **parameters})
+        if config.method == "non_private":
+            raise ConfigError(
+                "method='non_private' has no epsilon that a sweep could state or compose: run it "
+                "alone, by python -m core run"
+            )
         here = Path(self.storage_path).parent  # Ray gives its workers another directory.
         folders = {key: str(here / flatten(config)[key]) for key in _FOLDERS}
         return load(nested(config), folders)

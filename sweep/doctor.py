@@ -152,7 +152,7 @@ def examine(settings: dict[str, Any], mark: str) -> dict[str, tuple[bool, str]]:
         "storage": storage,
         "secret": lambda: MasterSecret.load(create=False).public_id,
         "weights": weights,
-        "data": lambda: load_dataset(config.dataset).fingerprint,
+        "data": lambda: load_dataset(config.dataset, Path(config.runtime.cache)).fingerprint,
     }
     answers: dict[str, tuple[bool, str]] = {}
     for key, question in questions.items():

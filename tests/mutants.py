@@ -162,8 +162,8 @@ MUTANTS = (
     Mutant(
         "a resumed run draws new noise",
         "core/pipeline.py",
-        'noise=stream("private_training", "noise"),\n        before_step',
-        'noise=stream("private_training", f"noise {time.time()}"),\n        before_step',
+        'noise=stream("private_training", "noise"),\n            before_step',
+        'noise=stream("private_training", f"noise {time.time()}"),\n            before_step',
         ("tests/integration/test_replay.py",),
     ),
     Mutant(

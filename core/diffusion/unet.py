@@ -44,29 +44,38 @@ class UNet(nn.Module):
         self.patch_size = patch
         self.conv_in = nn.Conv2d(pixels, base, 3, padding=1)
 
-        def block(inputs: int, outputs: int, level: int) -> Block:
+        def block(inputs: int, outputs: int, level: int, attends: bool = True) -> Block:
             attention = side // 2**level in model.attention_sizes
-            return Block(inputs, outputs, embedding, attention)
+            return Block(inputs, outputs, embedding, attention and attends)
+
+        def resample(channels: int, scale: float) -> nn.Module:
+            if model.layout == "ddpm":
+                return Resample(channels, scale)
+            return Block(channels, channels, embedding, attention=False, scale=scale)
 
         channels, skips = base, [base]
         self.down = nn.ModuleList()
         for level, width in enumerate(widths):
             if level:
-                self.down.append(Resample(channels, scale=0.5))
+                self.down.append(resample(channels, 0.5))
                 skips.append(channels)
             for _ in range(model.blocks_per_level):
                 self.down.append(block(channels, width, level))
                 channels = width
                 skips.append(channels)
         last = len(widths) - 1
-        self.middle = nn.ModuleList([block(channels, channels, last) for _ in range(2)])
+        everywhere = model.layout == "ddpm"
+        self.middle = nn.ModuleList(
+            [block(channels, channels, last), block(channels, channels, last, everywhere)]
+        )
         self.up = nn.ModuleList()
         for level, width in reversed(list(enumerate(widths))):
-            for _ in range(model.blocks_per_level + 1):
-                self.up.append(block(channels + skips.pop(), width, level))
+            for number in range(model.blocks_per_level + 1):
+                attends = everywhere or number == model.blocks_per_level
+                self.up.append(block(channels + skips.pop(), width, level, attends))
                 channels = width
             if level:
-                self.up.append(Resample(channels, scale=2.0))
+                self.up.append(resample(channels, 2.0))
         self.norm_out = group_norm(channels)
         self.conv_out = zero(nn.Conv2d(channels, pixels, 3, padding=1))
 
@@ -87,7 +96,7 @@ class UNet(nn.Module):
         for layer in self.middle:
             x = layer(x, emb)
         for layer in self.up:
-            if isinstance(layer, Block):
+            if isinstance(layer, Block) and layer.scale == 1:
                 x = torch.cat((x, skips.pop()), dim=1)
             x = layer(x, emb)
         x = self.conv_out(F.silu(self.norm_out(x)))
@@ -95,10 +104,16 @@ class UNet(nn.Module):
 
 
 class Block(nn.Module):
-    """Residual block with the embedding added between its convolutions, then attention."""
+    """Residual block with the embedding added between its convolutions, then attention.
 
-    def __init__(self, inputs: int, outputs: int, embedding: int, attention: bool) -> None:
+    Both branches change the side by `scale`, 1 being the ordinary block.
+    """
+
+    def __init__(
+        self, inputs: int, outputs: int, embedding: int, attention: bool, scale: float = 1.0
+    ) -> None:
         super().__init__()
+        self.scale = scale
         self.norm_1 = group_norm(inputs)
         self.conv_1 = nn.Conv2d(inputs, outputs, 3, padding=1)
         self.condition = nn.Linear(embedding, outputs)
@@ -108,8 +123,9 @@ class Block(nn.Module):
         self.attention = Attention(outputs) if attention else nn.Identity()
 
     def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
-        """`[B, inputs, H, W]` and `[B, embedding]` to `[B, outputs, H, W]`."""
-        h = self.conv_1(F.silu(self.norm_1(x)))
+        """`[B, inputs, H, W]` and `[B, embedding]` to `[B, outputs, scale * H, scale * W]`."""
+        h = self.conv_1(rescaled(F.silu(self.norm_1(x)), self.scale))
+        x = rescaled(x, self.scale)
         h = h + self.condition(emb)[:, :, None, None]
         h = self.conv_2(F.silu(self.norm_2(h)))
         return self.attention((self.skip(x) + h) * 0.5**0.5)
@@ -144,8 +160,14 @@ class Resample(nn.Module):
 
     def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
         """`[B, C, H, W]` to `[B, C, scale * H, scale * W]`; the embedding is not used."""
-        x = F.avg_pool2d(x, 2) if self.scale < 1 else F.interpolate(x, scale_factor=2.0)
-        return self.conv(x)
+        return self.conv(rescaled(x, self.scale))
+
+
+def rescaled(x: torch.Tensor, scale: float) -> torch.Tensor:
+    """Halves the side by averaging, doubles it by repetition, or leaves it, for 1/2, 2 and 1."""
+    if scale == 1:
+        return x
+    return F.avg_pool2d(x, 2) if scale < 1 else F.interpolate(x, scale_factor=2.0)
 
 
 def group_norm(channels: int) -> nn.GroupNorm:

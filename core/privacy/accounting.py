@@ -100,6 +100,8 @@ def epsilon_of_mechanisms(
     """Epsilon at `delta` of many mechanisms together, as of `grouped`; 0 when there are none."""
     if not mechanisms:
         return 0.0
+    if any(noise_multiplier == 0 for _, noise_multiplier, _ in mechanisms):
+        return math.inf  # A release without noise.
     if len(mechanisms) <= _FEW:
         events = [subsampled_gaussian(*mechanism) for mechanism in mechanisms]
         return epsilon_of(events, delta, relation, discretization)

@@ -121,6 +121,11 @@ class PrivacyPlan:
     early_metric: str = ""
 
     @property
+    def is_private(self) -> bool:
+        """False for `method=non_private`, which no ledger takes and nothing may release."""
+        return math.isfinite(self.epsilon)
+
+    @property
     def noise_multiplier(self) -> float:
         """DP-SGD's noise multiplier."""
         return self.dp_sgd.noise_multiplier
@@ -141,6 +146,11 @@ class PrivacyPlan:
     @property
     def statement(self) -> str:
         """The guarantee of this trial alone, in words."""
+        if not self.is_private:
+            return (
+                "This run is NOT private: it trained without noise and clipping (epsilon is "
+                "infinite). It is a ceiling to compare with; nothing of it may leave."
+            )
         unit = {
             "zero_out": "replacing one image and its label by an empty record",
             "replace_one": "replacing one image and its label by any other",
@@ -225,6 +235,8 @@ def check_feasible(config: Config) -> None:
     Raises:
         InfeasibleError: the budget cannot pay; the reason is that of `make_plan`.
     """
+    if config.method == "non_private":
+        return
     check_central(config)
     if (share := share_of(config.privacy)) is not None:
         _solve_within(share, config)
@@ -241,7 +253,9 @@ def make_plan(config: Config) -> PrivacyPlan:
     epsilon_central = check_central(config)
     private, privacy = config.private_training, config.privacy
     total = None
-    if (share := share_of(privacy)) is not None:
+    if config.method == "non_private":
+        noise_multiplier, total = 0.0, math.inf
+    elif (share := share_of(privacy)) is not None:
         noise_multiplier = _solve_within(share, config)
     else:
         noise_multiplier, of_all = _solve(*_question(config))
@@ -251,7 +265,7 @@ def make_plan(config: Config) -> PrivacyPlan:
         num_steps=config.private_steps,
         sample_rate=_dp_sgd_sample_rate(config),
         noise_multiplier=noise_multiplier,
-        max_grad_norm=private.max_grad_norm,
+        max_grad_norm=math.inf if total == math.inf else private.max_grad_norm,
         expected_batch_size=private.expected_batch_size,
     )
     stages = [stage.mechanism for stage in (central, dp_sgd) if stage is not None]

@@ -47,7 +47,7 @@ def again(begun, tmp_path):
 
 @pytest.fixture
 def unopened(monkeypatch):
-    def refuse(_: object) -> None:
+    def refuse(*_: object) -> None:
         raise AssertionError("the data was opened")
 
     monkeypatch.setattr(pipeline, "load_dataset", refuse)

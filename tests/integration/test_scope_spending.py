@@ -40,7 +40,7 @@ def settings(folder: Path, **privacy: object) -> dict[str, object]:
 @pytest.fixture
 def unopened(monkeypatch):
     def stop_opening() -> None:
-        def refuse(_: object) -> None:
+        def refuse(*_: object) -> None:
             raise AssertionError("the data was opened")
 
         monkeypatch.setattr(pipeline, "load_dataset", refuse)

@@ -32,7 +32,7 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def never_opened(monkeypatch):
-    def refuse(_: object) -> Dataset:
+    def refuse(*_: object) -> Dataset:
         raise AssertionError("the data was opened")
 
     monkeypatch.setattr(pipeline, "load_dataset", refuse)
@@ -78,8 +78,8 @@ def test_changed_data_of_a_known_source_is_refused(finished, tmp_path, monkeypat
     folder, _ = finished
     shutil.copytree(folder / "ledger", tmp_path / "ledger")
 
-    def changed(config: object) -> Dataset:
-        data = load_dataset(config)
+    def changed(*arguments: object) -> Dataset:
+        data = load_dataset(*arguments)
         return Dataset(data.train, data.test, "0" * 64)
 
     monkeypatch.setattr(pipeline, "load_dataset", changed)

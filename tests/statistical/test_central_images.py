@@ -125,3 +125,19 @@ def test_central_images_look_like_their_class(kind):
         truth = stripes[labels == label][0].float() / 255
         assert (images[label] - truth).abs().mean() < 0.12
         assert (images[label] - truth).abs().mean() < (images[1 - label] - truth).abs().mean()
+
+
+def test_sharpening_steepens_edges_and_leaves_flat_parts():
+    halves = torch.full((600, 1, 8, 8), 102, dtype=torch.uint8)
+    halves[..., 4:] = 153
+    labels = torch.arange(600) % 2
+    released = {}
+    for sharpen in (False, True):
+        config = CentralImagesConfig(per_class=1, noise_multiplier=0.5, sharpen=sharpen)
+        plan = plan_for(config, noise_multiplier=1e-9, expected_class_count=300.0)
+        images = release_central_images(Split(halves, labels), 2, config, plan, MASKS, NOISE)
+        released[sharpen] = images.images[0, 0, 4]
+    assert torch.allclose(released[False], torch.tensor([0.4] * 4 + [0.6] * 4), atol=1e-3)
+    # Pillow's SHARPEN: (32 x - 2 * sum of the eight around) / 16.
+    expected = torch.tensor([0.4] * 3 + [0.325, 0.675] + [0.6] * 3)
+    assert torch.allclose(released[True], expected, atol=1e-3)

@@ -288,8 +288,9 @@ def inputs(channels: int = 1, batch: int = 3) -> tuple[torch.Tensor, torch.Tenso
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("patch", [1, 2])
-def test_network_keeps_the_shape_and_starts_at_zero(channels, patch):
-    settings = {"dataset__channels": channels, "model__patch_size": patch}
+@pytest.mark.parametrize("layout", ["ddpm", "ncsnpp"])
+def test_network_keeps_the_shape_and_starts_at_zero(channels, patch, layout):
+    settings = {"dataset__channels": channels, "model__patch_size": patch, "model__layout": layout}
     x, noise, labels = inputs(channels)
     with torch.no_grad():
         out = network(**settings)(x, noise, labels)
@@ -298,12 +299,13 @@ def test_network_keeps_the_shape_and_starts_at_zero(channels, patch):
         assert (network(perturbed=False, **settings)(x, noise, labels) == 0).all()
 
 
+@pytest.mark.parametrize("layout", ["ddpm", "ncsnpp"])
 @pytest.mark.parametrize("patch", [1, 2])
-def test_every_pixel_may_depend_on_every_other(patch):
+def test_every_pixel_may_depend_on_every_other(patch, layout):
     """Patches go back to where they came from, and attention spans the image."""
     x, noise, labels = inputs(batch=1)
     x.requires_grad_(True)
-    unet = network(model__patch_size=patch, model__attention_sizes=[4])
+    unet = network(model__patch_size=patch, model__attention_sizes=[4], model__layout=layout)
     out = unet(x, noise, labels)
     for row, column in ((0, 0), (3, 5)):
         (gradient,) = torch.autograd.grad(out[0, 0, row, column], x, retain_graph=True)
@@ -338,21 +340,13 @@ def test_label_and_noise_level_change_the_output_of_their_own_example_alone():
         assert moved[[0, 2]].max() < 1e-5
 
 
-def test_odd_multipliers_and_levels_fit_together():
-    unet = network(model__channel_multipliers=[1, 3, 2], model__blocks_per_level=2)
+@pytest.mark.parametrize("layout", ["ddpm", "ncsnpp"])
+def test_odd_multipliers_and_levels_fit_together(layout):
+    unet = network(
+        model__channel_multipliers=[1, 3, 2], model__blocks_per_level=2, model__layout=layout
+    )
     x, noise, labels = inputs()
     assert unet(x, noise, labels).shape == x.shape
-
-
-def test_mnist_preset_is_that_of_the_paper():
-    config = load("core/configs/mnist.yaml")
-    count = sum(parameter.numel() for parameter in build_denoiser(config).parameters())
-    assert 1_400_000 <= count <= 1_600_000  # The paper has 1,485,217.
-    images, batch = 10 * config.central_images.per_class, config.warm_up.batch_size
-    assert config.warm_up_steps == 2_000 * images / batch
-    private = config.private_training
-    assert config.private_steps == 150 * config.dataset.num_examples // private.expected_batch_size
-    assert config.private_steps == 2_197
 
 
 def test_the_same_seed_builds_the_same_denoiser_and_leaves_global_randomness_alone():

@@ -1,0 +1,55 @@
+"""Configuration as people write it: files in a small part of YAML, with inheritance; overrides."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from core import yaml_subset
+from core.errors import ConfigError
+
+
+def load_yaml(path: str | Path, heirs: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Reads a YAML mapping; with `inherits: FILE`, relative to it, on top of that one.
+
+    Args:
+        heirs: files that lead to this one.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, is not a mapping, or inherits from itself.
+    """
+    try:
+        content = yaml_subset.parse(Path(path).read_text())
+        if (parent := content.pop("inherits", None)) is None:
+            return content
+        here = Path(path).resolve()
+        if here in heirs:
+            raise ConfigError(f"'{path}' inherits from itself: remove one `inherits`")
+        return _overlay(load_yaml(here.parent / str(parent), (*heirs, here)), content)
+    except FileNotFoundError:
+        raise ConfigError(f"no configuration file at '{path}': check the path") from None
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"'{path}' cannot be read: {error}") from None
+
+
+def _overlay(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    both = dict(below)
+    for key, value in above.items():
+        lower = both.get(key)
+        if isinstance(lower, Mapping) and isinstance(value, Mapping):
+            value = _overlay(lower, value)
+        both[key] = value
+    return both
+
+
+def parse_overrides(arguments: list[str]) -> dict[str, Any]:
+    """Turns `key=value` arguments into a flat mapping; values are read as YAML."""
+    overrides: dict[str, Any] = {}
+    for argument in arguments:
+        key, separator, value = argument.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"'{argument}' is not of the form key=value")
+        try:
+            overrides[key] = yaml_subset.parse_value(value)
+        except ValueError as error:
+            raise ConfigError(f"{key}: {error}") from None
+    return overrides

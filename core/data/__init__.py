@@ -1,0 +1,83 @@
+"""Data sets as uint8 tensors, each checked against what the configuration states."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from core.config import DatasetConfig
+from core.data.cache import decoded, decoded_once
+from core.data.digits import digits
+from core.data.folders import camelyon17, celeba, eurosat, image_folder
+from core.data.idx import idx
+from core.data.parquet import parquet
+from core.data.published import cifar
+from core.data.records import Dataset, Source, Split
+from core.errors import DataError
+
+__all__ = [
+    "Dataset",
+    "Split",
+    "from_model_range",
+    "load_dataset",
+    "to_float",
+    "to_model_range",
+]
+
+READERS: dict[str, Callable[[DatasetConfig], Source]] = {
+    "digits": digits,
+    "idx": idx,
+    "image_folder": image_folder,
+    "cifar10": cifar,
+    "cifar100": cifar,
+    "eurosat": eurosat,
+    "celeba": celeba,
+    "camelyon17": camelyon17,
+    "parquet": parquet,
+}
+
+
+def load_dataset(config: DatasetConfig, cache: Path | None = None) -> Dataset:
+    """Reads a data set and checks it against the public facts of the configuration.
+
+    Images are cropped to their central square and resized with antialiasing.
+
+    Args:
+        cache: folder that keeps the decoded images for the next process; None decodes into memory.
+
+    Raises:
+        DataError: a file is missing or malformed, or the data differs from the configuration.
+
+    Privacy: opens the private data; call only after the plan has been made.
+    """
+    source = READERS[config.name](config)
+    dataset = decoded_once(source, config, cache) if cache else decoded(source, config)
+    labels = dataset.train.labels
+    if len(labels) != config.num_examples:
+        raise DataError(
+            f"dataset.num_examples={config.num_examples}, but '{config.path or config.name}' holds "
+            f"{len(labels)} training images: N is a public constant that every privacy "
+            "figure rests on, so state it or choose the right data"
+        )
+    missing = sorted(set(range(config.num_classes)) - set(labels.unique().tolist()))
+    if missing:
+        raise DataError(
+            f"class {missing[0]} of '{config.path or config.name}' has no training image: add "
+            f"some, or lower dataset.num_classes={config.num_classes}"
+        )
+    return dataset
+
+
+def to_float(images: torch.Tensor) -> torch.Tensor:
+    """uint8 in [0, 255] to float32 in [0, 1]."""
+    return images.to(torch.float32) / 255
+
+
+def to_model_range(images: torch.Tensor) -> torch.Tensor:
+    """[0, 1] to [-1, 1], the range of the diffusion model."""
+    return images * 2 - 1
+
+
+def from_model_range(images: torch.Tensor) -> torch.Tensor:
+    """[-1, 1] to [0, 1], clamped."""
+    return ((images + 1) / 2).clamp(0.0, 1.0)

@@ -1,0 +1,136 @@
+"""Images decoded once for all runs and workers that see a folder, mapped into their memory."""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from core.config import DatasetConfig, flatten
+from core.data.records import Dataset, Records, Source, Split, fingerprint_of_labels, fitted
+from core.errors import DataError
+from core.locks import held
+
+_VERSION = 1
+"""Raised whenever cropping, resizing or the files' layout change, so that no old one is taken."""
+_NO_TRANSFORM = ("path", "num_examples", "public")
+_FEW = 64
+"""Up to so many files are known by their content, which is quickly read; more by the time of
+their last change."""
+
+
+def decoded(source: Source, config: DatasetConfig) -> Dataset:
+    """Everything in the memory of this process.
+
+    Raises:
+        DataError: a file is missing or damaged, or a split is empty.
+    """
+    train, test = _read(source, config)
+    digest = fingerprint_of_labels(train.labels)
+    images = [
+        np.stack(list(fitted(train, config, "training", digest))),
+        np.stack(list(fitted(test, config, "test"))),
+    ]
+    splits = [
+        Split(torch.from_numpy(array), torch.from_numpy(records.labels))
+        for array, records in zip(images, (train, test), strict=True)
+    ]
+    return Dataset(splits[0], splits[1], digest.hexdigest())
+
+
+def decoded_once(source: Source, config: DatasetConfig, cache: Path) -> Dataset:
+    """The same from `cache`, where the first process that asks for it puts it.
+
+    A process that dies while it writes leaves nothing that another would take.
+
+    Raises:
+        DataError: a file is missing or damaged, a split is empty, or the folder cannot be written.
+
+    Privacy: the folder holds the private images unprotected, readable by their owner alone; it
+        must not be released. Its name is a digest of the source.
+    """
+    folder = cache / f"images-{_key(source, config)}"
+    try:
+        with held(cache / f"{folder.name}.lock", patience=math.inf):
+            if (dataset := _mapped(folder, config)) is None:
+                _write(source, config, folder)
+                dataset = _mapped(folder, config)
+    except OSError as error:
+        raise DataError(
+            f"'{folder}' cannot hold the decoded images ({error}): free some space there, or set "
+            "runtime.cache to another folder"
+        ) from None
+    assert dataset is not None
+    return dataset
+
+
+def _key(source: Source, config: DatasetConfig) -> str:
+    settings = {k: v for k, v in flatten(config).items() if k not in _NO_TRANSFORM}
+    digest = hashlib.sha256(json.dumps([_VERSION, settings], sort_keys=True).encode())
+    for path in source.files:
+        try:
+            if len(source.files) <= _FEW:
+                state: Any = hashlib.sha256(path.read_bytes()).hexdigest()
+            else:
+                status = path.stat()
+                state = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+        except OSError as error:
+            raise DataError(f"'{path}' cannot be read ({error}): fetch it again") from None
+        digest.update(json.dumps([str(path.absolute()), state]).encode())
+    return digest.hexdigest()[:32]
+
+
+def _read(source: Source, config: DatasetConfig) -> tuple[Records, Records]:
+    parts = source.read()
+    for records, split in zip(parts, ("training", "test"), strict=True):
+        if len(records.labels) == 0:
+            raise DataError(
+                f"'{config.path or config.name}' holds no {split} image: add some, or choose "
+                "another data set"
+            )
+    return parts
+
+
+def _write(source: Source, config: DatasetConfig, folder: Path) -> None:
+    train, test = _read(source, config)
+    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(mode=0o700)
+        digest = fingerprint_of_labels(train.labels)
+        for records, split, sum_of in ((train, "training", digest), (test, "test", None)):
+            np.save(temporary / f"{split}_labels.npy", records.labels)
+            shape = (len(records.labels), config.channels, config.image_size, config.image_size)
+            with (temporary / f"{split}_images.npy").open("wb") as file:
+                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(file, header)
+                for image in fitted(records, config, split, sum_of):
+                    file.write(image.tobytes())
+                file.flush()
+                os.fsync(file.fileno())
+        (temporary / "fingerprint").write_text(digest.hexdigest())
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _mapped(folder: Path, config: DatasetConfig) -> Dataset | None:
+    """What lies in the folder; None where there is nothing, or a damaged file."""
+    try:
+        train, test = (_split(folder, name) for name in ("training", "test"))
+        fingerprint = (folder / "fingerprint").read_text()
+    except (FileNotFoundError, ValueError, EOFError):
+        return None
+    complete = all(len(split.images) == len(split.labels) for split in (train, test))
+    return Dataset(train, test, fingerprint) if complete and len(fingerprint) == 64 else None
+
+
+def _split(folder: Path, name: str) -> Split:
+    # Pages are shared until somebody writes to them: "c" is copy on write.
+    images = np.load(folder / f"{name}_images.npy", mmap_mode="c")
+    return Split(torch.from_numpy(images), torch.from_numpy(np.load(folder / f"{name}_labels.npy")))

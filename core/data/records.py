@@ -1,0 +1,148 @@
+"""What every reader of a data set hands over, and what each image goes through on the way."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from core.config import DatasetConfig
+from core.errors import DataError
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images with labels.
+
+    Attributes:
+        images: uint8 `[N, C, H, W]`.
+        labels: int64 `[N]`, in [0, number of classes).
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set in memory, or mapped into it.
+
+    Attributes:
+        train: private training images.
+        test: private test images, used by scores alone.
+        fingerprint: SHA-256 of the training records as they are stored, before any cropping or
+            resizing: the ledger is theirs, however they are used. Hexadecimal digits; enters
+            every key. Whoever knows all records but one can test for that one: never publish it.
+    """
+
+    train: Split
+    test: Split
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Records:
+    """The records of a split as they are stored.
+
+    Attributes:
+        labels: integers `[N]` in [0, number of classes).
+        images: yields the N images in the order of the labels, uint8 `[C, H, W]` or, as some
+            files hold grey ones, `[H, W]`; raises DataError with the name of a damaged file.
+    """
+
+    labels: np.ndarray
+    images: Callable[[], Iterator[np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a data set lies, and how it is read.
+
+    Attributes:
+        files: all files that decide its content.
+        read: opens them; training and test records.
+    """
+
+    files: tuple[Path, ...]
+    read: Callable[[], tuple[Records, Records]]
+
+
+def fingerprint_of_labels(labels: np.ndarray) -> Any:
+    """The beginning of a fingerprint; `fitted` adds the images."""
+    return hashlib.sha256(f"{labels.shape}".encode() + labels.astype("<i8").tobytes())
+
+
+def fitted(
+    records: Records, config: DatasetConfig, split: str, digest: Any = None
+) -> Iterator[np.ndarray]:
+    """Yields each image at the size of the configuration, uint8 `[C, image_size, image_size]`.
+
+    Args:
+        split: `training` or `test`, for people.
+        digest: SHA-256 that is given every image as it is stored.
+
+    Raises:
+        DataError: an image has other channels than the configuration says, or is damaged.
+    """
+    size = config.image_size
+    for stored in records.images():
+        if digest is not None:
+            digest.update(f"{stored.shape}".encode())
+            digest.update(np.ascontiguousarray(stored).tobytes())
+        image = torch.from_numpy(np.ascontiguousarray(stored if stored.ndim == 3 else stored[None]))
+        if len(image) != config.channels:
+            raise DataError(
+                f"the {split} images of '{config.path or config.name}' have shape "
+                f"{(len(image), size, size)}, not {(config.channels, size, size)}: set "
+                "dataset.channels to what the data is"
+            )
+        yield _fit(image, size).numpy()
+
+
+def _fit(image: torch.Tensor, size: int) -> torch.Tensor:
+    """Crops uint8 `[C, H, W]` to the central square and resizes it with antialiasing."""
+    height, width = image.shape[-2:]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    image = image[..., top : top + side, left : left + side]
+    if side == size:
+        return image
+    resized = F.interpolate(
+        image[None].to(torch.float32), size=(size, size), mode="bilinear", antialias=True
+    )
+    return resized[0].round().clamp(0, 255).to(torch.uint8)
+
+
+def checked_labels(path: Path, labels: np.ndarray, config: DatasetConfig) -> np.ndarray:
+    """The labels, if all lie among the stated classes."""
+    for label in (labels.min(), labels.max()) if len(labels) else ():
+        if not 0 <= label < config.num_classes:
+            raise DataError(
+                f"'{path}' holds label {label}, which must lie in [0, dataset.num_classes="
+                f"{config.num_classes}): raise dataset.num_classes, or repair the labels"
+            )
+    return labels.astype(np.int64)
+
+
+def folder_of(config: DatasetConfig) -> Path:
+    """The folder at `dataset.path`."""
+    if not config.path:
+        raise DataError(f"dataset.name={config.name} needs a folder: set dataset.path=FOLDER")
+    folder = Path(config.path).expanduser()
+    if not folder.is_dir():
+        raise DataError(f"no folder at dataset.path='{folder}': correct the path")
+    return folder
+
+
+def existing(path: Path, config: DatasetConfig) -> Path:
+    """The path, if something lies there."""
+    if not path.exists():
+        raise DataError(
+            f"dataset.name={config.name} needs '{path}', which is missing: `python -m core prepare "
+            f"--dataset {config.name}` says where it comes from, or correct dataset.path"
+        )
+    return path

@@ -1,0 +1,167 @@
+"""`python -m core prepare`: where a data set comes from, and what must lie where to be read."""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from core.data.published import CLASSES, digests_of, torchvision_class
+from core.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What is known of a public data set.
+
+    Attributes:
+        text: what it is and where it is published.
+        url: where it is fetched from.
+        folder: below the folder given: what `dataset.path` must name.
+        layout: files below that folder, in words.
+        reader: `dataset.name`.
+        preset: of its runs.
+    """
+
+    text: str
+    url: str
+    folder: str
+    layout: str
+    reader: str
+    preset: str
+
+
+_IDX = "train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz, t10k-images-idx3-ubyte.gz, "
+_IDX += "t10k-labels-idx1-ubyte.gz (gzipped or not)"
+ORIGINS = {
+    "mnist": Origin(
+        "MNIST (LeCun et al. 1998): 60,000 + 10,000 grey digits of 28x28",
+        "https://ossci-datasets.s3.amazonaws.com/mnist/",
+        "MNIST/raw",
+        _IDX,
+        "idx",
+        "mnist",
+    ),
+    "fashion_mnist": Origin(
+        "Fashion-MNIST (Xiao et al. 2017): 60,000 + 10,000 grey clothes of 28x28",
+        "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+        "FashionMNIST/raw",
+        _IDX,
+        "idx",
+        "fashion_mnist",
+    ),
+    "cifar10": Origin(
+        "CIFAR-10 (Krizhevsky 2009): 50,000 + 10,000 colour images of 32x32",
+        "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
+        ".",
+        "cifar-10-batches-py/ as unpacked from the archive",
+        "cifar10",
+        "cifar10",
+    ),
+    "cifar100": Origin(
+        "CIFAR-100 (Krizhevsky 2009): 50,000 + 10,000 colour images of 32x32, 100 classes",
+        "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
+        ".",
+        "cifar-100-python/ as unpacked from the archive",
+        "cifar100",
+        "cifar100",
+    ),
+    "eurosat": Origin(
+        "EuroSAT (Helber et al. 2019): 27,000 RGB satellite tiles of 64x64",
+        "https://huggingface.co/datasets/torchgeo/eurosat (EuroSAT.zip, 90 MB)",
+        ".",
+        "eurosat/2750/CLASS/*.jpg, unpacked from EuroSAT.zip",
+        "eurosat",
+        "eurosat",
+    ),
+    "celeba": Origin(
+        "CelebA (Liu et al. 2015): 162,770 + 19,962 aligned faces of 178x218",
+        "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html (Google Drive, 1.4 GB)",
+        ".",
+        "celeba/img_align_celeba/*.jpg, or the archive of these, and the text files beside it",
+        "celeba",
+        "celeba_32",
+    ),
+    "camelyon17": Origin(
+        "Camelyon17-WILDS (Bandi et al. 2018, Koh et al. 2021): 302,436 + 85,054 patches of 96x96",
+        "https://worksheets.codalab.org/rest/bundles/0xe45e15f39fb54e9d9e919556af67aabe/contents/"
+        "blob/ (10.7 GB)",
+        "camelyon17_v1.0",
+        "metadata.csv and patches/patient_P_node_N/*.png, unpacked from the archive; no digest is "
+        "published, only its size of 10,658,709,504 bytes",
+        "camelyon17",
+        "camelyon17",
+    ),
+}
+_CAMELYON_BYTES = 10_658_709_504
+
+
+def prepare(options: argparse.Namespace) -> None:
+    """Says where a data set comes from, fetches what is missing, checks the published digests.
+
+    Raises:
+        DataError: it can neither be found nor fetched; what to place where was printed before.
+    """
+    name, out = options.dataset, options.out
+    if name not in ORIGINS:
+        raise ConfigError(f"--dataset {name} is unknown: choose of {', '.join(ORIGINS)}")
+    origin = ORIGINS[name]
+    folder = out / origin.folder
+    print(f"{origin.text}\nfrom   {origin.url}\nlayout {folder}: {origin.layout}")
+    for file, md5 in _digests(name).items():
+        print(f"       MD5 {md5}  {out / file}")
+    try:
+        _fetch_camelyon(origin, out) if name == "camelyon17" else _fetch(name, out)
+    except Exception as error:  # Networks and archives fail in many ways.
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise DataError(
+            f"{name} cannot be had from here ({reason}): fetch it elsewhere, place the files as "
+            f"listed above below '{out}', and run the same command again"
+        ) from None
+    print(f"ready  dataset.path={folder}")
+    print(f"next   python -m core run --config core/configs/{origin.preset}.yaml ", end="")
+    print(f"dataset.path={folder}")
+
+
+def _digests(name: str) -> dict[str, str]:
+    """Published MD5 by path below the folder given; none for sets of single images."""
+    if name in ("mnist", "fashion_mnist"):
+        kind = torchvision_class(name)
+        return {f"{ORIGINS[name].folder}/{file}": md5 for file, md5 in kind.resources}
+    if name == "eurosat":
+        return {"eurosat/EuroSAT.zip": "c8fa014336c82ac7804f0398fcb19387"}
+    if name == "camelyon17":
+        return {}
+    archive = {"celeba/img_align_celeba.zip": "00d2c5bc6d35e252742224ab0c1e8fcb"}
+    return {**digests_of(name), **(archive if name == "celeba" else {})}
+
+
+def _fetch(name: str, out: Path) -> None:
+    """Downloads by torchvision what is not there; it checks each archive's digest."""
+    kind: Any = torchvision_class(name)
+    assert name in CLASSES
+    _refuse_damaged(name, out)
+    kind(str(out), download=True)
+    _refuse_damaged(name, out)
+
+
+def _refuse_damaged(name: str, out: Path) -> None:
+    from torchvision.datasets.utils import check_integrity
+
+    for file, md5 in _digests(name).items():
+        path = out / file
+        if path.exists() and not check_integrity(path, md5):
+            raise DataError(f"'{path}' is damaged, as its MD5 is not {md5}; remove it")
+
+
+def _fetch_camelyon(origin: Origin, out: Path) -> None:
+    from torchvision.datasets.utils import download_url, extract_archive
+
+    folder = out / origin.folder
+    if (folder / "metadata.csv").exists():
+        return
+    archive = out / "camelyon17_v1.0.tar.gz"
+    if not archive.exists():
+        download_url(origin.url.split(" ")[0], str(out), archive.name)
+    if (size := archive.stat().st_size) != _CAMELYON_BYTES:
+        raise DataError(f"'{archive}' has {size} bytes, not {_CAMELYON_BYTES}; remove it")
+    extract_archive(str(archive), str(folder))

@@ -1,0 +1,158 @@
+"""Images are decoded once, shared, kept from others, and made anew when anything changes."""
+
+import multiprocessing
+import stat
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from idx_files import TRAIN_IMAGES, write_idx
+from published_files import write_eurosat
+
+from core.config import DatasetConfig
+from core.data import cache as data_cache
+from core.data import load_dataset
+from core.errors import DataError
+
+DIGITS = "9ae3f0999eff23cc78ebb41f524c2b8c527b93c46c09c0b823b34fbc4a932f4b"
+
+
+def config(folder: Path, **changes: object) -> DatasetConfig:
+    settings = {"name": "idx", "image_size": 6, "num_classes": 3, "num_examples": 30} | changes
+    return DatasetConfig(path=str(folder), **settings)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """Counts how often anything is written to a cache."""
+    calls: list[str] = []
+    write = data_cache._write
+
+    def counted(source, settings, folder):
+        calls.append(folder.name)
+        write(source, settings, folder)
+
+    monkeypatch.setattr(data_cache, "_write", counted)
+    return calls
+
+
+def test_the_fingerprint_that_ledgers_are_named_by_never_changes(tmp_path):
+    assert load_dataset(DatasetConfig()).fingerprint == DIGITS
+    assert load_dataset(DatasetConfig(), tmp_path).fingerprint == DIGITS
+
+
+@pytest.mark.parametrize("size", [6, 4])
+def test_cached_images_are_those_decoded_into_memory(tmp_path, decoded, size):
+    write_idx(tmp_path / "data")
+    settings, cache = config(tmp_path / "data", image_size=size), tmp_path / "cache"
+    memory = load_dataset(settings)
+    for _ in range(3):
+        mapped = load_dataset(settings, cache)
+        for ours, theirs in ((mapped.train, memory.train), (mapped.test, memory.test)):
+            assert torch.equal(ours.images, theirs.images)
+            assert torch.equal(ours.labels, theirs.labels)
+        assert mapped.fingerprint == memory.fingerprint
+    assert len(decoded) == 1
+
+
+def test_a_write_to_the_images_stays_in_its_process(tmp_path):
+    write_idx(tmp_path / "data")
+    first = load_dataset(config(tmp_path / "data"), tmp_path / "cache")
+    first.train.images.zero_()
+    assert load_dataset(config(tmp_path / "data"), tmp_path / "cache").train.images.sum() > 0
+
+
+def test_what_is_private_is_for_its_owner_alone(tmp_path):
+    write_idx(tmp_path / "data")
+    load_dataset(config(tmp_path / "data"), tmp_path / "cache")
+    (folder,) = (path for path in (tmp_path / "cache").iterdir() if path.is_dir())
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+def test_another_source_or_transform_is_decoded_anew(tmp_path, decoded):
+    write_idx(tmp_path / "data")
+    cache = tmp_path / "cache"
+    load_dataset(config(tmp_path / "data"), cache)
+    load_dataset(config(tmp_path / "data", image_size=4), cache)
+    path = tmp_path / "data" / TRAIN_IMAGES
+    content = bytearray(path.read_bytes())
+    content[99] ^= 1
+    path.write_bytes(content)
+    changed = load_dataset(config(tmp_path / "data"), cache)
+    assert len(set(decoded)) == len(decoded) == 3
+    assert torch.equal(changed.train.images, load_dataset(config(tmp_path / "data")).train.images)
+    write_idx(tmp_path / "elsewhere", train_images=np.ones((30, 6, 6)))
+    assert (load_dataset(config(tmp_path / "elsewhere"), cache).train.images == 1).all()
+
+
+def test_many_files_are_known_by_their_last_change(tmp_path, decoded):
+    write_eurosat(tmp_path / "data", each=54)
+    facts = {"name": "eurosat", "image_size": 8, "channels": 3, "num_classes": 2}
+    settings = config(tmp_path / "data", **facts, num_examples=92)
+    for _ in range(2):
+        load_dataset(settings, tmp_path / "cache")
+    assert len(decoded) == 1
+    path = next((tmp_path / "data").rglob("*.jpg"))
+    path.write_bytes(path.read_bytes())
+    load_dataset(settings, tmp_path / "cache")
+    assert len(decoded) == 2
+
+
+@pytest.mark.parametrize("harm", ["truncated", "missing", "labels"])
+def test_a_damaged_cache_is_made_anew(tmp_path, decoded, harm):
+    write_idx(tmp_path / "data")
+    cache = tmp_path / "cache"
+    whole = load_dataset(config(tmp_path / "data"), cache)
+    kept = whole.train.images.clone()
+    (folder,) = (path for path in cache.iterdir() if path.is_dir())
+    path = folder / "training_images.npy"
+    if harm == "truncated":
+        path.write_bytes(path.read_bytes()[:-5])
+    elif harm == "missing":
+        (folder / "fingerprint").unlink()
+    else:
+        np.save(folder / "training_labels.npy", np.zeros(3, np.int64))
+    assert torch.equal(load_dataset(config(tmp_path / "data"), cache).train.images, kept)
+    assert len(decoded) == 2
+
+
+def test_a_damaged_source_leaves_nothing_behind(tmp_path):
+    write_eurosat(tmp_path / "data", each=7)
+    path = sorted((tmp_path / "data").rglob("*.jpg"))[-1]
+    path.write_bytes(b"no image")
+    facts = {"name": "eurosat", "image_size": 8, "channels": 3, "num_classes": 2}
+    with pytest.raises(DataError, match=path.name):
+        load_dataset(config(tmp_path / "data", **facts, num_examples=12), tmp_path / "cache")
+    assert [path for path in (tmp_path / "cache").iterdir() if path.is_dir()] == []
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_with_a_remedy(tmp_path):
+    write_idx(tmp_path / "data")
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(DataError, match=r"set runtime\.cache to another folder"):
+        load_dataset(config(tmp_path / "data"), tmp_path / "cache")
+
+
+def _load(folder: str, cache: str, start: threading.Event, sums: object) -> None:
+    start.wait()
+    images = load_dataset(config(Path(folder)), Path(cache)).train.images
+    sums.put(int(images.sum()))  # type: ignore[attr-defined]
+
+
+def test_processes_that_ask_at_once_share_one_copy(tmp_path):
+    write_idx(tmp_path / "data")
+    context = multiprocessing.get_context("fork")
+    start, sums = context.Event(), context.Queue()
+    arguments = (str(tmp_path / "data"), str(tmp_path / "cache"), start, sums)
+    processes = [context.Process(target=_load, args=arguments) for _ in range(4)]
+    for process in processes:
+        process.start()
+    start.set()
+    found = {sums.get(timeout=60) for _ in processes}
+    for process in processes:
+        process.join()
+    assert found == {int(load_dataset(config(tmp_path / "data")).train.images.sum())}
+    folders = [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
+    assert len(folders) == 1
