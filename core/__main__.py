@@ -30,6 +30,16 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def add_verbosity(parser: argparse.ArgumentParser) -> None:
+    """Adds `-q` and `-v`, which set `verbosity` to -1 and 1."""
+    group = parser.add_mutually_exclusive_group()
+    for flag, value, text in (("quiet", -1, "no progress"), ("verbose", 1, "a line a report")):
+        group.add_argument(
+            f"-{flag[0]}", f"--{flag}", dest="verbosity", action="store_const", const=value,
+            default=0, help=f"show {text}; the log file in the folder has all",
+        )  # fmt: skip
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m core", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -50,7 +60,8 @@ def _parser() -> argparse.ArgumentParser:
         )
         return command
 
-    add("run", "core.commands:run", "train, generate and score one model", folder=True, config=True)
+    run = add("run", "core.commands:run", "train, generate and score one model", True, True)
+    add_verbosity(run)
     add(
         "compare",
         "core.commands:compare",

@@ -11,11 +11,12 @@ import torch
 
 from core.config import Config, load, nested, parse_overrides, short_digest
 from core.data import Split, load_dataset
-from core.diffusion.denoiser import build_denoiser
+from core.device import config_device
 from core.errors import ConfigError
 from core.evaluation.scoring import score
 from core.generate import generate as draw_images
 from core.generate import load_generator
+from core.generator import load_denoiser
 from core.inspection import inspect_run
 from core.pipeline import run as run_pipeline
 from core.privacy.card import ledger_text
@@ -25,7 +26,6 @@ from core.privacy.plan import PrivacyPlan
 from core.privacy.spending import require_same_data
 from core.release import release_card, verify_release, write_release
 from core.reporting import Console, write_grid
-from core.training import config_device
 
 
 def run(options: argparse.Namespace) -> None:
@@ -37,7 +37,7 @@ def run(options: argparse.Namespace) -> None:
             "another scope"
         )
     run_dir = options.run_dir or _run_dir(options.config, config)
-    result = _train(config, run_dir)
+    result = _train(config, run_dir, options.verbosity)
     print(json.loads((run_dir / "privacy.json").read_text())["statement"])
     print("Scores are computed from real images and are not private:")
     for name, value in result.items():
@@ -75,8 +75,8 @@ def compare(options: argparse.Namespace) -> None:
         )
 
 
-def _train(config: Config, run_dir: Path) -> dict[str, Any]:
-    console = Console(config.training.num_steps)
+def _train(config: Config, run_dir: Path, verbosity: int = 0) -> dict[str, Any]:
+    console = Console(config.training.num_steps, verbosity)
     master = MasterSecret.load()
     return run_pipeline(config, run_dir, master=master, name=run_dir.name, report=console)
 
@@ -120,12 +120,7 @@ def _finished(run_dir: Path, overrides: list[str]) -> tuple[Config, torch.nn.Mod
     if not (run_dir / "model.pt").exists():
         raise ConfigError(f"'{run_dir}' holds no finished run (no model.pt): finish it first")
     config = load(run_dir / "config.yaml", parse_overrides(overrides))
-    denoiser = build_denoiser(config).to(config_device(config)).eval()
-    weights = torch.load(
-        run_dir / "model.pt", map_location=config_device(config), weights_only=True
-    )
-    denoiser.load_state_dict(weights)
-    return config, denoiser
+    return config, load_denoiser(config, run_dir / "model.pt")
 
 
 def generate(options: argparse.Namespace) -> None:

@@ -205,6 +205,8 @@ class RuntimeConfig(Section):
     """Feature maps in memory position by position: faster for large ones, slower for 8x8."""
     log_every: PositiveInt = 25
     checkpoint_every: PositiveInt = 200
+    num_pictures: Annotated[int, Field(ge=0, le=100)] = 4
+    """Grids of samples that are drawn while training, evenly over its steps, to watch it."""
     cache: str = "runs/cache"
     """Folder of what depends on real images alone, such as FID's real side; not to be released."""
     ledger: str = "runs/ledger"

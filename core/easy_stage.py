@@ -6,6 +6,7 @@ trial that starts from another's state of step s ends where it would have ended 
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,12 +86,17 @@ def warm_up(
     checkpoints: Checkpoints,
     report: Report,
     trajectory: "Trajectory | None",
+    after_step: Callable[[int], None],
 ) -> None:
-    """Trains on the central images, from where another trial of the trajectory left them."""
+    """Trains on the central images, from where another trial of the trajectory left them.
+
+    Args:
+        after_step: as of `train`.
+    """
     stage = warm_up_stage(config, denoiser, central)
     if trajectory is not None:
         distributed.on_rank_0(lambda: trajectory.start(checkpoints, stage.num_steps))
-    train(stage, denoiser, ema, 0, checkpoints, report, config)
+    train(stage, denoiser, ema, 0, checkpoints, report, config, after_step)
     if trajectory is not None:
         distributed.on_rank_0(lambda: trajectory.keep(checkpoints))
 

@@ -1,6 +1,6 @@
 """Class-balanced generation of synthetic images, shared among ranks, and the released generator."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,11 @@ from core.data import Split, from_model_range
 from core.diffusion.denoiser import Denoiser, build_denoiser
 from core.diffusion.sampler import sample
 from core.errors import ConfigError
+from core.reporting import write_grid
 
+_SEEDS = 1_000_003
+"""Seeds that one public seed stands for: one for each chunk of images, the last for pictures."""
+_PICTURE_CLASSES, _PICTURE_COLUMNS = 10, 5
 GENERATOR = "generator"
 """Folder of a bundle that holds the weights."""
 _PUBLIC = ("image_size", "channels", "num_classes")
@@ -27,21 +31,66 @@ def generate(denoiser: nn.Module, config: Config, num_images: int, device: str) 
 
     Privacy: post-processing of a private model.
     """
-    dataset = config.dataset
-    labels = torch.arange(num_images) % dataset.num_classes
-    shape = (dataset.channels, dataset.image_size, dataset.image_size)
+    labels = torch.arange(num_images) % config.dataset.num_classes
     mine: dict[int, torch.Tensor] = {}
     for number, part in enumerate(labels.split(config.evaluation.batch_size)):
         if number % distributed.world_size() == distributed.rank():
-            generator = torch.Generator(device).manual_seed(config.seed * 1_000_003 + number)
-            images = sample(
-                denoiser, part.to(device), shape, config.sampler, dataset.num_classes, generator
-            )
-            mine[number] = (from_model_range(images) * 255).round().to(torch.uint8).cpu()
+            mine[number] = draw_images(denoiser, part, config, config.seed, number, device)
     parts: dict[int, torch.Tensor] = {}
     for share in distributed.all_gather_object(mine):
         parts.update(share)
     return Split(torch.cat([parts[number] for number in sorted(parts)]), labels)
+
+
+def draw_images(
+    denoiser: nn.Module,
+    labels: torch.Tensor,
+    config: Config,
+    seed: int,
+    number: int,
+    device: str,
+) -> torch.Tensor:
+    """One image for each label: uint8 `[B, C, H, W]` on the CPU.
+
+    Args:
+        labels: int64 `[B]`, each in [0, num_classes).
+        seed: public, at least 0.
+        number: of the chunk, in [0, 1,000,003); each has random numbers of its own.
+
+    Privacy: post-processing of a private model.
+    """
+    dataset = config.dataset
+    shape = (dataset.channels, dataset.image_size, dataset.image_size)
+    generator = torch.Generator(device).manual_seed((seed * _SEEDS + number) % 2**63)
+    images = sample(
+        denoiser, labels.to(device), shape, config.sampler, dataset.num_classes, generator
+    )
+    return (from_model_range(images) * 255).round().to(torch.uint8).cpu()
+
+
+def sample_pictures(
+    denoiser: nn.Module, config: Config, folder: Path, device: str
+) -> Callable[[int], None]:
+    """What draws `folder/STEP.png` on rank 0 after each of `runtime.num_pictures` steps.
+
+    All are drawn from the same seed, so that the pictures of a run, and of runs, compare.
+
+    Args:
+        denoiser: the averaged model, as it will be at the step.
+
+    Privacy: post-processing of a model that is private after every step, whose cost is charged.
+    """
+    total, count = config.training.num_steps, config.runtime.num_pictures
+    steps = {round(total * (k + 1) / (count + 1)) for k in range(count)} - {0, total}
+    classes = torch.arange(min(config.dataset.num_classes, _PICTURE_CLASSES))
+    labels = classes.repeat_interleave(_PICTURE_COLUMNS)
+
+    def draw(step: int) -> None:
+        if step in steps and distributed.rank() == 0:
+            images = draw_images(denoiser, labels, config, config.seed, _SEEDS - 1, device)
+            write_grid(folder / f"{step:08d}.png", images, labels)
+
+    return draw
 
 
 def write_generator(folder: Path, denoiser: Denoiser, config: Config) -> None:

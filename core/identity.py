@@ -12,9 +12,9 @@ import torch
 
 from core import distributed
 from core.config import Config, flatten
+from core.device import config_device
 from core.errors import ConfigError
 from core.privacy.keys import SECRET_FILE_VARIABLE
-from core.training import config_device
 
 CENTRAL = ("dataset.", "central_images.")
 """Settings that decide the central images, beside their plan."""

@@ -1,6 +1,7 @@
 """One run, top to bottom: plan, data, central images, warm-up, DP-SGD, generation, scores."""
 
 import json
+import logging
 import platform
 import time
 from contextlib import ExitStack
@@ -16,6 +17,7 @@ from core import distributed, yaml_subset
 from core.checkpoint import Checkpoints
 from core.config import Config, flatten, load_yaml, nested
 from core.data import Split, load_dataset
+from core.device import config_device
 from core.diffusion.denoiser import build_denoiser
 from core.diffusion.ema import Ema
 from core.easy_stage import kept_central_images, trajectory_of, warm_up
@@ -23,16 +25,17 @@ from core.errors import ConfigError
 from core.evaluation.features import find_weights
 from core.evaluation.metrics import dp_accuracy
 from core.evaluation.scoring import score
-from core.generate import generate
+from core.generate import generate, sample_pictures
 from core.identity import CENTRAL, identity_of, origin_of, settings_of
 from core.locks import held
 from core.privacy.keys import KeyedStream, MasterSecret
 from core.privacy.plan import PrivacyPlan, make_plan
 from core.privacy.spending import Spending, require_same_data
-from core.reporting import MetricsLog, Report, write_grid, write_json
+from core.reporting import MetricsLog, Report, log_to, report_line, write_grid, write_json
 from core.storage import require_space, stored
-from core.training import config_device, private_stage, train
+from core.training import private_stage, train
 
+_LOG = logging.getLogger("core")
 _PATIENCE = 15.0
 """Seconds in which a worker that was given up by its supervisor may still let the folder go."""
 _SWEEP_PATIENCE = 120.0
@@ -80,6 +83,7 @@ def run(
         def enter() -> None:
             with stored(run_dir):
                 stack.enter_context(lock)
+                stack.enter_context(log_to("core", run_dir / "run.log"))
 
         distributed.on_rank_0(enter)
         charged = charged or run_dir / "charged"
@@ -140,6 +144,7 @@ def _run(
     denoiser = build_denoiser(config).to(config_device(config))
     distributed.broadcast_module(denoiser)
     ema = Ema(denoiser, config.training.ema_decay)
+    pictures = sample_pictures(ema.module, config, run_dir / "samples", config_device(config))
 
     if plan.central is not None:
         central = kept_central_images(
@@ -154,7 +159,7 @@ def _run(
         )
         if not _is_past_warm_up(checkpoints):
             trajectory = trajectory_of(shared, config, released) if shared else None
-            warm_up(config, denoiser, ema, central, checkpoints, report, trajectory)
+            warm_up(config, denoiser, ema, central, checkpoints, report, trajectory, pictures)
 
     def count(step: int) -> None:
         if spending.begins_block(step):  # On all ranks, as all must stop where it cannot be noted.
@@ -170,7 +175,8 @@ def _run(
         before_step=count,
     )
     try:
-        train(stage, denoiser, ema, config.warm_up_steps, checkpoints, report, config)
+        offset = config.warm_up_steps
+        train(stage, denoiser, ema, offset, checkpoints, report, config, pictures)
     finally:
         if distributed.rank() == 0:
             spending.settle(fingerprint, reservation)
@@ -263,9 +269,11 @@ def _logged(report: Report, run_dir: Path, checkpoints: Checkpoints, config: Con
         offset = config.warm_up_steps if state["stage"] == "private_training" else 0
         resumed = offset + state["step"]
     log = MetricsLog(run_dir / "metrics.jsonl", resumed)
+    _LOG.info("begins after step %d of %d", resumed, config.training.num_steps)
 
     def both(metrics: dict[str, Any]) -> None:
         log({**metrics, "workers": distributed.world_size()})  # Which may change on a resumption.
+        _LOG.info(report_line(metrics, config.training.num_steps))
         report(metrics)
 
     return both

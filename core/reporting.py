@@ -1,13 +1,15 @@
 """What a run leaves for people to read: metrics.jsonl, progress lines, picture grids."""
 
 import json
+import logging
 import math
 import os
 import struct
 import sys
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,18 +42,49 @@ def _step_of(line: str) -> float:
         return math.inf
 
 
-class ProgressLine:
-    """One line that is written over on a terminal; elsewhere sparse lines of their own."""
+@contextmanager
+def log_to(name: str, path: Path) -> Iterator[None]:
+    """Appends what the logger of that name is told to a file, with the time, until the block ends.
 
-    def __init__(self, interval: float = 10.0) -> None:
-        self._interval = interval
+    Privacy: losses and scores among it are not private; the file stays in the run's folder.
+    """
+    logger = logging.getLogger(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    logger.addHandler(handler)
+    try:
+        yield
+    except BaseException as error:
+        logger.error("stopped by %s: %s", type(error).__name__, error)
+        raise
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
+
+
+class ProgressLine:
+    """One line that is written over on a terminal; elsewhere sparse lines of their own.
+
+    Args:
+        verbosity: -1 shows nothing, 0 as above, 1 every line, each on its own.
+        interval: seconds between lines that are not on a terminal.
+    """
+
+    def __init__(self, verbosity: int = 0, interval: float = 10.0) -> None:
+        self._verbosity = verbosity
+        self._interval = 0.0 if verbosity > 0 else interval
         self._printed = -math.inf
-        self._tty = sys.stderr.isatty()
+        self._over = sys.stderr.isatty() and verbosity == 0
 
     def show(self, text: str, important: bool = False) -> None:
         """Shows `text`; not on a terminal, only if `important` or the interval has passed."""
         now = time.monotonic()
-        if self._tty:
+        if self._verbosity < 0:
+            return
+        if self._over:
             print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
         elif important or now - self._printed >= self._interval:
             self._printed = now
@@ -59,15 +92,20 @@ class ProgressLine:
 
     def keep(self, text: str) -> None:
         """Prints `text` as a line that stays."""
-        print(f"\r\033[K{text}" if self._tty else text, file=sys.stderr, flush=True)
+        if self._verbosity >= 0:
+            print(f"\r\033[K{text}" if self._over else text, file=sys.stderr, flush=True)
 
 
 class Console:
-    """The progress of one run, with the time left."""
+    """The progress of one run, with the time left.
 
-    def __init__(self, total_steps: int) -> None:
+    Args:
+        verbosity: as of `ProgressLine`.
+    """
+
+    def __init__(self, total_steps: int, verbosity: int = 0) -> None:
         self._total = total_steps
-        self._line = ProgressLine()
+        self._line = ProgressLine(verbosity)
         self._start: tuple[float, int] | None = None
         self._stage = ""
 
@@ -78,17 +116,22 @@ class Console:
         if changed:
             self._start, self._stage = (now, step), stage
         assert self._start is not None
-        parts = [f"{stage:<17} step {step}/{self._total}"]
-        if "loss" in metrics:
-            parts.append(f"loss {metrics['loss']:.4f}")
+        text = report_line(metrics, self._total)
         done = step - self._start[1]
         if done > 0 and stage == "private_training":
             left = (now - self._start[0]) / done * (self._total - step)
-            parts.append(f"about {left:.0f} s of training left")
+            text += f"  about {left:.0f} s of training left"
         if stage == "done":
-            self._line.keep("  ".join(parts))
+            self._line.keep(text)
         else:
-            self._line.show("  ".join(parts), important=changed)
+            self._line.show(text, important=changed)
+
+
+def report_line(metrics: Mapping[str, Any], total_steps: int) -> str:
+    """Stage, step and, where given, loss of a report, as one line."""
+    parts = [f"{metrics['stage']:<17} step {metrics['step']}/{total_steps}"]
+    parts += [f"loss {metrics['loss']:.4f}"] if "loss" in metrics else []
+    return "  ".join(parts)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -19,6 +19,7 @@ from core.augmentation import augment
 from core.checkpoint import Checkpoints
 from core.config import Config
 from core.data import Split, to_float, to_model_range
+from core.device import config_device
 from core.diffusion.denoiser import Denoiser
 from core.diffusion.ema import Ema
 from core.diffusion.loss import draw, edm_loss
@@ -55,11 +56,14 @@ def train(
     checkpoints: Checkpoints,
     report: Report,
     config: Config,
+    after_step: Callable[[int], None] = lambda _: None,
 ) -> None:
     """Runs a stage from its last checkpoint, if there is one, to its end.
 
     Args:
         offset: steps of earlier stages; reports count over all stages.
+        after_step: called with the number of steps done over all stages; must not change anything
+            that is trained, nor any state of a random generator.
     """
     start = 0
     state = distributed.on_rank_0(checkpoints.load)
@@ -74,6 +78,7 @@ def train(
         ema.update(denoiser)
         done = number + 1
         last = done == stage.num_steps
+        after_step(offset + done)
         if done % runtime.log_every == 0 or last or done == start + 1:
             seconds = (time.monotonic() - began) / (done - start)
             report(
@@ -184,13 +189,6 @@ def private_stage(
         return total[0] / total[1].clamp(min=1)
 
     return Stage("private_training", plan.num_steps, step, adam)
-
-
-def config_device(config: Config) -> str:
-    """The device a run computes on: `auto` takes CUDA where there is one."""
-    if config.runtime.device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return config.runtime.device
 
 
 def _loss(

@@ -131,9 +131,10 @@ def _show(options: argparse.Namespace) -> None:
         total = sweep_epsilon(sweep, rows)
         _print_json([{**record(row), "epsilon_sweep": total} for row in rows])
         return
-    from sweep.tracking import tracking_uri, ui_command
+    from sweep.tracking import how_to_compare, tracking_uri
 
-    ui = ui_command(tracking_uri(Path(sweep.storage_path)))
+    uri = tracking_uri(Path(sweep.storage_path))
+    ui = how_to_compare(uri, sweep.experiment, sweep.name)
     print_results(sweep, rows, len(pruned_points(sweep)), ui)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from core.config import flatten
 from core.privacy.keys import MasterSecret
+from core.reporting import log_to
 from sweep.claim import claim, driver_lock, release_id
 from sweep.cluster import (
     DRIVER_RESOURCE,
@@ -18,9 +19,19 @@ from sweep.cluster import (
     node_resources,
     wait_for_room,
 )
+from sweep.comparison import charts, compared_figures, public_facts, shared_params
 from sweep.config import SweepConfig
 from sweep.progress import Progress
-from sweep.results import Row, best, final_row, load_rows, stored_result, three_figures, write_card
+from sweep.results import (
+    Row,
+    best,
+    final_row,
+    load_rows,
+    released_row,
+    stored_result,
+    three_figures,
+    write_card,
+)
 from sweep.scope import count_trials, settings_entropy
 from sweep.trial import TRACEBACK, Context, record_result, run_trial
 
@@ -46,8 +57,11 @@ class Outcome:
     uri: str
 
 
-def run_sweep(sweep: SweepConfig) -> Outcome:
+def run_sweep(sweep: SweepConfig, verbosity: int = 0) -> Outcome:
     """Runs what is missing of a sweep.
+
+    Args:
+        verbosity: of the progress: -1 none, 0 a table or sparse lines, 1 a line for each report.
 
     Raises:
         ConfigError: the folder holds another sweep of this name, another driver runs it, the
@@ -55,14 +69,14 @@ def run_sweep(sweep: SweepConfig) -> Outcome:
     """
     check_storage(sweep.storage_path)
     master = MasterSecret.load()  # Created at the latest here: no two workers create their own.
-    with driver_lock(sweep.folder) as token:
+    with driver_lock(sweep.folder) as token, log_to("sweep", sweep.folder / "sweep.log"):
         os.chdir(sweep.folder)  # That of a submitted job vanishes while it is being stopped.
         claim(sweep)
         total = count_trials(sweep.run, sweep.num_trials, master, release_id(sweep))
-        return _run(sweep, total, token)
+        return _run(sweep, total, token, verbosity)
 
 
-def _run(sweep: SweepConfig, total: int, token: int) -> Outcome:
+def _run(sweep: SweepConfig, total: int, token: int, verbosity: int) -> Outcome:
     from sweep import tracking
     from sweep.outbox import Outbox
 
@@ -86,18 +100,18 @@ def _run(sweep: SweepConfig, total: int, token: int) -> Outcome:
         key = f"{sweep.name}/{row.trial}"
         if row.state == "finished" and key in pending:
             tracker = tracking.Tracker(uri, experiment_id, key, run_id)
-            record_result(tracker, row.run_dir, stored_result(row))
+            record_result(tracker, sweep, row.run_dir, stored_result(row))
             tracker.finish("FINISHED")
     if complete:
-        _log_summary(parent, sweep, rows, complete)
+        record_summary(parent, sweep, rows, complete)
         parent.finish("FINISHED")
         return Outcome(rows, [], "", True, uri)
-    parent.log_params({**flatten(sweep.run), **_sweep_params(sweep, total)})
-    parent.log_file(sweep.folder / "sweep.json")
+    record_sweep(parent, run_id, sweep, total)
     status = "KILLED"
     try:
-        outcome = _search(sweep, rows, total, token, (uri, experiment_id, run_id))
-        _log_summary(parent, sweep, outcome.rows, outcome.complete)
+        tracked = (uri, experiment_id, run_id)
+        outcome = _search(sweep, rows, total, token, tracked, verbosity)
+        record_summary(parent, sweep, outcome.rows, outcome.complete)
         if not outcome.stopped:
             status = "FINISHED"
         return outcome
@@ -121,7 +135,12 @@ def _waiting(sweep: SweepConfig, rows: Sequence[Row]) -> int:
 
 
 def _search(
-    sweep: SweepConfig, rows: list[Row], total: int, token: int, tracked: tuple[str, str, str]
+    sweep: SweepConfig,
+    rows: list[Row],
+    total: int,
+    token: int,
+    tracked: tuple[str, str, str],
+    verbosity: int,
 ) -> Outcome:
     import ray
 
@@ -131,7 +150,7 @@ def _search(
     join_cluster()
     metric, secret = sweep.objective.metric, sweep.run.privacy.scope == "selection"
     before = sum(_is_done(sweep, row) for row in rows)
-    progress = Progress(sweep, total, before, secret)
+    progress = Progress(sweep, total, before, secret, verbosity)
     pruned: list[tuple[dict[str, Any], str]] = []
 
     def on_pruned(point: dict[str, Any], reason: str) -> None:
@@ -166,6 +185,7 @@ def _search(
     except KeyboardInterrupt:
         stopped = "interrupted"
     finally:
+        progress.close()
         ray.shutdown()
     rows = load_rows(sweep)
     complete = not stopped and _is_complete(sweep, rows, total)
@@ -247,13 +267,28 @@ def _sweep_params(sweep: SweepConfig, total: int) -> dict[str, Any]:
     return {"num_trials": trials, "objective": sweep.objective.metric, **space}
 
 
-def _log_summary(parent: Any, sweep: SweepConfig, rows: list[Row], complete: bool) -> None:
-    """The best trial, the three epsilons and the card, in the parent run."""
+def record_sweep(parent: Any, run_id: str, sweep: SweepConfig, total: int) -> None:
+    """Logs what is known before a sweep begins, and the charts in which to compare its trials."""
+    parent.log_params({**shared_params(sweep), **_sweep_params(sweep, total)})
+    parent.log_dataset(sweep.run.dataset.name, public_facts(sweep.run))
+    parent.log_charts(sweep.name, charts(sweep, run_id))
+    parent.log_file(sweep.folder / "sweep.json")
+
+
+def record_summary(parent: Any, sweep: SweepConfig, rows: list[Row], complete: bool) -> None:
+    """Logs the best trial, the three epsilons and the card; registers what may be published."""
     if (winner := best(sweep, rows)) is None:
         return
     card = write_card(sweep, rows, complete)
-    parent.log_metrics({**winner.scores, **three_figures(card)})
+    result, point = stored_result(winner), flatten(winner.config)
+    searched = {k: point[k] for k in sweep.search_space if isinstance(point[k], int | float)}
+    figures = compared_figures(sweep, result)
+    parent.log_metrics({**searched, **figures, **three_figures(card)})
     parent.log_tags({"best_trial": winner.trial, "privacy.statement": card["statement"]})
     for name in ("privacy_card.json", "privacy_card.md"):
         parent.log_file(sweep.folder / name)
     parent.log_file(winner.run_dir / "synthetic" / "grid.png", "synthetic")
+    if complete:
+        released = released_row(sweep, rows)
+        scope, statement = card["scope"], card["statement"]
+        parent.register_generator(released.trial, released.run_dir, scope, statement)

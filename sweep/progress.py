@@ -1,59 +1,131 @@
-"""One line for a whole sweep: trials done, and where the running ones are."""
+"""What a running sweep shows: a live table on a terminal, else plain lines; sweep.log has all."""
 
+import logging
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
 
 from core.reporting import ProgressLine
 from sweep.config import SweepConfig, trial_id_of
 
+_LOG = logging.getLogger("sweep")
+_OTHER_LINES = 6
+"""Lines of the table that are no trials."""
+
+
+@dataclass
+class _Trial:
+    """A line of the table; `began` is when and at which step its stage was first seen."""
+
+    stage: str = "starting"
+    step: int = 0
+    total: int = 0
+    score: str = ""
+    began: tuple[float, int] = (0.0, 0)
+    ended: bool = False
+
+    @property
+    def left(self) -> str:
+        """Time to the end of training, once two steps of the stage tell how long one takes."""
+        done = self.step - self.began[1]
+        if self.ended or done <= 0 or self.step >= self.total:
+            return ""
+        return _short_time((time.monotonic() - self.began[0]) / done * (self.total - self.step))
+
 
 class Progress:
-    """One line for the whole sweep: trials done, and where the running ones are."""
+    """The trials of a sweep: how many are done, where the running ones are, how long it will take.
 
-    def __init__(self, sweep: SweepConfig, total: int, before: int, secret: bool) -> None:
-        """Begins the line of a sweep of `total` trials, `before` of them done earlier.
+    Args:
+        total: trials of the sweep, `before` of them done earlier.
+        secret: whether the total is not shown.
+        verbosity: -1 shows nothing, 0 a table or sparse lines, 1 a line for each report.
+    """
 
-        A `secret` total is not shown.
-        """
+    def __init__(
+        self, sweep: SweepConfig, total: int, before: int, secret: bool, verbosity: int = 0
+    ) -> None:
         self._sweep, self._total, self._before, self._secret = sweep, total, before, secret
-        self._ended = self._failed = self._pruned = 0
+        self._verbosity = verbosity
+        self._failed = self._pruned = self._ended = 0
         self._began = self._last_end = time.monotonic()
-        self._running: dict[str, str] = {}
-        self._line = ProgressLine()
-        if self._before:
-            self._line.keep(f"{before} of {self._of} trials had finished before")
+        self._trials: dict[str, _Trial] = {}
+        self._line = ProgressLine(verbosity)
+        self._console = Console(stderr=True)
+        self._live: Live | None = None
+        if self._console.is_terminal and verbosity == 0:
+            self._live = Live(
+                console=self._console,
+                get_renderable=self._table,
+                refresh_per_second=2,
+                transient=True,
+            )
+            self._live.start()
+        if before:
+            self.note(f"{before} of {self._of} trials had finished before")
+
+    def close(self) -> None:
+        """Takes the table away; lines that were kept stay."""
+        if self._live is not None:
+            self._live.stop()
 
     @property
     def _of(self) -> str:
         return "?" if self._secret else str(self._total)
 
+    def note(self, text: str) -> None:
+        """Keeps a line about the sweep."""
+        _LOG.info(text)
+        if self._live is not None:
+            self._console.print(text, markup=False, highlight=False)
+        else:
+            self._line.keep(text)
+
     def pruned(self, point: dict[str, Any], reason: str) -> None:
         """Keeps a line about a point that was not tried."""
         self._pruned += 1
-        self._line.keep(f"pruned without compute: {_short(point)}: {reason}")
+        self.note(f"pruned without compute: {_short(point)}: {reason}")
 
-    def note(self, text: str) -> None:
-        """Keeps a line about the sweep."""
-        self._line.keep(text)
+    def moved(self, point: dict[str, Any], metrics: Mapping[str, Any]) -> None:
+        """Shows where a running trial is.
 
-    def moved(self, point: dict[str, Any], where: str) -> None:
-        """Shows where a running trial is."""
-        self._running[self._name(point)] = where
-        self._show()
+        Args:
+            metrics: as reported: `stage` and `step`; without any, it starts.
+        """
+        name = self._name(point)
+        trial = self._trials.setdefault(name, _Trial())
+        stage, step = metrics.get("stage", "starting"), int(metrics.get("step", 0))
+        if stage != trial.stage or trial.ended:
+            trial.began = (time.monotonic(), step)
+            _LOG.info("trial %s: %s, step %d (%s)", name, stage, step, _short(point))
+        trial.stage, trial.step, trial.ended = stage, step, False
+        trial.total = point.get("training.num_steps", self._sweep.run.training.num_steps)
+        if self._live is None:
+            running = {name: t for name, t in self._trials.items() if not t.ended}
+            parts = [f"[{n} {t.stage} {t.step}/{t.total}]" for n, t in running.items()]
+            self._line.show("  ".join([self._summary(), *parts]))
 
-    def ended(self, point: dict[str, Any], text: str, failed: bool) -> None:
+    def ended(self, point: dict[str, Any], text: str, failed: bool, score: str = "") -> None:
         """Keeps a line about a trial that has ended."""
         name = self._name(point)
-        self._running.pop(name, None)
+        trial = self._trials.setdefault(name, _Trial())
+        trial.ended, trial.score = True, score
+        trial.stage = "failed" if failed else "finished"
         self._ended += 1
         self._failed += failed
         self._last_end = time.monotonic()
-        self._line.keep(f"trial {name} {text} ({_short(point)})")
+        self.note(f"trial {name} {text} ({_short(point)})")
 
     def _name(self, point: dict[str, Any]) -> str:
         return trial_id_of(self._sweep.trial_config(point))
 
-    def _show(self) -> None:
+    def _summary(self) -> str:
         parts = [f"trials {self._before + self._ended}/{self._of}"]
         parts += [f"{self._failed} failed"] if self._failed else []
         parts += [f"{self._pruned} pruned"] if self._pruned else []
@@ -61,36 +133,50 @@ class Progress:
             each = (self._last_end - self._began) / self._ended
             since = time.monotonic() - self._last_end
             left = max(0.0, each * (self._total - self._before - self._ended) - since)
-            parts.append(f"about {left / 60:.0f} min left")
-        parts += [f"[{name} {where}]" for name, where in self._running.items()]
-        self._line.show("  ".join(parts))
+            parts.append(f"about {_short_time(left)} left")
+        return "  ".join(parts)
+
+    def _table(self) -> Table:
+        """The running trials, and above them as many of the ended ones as there is room for."""
+        table = Table(
+            box=box.SIMPLE, title=f"{self._sweep.name}  {self._summary()}", title_justify="left"
+        )
+        for name in ("trial", "stage"):
+            table.add_column(name)
+        for name in ("step", self._sweep.objective.metric, "training left"):
+            table.add_column(name, justify="right")
+        ended = [item for item in self._trials.items() if item[1].ended]
+        running = [item for item in self._trials.items() if not item[1].ended]
+        room = max(0, self._console.height - _OTHER_LINES - len(running))
+        for name, trial in [*ended[max(0, len(ended) - room) :], *running]:
+            step = f"{trial.step}/{trial.total}" if trial.total else ""
+            table.add_row(name, trial.stage, step, trial.score, trial.left)
+        return table
 
     def callback(self) -> Any:
         """What Tune calls."""
         from ray import tune
 
         progress, metric = self, self._sweep.objective.metric
-        steps = self._sweep.run.training.num_steps
 
         class Callback(tune.Callback):
             def on_trial_start(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
-                progress.moved(trial.config, "starting")
+                progress.moved(trial.config, {})
 
             def on_trial_result(
                 self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **_: Any
             ) -> None:
-                if "failure" in result:
-                    return
-                total = trial.config.get("training.num_steps", steps)
-                progress.moved(trial.config, f"{result['stage']} {result['step']}/{total}")
+                if "failure" not in result:
+                    progress.moved(trial.config, result)
 
             def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
                 result = trial.last_result
                 if "failure" in result:
                     progress.ended(trial.config, f"failed: {result['failure']}", failed=True)
                 elif metric in result:
-                    text = f"finished: {metric} {result[metric]:.4g}, {result['seconds']:.0f} s"
-                    progress.ended(trial.config, text, failed=False)
+                    score = f"{result[metric]:.4g}"
+                    text = f"finished: {metric} {score}, {result['seconds']:.0f} s"
+                    progress.ended(trial.config, text, failed=False, score=score)
 
             def on_trial_error(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
                 progress.ended(trial.config, "failed: its process died too often", failed=True)
@@ -99,6 +185,12 @@ class Progress:
                 progress.note(f"trial {progress._name(trial.config)}: its process died, restarted")
 
         return Callback()
+
+
+def _short_time(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _short(point: dict[str, Any]) -> str:

@@ -111,7 +111,7 @@ def sweep_card(sweep: SweepConfig, rows: Sequence[Row]) -> dict[str, Any]:
     Raises:
         LedgerError: the ledger is missing or damaged.
     """
-    released = _released(sweep, rows)
+    released = released_row(sweep, rows)
     return make_card(
         _ledger(released),
         sweep.name,
@@ -130,12 +130,13 @@ def write_card(sweep: SweepConfig, rows: Sequence[Row], complete: bool) -> dict[
     for row in rows:
         (row.run_dir / SELECTED).unlink(missing_ok=True)
     if complete:
-        path = _released(sweep, rows).run_dir / SELECTED
+        path = released_row(sweep, rows).run_dir / SELECTED
         write_json(path, {"objective": _objective(sweep, rows)})
     return card
 
 
-def _released(sweep: SweepConfig, rows: Sequence[Row]) -> Row:
+def released_row(sweep: SweepConfig, rows: Sequence[Row]) -> Row:
+    """The one that may be published: the final run, else the best trial, of which there is one."""
     winner, last = best(sweep, rows), final_row(sweep, rows)
     assert winner is not None
     return last if last is not None and last.state == "finished" else winner

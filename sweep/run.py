@@ -13,6 +13,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from core.__main__ import add_verbosity
 from core.config import parse_overrides
 from core.errors import UserError
 from sweep.config import load_sweep
@@ -37,6 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="key of the sweep or of the run"
     )
+    add_verbosity(parser)
     options = parser.parse_intermixed_args(arguments)
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
@@ -65,10 +67,10 @@ def _run(options: argparse.Namespace) -> int:
         return 0 if print_checks(sweep) else 1
     from sweep.launch import run_sweep
     from sweep.results import print_results
-    from sweep.tracking import ui_command
+    from sweep.tracking import how_to_compare
 
-    outcome = run_sweep(sweep)
-    ui = ui_command(outcome.uri)
+    outcome = run_sweep(sweep, options.verbosity)
+    ui = how_to_compare(outcome.uri, sweep.experiment, sweep.name)
     print_results(sweep, outcome.rows, len(outcome.pruned), ui)
     if outcome.stopped == "interrupted":
         print("interrupted; the same command goes on where it stopped", file=sys.stderr)

@@ -3,14 +3,21 @@
 The only file that imports mlflow.
 """
 
+import base64
+import hashlib
 import json
 import logging
 import os
+import re
 import sys
+import tempfile
 import urllib.request
+import warnings
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
@@ -20,10 +27,20 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 
-from mlflow.entities import Metric, Param, Run, RunTag
+from mlflow.entities import (
+    Dataset,
+    DatasetInput,
+    InputTag,
+    LoggedModelOutput,
+    Metric,
+    Param,
+    Run,
+    RunTag,
+)
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from mlflow.utils.time import get_current_time_millis
+from PIL import Image
 
 from core.errors import ConfigError
 from core.release import NON_PRIVATE
@@ -39,6 +56,10 @@ _CURVES = ("loss", "seconds_per_step")
 _KEY = "sweep.key"
 _PARENT = "mlflow.parentRunId"
 _MAX_BATCH = 100
+_MAX_COMPARED = 100
+"""Trials in the table of a comparison; more are slow to open."""
+_LOCAL_UI = "http://127.0.0.1:5000"
+"""Where `mlflow ui` listens."""
 
 
 class Tracker:
@@ -54,13 +75,15 @@ class Tracker:
     def __init__(
         self, uri: str, experiment_id: str, key: str, parent_id: str | None = None
     ) -> None:
-        self._client = MlflowClient(tracking_uri=uri)
+        self._client, self._key = MlflowClient(tracking_uri=uri), key
+        self._is_server = uri.startswith("http")
         found = self._client.search_runs(
             [experiment_id], filter_string=f"tags.`{_KEY}` = '{key}'", max_results=1
         )
         self._run = found[0] if found else self._create(experiment_id, key, parent_id)
         self.run_id: str = self._run.info.run_id
         self._last_step = int(self._run.data.metrics.get("step", -1))
+        self._pictures: set[tuple[str, int]] | None = None
         self._client.update_run(self.run_id, status="RUNNING")
 
     def _create(self, experiment_id: str, key: str, parent_id: str | None) -> Run:
@@ -108,10 +131,87 @@ class Tracker:
         Raises:
             ValueError: the file is for the owner of the data alone.
         """
-        if NON_PRIVATE in path.parts:
-            raise ValueError(f"'{path}' is not private and stays out of MLflow")
+        _require_publishable(path)
         if path.exists():
             self._client.log_artifact(self.run_id, str(path), folder or None)
+
+    def log_picture(self, key: str, step: int, path: Path) -> None:
+        """Logs a PNG file as the image of a key at a step; once, also after a restart."""
+        _require_publishable(path)
+        if self._pictures is None:
+            found = self._client.list_artifacts(self.run_id, "images")
+            names = [Path(file.path).name.split("+") for file in found]  # key+step+STEP+...
+            self._pictures = {(name[0], int(name[2])) for name in names}
+        if (key, step) not in self._pictures:
+            with Image.open(path) as image:
+                self._client.log_image(self.run_id, image, key=key, step=step)
+            self._pictures.add((key, step))
+
+    def log_dataset(self, name: str, facts: Mapping[str, Any]) -> None:
+        """Says on which data set the run is trained, by public facts alone.
+
+        Privacy: the digest is that of the facts; the content's never leaves the ledger.
+        """
+        text = json.dumps(facts, sort_keys=True)
+        rows = json.dumps({"num_rows": facts["num_examples"]})
+        digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+        dataset = Dataset(name, digest, source_type="public facts", source=text, profile=rows)
+        tags = [InputTag("mlflow.data.context", "training")]
+        self._client.log_inputs(self.run_id, [DatasetInput(dataset, tags)])
+
+    def log_charts(self, name: str, state: str) -> None:
+        """Saves a state of the page of runs, JSON, with the experiment.
+
+        The page stores its own in the same way when a person shares a view.
+        """
+        content = base64.b64encode(zlib.compress(state.encode(), 9)).decode()
+        experiment_id = self._run.info.experiment_id
+        self._client.set_experiment_tag(
+            experiment_id, f"mlflow.sharedViewState.{name}", f"deflate;{content}"
+        )
+
+    def register_generator(self, trial: str, run_dir: Path, scope: str, statement: str) -> None:
+        """Logs the generator of one of the sweep's trials as a model and registers it, once.
+
+        `mlflow.pyfunc.load_model("models:/SWEEP@best")` gives it on any machine with torch: labels
+        in, images out.
+
+        Args:
+            scope: `privacy.scope`, a tag of the version.
+            statement: of the privacy card, its description.
+
+        Privacy: averaged weights and the public configuration, post-processing of a private model;
+            the caller decides which trial may leave.
+        """
+        client, sweep, experiment_id = self._client, self._key, self._run.info.experiment_id
+        key = f"{sweep}/{trial}"
+        (run,) = client.search_runs([experiment_id], filter_string=f"tags.`{_KEY}` = '{key}'")
+        run_id = run.info.run_id
+        try:
+            client.create_registered_model(sweep)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        known = client.search_model_versions(f"name = '{sweep}' and run_id = '{run_id}'")
+        if known:
+            version = known[0].version
+        else:
+            model = client.create_logged_model(experiment_id, "generator", source_run_id=run_id)
+            with tempfile.TemporaryDirectory() as folder:
+                _save_model(run_dir, Path(folder), model.model_id)
+                client.log_model_artifacts(model.model_id, f"{folder}/model")
+            client.finalize_logged_model(model.model_id, "READY")
+            client.log_outputs(run_id, [LoggedModelOutput(model.model_id, 0)])
+            version = client.create_model_version(
+                sweep,
+                # A server takes the name alone; without one the name means another data base.
+                f"models:/{model.model_id}" if self._is_server else model.artifact_location,
+                run_id,
+                tags={"trial": trial, "privacy.scope": scope},
+                description=statement,
+                model_id=model.model_id,
+            ).version
+        client.set_registered_model_alias(sweep, "best", version)
 
     def finish(self, status: str) -> None:
         """Ends the run as FINISHED, FAILED or KILLED."""
@@ -147,8 +247,8 @@ def reachable(uri: str) -> None:
         MlflowClient(tracking_uri=uri).search_experiments(max_results=1)
     except (OSError, MlflowException) as error:
         raise ConfigError(
-            f"MLFLOW_TRACKING_URI={uri} does not answer ({error}): start the server, correct the "
-            "address, or allow this host with --allowed-hosts"
+            f"MLFLOW_TRACKING_URI={_without_user(uri)} does not answer ({error}): start the "
+            "server, correct the address, or allow this host with --allowed-hosts"
         ) from None
 
 
@@ -158,19 +258,16 @@ def open_experiment(uri: str, name: str, storage: Path) -> str:
     client = MlflowClient(tracking_uri=uri)
     if (experiment := client.get_experiment_by_name(name)) is not None:
         return experiment.experiment_id
-    local = uri.startswith("sqlite:")
+    local = uri.startswith(("sqlite", "postgresql"))
     artifacts = (storage / "mlartifacts").as_uri() if local else None
-    return client.create_experiment(name, artifact_location=artifacts)
+    kind = {"mlflow.experimentKind": "custom_model_development"}  # Not of language models.
+    return client.create_experiment(name, artifact_location=artifacts, tags=kind)
 
 
 def unfinished(uri: str, experiment_id: str, sweep: str) -> set[str]:
     """Keys of the sweep and of its trials whose runs have not ended as FINISHED."""
-    client = MlflowClient(tracking_uri=uri)
-    found = client.search_runs(
-        [experiment_id], filter_string=f"tags.`{_KEY}` LIKE '{sweep}%'", max_results=50_000
-    )
-    keys = {run.data.tags[_KEY]: run.info.status for run in found}
-    return {k for k, status in keys.items() if k.split("/")[0] == sweep and status != "FINISHED"}
+    runs = _runs_of(MlflowClient(tracking_uri=uri), experiment_id, sweep)
+    return {run.data.tags[_KEY] for run in runs if run.info.status != "FINISHED"}
 
 
 def kill_stale(uri: str, experiment_id: str, parent_id: str, sweep: str) -> None:
@@ -184,11 +281,95 @@ def kill_stale(uri: str, experiment_id: str, parent_id: str, sweep: str) -> None
             client.set_terminated(run.info.run_id, "KILLED")
 
 
+def _save_model(run_dir: Path, folder: Path, model_id: str) -> None:
+    import numpy
+    import pydantic
+    import torch
+    from mlflow import pyfunc
+    from mlflow.models import Model, ModelSignature
+    from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec
+
+    import core
+    from core.config import load
+    from core.generator import save_generator
+
+    save_generator(run_dir, folder / "generator")
+    config = load(run_dir / "config.yaml")
+    image = (config.dataset.channels, config.dataset.image_size, config.dataset.image_size)
+    packages = {p.__name__: p.__version__.split("+")[0] for p in (torch, numpy, pydantic)}
+    with warnings.catch_warnings(action="ignore"):  # That there is no example of an input.
+        pyfunc.save_model(
+            folder / "model",
+            loader_module="core.generator",
+            data_path=str(folder / "generator"),
+            code_paths=[str(Path(core.__file__).parent)],
+            mlflow_model=Model(model_id=model_id),
+            signature=ModelSignature(
+                Schema([TensorSpec(numpy.dtype("int64"), (-1,))]),
+                Schema([TensorSpec(numpy.dtype("uint8"), (-1, *image))]),
+                ParamSchema([ParamSpec("seed", "long", config.seed)]),
+            ),
+            pip_requirements=[f"{name}=={version}" for name, version in packages.items()],
+        )
+
+
+def _require_publishable(path: Path) -> None:
+    if NON_PRIVATE in path.parts:
+        raise ValueError(f"'{path}' is not private and stays out of MLflow")
+
+
+def how_to_compare(uri: str, experiment: str, sweep: str) -> str:
+    """What opens the MLflow UI, and there a sweep's charts and the table of its trials.
+
+    The addresses are left out if the sweep is not recorded, or the server does not answer.
+    """
+    lines = [ui_command(uri)]
+    number, trials = "", []
+    if not uri.startswith("sqlite:///") or Path(uri.removeprefix("sqlite:///")).exists():
+        try:
+            number, trials = _trials_of(uri, experiment, sweep)
+        except (MlflowException, ConfigError):
+            lines += ["  which does not answer now"]
+    if trials:
+        page = _without_user(uri).rstrip("/") if uri.startswith("http") else _LOCAL_UI
+        chosen, where = (
+            quote(json.dumps(ids, separators=(",", ":")))
+            for ids in (trials[:_MAX_COMPARED], [number])
+        )
+        query = f"compareRunsMode=CHART&viewStateShareKey={sweep}"
+        lines += [f"  charts: {page}/#/experiments/{number}/runs?{query}"]
+        lines += [f"  table: {page}/#/compare-runs?runs={chosen}&experiments={where}"]
+    return "\n".join(lines)
+
+
+def _trials_of(uri: str, experiment: str, sweep: str) -> tuple[str, list[str]]:
+    """Id of the experiment, and of the runs of a sweep's trials in it."""
+    reachable(uri)
+    client = MlflowClient(tracking_uri=uri)
+    found = client.get_experiment_by_name(experiment)
+    if found is None:
+        return "", []
+    runs = _runs_of(client, found.experiment_id, sweep)
+    return found.experiment_id, [r.info.run_id for r in runs if r.data.tags[_KEY] != sweep]
+
+
+def _runs_of(client: MlflowClient, experiment_id: str, sweep: str) -> list[Run]:
+    found = client.search_runs(
+        [experiment_id], filter_string=f"tags.`{_KEY}` LIKE '{sweep}%'", max_results=50_000
+    )
+    return [run for run in found if run.data.tags[_KEY].split("/")[0] == sweep]
+
+
 def ui_command(uri: str) -> str:
-    """The command that opens the MLflow UI on this data."""
+    """The command that opens the MLflow UI on this data; never shows a password."""
     if uri.startswith("http"):
-        return f"open {uri}"
+        return f"open {_without_user(uri)}"
     program = Path(sys.executable).with_name("mlflow")
     if program.is_relative_to(Path.cwd()):
         program = program.relative_to(Path.cwd())
-    return f"{program} ui --backend-store-uri {uri}"
+    store = uri if uri == _without_user(uri) else '"$MLFLOW_TRACKING_URI"'
+    return f"{program} ui --backend-store-uri {store}"
+
+
+def _without_user(uri: str) -> str:
+    return re.sub(r"(?<=://)[^/@]*@", "", uri)

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from core.config import Config, flatten, nested
+from core.config import Config, nested
 from core.errors import UserError
 from sweep.claim import newest_launch, require_newest_launch
+from sweep.comparison import compared_figures, compared_params, pictures, public_facts
 from sweep.config import SweepConfig, trial_id_of
 from sweep.scope import shares_central_images
 
@@ -57,14 +58,14 @@ def run_trial(parameters: dict[str, Any], context: Context) -> None:
     from ray import tune
 
     from sweep.outbox import Outbox
-    from sweep.tracking import curves
 
     config = context.sweep.trial_config(parameters)
     trial_id = trial_id_of(config)
     run_dir = context.run_dir(trial_id)
     key = f"{context.sweep.name}/{trial_id}"
     tracker = Outbox(run_dir, context.uri, context.experiment_id, key, context.parent_id)
-    tracker.log_params(flatten(config))
+    record_start(tracker, context.sweep, config)
+    seen: set[Any] = set()
     status = "FAILED"
     try:
         result: dict[str, Any] | None = None
@@ -74,11 +75,11 @@ def run_trial(parameters: dict[str, Any], context: Context) -> None:
             if metrics["stage"] == "done":
                 result = metrics
             else:
-                tracker.log_step(metrics["step"], curves(metrics))
+                record_step(tracker, run_dir, metrics, seen)
                 tune.report({**metrics, "trial": trial_id})
         if result is None:
             raise TrialError("the workers ended without a result")
-        record_result(tracker, run_dir, result)
+        record_result(tracker, context.sweep, run_dir, result)
         status = "FINISHED"
         tracker.finish(status)
         tracker.flush(_PATIENCE)
@@ -108,17 +109,42 @@ def _note_failure(run_dir: Path, error: TrialError) -> None:
         pass  # The storage is what failed: the sweep's output says so.
 
 
-def record_result(tracker: Any, run_dir: Path, result: Mapping[str, Any]) -> None:
+def record_start(tracker: Any, sweep: SweepConfig, config: Config) -> None:
+    """Logs what is known before a trial begins: what it is compared by, and its data set."""
+    tracker.log_params(compared_params(sweep, config))
+    tracker.log_dataset(config.dataset.name, public_facts(config))
+
+
+def record_step(tracker: Any, run_dir: Path, metrics: Mapping[str, Any], seen: set[Any]) -> None:
+    """Logs a report of a trial: a point of its curves, and the pictures that are new.
+
+    Args:
+        seen: pictures that were logged earlier; receives the new ones.
+    """
+    from sweep.tracking import curves
+
+    use = {k: v for k, v in metrics.items() if k.startswith("system/")}
+    tracker.log_step(metrics["step"], curves(metrics) | use)
+    for picture in pictures(run_dir, metrics["step"], finished=False):
+        if picture not in seen:
+            seen.add(picture)
+            tracker.log_picture(*picture)
+
+
+def record_result(
+    tracker: Any, sweep: SweepConfig, run_dir: Path, result: Mapping[str, Any]
+) -> None:
     """Logs what a finished trial has: scores with their tags, the plan, the pictures."""
     tracker.log_missing_steps(run_dir / "metrics.jsonl")
-    figures = {k: v for k, v in result.items() if isinstance(v, float)}
-    tracker.log_metrics(figures, result["step"])
+    tracker.log_metrics(compared_figures(sweep, result), result["step"])
     tags = json.loads((run_dir / "evaluation.json").read_text())["tags"]
     tracker.log_tags({f"privacy.{name}": tag for name, tag in tags.items()})
     for name in ("config.yaml", "privacy.json"):
         tracker.log_file(run_dir / name)
     tracker.log_file(run_dir / "synthetic" / "grid.png", "synthetic")
     tracker.log_file(run_dir / "central_images" / "grid.png", "central_images")
+    for picture in pictures(run_dir, result["step"], finished=True):
+        tracker.log_picture(*picture)
 
 
 def _supervised(context: Context, config: Config, trial_id: str) -> Iterator[dict[str, Any]]:
@@ -221,13 +247,15 @@ def train_worker(settings: dict[str, Any]) -> None:
     from core.config import load
     from core.pipeline import run
     from core.privacy.keys import MasterSecret
+    from sweep.machine import MachineUse
 
+    use = MachineUse()
     torch.set_num_threads(settings["threads"])
     folder, launch = Path(settings["folder"]), settings["launch"]
 
     def report(metrics: dict[str, Any]) -> None:
         distributed.on_rank_0(lambda: require_newest_launch(folder, launch))
-        ray.train.report(metrics)
+        ray.train.report({**metrics, **use()})
 
     try:
         run(

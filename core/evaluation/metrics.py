@@ -149,8 +149,8 @@ def likeness(
     notes: list[str] = []
     if ours.moments.count < extractor.dimension:
         notes.append(
-            f"fid of {ours.moments.count} images, fewer than its {extractor.dimension} features, "
-            "is biased upwards: raise evaluation.num_images, or read kid"
+            f"fid{suffix} of {ours.moments.count} images, fewer than its {extractor.dimension} "
+            f"features, is biased upwards: raise evaluation.num_images, or read kid{suffix}"
         )
         _log.warning(notes[0])
     record = {

@@ -1,5 +1,11 @@
-"""A small sweep on disk, written by the code that writes it in a real one, but without Ray."""
+"""A small sweep on disk, as a real one is written, but without Ray; and a real browser.
 
+Set FETA_SWEEP_ARTIFACTS to a folder to keep the screenshots.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import optuna
@@ -13,6 +19,7 @@ from core.reporting import write_json
 from sweep.config import SweepConfig, dump_sweep, load_sweep, trial_id_of
 from sweep.study import distributions, open_storage
 
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 ROOT = Path(__file__).resolve().parents[2]
 SWEEP = f"""
 name: small
@@ -89,3 +96,25 @@ def storage(tmp_path_factory) -> Path:
     )
     study.add_trial(trial)
     return storage
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator:
+    sync_api = pytest.importorskip(
+        "playwright.sync_api", reason="needs playwright: the extra `dev`"
+    )
+    path = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if path is None:
+        pytest.skip(f"no browser ({', '.join(BROWSERS)}) found: apt-get install -y chromium")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="session")
+def artifacts(tmp_path_factory) -> Path:
+    kept = os.environ.get("FETA_SWEEP_ARTIFACTS")
+    folder = Path(kept) if kept else tmp_path_factory.mktemp("screenshots")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

@@ -1,13 +1,7 @@
-"""The report as a person meets it: a file, opened in a real browser, without a network.
-
-Set FETA_SWEEP_ARTIFACTS to a folder to keep the screenshots.
-"""
+"""The report as a person meets it: a file, opened in a real browser, without a network."""
 
 import json
-import os
 import re
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,7 +12,6 @@ from sweep.results import best, load_rows
 from sweep.stored import open_sweep
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: the extra `dev`")
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 VIEWS = {
     "light": {"viewport": {"width": 1280, "height": 900}, "color_scheme": "light"},
     "dark": {"viewport": {"width": 1280, "height": 900}, "color_scheme": "dark"},
@@ -29,25 +22,6 @@ VIEWS = {
         "has_touch": True,
     },
 }
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator:
-    path = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if path is None:
-        pytest.skip(f"no browser ({', '.join(BROWSERS)}) found: apt-get install -y chromium")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture(scope="module")
-def artifacts(tmp_path_factory) -> Path:
-    kept = os.environ.get("FETA_SWEEP_ARTIFACTS")
-    folder = Path(kept) if kept else tmp_path_factory.mktemp("screenshots")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +41,7 @@ def view(request, browser, report, artifacts):
     page.on("request", lambda asked: troubles.append(asked.url) if _leaves(asked.url) else None)
     page.goto(report.as_uri())
     page.wait_for_selector("#curves .main-svg")
-    page.screenshot(path=artifacts / f"{request.param}.png", full_page=True)
+    page.screenshot(path=artifacts / f"report {request.param}.png", full_page=True)
     yield request.param, page, troubles
     context.close()
 

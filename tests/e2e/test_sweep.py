@@ -132,12 +132,25 @@ def test_each_trial_is_two_workers_and_one_record(folder, stories):
         run_dir = folder / "runs" / "tiny" / "trials" / run.info.run_name
         assert json.loads((run_dir / "environment.json").read_text())["world_size"] == 2
         result = json.loads((run_dir / "evaluation.json").read_text())
-        for name in ("accuracy", "fid_cnn", "epsilon", "epsilon_central", "epsilon_dp_sgd"):
+        for name in ("accuracy", "fid_cnn", "noise_multiplier", "seconds"):
             assert run.data.metrics[name] == pytest.approx(result[name])
+        assert run.data.metrics["epsilon_trial"] == pytest.approx(result["epsilon"])
         assert result["epsilon"] <= 10.0
+        share = result["epsilon_central"] / result["epsilon"]
+        assert run.data.metrics["epsilon_central_share"] == pytest.approx(share)
+        assert run.data.metrics["gpu_hours"] == 0
+        assert 0 <= run.data.metrics["system/cpu_utilization_percentage"] <= 100
         assert "central_images.per_class" in run.data.params
+        assert len(run.data.params) <= 25
+        assert [each.dataset.name for each in run.inputs.dataset_inputs] == ["digits"]
         artifacts = {a.path for a in client.list_artifacts(run.info.run_id)}
         assert artifacts >= {"config.yaml", "privacy.json", "synthetic", "central_images"}
+        pictures = [a.path.split("/")[1] for a in client.list_artifacts(run.info.run_id, "images")]
+        shown = {name.split("+timestamp")[0] for name in pictures}
+        assert shown == {f"samples+step+{step}" for step in (4, 8, 12, 16, 20)} | {
+            "central_images+step+0"
+        }
+        assert len(pictures) == 2 * len(shown)  # Each in full and as a preview, once.
         steps = [m.step for m in client.get_metric_history(run.info.run_id, "step")]
         assert steps == sorted(set(steps))
 
@@ -147,6 +160,13 @@ def test_the_interrupted_trial_went_on_from_its_checkpoint(folder, stories):
     for metrics in (folder / "runs" / "tiny" / "trials").glob("*/metrics.jsonl"):
         steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
         assert steps == sorted(steps)
+
+
+def test_addresses_of_the_comparison_are_printed(folder, stories):
+    out = stories[1][1][0]
+    assert re.search(r"charts: http://127.0.0.1:5000/#/experiments/\d+/runs\?compareRunsMode=", out)
+    for run in children(folder):
+        assert run.info.run_id in out
 
 
 def test_nothing_secret_is_written(folder, stories):

@@ -1,10 +1,21 @@
 """MLflow's records: found again rather than made twice, each step once, statuses true."""
 
+import base64
 import json
+import zlib
 
+import pytest
 from mlflow.tracking import MlflowClient
+from PIL import Image
 
-from sweep.tracking import Tracker, kill_stale, open_experiment, tracking_uri, ui_command
+from sweep.tracking import (
+    Tracker,
+    how_to_compare,
+    kill_stale,
+    open_experiment,
+    tracking_uri,
+    ui_command,
+)
 
 
 def test_runs_are_found_again_and_steps_logged_once(tmp_path, monkeypatch):
@@ -61,3 +72,71 @@ def test_the_users_server_is_honoured(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracking.example:5000")
     assert tracking_uri(tmp_path) == "http://tracking.example:5000"
     assert ui_command("http://tracking.example:5000") == "open http://tracking.example:5000"
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory):
+    """A data base that several tests use, as its creation takes seconds."""
+    return f"sqlite:///{tmp_path_factory.mktemp('tracking')}/mlflow.db"
+
+
+def test_pictures_are_logged_once(tmp_path, uri):
+    experiment = open_experiment(uri, "pictures", tmp_path)
+    Image.new("L", (12, 12)).save(tmp_path / "grid.png")
+    for _ in range(2):  # The second as after a restart.
+        tracker = Tracker(uri, experiment, "s/t")
+        for key, step in (("samples", 3), ("samples", 30), ("central_images", 0), ("samples", 3)):
+            tracker.log_picture(key, step, tmp_path / "grid.png")
+    client = MlflowClient(tracking_uri=uri)
+    names = [a.path.split("/")[1] for a in client.list_artifacts(tracker.run_id, "images")]
+    found = sorted(name.split("+timestamp")[0] for name in names if name.endswith(".png"))
+    assert found == ["central_images+step+0", "samples+step+3", "samples+step+30"]
+    assert client.get_run(tracker.run_id).data.tags["mlflow.loggedImages"] == "True"
+
+
+def test_the_data_set_is_named_by_public_facts(tmp_path, uri):
+    facts = {"num_examples": 1437, "num_classes": 10}
+    tracker = Tracker(uri, open_experiment(uri, "facts", tmp_path), "s/t")
+    for _ in range(2):
+        tracker.log_dataset("digits", facts)
+    (logged,) = MlflowClient(tracking_uri=uri).get_run(tracker.run_id).inputs.dataset_inputs
+    assert logged.dataset.name == "digits"
+    assert json.loads(logged.dataset.source) == facts
+    assert json.loads(logged.dataset.profile) == {"num_rows": 1437}
+
+
+def test_charts_are_saved_as_the_page_saves_them(tmp_path, uri):
+    experiment = open_experiment(uri, "charts", tmp_path)
+    Tracker(uri, experiment, "s").log_charts("s", '{"orderByAsc": true}')
+    tags = MlflowClient(tracking_uri=uri).get_experiment(experiment).tags
+    kind, _, content = tags["mlflow.sharedViewState.s"].partition(";")
+    assert kind == "deflate"
+    assert json.loads(zlib.decompress(base64.b64decode(content))) == {"orderByAsc": True}
+
+
+def test_how_to_compare_says_what_it_can(tmp_path, uri):
+    absent = f"sqlite:///{tmp_path}/absent.db"
+    assert how_to_compare(absent, "e", "s") == ui_command(absent)
+    assert not (tmp_path / "absent.db").exists()
+    assert how_to_compare(uri, "no experiment", "s") == ui_command(uri)
+    experiment = open_experiment(uri, "e", tmp_path)
+    for key in ("s", "s2/t"):
+        Tracker(uri, experiment, key)
+    assert how_to_compare(uri, "e", "s") == ui_command(uri)
+    trial = Tracker(uri, experiment, "s/t")
+    _, charts, table = how_to_compare(uri, "e", "s").splitlines()
+    assert charts.endswith(
+        f"/#/experiments/{experiment}/runs?compareRunsMode=CHART&viewStateShareKey=s"
+    )
+    assert table.endswith(
+        f"/#/compare-runs?runs=%5B%22{trial.run_id}%22%5D&experiments=%5B%22{experiment}%22%5D"
+    )
+
+
+@pytest.mark.parametrize("uri", ["http://me:word@127.0.0.1:9", "postgresql://me:word@host/db"])
+def test_a_password_is_never_shown(uri):
+    assert "word" not in ui_command(uri)
+    if uri.startswith("http"):
+        text = how_to_compare(uri, "e", "s")
+        assert "word" not in text
+        assert "does not answer" in text

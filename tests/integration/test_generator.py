@@ -1,0 +1,85 @@
+"""A trained generator leaves as a model that draws the run's own images, and holds no more."""
+
+import numpy as np
+import pytest
+import torch
+from mlflow import pyfunc
+from mlflow.tracking import MlflowClient
+from two_ranks import tiny_run
+
+from core.errors import ConfigError
+from core.generator import load_generator, save_generator
+from sweep.tracking import Tracker, open_experiment
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("generator") / "run"
+    tiny_run(folder, seed=5)
+    return folder
+
+
+def test_it_draws_the_images_that_the_run_was_scored_with(finished, tmp_path):
+    save_generator(finished, tmp_path / "generator")
+    assert {p.name for p in (tmp_path / "generator").iterdir()} == {"config.yaml", "model.pt"}
+    text = (tmp_path / "generator" / "config.yaml").read_text()
+    assert str(finished) not in text  # Of the ledger and the cache.
+    generator = load_generator(tmp_path / "generator")
+    with np.load(finished / "synthetic" / "images.npz") as stored:
+        drawn = generator.predict(stored["labels"])
+        assert np.array_equal(drawn, stored["images"])
+    other = generator.predict(np.arange(10), {"seed": 6})
+    assert other.shape == (10, 1, 8, 8)
+    assert not np.array_equal(other, drawn[:10])
+
+
+@pytest.mark.parametrize("labels", [[], [10], [-1]])
+def test_labels_out_of_range_are_refused(finished, tmp_path, labels):
+    save_generator(finished, tmp_path / "generator")
+    generator = load_generator(tmp_path / "generator")
+    with pytest.raises(ConfigError, match=r"\[0, 9\]"):
+        generator.predict(np.array(labels))
+    with pytest.raises(ConfigError, match="seed=-1"):
+        generator.predict(np.array([0]), {"seed": -1})
+
+
+def test_the_registered_model_is_the_same_and_registered_once(finished, tmp_path):
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    experiment = open_experiment(uri, "e", tmp_path)
+    parent = Tracker(uri, experiment, "s")
+    trial = Tracker(uri, experiment, "s/t", parent.run_id)
+    trial.finish("FINISHED")
+    for _ in range(2):
+        parent.register_generator("t", finished, "trial", "a statement")
+    client = MlflowClient(tracking_uri=uri)
+    (version,) = client.search_model_versions("name = 's'")
+    assert version.description == "a statement"
+    assert version.run_id == trial.run_id
+    assert version.tags == {"trial": "t", "privacy.scope": "trial"}
+    assert client.get_model_version_by_alias("s", "best").version == version.version
+    run = client.get_run(trial.run_id)
+    assert run.info.status == "FINISHED"
+    assert [output.model_id in version.source for output in run.outputs.model_outputs] == [True]
+
+    model = pyfunc.load_model(version.source)
+    labels = np.arange(40) % 10
+    with np.load(finished / "synthetic" / "images.npz") as stored:
+        assert np.array_equal(model.predict(labels), stored["images"])
+    signature = model.metadata.signature
+    assert signature.outputs.inputs[0].shape == (-1, 1, 8, 8)
+    assert signature.params.params[0].default == 5
+    digest = next((finished / "ledger").glob("*.jsonl")).stem
+    root = tmp_path / "mlartifacts"
+    assert not [p for p in root.rglob("*") if p.is_file() and digest.encode() in p.read_bytes()]
+    assert not [p for p in root.rglob("*") if p.suffix == ".pyc"]
+
+
+def test_pictures_while_training_change_nothing(finished, tmp_path):
+    tiny_run(tmp_path / "run", **{"seed": 5, "runtime.num_pictures": 0})
+    assert not (tmp_path / "run" / "samples").exists()
+    assert sorted(p.name for p in (finished / "samples").iterdir()) == [
+        f"{step:08d}.png" for step in (1, 2, 4, 5)
+    ]
+    with_pictures, without = (torch.load(f / "model.pt") for f in (finished, tmp_path / "run"))
+    for name, value in with_pictures.items():
+        assert torch.equal(value, without[name]), name
