@@ -12,9 +12,10 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from core import yaml_subset
-from core.config_keys import explain
+from core.config_keys import explain, load_yaml
+from core.config_keys import parse_overrides as parse_overrides
 from core.errors import ConfigError
+from core.evaluation.names import LIKENESS, SUFFIXES
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Model = TypeVar("Model", bound=BaseModel)
@@ -197,6 +198,15 @@ class EvaluationConfig(Section):
         return self
 
 
+class EarlyScoresConfig(Section):
+    """Scores of small samples during training: what a sweep's scheduler stops poor trials by."""
+
+    at: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = ()
+    """Shares of training.num_steps, ascending; none: only the end is scored."""
+    metric: Literal["accuracy", "dp_accuracy", "fid", "kid", "precision", "recall"] = "accuracy"
+    num_images: Annotated[int, Field(ge=2)] = 500
+
+
 class RuntimeConfig(Section):
     """Where and how verbosely; no value here changes the result."""
 
@@ -230,6 +240,7 @@ class Config(Section):
     diffusion: DiffusionConfig = DiffusionConfig()
     sampler: SamplerConfig = SamplerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    early_scores: EarlyScoresConfig = EarlyScoresConfig()
     runtime: RuntimeConfig = RuntimeConfig()
 
     @property
@@ -241,6 +252,19 @@ class Config(Section):
     def private_steps(self) -> int:
         """Optimisation steps of the hard stage, at least 1."""
         return self.training.num_steps - self.warm_up_steps
+
+    @property
+    def early_metric(self) -> str:
+        """Name of the scores during training; of a small sample, so no `accuracy`; empty: none."""
+        name = self.early_scores.metric
+        name += SUFFIXES[self.evaluation.fid_extractor] if name in LIKENESS else ""
+        return f"early_{name}" if self.early_scores.at else ""
+
+    @property
+    def early_steps(self) -> dict[int, float]:
+        """The shares of `early_scores.at` by the number of steps that are then done."""
+        steps = self.training.num_steps
+        return {min(max(1, round(f * steps)), steps - 1): f for f in self.early_scores.at}
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -277,11 +301,20 @@ class Config(Section):
                 f"central_images.image_size={self.central_images.image_size} must lie in "
                 f"[2, dataset.image_size={dataset.image_size}]"
             )
-        if self.evaluation.num_images < 2 * dataset.num_classes:
+        early, least = self.early_scores, 2 * dataset.num_classes
+        sizes = {"evaluation.num_images": self.evaluation.num_images}
+        sizes |= {"early_scores.num_images": early.num_images} if early.at else {}
+        for key, count in sizes.items():
+            if count < least:
+                raise ValueError(
+                    f"{key}={count} must be at least {least}, two for each of dataset.num_classes="
+                    f"{dataset.num_classes}: one to train the classifier, one to choose its epoch"
+                )
+        points = list(self.early_steps)
+        if points != sorted(points) or not len(early.at) == len(points) < self.training.num_steps:
             raise ValueError(
-                f"evaluation.num_images={self.evaluation.num_images} must be at least "
-                f"{2 * dataset.num_classes}, two for each of dataset.num_classes="
-                f"{dataset.num_classes}: one to train the classifier, one to choose its epoch"
+                f"early_scores.at={list(early.at)} must ascend and name different steps before the "
+                f"last of training.num_steps={self.training.num_steps}: these are {points}"
             )
         factor = self.model.patch_size * 2 ** (len(self.model.channel_multipliers) - 1)
         if dataset.image_size % factor:
@@ -291,34 +324,6 @@ class Config(Section):
                 "model.channel_multipliers but the first"
             )
         return self
-
-
-def load_yaml(path: str | Path) -> dict[str, Any]:
-    """Reads a YAML mapping.
-
-    Raises:
-        ConfigError: the file is missing, is not YAML, or is not a mapping.
-    """
-    try:
-        return yaml_subset.parse(Path(path).read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"no configuration file at '{path}': check the path") from None
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"'{path}' cannot be read: {error}") from None
-
-
-def parse_overrides(arguments: list[str]) -> dict[str, Any]:
-    """Turns `key=value` arguments into a flat mapping; values are read as YAML."""
-    overrides: dict[str, Any] = {}
-    for argument in arguments:
-        key, separator, value = argument.partition("=")
-        if not separator or not key:
-            raise ConfigError(f"'{argument}' is not of the form key=value")
-        try:
-            overrides[key] = yaml_subset.parse_value(value)
-        except ValueError as error:
-            raise ConfigError(f"{key}: {error}") from None
-    return overrides
 
 
 def load(

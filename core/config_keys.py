@@ -1,12 +1,16 @@
-"""Names, ranges and near misses of configuration keys, in words for people."""
+"""Configuration keys as people write them, and their names, ranges and near misses in words."""
 
 import difflib
 from collections.abc import Collection
+from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
+
+from core import yaml_subset
+from core.errors import ConfigError
 
 
 def known_keys(model: type[BaseModel], prefix: str = "") -> dict[str, FieldInfo]:
@@ -82,3 +86,31 @@ def _describe(annotation: Any, metadata: list[Any]) -> str:
     low = f"[{bounds['ge']}" if "ge" in bounds else f"({bounds.get('gt', '-inf')}"
     high = f"{bounds['le']}]" if "le" in bounds else f"{bounds.get('lt', 'inf')})"
     return f"{kind} in {low}, {high}"
+
+
+def load_yaml(path: str | Path) -> dict[str, Any]:
+    """Reads a YAML mapping.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, or is not a mapping.
+    """
+    try:
+        return yaml_subset.parse(Path(path).read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"no configuration file at '{path}': check the path") from None
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"'{path}' cannot be read: {error}") from None
+
+
+def parse_overrides(arguments: list[str]) -> dict[str, Any]:
+    """Turns `key=value` arguments into a flat mapping; values are read as YAML."""
+    overrides: dict[str, Any] = {}
+    for argument in arguments:
+        key, separator, value = argument.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"'{argument}' is not of the form key=value")
+        try:
+            overrides[key] = yaml_subset.parse_value(value)
+        except ValueError as error:
+            raise ConfigError(f"{key}: {error}") from None
+    return overrides

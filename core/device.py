@@ -1,5 +1,8 @@
 """Where a run computes."""
 
+import os
+import platform
+
 import torch
 
 from core.config import Config
@@ -10,3 +13,10 @@ def config_device(config: Config) -> str:
     if config.runtime.device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return config.runtime.device
+
+
+def device_name(config: Config) -> str:
+    """What that device is called, so that times compare."""
+    if config_device(config) == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{os.cpu_count()} CPU cores, {platform.machine()}"

@@ -6,7 +6,6 @@ trial that starts from another's state of step s ends where it would have ended 
 
 import hashlib
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from core.privacy.central_images import CentralImages, release_central_images
 from core.privacy.keys import KeyedStream
 from core.privacy.plan import CentralPlan
 from core.reporting import Report, write_grid
-from core.training import train, warm_up_stage
+from core.training import AfterStep, train, warm_up_stage
 
 _KEPT = 6
 """States of one trajectory on disk; each is as large as a checkpoint."""
@@ -86,12 +85,12 @@ def warm_up(
     checkpoints: Checkpoints,
     report: Report,
     trajectory: "Trajectory | None",
-    after_step: Callable[[int], None],
+    after_step: AfterStep,
 ) -> None:
     """Trains on the central images, from where another trial of the trajectory left them.
 
     Args:
-        after_step: as of `train`.
+        after_step: see `train`; not called for the steps that another trial did.
     """
     stage = warm_up_stage(config, denoiser, central)
     if trajectory is not None:

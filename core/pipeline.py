@@ -4,6 +4,7 @@ import json
 import logging
 import platform
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -17,9 +18,11 @@ from core import distributed, yaml_subset
 from core.checkpoint import Checkpoints
 from core.config import Config, flatten, load_yaml, nested
 from core.data import Split, load_dataset
-from core.device import config_device
+from core.device import config_device, device_name
 from core.diffusion.denoiser import build_denoiser
 from core.diffusion.ema import Ema
+from core.early import ENDED_EARLY, STOPPED, EarlyScores, GoesOn, StoppedEarlyError
+from core.early_scoring import early_score_of
 from core.easy_stage import kept_central_images, trajectory_of, warm_up
 from core.errors import ConfigError
 from core.evaluation.features import find_weights
@@ -30,7 +33,7 @@ from core.identity import CENTRAL, identity_of, origin_of, settings_of
 from core.locks import held
 from core.privacy.keys import KeyedStream, MasterSecret
 from core.privacy.plan import PrivacyPlan, make_plan
-from core.privacy.spending import Spending, require_same_data
+from core.privacy.spending import Spending, require_same_data, steps_begun
 from core.reporting import MetricsLog, Report, log_to, report_line, write_grid, write_json
 from core.storage import require_space, stored
 from core.training import private_stage, train
@@ -52,6 +55,7 @@ def run(
     lease: int | None = None,
     charged: Path | None = None,
     shared: Path | None = None,
+    goes_on: GoesOn = lambda _: True,
 ) -> dict[str, Any]:
     """Trains, generates and scores one model; call it on every rank of a process group.
 
@@ -67,6 +71,7 @@ def run(
         charged: folder in which the trials of a sweep note that their data set's ledger was begun.
         shared: folder of a sweep whose trials with the same central images have them from one
             release, which is charged once, and share one warm-up; None: the run has its own.
+        goes_on: asked after each early score; a run that is stopped by it pays for what it ran.
 
     Returns:
         The last reported metrics: scores, epsilons, noise multiplier and seconds.
@@ -87,7 +92,7 @@ def run(
 
         distributed.on_rank_0(enter)
         charged = charged or run_dir / "charged"
-        return _run(config, run_dir, master, name, report, lease, charged, shared)
+        return _run(config, run_dir, master, name, report, lease, charged, shared, goes_on)
 
 
 def _run(
@@ -99,6 +104,7 @@ def _run(
     lease: int | None,
     charged: Path,
     shared: Path | None,
+    goes_on: GoesOn,
 ) -> dict[str, Any]:
     began = time.monotonic()
     plan = distributed.on_rank_0(lambda: make_plan(config))
@@ -140,11 +146,40 @@ def _run(
             master.derive(fingerprint=fingerprint, trial=trial, stage=stage, purpose=purpose)
         )
 
-    report = _logged(report, run_dir, checkpoints, config)
+    plainly, report = report, _logged(report, run_dir, checkpoints, config)
     denoiser = build_denoiser(config).to(config_device(config))
     distributed.broadcast_module(denoiser)
     ema = Ema(denoiser, config.training.ema_decay)
     pictures = sample_pictures(ema.module, config, run_dir / "samples", config_device(config))
+
+    def early_score(model: nn.Module, place: int) -> float:
+        noise = stream("evaluation", "noise")
+        return early_score_of(config, plan, model, dataset, noise, place + 1)
+
+    early = EarlyScores(config, run_dir, identity, early_score, plainly, report, goes_on)
+
+    def after_step(step: int, model: nn.Module) -> None:
+        pictures(step)
+        early(step, model)
+
+    def stopped(end: StoppedEarlyError) -> dict[str, Any]:
+        """Pays for what ran; a run that was stopped never goes on."""
+        result = None
+        if distributed.rank() == 0:
+            spending.settle(fingerprint, reservation)
+            result = {
+                "step": end.step,
+                "stage": ENDED_EARLY,
+                **early.last(),
+                "epsilon": plan.epsilon_after(steps_begun(begun)),
+                "noise_multiplier": plan.noise_multiplier,
+                "seconds": time.monotonic() - began,
+            }
+            origin = _origin(identity, fingerprint, name, plan, [plan.early_metric, "loss"])
+            write_json(run_dir / STOPPED, {**result, **origin})
+        result = distributed.broadcast_object(result)
+        report(result)
+        return result
 
     if plan.central is not None:
         central = kept_central_images(
@@ -159,7 +194,10 @@ def _run(
         )
         if not _is_past_warm_up(checkpoints):
             trajectory = trajectory_of(shared, config, released) if shared else None
-            warm_up(config, denoiser, ema, central, checkpoints, report, trajectory, pictures)
+            try:
+                warm_up(config, denoiser, ema, central, checkpoints, report, trajectory, after_step)
+            except StoppedEarlyError as end:
+                return stopped(end)
 
     def count(step: int) -> None:
         if spending.begins_block(step):  # On all ranks, as all must stop where it cannot be noted.
@@ -176,7 +214,9 @@ def _run(
     )
     try:
         offset = config.warm_up_steps
-        train(stage, denoiser, ema, offset, checkpoints, report, config, pictures)
+        train(stage, denoiser, ema, offset, checkpoints, report, config, after_step)
+    except StoppedEarlyError as end:
+        return stopped(end)
     finally:
         if distributed.rank() == 0:
             spending.settle(fingerprint, reservation)
@@ -209,8 +249,8 @@ def _run(
     result = distributed.broadcast_object(result)  # One clock: that of rank 0.
 
     def store() -> None:
-        tags = {metric: plan.tag(metric) for metric in (*scores.values, "loss")}
-        origin = {"identity": identity, "fingerprint": fingerprint, "name": name, "tags": tags}
+        metrics = [*scores.values, *filter(None, [plan.early_metric]), "loss"]
+        origin = _origin(identity, fingerprint, name, plan, metrics)
         origin["scored"] = scores.record
         with stored(run_dir):
             _store(run_dir, synthetic, ema, {**result, **origin})
@@ -218,6 +258,14 @@ def _run(
     distributed.on_rank_0(store)
     report(result)
     return result
+
+
+def _origin(
+    identity: str, fingerprint: str, name: str, plan: PrivacyPlan, metrics: Sequence[str]
+) -> dict[str, Any]:
+    """What a result is kept with: where it came from, and how private its metrics are."""
+    tags = {metric: plan.tag(metric) for metric in metrics}
+    return {"identity": identity, "fingerprint": fingerprint, "name": name, "tags": tags}
 
 
 def _claim(run_dir: Path, config: Config, plan: PrivacyPlan) -> None:
@@ -243,6 +291,7 @@ def _claim(run_dir: Path, config: Config, plan: PrivacyPlan) -> None:
             "torch": torch.__version__,
             "numpy": np.__version__,
             "device": config_device(config),
+            "device_name": device_name(config),
             "world_size": distributed.world_size(),
         }
         write_json(run_dir / "environment.json", environment)
@@ -252,8 +301,8 @@ def _claim(run_dir: Path, config: Config, plan: PrivacyPlan) -> None:
 
 
 def _finished(run_dir: Path, identity: str) -> dict[str, Any] | None:
-    path = run_dir / "evaluation.json"
-    stored = json.loads(path.read_text()) if path.exists() else None
+    ends = [run_dir / name for name in ("evaluation.json", STOPPED) if (run_dir / name).exists()]
+    stored = json.loads(ends[0].read_text()) if ends else None
     found = distributed.broadcast_object(stored)
     if found is None or found["identity"] != identity:
         return None

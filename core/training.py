@@ -32,6 +32,8 @@ from core.privacy.plan import DpSgdPlan
 from core.privacy.sampling import PoissonSampler, rank_share
 from core.reporting import Report
 
+AfterStep = Callable[[int, nn.Module], None]
+
 
 @dataclass
 class Stage:
@@ -56,14 +58,15 @@ def train(
     checkpoints: Checkpoints,
     report: Report,
     config: Config,
-    after_step: Callable[[int], None] = lambda _: None,
+    after_step: AfterStep = lambda *_: None,
 ) -> None:
     """Runs a stage from its last checkpoint, if there is one, to its end.
 
     Args:
         offset: steps of earlier stages; reports count over all stages.
-        after_step: called with the number of steps done over all stages; must not change anything
-            that is trained, nor any state of a random generator.
+        after_step: called with the number of all steps done and the averaged model, at the start
+            as well; what it raises ends the stage. It must not change anything that is trained,
+            nor any state of a random generator.
     """
     start = 0
     state = distributed.on_rank_0(checkpoints.load)
@@ -72,13 +75,13 @@ def train(
         denoiser.load_state_dict(state["denoiser"])
         ema.load_state_dict(state["ema"])
         stage.optimizer.load_state_dict(state["optimizer"])
+    after_step(offset + start, ema.module)
     runtime, began = config.runtime, time.monotonic()
     for number in range(start, stage.num_steps):
         loss = stage.step(number)
         ema.update(denoiser)
         done = number + 1
         last = done == stage.num_steps
-        after_step(offset + done)
         if done % runtime.log_every == 0 or last or done == start + 1:
             seconds = (time.monotonic() - began) / (done - start)
             report(
@@ -92,6 +95,9 @@ def train(
         # After the report: killed in between, a run reports again rather than never.
         if done % runtime.checkpoint_every == 0 or last:
             _save(checkpoints, stage, done, denoiser, ema)
+        scoring = time.monotonic()
+        after_step(offset + done, ema.module)
+        began += time.monotonic() - scoring  # Not a part of the step.
 
 
 def _save(checkpoints: Checkpoints, stage: Stage, step: int, denoiser: Denoiser, ema: Ema) -> None:

@@ -22,7 +22,7 @@ from core.privacy.ledger_file import LedgerError
 from sweep.config import SweepConfig
 from sweep.driver import running_driver, stop_driver
 from sweep.records import differences, export, record
-from sweep.results import Row, best, load_rows, print_results, sweep_epsilon
+from sweep.results import Row, best, load_rows, print_results, sweep_epsilon, winners
 from sweep.scope import DEFAULT_NUM_TRIALS
 from sweep.stored import find_trial, open_sweep, sweep_names
 from sweep.study import pruned_points
@@ -63,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     for command in (show, winner, stop, dump):
         command.add_argument("name", help="name of the sweep")
     report.add_argument("--name", required=True, help="name of the sweep")
+    winner.add_argument("--by", metavar="METRIC", help="of several objectives the one that counts")
     winner.add_argument("--out", type=Path, help="file; default: best.yaml in the sweep's folder")
     dump.add_argument("--out", type=Path, required=True, help="file.csv, .json or .parquet")
     report.add_argument("--out", type=Path, help="file; default: report.html in the sweep's folder")
@@ -85,16 +86,19 @@ def _list(options: argparse.Namespace) -> None:
 def _overview(sweep: SweepConfig) -> dict[str, Any]:
     rows = load_rows(sweep)
     winner, metric = best(sweep, rows), sweep.objective.metric
+    front = [row.trial for row in winners(sweep, rows)]
     states = [row.state for row in rows]
     return {
         "sweep": sweep.name,
         "state": "running" if running_driver(sweep.folder) else "stopped",
         "num_trials": sweep.num_trials or DEFAULT_NUM_TRIALS,
         "finished": states.count("finished"),
+        "stopped": states.count("stopped"),
         "failed": states.count("failed"),
         "unfinished": states.count("unfinished"),
         "best_trial": winner.trial if winner else None,
-        "objective": metric,
+        "best_trials": front,
+        "objective": ", ".join(sweep.metrics),
         "best_score": winner.scores[metric] if winner else None,
         "epsilon_trial": winner.plan.epsilon if winner else None,
         "epsilon_sweep": _recorded_epsilon(sweep, rows),
@@ -114,9 +118,10 @@ def _short(overview: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "sweep": overview["sweep"],
         "state": overview["state"],
-        "done": f"{overview['finished']}/{overview['num_trials']}",
+        "done": f"{overview['finished'] + overview['stopped']}/{overview['num_trials']}",
+        "stopped": overview["stopped"],
         "failed": overview["failed"],
-        "best trial": overview["best_trial"],
+        "best trial": ", ".join(overview["best_trials"]) or None,
         "score": overview["best_score"],
         "objective": overview["objective"],
         "eps trial": overview["epsilon_trial"],
@@ -140,9 +145,22 @@ def _show(options: argparse.Namespace) -> None:
 
 def _best(options: argparse.Namespace) -> None:
     sweep = open_sweep(options.storage, options.name)
-    winner = best(sweep, load_rows(sweep))
+    if options.by is not None and options.by not in sweep.metrics:
+        raise ConfigError(f"--by={options.by} must be an objective: {', '.join(sweep.metrics)}")
+    rows = load_rows(sweep)
+    winner = best(sweep, rows, options.by)
     if winner is None:
         raise ConfigError(f"no trial of sweep '{sweep.name}' has finished: there is no best one")
+    if sweep.further_objectives and options.by is None:
+        front = [record(row) for row in winners(sweep, rows)]
+        if options.json:
+            _print_json(front)
+            return
+        _print_table([{k: row[k] for k in ("trial", *sweep.metrics, "epsilon")} for row in front])
+        print(
+            f"the Pareto front: choose the best by one with --by {' or --by '.join(sweep.metrics)}"
+        )
+        return
     path = options.out or sweep.folder / "best.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml_subset.dump(nested(winner.config)))

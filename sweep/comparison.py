@@ -54,7 +54,7 @@ def shared_params(sweep: SweepConfig) -> dict[str, Any]:
 
 
 def compared_figures(sweep: SweepConfig, result: Mapping[str, Any]) -> dict[str, float]:
-    """The figures of a finished trial under the names that all trials share.
+    """The figures of a trial that ended under the names that all trials share.
 
     Args:
         result: as of `core.pipeline.run`.
@@ -65,12 +65,14 @@ def compared_figures(sweep: SweepConfig, result: Mapping[str, Any]) -> dict[str,
 
     Privacy: scores may be computed from real images: see their tags.
     """
-    scores = {name: float(result[name]) for name in DIRECTIONS if name in result}
+    names = [*DIRECTIONS, sweep.run.early_metric]
+    scores = {name: float(result[name]) for name in names if name in result}
+    central = result.get("epsilon_central")  # Of a trial that was stopped it is not known apart.
     gpus = sweep.workers_per_trial * sweep.gpus_per_worker
     return {
         **scores,
         "epsilon_trial": result["epsilon"],
-        "epsilon_central_share": result["epsilon_central"] / result["epsilon"],
+        **({} if central is None else {"epsilon_central_share": central / result["epsilon"]}),
         "noise_multiplier": result["noise_multiplier"],
         "seconds": result["seconds"],
         "gpu_hours": gpus * result["seconds"] / 3600,

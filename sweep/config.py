@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 
 from core.config import (
     Config,
+    Positive,
     PositiveInt,
     Section,
     flatten,
@@ -26,7 +27,8 @@ from core.config import (
 from core.config_keys import known_keys, nearest_key
 from core.errors import ConfigError
 from core.evaluation.names import DIRECTIONS
-from sweep.scope import SEED, check_searched, scope_settings
+from sweep.prices import Cloud
+from sweep.scope import SEED, Search, check_limits, check_searched, scope_settings
 
 _FOLDERS = ("runtime.ledger", "runtime.cache")
 Number = int | float
@@ -74,6 +76,23 @@ class Objective(Section):
         "precision", "precision_cnn", "recall", "recall_cnn",
     ] = "accuracy"  # fmt: skip
     direction: Literal["maximize", "minimize"] = "maximize"
+    """If it is not given, that in which the metric improves."""
+
+    @property
+    def mode(self) -> Literal["max", "min"]:
+        """The direction in Tune's terms."""
+        return "max" if self.direction == "maximize" else "min"
+
+    def gain(self, scores: Mapping[str, float]) -> float:
+        """The score, of which more is better."""
+        return scores[self.metric] if self.direction == "maximize" else -scores[self.metric]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _improving(cls, content: Any) -> Any:
+        metric = content.get("metric", "accuracy")
+        known = isinstance(metric, str) and metric in DIRECTIONS
+        return {"direction": DIRECTIONS[metric], **content} if known else content
 
     @model_validator(mode="after")
     def _sensible(self) -> Self:
@@ -83,6 +102,24 @@ class Objective(Section):
                 f"{self.metric}: set it to {DIRECTIONS[self.metric]!r}"
             )
         return self
+
+
+class AshaConfig(Section):
+    """Asynchronous successive halving (Li et al. 2020)."""
+
+    grace_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.25
+    """Share of the steps after which a trial is judged first."""
+    reduction_factor: Annotated[float, Field(ge=1.5, le=16)] = 2.0
+    """A trial goes on if it is among the best 1/factor so far; the next judgement comes after
+    `factor` times as many steps."""
+
+    @property
+    def rungs(self) -> tuple[float, ...]:
+        """Shares of the steps after which trials are judged."""
+        shares: list[float] = []
+        while (share := self.grace_fraction * self.reduction_factor ** len(shares)) < 1:
+            shares.append(share)
+        return tuple(shares)
 
 
 class SweepConfig(Section):
@@ -97,8 +134,15 @@ class SweepConfig(Section):
     search_space: dict[str, Dimension]
     """Dotted numeric (or, with `choices`, any) keys of the run."""
     objective: Objective = Objective()
-    sampler: Literal["tpe", "random"] = "tpe"
-    """TPE (Bergstra et al. 2011) learns from results; random draws alike and independently."""
+    """One, or a list, of which the front of trials that no other beats in all is sought."""
+    further_objectives: tuple[Objective, ...] = ()
+    """All but the first of a list given as `objective`."""
+    sampler: Literal["tpe", "nsga2", "random"] = "tpe"
+    """TPE (Bergstra et al. 2011) and NSGA-II (Deb et al. 2002) learn from results; random draws
+    alike and independently."""
+    scheduler: Literal["none", "asha"] = "none"
+    """`asha` stops trials that score poorly during training."""
+    asha: AshaConfig = AshaConfig()
     final: Annotated[dict[str, Any], Field(default_factory=dict)]
     """Scope `public`: dotted keys that turn the best trial into the one run on sensitive data."""
     num_trials: PositiveInt | None = None
@@ -114,6 +158,14 @@ class SweepConfig(Section):
     """Restarts of a trial whose worker died; each goes on from the last checkpoint."""
     max_same_error: PositiveInt = 3
     """Trials in a row that may fail with the same error before the sweep stops."""
+    max_hours: Positive | None = None
+    """Device hours (of GPUs, or of CPU cores without any) that all trials may use together,
+    interrupted and failed ones and earlier starts of the sweep included; then it stops."""
+    max_gpu_hours: Positive | None = None
+    """The same, where it must be GPUs."""
+    max_cost: Positive | None = None
+    """USD, by `clusters/prices.yaml` at the prices on demand of `cloud`."""
+    cloud: Cloud | None = None
     search_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     num_startup_trials: PositiveInt = 10
     """Random trials before TPE starts to model the results."""
@@ -122,9 +174,26 @@ class SweepConfig(Section):
     storage_path: str = "runs"
     """Folder that the driver and all workers see."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _objectives(cls, content: Any) -> Any:
+        """A list under `objective` becomes the first and the further ones; words are metrics."""
+        given = content.get("objective")
+        if not isinstance(given, (list, tuple)) or not given:
+            return content
+        for each in given:
+            metric = each.get("metric") if isinstance(each, Mapping) else each
+            if metric not in DIRECTIONS:
+                raise ValueError(f"objective={metric!r} is none of {', '.join(DIRECTIONS)}")
+        first, *further = ({"metric": o} if isinstance(o, str) else o for o in given)
+        return {**content, "objective": first, "further_objectives": further}
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         keys = known_keys(Config)
+        metrics = [objective.metric for objective in self.objectives]
+        if len(set(metrics)) < len(metrics):
+            raise ValueError(f"objective={metrics} names a metric twice")
         for key, dimension in self.search_space.items():
             if key not in keys:
                 raise ValueError(f"search_space: unknown key '{key}'{nearest_key(keys, key)}")
@@ -134,6 +203,16 @@ class SweepConfig(Section):
                 raise ValueError(f"search_space.{key} is not numeric: give choices")
         if not self.search_space:
             raise ValueError("search_space is empty: name at least one key to search")
+        for key in ("max_gpu_hours", "max_cost"):
+            if getattr(self, key) is not None and not self.gpus_per_worker:
+                raise ValueError(
+                    f"{key}={getattr(self, key):g} counts GPUs, but gpus_per_worker=0: set that, "
+                    "or limit device hours with max_hours"
+                )
+        if self.max_cost is not None and self.cloud is None:
+            raise ValueError(
+                f"max_cost={self.max_cost:g} needs prices: set cloud to aws, gcp or azure"
+            )
         least = self.min_workers_per_trial
         if least is not None and least > self.workers_per_trial:
             raise ValueError(
@@ -163,6 +242,16 @@ class SweepConfig(Section):
         return load(nested(config), folders)
 
     @property
+    def objectives(self) -> tuple[Objective, ...]:
+        """All objectives; the first decides where one trial must be named."""
+        return (self.objective, *self.further_objectives)
+
+    @property
+    def metrics(self) -> list[str]:
+        """Metrics of the objectives."""
+        return [objective.metric for objective in self.objectives]
+
+    @property
     def run(self) -> Config:
         """What all trials share: the base run with all that is fixed."""
         return load(self.base, self.fixed)
@@ -189,6 +278,7 @@ def load_sweep(path: str | Path, overrides: Mapping[str, Any]) -> SweepConfig:
     content["final"] = flat(content.get("final") or {})
     content["search_space"] = _dimensions(content.get("search_space") or {})
     fixed: dict[str, Any] = {}
+    own = {*known_keys(SweepConfig), *SweepConfig.model_fields}  # `sampler`, not `sampler.name`.
     for key, value in overrides.items():
         top, _, rest = key.partition(".")
         if top == "search_space" and "." in rest:
@@ -196,7 +286,7 @@ def load_sweep(path: str | Path, overrides: Mapping[str, Any]) -> SweepConfig:
             content[top].setdefault(name, {})[attribute] = value
         elif top == "final" and rest:
             content["final"][rest] = value
-        elif top in SweepConfig.model_fields and top not in ("fixed", "search_space", "final"):
+        elif key in own and top not in ("fixed", "search_space", "final"):
             content = merge(content, {key: value})
         else:
             fixed[key] = value
@@ -208,7 +298,9 @@ def load_sweep(path: str | Path, overrides: Mapping[str, Any]) -> SweepConfig:
     # Absolute, as Ray gives trials and workers another working directory.
     sweep = sweep.model_copy(update={"storage_path": str(Path(sweep.storage_path).absolute())})
     _check_run(sweep, fixed)
-    return _scoped(sweep)
+    sweep = _scoped(sweep)
+    _check_run(sweep, {})
+    return sweep
 
 
 def dump_sweep(sweep: SweepConfig) -> dict[str, Any]:
@@ -223,15 +315,15 @@ def _scoped(sweep: SweepConfig) -> SweepConfig:
         ConfigError: the claim of the scope would be false for this search.
     """
     base = sweep.run
-    settings = scope_settings(
-        base, sweep.objective.metric, sweep.sampler, sweep.num_trials, sweep.final
-    )
+    search = Search(sweep.metrics, sweep.sampler, sweep.scheduler, sweep.asha.rungs)
+    settings = scope_settings(base, search, sweep.num_trials, sweep.final)
     check_searched(base, list(sweep.search_space))
+    check_limits(base, {k: getattr(sweep, k) for k in ("max_hours", "max_gpu_hours", "max_cost")})
     for key, value in settings.items():
         if sweep.fixed.get(key, value) != value:
             raise ConfigError(
-                f"{key}={sweep.fixed[key]} contradicts sampler={sweep.sampler!r}, which needs "
-                f"{value}: leave it out"
+                f"{key}={sweep.fixed[key]} contradicts sampler={sweep.sampler!r} with scheduler="
+                f"{sweep.scheduler!r}, which need {value}: leave it out"
             )
     space = dict(sweep.search_space)
     if base.privacy.scope == "selection":

@@ -13,13 +13,18 @@ from core.privacy.card import accountant_of
 from core.privacy.plan import composed_epsilon, make_plan
 from core.reporting import ProgressLine
 from sweep.config import Dimension, SweepConfig, is_integer
+from sweep.costs import print_costs
 from sweep.scope import DEFAULT_NUM_TRIALS
 
 _POINTS = 4
 
 
-def print_plan(sweep: SweepConfig) -> None:
-    """Prints trials, search space, and the solved noise multiplier over count x noise."""
+def print_plan(sweep: SweepConfig, probe: bool = False) -> None:
+    """Prints trials, search space, the solved noise multiplier over count x noise, and costs.
+
+    Args:
+        probe: whether to measure the time of a step on random images.
+    """
     middle = {key: _middle(key, dimension) for key, dimension in sweep.search_space.items()}
     config = sweep.trial_config(middle)
     privacy = config.privacy
@@ -35,9 +40,12 @@ def print_plan(sweep: SweepConfig) -> None:
     )
     for key, dimension in sweep.search_space.items():
         print(f"  {key}: {describe_dimension(dimension)}")
-    print(
-        f"objective: {sweep.objective.direction} {sweep.objective.metric}, sampler {sweep.sampler}"
-    )
+    objectives = " and ".join(f"{each.direction} {each.metric}" for each in sweep.objectives)
+    print(f"objective: {objectives}, sampler {sweep.sampler}")
+    if sweep.scheduler == "asha":
+        shares = ", ".join(f"{share:.3g}" for share in sweep.asha.rungs)
+        tag = config.early_metric
+        print(f"scheduler asha: judges {tag} after {shares} of the steps; costs are without it")
     _print_grid(sweep, middle)
     try:
         plan = make_plan(config)
@@ -53,6 +61,7 @@ def print_plan(sweep: SweepConfig) -> None:
             f"epsilon that scope {privacy.scope} claims: {privacy.target_epsilon:g}, by "
             f"{accountant_of(privacy)}"
         )
+    print_costs(sweep, config, privacy.selection_mean if secret else total, probe)
 
 
 def _print_grid(sweep: SweepConfig, middle: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from core.config import flatten
+from core.early import ENDED_EARLY
 from core.privacy.keys import MasterSecret
 from core.reporting import log_to
 from sweep.claim import claim, driver_lock, release_id
@@ -21,6 +22,7 @@ from sweep.cluster import (
 )
 from sweep.comparison import charts, compared_figures, public_facts, shared_params
 from sweep.config import SweepConfig
+from sweep.limits import Meter
 from sweep.progress import Progress
 from sweep.results import (
     Row,
@@ -30,10 +32,11 @@ from sweep.results import (
     released_row,
     stored_result,
     three_figures,
+    winners,
     write_card,
 )
-from sweep.scope import count_trials, settings_entropy
-from sweep.trial import TRACEBACK, Context, record_result, run_trial
+from sweep.scope import EARLY_AT, count_trials, settings_entropy
+from sweep.trial import TRACEBACK, Context, Train, record_result, run_trial
 
 _PATIENCE = 10.0
 """Seconds that the end of a sweep waits for MLflow."""
@@ -47,6 +50,7 @@ class Outcome:
         rows: one for each trial, in the order in which they were tried.
         pruned: points that were never trained, with the reason.
         stopped: interrupted, or given up, with the reason.
+        limited: whether what stopped it is a limit of its configuration.
         complete: whether nothing is left to do.
     """
 
@@ -55,13 +59,15 @@ class Outcome:
     stopped: str
     complete: bool
     uri: str
+    limited: bool = False
 
 
-def run_sweep(sweep: SweepConfig, verbosity: int = 0) -> Outcome:
+def run_sweep(sweep: SweepConfig, verbosity: int = 0, train: Train | None = None) -> Outcome:
     """Runs what is missing of a sweep.
 
     Args:
         verbosity: of the progress: -1 none, 0 a table or sparse lines, 1 a line for each report.
+        train: what trains a trial, in place of a group of Ray Train; leaves the same files.
 
     Raises:
         ConfigError: the folder holds another sweep of this name, another driver runs it, the
@@ -73,10 +79,12 @@ def run_sweep(sweep: SweepConfig, verbosity: int = 0) -> Outcome:
         os.chdir(sweep.folder)  # That of a submitted job vanishes while it is being stopped.
         claim(sweep)
         total = count_trials(sweep.run, sweep.num_trials, master, release_id(sweep))
-        return _run(sweep, total, token, verbosity)
+        return _run(sweep, total, token, verbosity, train)
 
 
-def _run(sweep: SweepConfig, total: int, token: int, verbosity: int) -> Outcome:
+def _run(
+    sweep: SweepConfig, total: int, token: int, verbosity: int, train: Train | None
+) -> Outcome:
     from sweep import tracking
     from sweep.outbox import Outbox
 
@@ -98,10 +106,10 @@ def _run(sweep: SweepConfig, total: int, token: int, verbosity: int) -> Outcome:
     pending = tracking.unfinished(uri, experiment_id, sweep.name)
     for row in rows:  # Finished, but the driver was stopped before it could say so.
         key = f"{sweep.name}/{row.trial}"
-        if row.state == "finished" and key in pending:
+        if row.state in ("finished", "stopped") and key in pending:
             tracker = tracking.Tracker(uri, experiment_id, key, run_id)
             record_result(tracker, sweep, row.run_dir, stored_result(row))
-            tracker.finish("FINISHED")
+            tracker.finish("FINISHED" if row.state == "finished" else "KILLED")
     if complete:
         record_summary(parent, sweep, rows, complete)
         parent.finish("FINISHED")
@@ -109,8 +117,8 @@ def _run(sweep: SweepConfig, total: int, token: int, verbosity: int) -> Outcome:
     record_sweep(parent, run_id, sweep, total)
     status = "KILLED"
     try:
-        tracked = (uri, experiment_id, run_id)
-        outcome = _search(sweep, rows, total, token, tracked, verbosity)
+        context = Context(sweep, token, uri, experiment_id, run_id, train=train)
+        outcome = _search(context, rows, total, verbosity)
         record_summary(parent, sweep, outcome.rows, outcome.complete)
         if not outcome.stopped:
             status = "FINISHED"
@@ -134,21 +142,17 @@ def _waiting(sweep: SweepConfig, rows: Sequence[Row]) -> int:
     return sum((folder / OUTBOX).exists() for folder in folders)
 
 
-def _search(
-    sweep: SweepConfig,
-    rows: list[Row],
-    total: int,
-    token: int,
-    tracked: tuple[str, str, str],
-    verbosity: int,
-) -> Outcome:
+def _search(context: Context, rows: list[Row], total: int, verbosity: int) -> Outcome:
     import ray
 
     from sweep.space import FeasibleSearch
 
-    uri, experiment_id, parent_id = tracked
+    sweep, uri = context.sweep, context.uri
+    meter = Meter(sweep)
+    if meter.tick():
+        return Outcome(rows, [], meter.reason, False, uri, limited=True)
     join_cluster()
-    metric, secret = sweep.objective.metric, sweep.run.privacy.scope == "selection"
+    secret = sweep.run.privacy.scope == "selection"
     before = sum(_is_done(sweep, row) for row in rows)
     progress = Progress(sweep, total, before, secret, verbosity)
     pruned: list[tuple[dict[str, Any], str]] = []
@@ -158,19 +162,26 @@ def _search(
         progress.pruned(point, reason)
 
     try:
-        ended = {row.trial: row.scores.get(metric) for row in rows if _is_done(sweep, row)}
+        ended = {row.trial: _values(sweep, row) for row in rows if _is_done(sweep, row)}
         entropy = settings_entropy(
             sweep.run, sweep.search_seed, MasterSecret.load(create=False), release_id(sweep)
         )
         search = FeasibleSearch(sweep, ended, on_pruned, entropy)
-        context = Context(sweep, token, uri, experiment_id, parent_id)
+        scheduler = None
+        if sweep.scheduler == "asha":
+            from sweep.stopping import Asha, start_verdicts
+
+            context = replace(context, verdicts=start_verdicts())
+            done = [row for row in rows if _is_done(sweep, row)]
+            scheduler = Asha(sweep, context.verdicts, done)
         stopped = ""
         grew = wait_for_room(sweep, progress.note)
         if total > before:
             concurrent = max_concurrent(sweep, node_resources(), grew)
             finished = _fit(
-                context, progress, total - before, search_alg=search, concurrent=concurrent
-            )
+                context, progress, meter, total - before, search, scheduler=scheduler,
+                concurrent=concurrent,
+            )  # fmt: skip
             stopped = search.gave_up or ("" if finished else "interrupted")
             if search.same_error:
                 progress.note(_last_traceback(sweep))
@@ -178,40 +189,43 @@ def _search(
             winner = best(sweep, load_rows(sweep))
             if winner is not None:
                 point = {key: flatten(winner.config)[key] for key in sweep.search_space}
-                point = {**point, "dataset.public": False, **sweep.final}
-                last = replace(context, is_final=True)
-                if not _fit(last, progress, 1, param_space=point):
+                point = {**point, "dataset.public": False, EARLY_AT: [], **sweep.final}
+                last = replace(context, is_final=True, verdicts=None)
+                if not _fit(last, progress, meter, 1, param_space=point):
                     stopped = "interrupted"
     except KeyboardInterrupt:
         stopped = "interrupted"
     finally:
         progress.close()
+        meter.note()
         ray.shutdown()
+    limited = bool(stopped and meter.reason)
+    stopped = meter.reason if limited else stopped
     rows = load_rows(sweep)
     complete = not stopped and _is_complete(sweep, rows, total)
-    return Outcome(rows, pruned, stopped, complete, uri)
+    return Outcome(rows, pruned, stopped, complete, uri, limited)
 
 
 def _fit(
     context: Any,
     progress: Progress,
+    meter: Meter,
     num_samples: int,
     search_alg: Any = None,
     param_space: dict[str, Any] | None = None,
+    scheduler: Any = None,
     concurrent: int = 1,
 ) -> bool:
     """Lets Tune run `num_samples` trials; False if it was cut off."""
     from ray import tune
 
     sweep = context.sweep
-    metric = sweep.objective.metric
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(run_trial, context=context), {DRIVER_RESOURCE: 1}),
         param_space=param_space,
         tune_config=tune.TuneConfig(
-            metric=metric,
-            mode="max" if sweep.objective.direction == "maximize" else "min",
             search_alg=search_alg,
+            scheduler=scheduler,
             num_samples=num_samples,
             max_concurrent_trials=concurrent,
             reuse_actors=True,  # The next trial finds its packages imported.
@@ -221,7 +235,8 @@ def _fit(
         run_config=tune.RunConfig(
             name=f"{context.launch}{'-final' if context.is_final else ''}",
             storage_path=str(sweep.folder / "ray" / "tune"),
-            callbacks=[progress.callback()],
+            callbacks=[progress.callback(), meter.callback()],
+            stop=meter.stopper(),
             # A trial whose process died; its own failures it reports instead.
             failure_config=tune.FailureConfig(max_failures=sweep.max_failures),
             verbose=0,
@@ -229,8 +244,11 @@ def _fit(
     )
     results = tuner.fit()
     # A signal makes fit() return as if all were done: trials without score or error were cut off.
-    ends = {"accuracy", "failure"}
-    whole = all(ends & set(r.metrics or {}) or r.error for r in results)
+    ends = {"done", ENDED_EARLY}
+    whole = all(
+        r.error or "failure" in (r.metrics or {}) or (r.metrics or {}).get("stage") in ends
+        for r in results
+    )
     return whole and len(results) >= num_samples
 
 
@@ -238,9 +256,17 @@ def _is_done(sweep: SweepConfig, row: Row) -> bool:
     """Whether a trial is not tried again; a failed draw of a selection has the worst score."""
     if final_row(sweep, [row]) is not None:
         return False
-    return row.state == "finished" or (
+    return row.state in ("finished", "stopped") or (
         row.state == "failed" and row.config.privacy.scope == "selection"
     )
+
+
+def _values(sweep: SweepConfig, row: Row) -> list[float] | None:
+    """What the study is told of a trial that ended: of one stopped early its last score."""
+    if row.early_score is not None:
+        return [row.early_score]
+    scored = set(sweep.metrics) <= set(row.scores)
+    return [row.scores[metric] for metric in sweep.metrics] if scored else None
 
 
 def _is_complete(sweep: SweepConfig, rows: list[Row], total: int) -> bool:
@@ -264,7 +290,7 @@ def _sweep_params(sweep: SweepConfig, total: int) -> dict[str, Any]:
     }
     secret = sweep.run.privacy.scope == "selection"
     trials = "secret" if secret else total
-    return {"num_trials": trials, "objective": sweep.objective.metric, **space}
+    return {"num_trials": trials, "objective": ", ".join(sweep.metrics), **space}
 
 
 def record_sweep(parent: Any, run_id: str, sweep: SweepConfig, total: int) -> None:
@@ -284,7 +310,8 @@ def record_summary(parent: Any, sweep: SweepConfig, rows: list[Row], complete: b
     searched = {k: point[k] for k in sweep.search_space if isinstance(point[k], int | float)}
     figures = compared_figures(sweep, result)
     parent.log_metrics({**searched, **figures, **three_figures(card)})
-    parent.log_tags({"best_trial": winner.trial, "privacy.statement": card["statement"]})
+    front = ", ".join(row.trial for row in winners(sweep, rows))
+    parent.log_tags({"best_trial": front, "privacy.statement": card["statement"]})
     for name in ("privacy_card.json", "privacy_card.md"):
         parent.log_file(sweep.folder / name)
     parent.log_file(winner.run_dir / "synthetic" / "grid.png", "synthetic")

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from core.early import ENDED_EARLY
 from core.reporting import ProgressLine
 from sweep.config import SweepConfig, trial_id_of
 
@@ -69,6 +70,10 @@ class Progress:
             self._live.start()
         if before:
             self.note(f"{before} of {self._of} trials had finished before")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune stores its callbacks, but a terminal cannot be stored."""
+        return {}
 
     def close(self) -> None:
         """Takes the table away; lines that were kept stay."""
@@ -157,7 +162,7 @@ class Progress:
         """What Tune calls."""
         from ray import tune
 
-        progress, metric = self, self._sweep.objective.metric
+        progress, metrics = self, self._sweep.metrics
 
         class Callback(tune.Callback):
             def on_trial_start(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
@@ -171,11 +176,14 @@ class Progress:
 
             def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
                 result = trial.last_result
+                scores = [k for k in (*metrics, progress._sweep.run.early_metric) if k in result]
                 if "failure" in result:
                     progress.ended(trial.config, f"failed: {result['failure']}", failed=True)
-                elif metric in result:
-                    score = f"{result[metric]:.4g}"
-                    text = f"finished: {metric} {score}, {result['seconds']:.0f} s"
+                elif "seconds" in result and scores:
+                    named = [f"{name} {result[name]:.4g}" for name in scores]
+                    how = "stopped early" if result["stage"] == ENDED_EARLY else "finished"
+                    text = f"{how}: {', '.join(named)}, {result['seconds']:.0f} s"
+                    score = f"{result[scores[0]]:.4g}"
                     progress.ended(trial.config, text, failed=False, score=score)
 
             def on_trial_error(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from core.account import COUNT, NOISE
 from core.config import Config, flatten, load, load_yaml
+from core.early import STOPPED
 from core.evaluation.names import DIRECTIONS, HEADLINES
 from core.privacy.card import card_markdown, make_card, three_epsilons
 from core.privacy.ledger import Ledger, ledger_path
@@ -27,9 +28,11 @@ class Row:
     """One trial.
 
     Attributes:
-        state: `finished`, `failed` or `unfinished`.
+        state: `finished`, `stopped` (early, by the scheduler), `failed` or `unfinished`.
         scores: metrics by name; empty unless finished.
-        error: why it failed.
+        error: why it has no scores.
+        early_score: the last one of a stopped trial.
+        spent: epsilon of a stopped trial's steps.
     """
 
     trial: str
@@ -40,6 +43,13 @@ class Row:
     plan: PrivacyPlan
     seconds: float
     error: str
+    early_score: float | None = None
+    spent: float | None = None
+
+    @property
+    def epsilon(self) -> float:
+        """Epsilon of this trial alone: of its plan, or of the part that it ran."""
+        return self.plan.epsilon if self.spent is None else self.spent
 
 
 def load_rows(sweep: SweepConfig) -> list[Row]:
@@ -53,10 +63,15 @@ def _row(folder: Path) -> Row:
     config = load(load_yaml(folder / "config.yaml"))
     plan = PrivacyPlan.restored(json.loads((folder / "privacy.json").read_text()))
     evaluation, error = folder / "evaluation.json", folder / "error.txt"
+    stopped = folder / STOPPED
     result: dict[str, Any] = {}
-    state, reason = "unfinished", ""
+    state, reason, spent, early = "unfinished", "", None, None
     if evaluation.exists():
         result, state = json.loads(evaluation.read_text()), "finished"
+    elif stopped.exists():
+        result, state = json.loads(stopped.read_text()), "stopped"
+        spent, early = result["epsilon"], result[plan.early_metric]
+        reason = f"stopped at step {result['step']}: {plan.early_metric} {early:.4g}"
     elif error.exists():
         state, reason = "failed", error.read_text().strip()
     return Row(
@@ -68,6 +83,8 @@ def _row(folder: Path) -> Row:
         plan=plan,
         seconds=float(result.get("seconds", 0.0)),
         error=reason,
+        early_score=early,
+        spent=spent,
     )
 
 
@@ -76,14 +93,40 @@ def final_row(sweep: SweepConfig, rows: Sequence[Row]) -> Row | None:
     return next((row for row in rows if sweep.final and not row.config.dataset.public), None)
 
 
-def best(sweep: SweepConfig, rows: Sequence[Row]) -> Row | None:
-    """The finished trial of the search with the best objective."""
-    metric, last = sweep.objective.metric, final_row(sweep, rows)
-    finished = [row for row in rows if metric in row.scores and row is not last]
-    if not finished:
-        return None
-    sign = 1 if sweep.objective.direction == "maximize" else -1
-    return max(finished, key=lambda row: sign * row.scores[metric])
+def best(sweep: SweepConfig, rows: Sequence[Row], by: str | None = None) -> Row | None:
+    """The finished trial of the search with the best first objective, or the best `by` another.
+
+    Of trials that are equal in it the one with the best others: it lies on the front.
+    """
+    objectives = sorted(sweep.objectives, key=lambda each: each.metric != by)
+    return max(
+        _scored(sweep, rows),
+        key=lambda row: [objective.gain(row.scores) for objective in objectives],
+        default=None,
+    )
+
+
+def winners(sweep: SweepConfig, rows: Sequence[Row]) -> list[Row]:
+    """The best trial; of several objectives the Pareto front: no other trial is as good in all of
+    them and better in one.
+    """
+    if len(sweep.objectives) == 1:
+        return [row for row in [best(sweep, rows)] if row is not None]
+    scored = _scored(sweep, rows)
+    gains = [[each.gain(row.scores) for each in sweep.objectives] for row in scored]
+
+    def beaten(mine: list[float]) -> bool:
+        return any(
+            all(a >= b for a, b in zip(other, mine, strict=True)) and other != mine
+            for other in gains
+        )
+
+    return [row for row, mine in zip(scored, gains, strict=True) if not beaten(mine)]
+
+
+def _scored(sweep: SweepConfig, rows: Sequence[Row]) -> list[Row]:
+    last = final_row(sweep, rows)
+    return [row for row in rows if row is not last and set(sweep.metrics) <= set(row.scores)]
 
 
 def planned_epsilon(rows: Sequence[Row]) -> float:
@@ -94,14 +137,15 @@ def planned_epsilon(rows: Sequence[Row]) -> float:
 def sweep_epsilon(sweep: SweepConfig, rows: Sequence[Row]) -> float:
     """Epsilon of publishing everything that the trials computed.
 
-    Privacy: what the ledger holds of the sweep; before any trial has finished, and so told where
-        its ledger is, `planned_epsilon`.
+    Privacy: what the ledger holds of the sweep; before any trial has ended, and so told where its
+        ledger is, `planned_epsilon`.
 
     Raises:
         LedgerError: the ledger is missing or damaged.
     """
-    if (winner := best(sweep, rows)) is not None:
-        return _ledger(winner).epsilon_of_run(sweep.name)
+    ended = [best(sweep, rows), *(row for row in rows if row.state == "stopped")]
+    for row in filter(None, ended):
+        return _ledger(row).epsilon_of_run(sweep.name)
     return planned_epsilon(rows)
 
 
@@ -129,9 +173,10 @@ def write_card(sweep: SweepConfig, rows: Sequence[Row], complete: bool) -> dict[
     (sweep.folder / "privacy_card.md").write_text(card_markdown(card))
     for row in rows:
         (row.run_dir / SELECTED).unlink(missing_ok=True)
-    if complete:
-        path = released_row(sweep, rows).run_dir / SELECTED
-        write_json(path, {"objective": _objective(sweep, rows)})
+    released = released_row(sweep, rows)
+    front = winners(sweep, rows)
+    for row in (front if released in front else [released]) if complete else []:
+        write_json(row.run_dir / SELECTED, {"objective": _objective(sweep, rows)})
     return card
 
 
@@ -143,9 +188,9 @@ def released_row(sweep: SweepConfig, rows: Sequence[Row]) -> Row:
 
 
 def _objective(sweep: SweepConfig, rows: Sequence[Row]) -> str:
-    winner, metric = best(sweep, rows), sweep.objective.metric
+    winner = best(sweep, rows)
     assert winner is not None
-    return f"{metric} ({winner.plan.tag(metric)})"
+    return " and ".join(f"{metric} ({winner.plan.tag(metric)})" for metric in sweep.metrics)
 
 
 def three_figures(card: Mapping[str, Any]) -> dict[str, float]:
@@ -170,18 +215,25 @@ def print_results(sweep: SweepConfig, rows: list[Row], pruned: int, ui: str) -> 
     metrics = shown_metrics(sweep, rows)
     print(f"sweep {sweep.name}: {len(rows)} trials, {pruned} points pruned without compute")
     total = sweep_epsilon(sweep, rows)
-    table = results_table(sweep, rows, winner, metrics, total)
+    front = winners(sweep, rows)
+    table = results_table(sweep, rows, front, metrics, total)
     # A narrow terminal wraps, rather than hides, figures.
     width = max(Console().width, _WIDTH_OF_A_COLUMN * len(table.columns))
     Console(width=width).print(table)
     for row in rows:
         if row.state == "failed":
             print(f"trial {row.trial} failed: {row.error}")
+        elif row.state == "stopped":
+            print(f"trial {row.trial} {row.error}")
     if winner is None:
         return
-    for title, row in (("best trial", winner), ("final run", last)):
-        if row is not None and row.scores:
-            print(f"{title}: {row.trial} ({_scores(row)})")
+    if len(sweep.objectives) > 1:
+        print(f"Pareto front by {' and '.join(sweep.metrics)} (* in the table):")
+    title = "best trial: " if len(sweep.objectives) == 1 else "  "
+    for row in front:
+        print(f"{title}{row.trial} ({_scores(row)})")
+    if last is not None and last.scores:
+        print(f"final run: {last.trial} ({_scores(last)})")
     card = sweep_card(sweep, rows)
     print(f"privacy: {card['statement']}")
     for name, value in three_epsilons({**card, "epsilon_computed": total}):
@@ -202,8 +254,9 @@ def _scores(row: Row) -> str:
 
 
 def stored_result(row: Row) -> dict[str, Any]:
-    """What a finished trial reported last, with where it came from."""
-    return json.loads((row.run_dir / "evaluation.json").read_text())
+    """What a trial that finished or was stopped reported last, with where it came from."""
+    name = STOPPED if row.state == "stopped" else "evaluation.json"
+    return json.loads((row.run_dir / name).read_text())
 
 
 def _ledger(row: Row) -> Ledger:
@@ -213,9 +266,13 @@ def _ledger(row: Row) -> Ledger:
 
 
 def results_table(
-    sweep: SweepConfig, rows: list[Row], winner: Row | None, metrics: list[str], total: float
+    sweep: SweepConfig,
+    rows: Sequence[Row],
+    starred: Sequence[Row],
+    metrics: Sequence[str],
+    total: float,
 ) -> Table:
-    """One line for each trial; the best one is starred."""
+    """One line for each trial; the best one, or the Pareto front, is `starred`."""
     table = Table(box=box.SIMPLE)
     columns = ["trial", "count", "noise", "split"]
     others = [k for k in sweep.search_space if k not in (*_SHOWN, SEED)]
@@ -226,14 +283,14 @@ def results_table(
         table.add_column(name, justify="left" if first else "right", no_wrap=first)
     for row in rows:
         flat = flatten(row.config)
-        cells = [row.trial + (" *" if row is winner else "")]
+        cells = [row.trial + (" *" if row in starred else "")]
         cells += [
             str(flat["central_images.per_class"]) if row.config.warm_up_steps else "-",
             f"{flat['central_images.noise_multiplier']:.3g}" if row.config.warm_up_steps else "-",
             f"{flat['stage_split']:.2f}",
         ]
         cells += [f"{flat[k]:.3g}" if isinstance(flat[k], float) else str(flat[k]) for k in others]
-        cells += [f"{row.plan.noise_multiplier:.4f}", f"{row.plan.epsilon:.4g}", f"{total:.4g}"]
+        cells += [f"{row.plan.noise_multiplier:.4f}", f"{row.epsilon:.4g}", f"{total:.4g}"]
         cells += [
             f"{row.scores[m]:.4g}" if m in row.scores else row.state for m in metrics or ["state"]
         ][: len(metrics)]

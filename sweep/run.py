@@ -15,8 +15,14 @@ if __name__ == "__main__":
 
 from core.__main__ import add_verbosity
 from core.config import parse_overrides
-from core.errors import UserError
+from core.errors import ConfigError, UserError
 from sweep.config import load_sweep
+
+LIMITS = {
+    "max_hours": "device hours (GPUs, or CPU cores without any)",
+    "max_gpu_hours": "GPU hours",
+    "max_cost": "USD, by cloud=aws|gcp|azure and clusters/prices.yaml",
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -24,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     Returns:
         0 when all trials have finished, 1 when some failed or none could be found, 2 for a user's
-        error, 130 when interrupted.
+        error, 3 when a limit was reached, 130 when interrupted.
     """
     parser = argparse.ArgumentParser(prog="python sweep/run.py", description=__doc__)
     parser.add_argument("--config", required=True, help="YAML file, as in sweep/configs")
@@ -32,6 +38,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--plan", action="store_true", help="print what would run; reads no data, trains nothing"
     )
+    parser.add_argument(
+        "--probe", action="store_true", help="with --plan: measure a few steps on random images"
+    )
+    for name, unit in LIMITS.items():
+        text = f"most {unit} that the sweep may use, earlier starts included; then it stops"
+        parser.add_argument(f"--{name.replace('_', '-')}", type=float, metavar="X", help=text)
     parser.add_argument(
         "--doctor", action="store_true", help="check cluster, storage, MLflow, data; trains nothing"
     )
@@ -55,11 +67,15 @@ def _run(options: argparse.Namespace) -> int:
     overrides = parse_overrides(options.overrides)
     if options.name:
         overrides["name"] = options.name
+    limits = {name: getattr(options, name) for name in LIMITS}
+    overrides |= {name: value for name, value in limits.items() if value is not None}
+    if options.probe and not options.plan:
+        raise ConfigError("--probe measures for --plan: give both")
     sweep = load_sweep(options.config, overrides)
     if options.plan:
         from sweep.feasibility import print_plan
 
-        print_plan(sweep)
+        print_plan(sweep, options.probe)
         return 0
     if options.doctor:
         from sweep.doctor import print_checks
@@ -75,6 +91,9 @@ def _run(options: argparse.Namespace) -> int:
     if outcome.stopped == "interrupted":
         print("interrupted; the same command goes on where it stopped", file=sys.stderr)
         return 130
+    if outcome.limited:
+        print(f"stopped: {outcome.stopped}", file=sys.stderr)
+        return 3
     if outcome.stopped:
         print(f"the search gave up: {outcome.stopped}", file=sys.stderr)
         return 1

@@ -1,6 +1,7 @@
 """What `privacy.scope` demands of a search, and what it decides for its trials."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from core.config import Config, load
@@ -10,18 +11,33 @@ from core.privacy.keys import KeyedStream, MasterSecret
 from core.privacy.scopes import num_trials_at
 
 DEFAULT_NUM_TRIALS = 8
+EARLY_AT = "early_scores.at"
 SEED = "seed"
 """Under scope `selection` each trial draws its own, so that equal settings are trials apart."""
 
 
+@dataclass(frozen=True)
+class Search:
+    """How trials are chosen.
+
+    Attributes:
+        metrics: that choose.
+        rungs: shares of the steps after which the scheduler judges a trial.
+    """
+
+    metrics: Sequence[str]
+    sampler: str
+    scheduler: str
+    rungs: Sequence[float]
+
+
 def scope_settings(
-    base: Config, objective: str, sampler: str, num_trials: int | None, final: dict[str, Any]
+    base: Config, search: Search, num_trials: int | None, final: dict[str, Any]
 ) -> dict[str, Any]:
     """Keys of the run that follow from the scope and the search.
 
     Args:
         base: the run with all that is fixed.
-        objective: metric that chooses.
         num_trials: as given by the user.
         final: keys of the run on sensitive data, under scope `public`.
 
@@ -31,22 +47,22 @@ def scope_settings(
     Raises:
         ConfigError: the claim of the scope would be false for this search.
     """
-    privacy = base.privacy
-    if objective == "dp_accuracy" and privacy.dp_accuracy_stddev is None:
+    privacy, sampler = base.privacy, search.sampler
+    _check_scores(base, search.metrics)
+    if "dp_accuracy" in search.metrics and privacy.dp_accuracy_stddev is None:
         raise ConfigError(
             "objective.metric='dp_accuracy' needs its noise: set privacy.dp_accuracy_stddev, in "
             "images, such as 50"
         )
-    extractor, name = base.evaluation.fid_extractor, objective.removesuffix("_cnn")
-    if name in LIKENESS and objective != name + SUFFIXES[extractor]:
+    if privacy.scope == "selection" and len(search.metrics) > 1:
         raise ConfigError(
-            f"objective.metric={objective!r} is not what evaluation.fid_extractor={extractor!r} "
-            f"scores: choose {name + SUFFIXES[extractor]!r}, or the other extractor"
+            "privacy.scope='selection' releases the one best trial, so it needs one score: give "
+            f"one objective, not {', '.join(search.metrics)}"
         )
-    private = objective == "dp_accuracy" or base.dataset.public
-    if privacy.scope in ("sweep", "selection") and not private:
+    exposed = [metric for metric in search.metrics if metric != "dp_accuracy"]
+    if privacy.scope in ("sweep", "selection") and exposed and not base.dataset.public:
         raise ConfigError(
-            f"privacy.scope={privacy.scope!r} cannot choose by objective.metric={objective!r}, "
+            f"privacy.scope={privacy.scope!r} cannot choose by objective.metric={exposed[0]!r}, "
             "which is computed on real images without noise: choose dp_accuracy, or a data set "
             "with dataset.public=true"
         )
@@ -58,6 +74,12 @@ def scope_settings(
     if privacy.scope == "public":
         _check_final(base, final)
     if privacy.scope == "selection":
+        if search.scheduler != "none":
+            raise ConfigError(
+                f"privacy.scope='selection' is proven for trials that all run whole, not for "
+                f"scheduler={search.scheduler!r}, which stops them by their results: set "
+                "scheduler=none"
+            )
         if sampler != "random":
             raise ConfigError(
                 f"privacy.scope='selection' is proven for settings drawn alike and independently, "
@@ -69,11 +91,40 @@ def scope_settings(
                 "best of a fixed number of trials is not covered: set num_trials=null; the number "
                 "is drawn secretly with mean privacy.selection_mean"
             )
+    settings: dict[str, Any] = {}
+    if search.scheduler != "none":
+        settings = _early_settings(search)
     if privacy.scope == "sweep":
         # Given, the shares stay; else the target is divided among the trials asked for.
         shares = privacy.num_shares if privacy.num_shares > 1 else num_trials or DEFAULT_NUM_TRIALS
-        return {"privacy.num_shares": shares, "privacy.adaptive": sampler != "random"}
-    return {}
+        settings |= {"privacy.num_shares": shares, "privacy.adaptive": sampler != "random"}
+    return settings
+
+
+def _check_scores(base: Config, metrics: Sequence[str]) -> None:
+    extractor = base.evaluation.fid_extractor
+    for metric in metrics:
+        name = metric.removesuffix("_cnn")
+        if name in LIKENESS and metric != name + SUFFIXES[extractor]:
+            raise ConfigError(
+                f"objective.metric={metric!r} is not what evaluation.fid_extractor={extractor!r} "
+                f"scores: choose {name + SUFFIXES[extractor]!r}, or the other extractor"
+            )
+
+
+def _early_settings(search: Search) -> dict[str, Any]:
+    """What a scheduler judges by: the objective, of a small sample, and so as private as that.
+
+    Under scope `sweep` the objective is private or the data public, and the plan of a trial pays
+    for each of its scores.
+    """
+    if len(search.metrics) > 1:
+        raise ConfigError(
+            f"scheduler={search.scheduler!r} compares trials by one score: give one objective, not "
+            f"{', '.join(search.metrics)}"
+        )
+    metric = search.metrics[0].removesuffix("_cnn")
+    return {EARLY_AT: list(search.rungs), "early_scores.metric": metric}
 
 
 def shares_central_images(config: Config) -> bool:
@@ -90,7 +141,11 @@ def check_searched(base: Config, keys: Sequence[str]) -> None:
     Raises:
         ConfigError: names the key.
     """
-    never = ("runtime.", *(f"privacy.{key}" for key in ("scope", "num_", "adaptive", "selection_")))
+    never = (
+        "runtime.",
+        "early_scores.",
+        *(f"privacy.{key}" for key in ("scope", "num_", "adaptive", "selection_")),
+    )
     shared = ("privacy.", "dataset.") if base.privacy.scope != "trial" else ()
     for key in keys:
         if key.startswith(never + shared):
@@ -98,6 +153,24 @@ def check_searched(base: Config, keys: Sequence[str]) -> None:
                 f"search_space.{key} cannot be searched under privacy.scope="
                 f"{base.privacy.scope!r}: all trials share what is claimed, its budget and its "
                 "ledger, so fix it"
+            )
+
+
+def check_limits(base: Config, limits: Mapping[str, float | None]) -> None:
+    """Refuses to stop a selection by what it has used.
+
+    Args:
+        limits: by key; None where there is none.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    for key, most in limits.items():
+        if most is not None and base.privacy.scope == "selection":
+            raise ConfigError(
+                f"{key}={most:g} is not allowed under privacy.scope='selection': whether a limit "
+                "is reached depends on the secret number of trials, whose law it would change; "
+                "leave it out, or lower privacy.selection_mean"
             )
 
 

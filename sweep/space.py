@@ -1,7 +1,7 @@
 """The search over the space, where points that the budget cannot pay never become trials."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -10,6 +10,7 @@ import numpy as np
 import optuna
 from ray.tune.search.optuna import OptunaSearch
 
+from core.early import ENDED_EARLY
 from core.errors import ConfigError, InfeasibleError
 from core.privacy.plan import check_feasible
 from sweep.config import SweepConfig, trial_id_of
@@ -27,7 +28,7 @@ class FeasibleSearch(OptunaSearch):
 
     Args:
         sweep: space, objective and folder.
-        ended: by trial id of the trials that are not tried again their objective, or None.
+        ended: by trial id of the trials that are not tried again their objectives, or None.
         on_pruned: called with the point and the reason.
         entropy: of a random search, see `settings_entropy`.
     """
@@ -35,7 +36,7 @@ class FeasibleSearch(OptunaSearch):
     def __init__(
         self,
         sweep: SweepConfig,
-        ended: Mapping[str, float | None],
+        ended: Mapping[str, Sequence[float] | None],
         on_pruned: Callable[[dict[str, Any], str], None],
         entropy: int = 0,
     ) -> None:
@@ -49,16 +50,12 @@ class FeasibleSearch(OptunaSearch):
         earlier = _settle(sweep, storage, ended)
         super().__init__(
             space=distributions(sweep),
-            metric=sweep.objective.metric,
-            mode="max" if sweep.objective.direction == "maximize" else "min",
-            sampler=IndependentSampler(entropy)
-            if sweep.sampler == "random"
-            else optuna.samplers.TPESampler(
-                seed=sweep.search_seed + earlier,  # Else a restart would draw the same again.
-                n_startup_trials=sweep.num_startup_trials,
-                constant_liar=True,
-                multivariate=True,
-            ),
+            metric=sweep.metrics if sweep.further_objectives else sweep.objective.metric,
+            mode=[objective.mode for objective in sweep.objectives]
+            if sweep.further_objectives
+            else sweep.objective.mode,
+            # Another seed after a restart, which would draw the same again.
+            sampler=_sampler(sweep, sweep.search_seed + earlier, entropy),
             study_name=sweep.name,
             storage=storage,
         )
@@ -102,10 +99,15 @@ class FeasibleSearch(OptunaSearch):
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """Tells Optuna how a trial ended; one stopped half-way counts as failed, not as bad."""
+        """Tells Optuna how a trial ended; one that was cut off counts as failed, not as bad.
+
+        Of a trial that the scheduler stopped its last early score counts, as OptunaSearch has it.
+        """
         died = "the trial's process died" if error else ""
         self._same.ended((result or {}).get("failure", died))
-        scored = result is not None and self.metric in result
+        if result is not None and result.get("stage") == ENDED_EARLY:
+            result = {**result, self._sweep.objective.metric: result[self._sweep.run.early_metric]}
+        scored = result is not None and set(self._sweep.metrics) <= set(result)
         super().on_trial_complete(
             self._asked[trial_id], result if scored else None, error or not scored
         )
@@ -119,6 +121,17 @@ class FeasibleSearch(OptunaSearch):
         identity = trial_id_of(config)
         known = self._known.get(identity)
         return identity, f"trial {identity} has the same configuration ({known})" if known else ""
+
+
+def _sampler(sweep: SweepConfig, seed: int, entropy: int) -> optuna.samplers.BaseSampler:
+    first = sweep.num_startup_trials
+    if sweep.sampler == "random":
+        return IndependentSampler(entropy)
+    if sweep.sampler == "nsga2":
+        return optuna.samplers.NSGAIISampler(seed=seed, population_size=max(2, first))
+    return optuna.samplers.TPESampler(
+        seed=seed, n_startup_trials=first, constant_liar=True, multivariate=True
+    )
 
 
 class SameError:
@@ -162,22 +175,24 @@ class IndependentSampler(optuna.samplers.RandomSampler):
 
 
 def _settle(
-    sweep: SweepConfig, storage: optuna.storages.BaseStorage, ended: Mapping[str, float | None]
+    sweep: SweepConfig,
+    storage: optuna.storages.BaseStorage,
+    ended: Mapping[str, Sequence[float] | None],
 ) -> int:
     """Closes what an earlier driver left open, queues what has no result, counts all trials."""
     study = optuna.create_study(
         study_name=sweep.name,
         storage=storage,
         load_if_exists=True,
-        direction=sweep.objective.direction,
+        directions=[objective.direction for objective in sweep.objectives],
     )
     states = optuna.trial.TrialState
     again: dict[str, dict[str, Any]] = {}
     for trial in study.get_trials(deepcopy=False):
         identity = trial_id_of(sweep.trial_config(trial.params)) if trial.params else ""
         if trial.state == states.RUNNING:
-            if (objective := ended.get(identity)) is not None:
-                study.tell(trial.number, objective)
+            if (values := ended.get(identity)) is not None:
+                study.tell(trial.number, values)
             else:
                 study.tell(trial.number, state=states.FAIL)
         if trial.state in (states.RUNNING, states.FAIL) and identity not in {"", *ended}:

@@ -107,6 +107,13 @@ class Tracker:
             self._last_step = step
             self.log_metrics({**metrics, "step": step}, step)
 
+    def log_once(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Logs numbers of a step that a restart tells again, unless they are logged already."""
+        for name, value in metrics.items():
+            known = self._client.get_metric_history(self.run_id, name)
+            if step not in {metric.step for metric in known}:
+                self.log_metrics({name: value}, step)
+
     def log_missing_steps(self, path: Path) -> None:
         """Logs the points of a run's `metrics.jsonl` that were lost with the process they were in.
 
@@ -267,7 +274,10 @@ def open_experiment(uri: str, name: str, storage: Path) -> str:
 def unfinished(uri: str, experiment_id: str, sweep: str) -> set[str]:
     """Keys of the sweep and of its trials whose runs have not ended as FINISHED."""
     runs = _runs_of(MlflowClient(tracking_uri=uri), experiment_id, sweep)
-    return {run.data.tags[_KEY] for run in runs if run.info.status != "FINISHED"}
+    # A trial that was stopped early has ended, although it counts as killed.
+    ended = [run for run in runs if run.data.tags.get("sweep.state") == "stopped"]
+    done = {run.info.run_id for run in (*ended, *(r for r in runs if r.info.status == "FINISHED"))}
+    return {run.data.tags[_KEY] for run in runs if run.info.run_id not in done}
 
 
 def kill_stale(uri: str, experiment_id: str, parent_id: str, sweep: str) -> None:

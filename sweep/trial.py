@@ -3,18 +3,20 @@
 import json
 import threading
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from core.config import Config, nested
+from core.early import ENDED_EARLY, STAGE, STOPPED
 from core.errors import UserError
 from sweep.claim import newest_launch, require_newest_launch
 from sweep.comparison import compared_figures, compared_params, pictures, public_facts
 from sweep.config import SweepConfig, trial_id_of
 from sweep.scope import shares_central_images
 
+Train = Callable[["Context", Config, str], Iterator[dict[str, Any]]]
 TRACEBACK = "traceback.txt"
 _PATIENCE = 10.0
 """Seconds that a trial which has ended waits for MLflow before it leaves the rest in its outbox."""
@@ -35,6 +37,8 @@ class Context:
     Attributes:
         launch: token of the driver that started this; the ledger refuses workers of an older one.
         is_final: whether this is the run on sensitive data after a search on public data.
+        verdicts: where workers ask after each early score whether to go on; None without.
+        train: what trains a trial and yields its reports; None: a group of Ray Train.
     """
 
     sweep: SweepConfig
@@ -43,6 +47,8 @@ class Context:
     experiment_id: str
     parent_id: str
     is_final: bool = False
+    verdicts: Any = None
+    train: "Train | None" = None
 
     def run_dir(self, trial_id: str) -> Path:
         """Folder of a trial."""
@@ -69,18 +75,22 @@ def run_trial(parameters: dict[str, Any], context: Context) -> None:
     status = "FAILED"
     try:
         result: dict[str, Any] | None = None
-        for metrics in _supervised(context, config, trial_id):
+        for metrics in (context.train or _supervised)(context, config, trial_id):
             if "refused" in metrics:
                 raise TrialError(metrics["refused"])
-            if metrics["stage"] == "done":
+            if metrics["stage"] in ("done", ENDED_EARLY):
                 result = metrics
+            elif metrics["stage"] == STAGE:
+                score = {k: v for k, v in metrics.items() if k.startswith("early_")}
+                tracker.log_once(metrics["step"], score)
+                tune.report({**metrics, "trial": trial_id})
             else:
                 record_step(tracker, run_dir, metrics, seen)
                 tune.report({**metrics, "trial": trial_id})
         if result is None:
             raise TrialError("the workers ended without a result")
         record_result(tracker, context.sweep, run_dir, result)
-        status = "FINISHED"
+        status = "KILLED" if result["stage"] == ENDED_EARLY else "FINISHED"
         tracker.finish(status)
         tracker.flush(_PATIENCE)
         tune.report({**result, "trial": trial_id})
@@ -134,16 +144,18 @@ def record_step(tracker: Any, run_dir: Path, metrics: Mapping[str, Any], seen: s
 def record_result(
     tracker: Any, sweep: SweepConfig, run_dir: Path, result: Mapping[str, Any]
 ) -> None:
-    """Logs what a finished trial has: scores with their tags, the plan, the pictures."""
+    """Logs what a trial that ended has: scores with their tags, the plan, the pictures."""
     tracker.log_missing_steps(run_dir / "metrics.jsonl")
     tracker.log_metrics(compared_figures(sweep, result), result["step"])
-    tags = json.loads((run_dir / "evaluation.json").read_text())["tags"]
-    tracker.log_tags({f"privacy.{name}": tag for name, tag in tags.items()})
+    stopped = result["stage"] == ENDED_EARLY
+    tags = json.loads((run_dir / (STOPPED if stopped else "evaluation.json")).read_text())["tags"]
+    state = {"sweep.state": ENDED_EARLY if stopped else "finished"}
+    tracker.log_tags({f"privacy.{name}": tag for name, tag in tags.items()} | state)
     for name in ("config.yaml", "privacy.json"):
         tracker.log_file(run_dir / name)
     tracker.log_file(run_dir / "synthetic" / "grid.png", "synthetic")
     tracker.log_file(run_dir / "central_images" / "grid.png", "central_images")
-    for picture in pictures(run_dir, result["step"], finished=True):
+    for picture in pictures(run_dir, result["step"], finished=not stopped):
         tracker.log_picture(*picture)
 
 
@@ -182,6 +194,8 @@ def _train(context: Context, config: Config, trial_id: str) -> Iterator[dict[str
             "folder": str(sweep.folder),
             "shares": shares_central_images(config),
             "launch": context.launch,
+            "verdicts": context.verdicts,
+            "trial": trial_id,
             "threads": max(1, int(sweep.cpus_per_worker)),
         },
         scaling_config=ray.train.ScalingConfig(
@@ -257,6 +271,10 @@ def train_worker(settings: dict[str, Any]) -> None:
         distributed.on_rank_0(lambda: require_newest_launch(folder, launch))
         ray.train.report({**metrics, **use()})
 
+    def goes_on(progress: float) -> bool:
+        verdicts = settings["verdicts"]
+        return verdicts is None or ray.get(verdicts.ask.remote(settings["trial"], progress))
+
     try:
         run(
             load(settings["config"]),
@@ -267,6 +285,7 @@ def train_worker(settings: dict[str, Any]) -> None:
             lease=launch,
             charged=folder / "charged",
             shared=folder / "shared" if settings["shares"] else None,
+            goes_on=goes_on,
         )
     except UserError as error:
         ray.train.report({"refused": str(error), "stage": "refused", "step": 0})

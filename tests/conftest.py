@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-for _folder in ("unit", "statistical", "integration"):
+for _folder in ("unit", "statistical", "integration", "e2e"):
     sys.path.insert(0, str(Path(__file__).parent / _folder))
 
 # Tensors are small, so more threads would only wait; and sums keep their order, to the bit.

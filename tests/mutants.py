@@ -30,6 +30,7 @@ REDUCE = """        if dist.is_initialized() and dist.get_world_size() > 1:
 """
 SCOPES = "core/privacy/scopes.py"
 SPENDING = ("tests/integration/test_scope_spending.py",)
+EARLY = ("tests/integration/test_early_scores.py",)
 SHARED = ("tests/integration/test_shared_warm_up.py",)
 DP_SGD_EVENT = "self.sample_rate, self.noise_multiplier, self.num_steps"
 
@@ -112,9 +113,23 @@ MUTANTS = (
     Mutant(
         "noise of the private accuracy halved",
         "core/evaluation/metrics.py",
-        "plan.noise_stddev * float(noise.normal(0, 1))",
-        "plan.noise_stddev / 2 * float(noise.normal(0, 1))",
+        "plan.noise_stddev * float(noise.normal(release, 1))",
+        "plan.noise_stddev / 2 * float(noise.normal(release, 1))",
         SPENDING,
+    ),
+    Mutant(
+        "private scores of one run draw the same noise",
+        "core/evaluation/metrics.py",
+        "noise.normal(release, 1)",
+        "noise.normal(0, 1)",
+        EARLY,
+    ),
+    Mutant(
+        "private scores during training not charged",
+        PLAN,
+        "ScorePlan(stddev, 1 + (len(early.at)",
+        "ScorePlan(stddev, 1 + 0 * (len(early.at)",
+        EARLY,
     ),
     Mutant(
         "private accuracy not charged",

@@ -84,12 +84,14 @@ def dp_accuracy(
     config: EvaluationConfig,
     plan: ScorePlan,
     noise: KeyedStream,
+    release: int = 0,
 ) -> float:
     """Accuracy in [0, 1] on the private training images, with noise on the number it gets right.
 
     Args:
         dataset: only `dataset.train` is read; its size N is public.
         noise: secret stream; one number is drawn from it.
+        release: place of this score among those of the run, each with noise of its own.
 
     Privacy: a Gaussian mechanism: one image changes the number by at most 1, and the plan charges
         `plan.noise_stddev` standard deviations once. The result must be stored before it is shown:
@@ -97,7 +99,7 @@ def dp_accuracy(
     """
     correct = count_correct(model, dataset.train, config.batch_size)
     # Whole numbers alone: the digits of a float would tell which number the noise was added to.
-    noisy = round(correct + plan.noise_stddev * float(noise.normal(0, 1)))
+    noisy = round(correct + plan.noise_stddev * float(noise.normal(release, 1)))
     return min(max(noisy / len(dataset.train.labels), 0.0), 1.0)
 
 

@@ -43,6 +43,10 @@ AMONG_OTHERS = (
     "this data set, which together come to {everything}: that is the guarantee if their results "
     "had a part in choosing this one."
 )
+STOPPING = (
+    " Trials could also be stopped early by their scores during training ({metric}: {tag}); one "
+    "that was pays for the steps that it ran."
+)
 NOT_COVERED = (
     "metrics that are tagged non-private, and choices made by them beyond what is stated above",
     "floating-point attacks on the noise, which is drawn in float64 and rounded to float32",
@@ -98,6 +102,10 @@ def make_card(
     if secret:
         entries = [entry for entry in entries if entry["trial"] == identity]
     sentence = SCOPES[privacy.scope]
+    stopping = ""
+    if plan.early_metric and trials > 1:
+        tag = plan.tag(plan.early_metric)
+        stopping = STOPPING.format(metric=plan.early_metric, tag=tag)
     if trials == 1 and privacy.scope == "trial":
         sentence = AMONG_OTHERS if others else ALONE
     chosen = {
@@ -116,7 +124,8 @@ def make_card(
             objective=objective,
             law=privacy.selection_law,
             mean=privacy.selection_mean,
-        ),
+        )
+        + stopping,
         "scope": privacy.scope,
         "unit": summary["unit"],
         "neighboring_relation": summary["neighboring_relation"],

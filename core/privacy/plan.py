@@ -15,7 +15,7 @@ from typing import Any
 from dp_accounting import dp_event
 
 from core.config import Config, PrivacyConfig
-from core.errors import InfeasibleError
+from core.errors import ConfigError, InfeasibleError
 from core.privacy import accounting
 from core.privacy.scopes import Share, share_of
 
@@ -76,17 +76,21 @@ class DpSgdPlan:
 
 @dataclass(frozen=True)
 class ScorePlan:
-    """The score's release: how many private images the classifier gets right, with noise.
+    """The score's releases: how many private images the classifier gets right, with noise.
 
     One image changes the count by at most 1, so the noise multiplier is the standard deviation.
+
+    Attributes:
+        num_releases: the score at the end, and those during training if they are private, too.
     """
 
     noise_stddev: float
+    num_releases: int = 1
 
     @property
     def mechanism(self) -> accounting.Mechanism:
         """Sample rate, noise multiplier, count."""
-        return _NO_SAMPLING, self.noise_stddev, 1
+        return _NO_SAMPLING, self.noise_stddev, self.num_releases
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,8 @@ class PrivacyPlan:
         public_data: whether the data set is public, as its owner states.
         epsilon: of this trial alone.
         epsilon_central: of its central images alone.
-        epsilon_score: by how much its private score raises `epsilon`.
+        epsilon_score: by how much its private scores raise `epsilon`.
+        early_metric: what it is scored by during training, and may be stopped by; empty: by none.
     """
 
     num_examples: int
@@ -113,6 +118,7 @@ class PrivacyPlan:
     epsilon: float
     epsilon_central: float
     epsilon_score: float
+    early_metric: str = ""
 
     @property
     def noise_multiplier(self) -> float:
@@ -128,7 +134,7 @@ class PrivacyPlan:
 
     def tag(self, metric: str) -> str:
         """How private a metric is: `public`, `dp(...)` with its cost, or `non-private`."""
-        if metric == "dp_accuracy":
+        if metric in ("dp_accuracy", "early_dp_accuracy"):
             return f"dp(epsilon +{self.epsilon_score:.2g})"
         return "public" if self.public_data else "non-private"
 
@@ -150,6 +156,15 @@ class PrivacyPlan:
         stages = (self.central, self.dp_sgd, self.score)
         return [stage.mechanism for stage in stages if stage is not None]
 
+    def epsilon_after(self, steps: int) -> float:
+        """Epsilon of this trial when it ends after so many DP-SGD steps; its scores count whole."""
+        rate, noise_multiplier, _ = self.dp_sgd.mechanism
+        others = [stage.mechanism for stage in (self.central, self.score) if stage is not None]
+        executed = [(rate, noise_multiplier, steps)] if steps else []
+        return accounting.epsilon_of_mechanisms(
+            (*others, *executed), self.delta, self.neighboring_relation, accounting.FINE
+        )
+
     @property
     def events(self) -> list[dp_event.DpEvent]:
         """The same in the accountant's terms."""
@@ -162,7 +177,7 @@ class PrivacyPlan:
         score = ScorePlan(**summary["score"]) if summary["score"] else None
         dp_sgd = DpSgdPlan(**summary["dp_sgd"])
         names = {field.name for field in fields(cls)} - {"central", "dp_sgd", "score"}
-        numbers = {name: summary[name] for name in names}
+        numbers = {name: summary[name] for name in names if name in summary}
         return cls(central=central, dp_sgd=dp_sgd, score=score, **numbers)
 
     def summary(self) -> dict[str, Any]:
@@ -254,6 +269,7 @@ def make_plan(config: Config) -> PrivacyPlan:
         epsilon=total,
         epsilon_central=epsilon_central,
         epsilon_score=0.0 if score is None else total - _epsilon(stages, privacy),
+        early_metric=config.early_metric,
     )
 
 
@@ -347,8 +363,15 @@ def _question(
 
 
 def _score_plan(config: Config) -> ScorePlan | None:
-    stddev = config.privacy.dp_accuracy_stddev
-    return None if stddev is None else ScorePlan(stddev)
+    stddev, early = config.privacy.dp_accuracy_stddev, config.early_scores
+    if stddev is None:
+        if early.at and early.metric == "dp_accuracy":
+            raise ConfigError(
+                "early_scores.metric='dp_accuracy' needs its noise: set "
+                "privacy.dp_accuracy_stddev, in images, such as 50"
+            )
+        return None
+    return ScorePlan(stddev, 1 + (len(early.at) if early.metric == "dp_accuracy" else 0))
 
 
 def _central_plan(config: Config) -> CentralPlan | None:

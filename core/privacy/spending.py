@@ -83,7 +83,12 @@ class Spending:
     def begins_block(self, step: int) -> bool:
         """Whether `count` must be called before this step: the same on all ranks."""
         first, self._counted = not self._counted, True  # A resumed run begins inside a block.
-        return first or step % _BLOCK == 0
+        return first or step % _BLOCK == 0 or step in self._ends
+
+    @property
+    def _ends(self) -> list[int]:
+        """DP-SGD steps after which the run may be stopped."""
+        return [point - self.config.warm_up_steps for point in self.config.early_steps]
 
     def count(self, step: int) -> None:
         """Notes that a step is about to begin, in blocks: the file is never behind.
@@ -91,7 +96,9 @@ class Spending:
         Raises:
             StorageError: it cannot be noted, so the step must not run.
         """
-        end = min(step - step % _BLOCK + _BLOCK, self.plan.dp_sgd.num_steps)
+        # Where the run may be stopped, no later step is noted: it would be paid in vain.
+        ends = [end for end in self._ends if end > step]
+        end = min(step - step % _BLOCK + _BLOCK, self.plan.dp_sgd.num_steps, *ends)
         if steps_begun(self.begun) < end:
             with stored(self.begun.parent):
                 self._write_begun(end)

@@ -8,7 +8,7 @@ from typing import Any
 from sweep.config import SweepConfig
 from sweep.feasibility import describe_dimension
 from sweep.report.figures import pareto_front
-from sweep.results import Row, results_table
+from sweep.results import Row, results_table, winners
 
 _MAX_PRUNED = 30
 
@@ -33,13 +33,13 @@ def all_tables(
 ) -> dict[str, Table]:
     """Every table of the page by its name there; without `front` as long as nothing finished."""
     finished = [row for row in rows if row.state == "finished"]
-    trials = results_table(sweep, rows, winner, metrics, epsilon)
+    trials = results_table(sweep, rows, winners(sweep, rows), metrics, epsilon)
+    star = "the best" if len(sweep.objectives) == 1 else "the Pareto front"
     columns = [str(column.header) for column in trials.columns]
     cells = zip(*(column.cells for column in trials.columns), strict=True)
     tables = {
         "trials": Table(
-            "All trials in the order in which they began; * marks the best. Scores are not "
-            "private.",
+            f"All trials in the order in which they began; * marks {star}. Scores are not private.",
             columns,
             [[str(cell) for cell in line] for line in cells],
         ),
@@ -94,10 +94,13 @@ def all_tables(
 
 def _settings(sweep: SweepConfig) -> list[list[str]]:
     space = [[key, describe_dimension(each)] for key, each in sweep.search_space.items()]
-    objective = f"{sweep.objective.direction} {sweep.objective.metric} (not private)"
+    objectives = [f"{each.direction} {each.metric}" for each in sweep.objectives]
+    objective = f"{', '.join(objectives)} (not private)"
     return [
         *space,
         ["objective", objective],
+        ["sampler", sweep.sampler],
+        ["scheduler", sweep.scheduler],
         ["num_trials", str(sweep.num_trials)],
         ["workers_per_trial", str(sweep.workers_per_trial)],
         ["search_seed", str(sweep.search_seed)],

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from core.config import load
+from core.early import GoesOn
 from core.pipeline import run
 from core.privacy.dp_sgd import DpSgdOptimizer
 from core.privacy.keys import KeyedStream, MasterSecret
@@ -37,6 +38,7 @@ def tiny_run(
     run_dir: Path,
     also: Callable[[dict], None] = lambda _: None,
     shared: Path | None = None,
+    goes_on: GoesOn = lambda _: True,
     **changes: object,
 ) -> list[dict]:
     """Runs the tiny configuration and returns its reports, each given to `also` as well."""
@@ -60,7 +62,8 @@ def tiny_run(
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "trial_id").write_text("tiny")  # Else no two runs would draw alike.
     master = MasterSecret(b"s" * 32)
-    run(config, run_dir, master=master, name="tiny", report=report, charged=charged, shared=shared)
+    settings = {"name": "tiny", "report": report, "charged": charged, "shared": shared}
+    run(config, run_dir, master=master, **settings, goes_on=goes_on)
     return reports
 
 

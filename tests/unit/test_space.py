@@ -73,12 +73,41 @@ def test_a_new_driver_tries_interrupted_points_first_and_keeps_results(make):
     done, cut, lost = (search.suggest(name) for name in "abc")
     search.on_trial_complete("a", {"training_iteration": 1, "accuracy": 0.5})
     ids = [trial_id_of(sweep.trial_config(point)) for point in (done, lost)]
-    _, again, pruned = make(finished={ids[0]: 0.5, ids[1]: 0.9})
+    _, again, pruned = make(finished={ids[0]: [0.5], ids[1]: [0.9]})
     assert again.suggest("d") == cut
     assert again.suggest("e") not in (done, cut, lost)
     assert not pruned
     values = [trial.value for trial in study_of(sweep).trials if trial.state == TrialState.COMPLETE]
     assert values == [0.5, 0.9]
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "nsga2"])
+def test_several_objectives_reach_the_study_also_over_a_restart(make, sampler):
+    settings = {"objective": ["fid_cnn", "accuracy"], "sampler": sampler, "num_startup_trials": 2}
+    sweep, search, _ = make(**settings)
+    points = [search.suggest(name) for name in "abc"]
+    search.on_trial_result("a", {"training_iteration": 1, "loss": 1.0})
+    search.on_trial_complete("a", {"training_iteration": 2, "accuracy": 0.75, "fid_cnn": 9.0})
+    search.on_trial_complete("b", {"training_iteration": 2, "accuracy": 0.75})
+    ids = [trial_id_of(sweep.trial_config(point)) for point in points]
+    _, again, _ = make(finished={ids[0]: [9.0, 0.75], ids[2]: [7.0, 0.5]}, **settings)
+    assert again.suggest("d") == points[1]
+    assert again.suggest("e") not in points
+    study = study_of(sweep)
+    assert [direction.name for direction in study.directions] == ["MINIMIZE", "MAXIMIZE"]
+    complete = [t.values for t in study.trials if t.state == TrialState.COMPLETE]
+    assert complete == [[9.0, 0.75], [7.0, 0.5]]
+
+
+def test_a_stopped_trial_counts_with_its_last_early_score(make):
+    sweep, search, _ = make(scheduler="asha")
+    for name in "ab":
+        search.suggest(name)
+    early = {"stage": "early_score", "early_accuracy": 0.3, "training_iteration": 1}
+    search.on_trial_complete("a", {**early, "stage": "stopped"})
+    search.on_trial_complete("b", early)  # Cut off, not stopped: it is tried again.
+    states = [(trial.state.name, trial.value) for trial in study_of(sweep).trials]
+    assert states == [("COMPLETE", 0.3), ("FAIL", None)]
 
 
 def test_a_point_is_not_tried_twice(make, monkeypatch):
@@ -101,7 +130,7 @@ def test_random_points_are_fixed_before_the_first_result(make, stops, tmp_path):
     sweep, search, _ = make(sampler="random", name=f"stopped{len(stops)}")
     for i in range(5):
         if i in stops:
-            done = {trial_id_of(sweep.trial_config(point)): 0.5 for point in points}
+            done = {trial_id_of(sweep.trial_config(point)): [0.5] for point in points}
             sweep, search, _ = make(finished=done, sampler="random", name=f"stopped{len(stops)}")
         points.append(search.suggest(str(i)))
     _, other, _ = make(sampler="random", name="undisturbed")

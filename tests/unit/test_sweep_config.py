@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 
+from core.config import validate
 from core.errors import ConfigError
 from core.privacy.keys import MasterSecret
+from core.privacy.plan import make_plan
 from sweep.claim import claim
-from sweep.config import dump_sweep, load_sweep, trial_id_of
+from sweep.config import SweepConfig, dump_sweep, load_sweep, trial_id_of
 from sweep.scope import count_trials
 
 QUICKSTART = Path("sweep/configs/quickstart.yaml")
@@ -140,11 +142,80 @@ PUBLIC = {"privacy.scope": "public", "dataset.public": True, "final.dataset.path
         ),
         ({"search_space.privacy.num_shares.choices": [1, 2]}, r"num_shares cannot be searched"),
         (PUBLIC | {"final.dataset.pth": "x"}, r"unknown key 'dataset.pth'"),
+        (SELECTION | {"scheduler": "asha"}, r"run whole, not for scheduler='asha'"),
+        (
+            SELECTION | {"objective": ["dp_accuracy", "fid_cnn"]},
+            r"needs one score: give one objective, not dp_accuracy, fid_cnn",
+        ),
+        (
+            SWEEP | {"objective": ["dp_accuracy", "fid_cnn"]},
+            r"cannot choose by objective\.metric='fid_cnn'",
+        ),
+        (
+            SWEEP | {"scheduler": "asha", "early_scores.metric": "accuracy"},
+            r"early_scores\.metric=accuracy contradicts .* need dp_accuracy: leave it out",
+        ),
+        (
+            {"search_space.early_scores.num_images.choices": [100, 200]},
+            r"search_space\.early_scores\.num_images cannot be searched",
+        ),
     ],
 )
 def test_searches_that_would_make_a_scope_a_false_claim_are_refused(overrides, message):
     with pytest.raises(ConfigError, match=message):
         load_sweep(QUICKSTART, overrides)
+
+
+def test_several_objectives_are_a_list_of_metrics(tmp_path):
+    metrics = ("fid_cnn", "accuracy")
+    sweep = load_sweep(QUICKSTART, {"objective": list(metrics), "sampler": "nsga2"})
+    assert [(each.metric, each.direction) for each in sweep.objectives] == [
+        ("fid_cnn", "minimize"),
+        ("accuracy", "maximize"),
+    ]
+    stored = dump_sweep(sweep)
+    assert validate(SweepConfig, stored).objectives == sweep.objectives
+    one = load_sweep(QUICKSTART, {"objective": [{"metric": "fid_cnn"}]})
+    assert one.objectives == sweep.objectives[:1]
+    text = (
+        "objective: [fid_cnn, accuracy]\nsearch_space:\n  stage_split:\n    choices: [0.1, 0.2]\n"
+    )
+    assert load_sweep(written(tmp_path, text), {}).objectives == sweep.objectives
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"objective": ["accuracy", "accuracy"]}, r"names a metric twice"),
+        ({"objective": ["accuracy", "loss"]}, r"objective='loss' is none of accuracy, dp_accuracy"),
+        ({"objective": ["fid", "accuracy"]}, r"is not what .*='cnn' scores: choose 'fid_cnn'"),
+        ({"objective": ["fid_cnn", "accuracy"], "scheduler": "asha"}, r"compares trials by one"),
+        ({"scheduler": "asha", "asha.grace_fraction": 1.0}, r"asha\.grace_fraction=1\.0"),
+        ({"scheduler": "asha", "asha.grace": 0.5}, r"did you mean 'asha\.grace_fraction'"),
+        ({"scheduler": "asha", "early_scores.at": [0.3]}, r"early_scores\.at=\[0\.3\] contradicts"),
+        ({"scheduler": "asha", "training.num_steps": 2}, r"must ascend and name different steps"),
+    ],
+)
+def test_searches_that_make_no_sense_are_refused(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        load_sweep(QUICKSTART, overrides)
+
+
+def test_a_scheduler_asks_for_scores_during_training_and_a_plan_pays_for_private_ones():
+    asha = {"scheduler": "asha", "asha.grace_fraction": 0.2, "asha.reduction_factor": 2}
+    run = load_sweep(QUICKSTART, asha).run
+    assert run.early_scores.at == (0.2, 0.4, 0.8)
+    assert run.early_metric == "early_accuracy"
+    assert load_sweep(QUICKSTART, {"objective.metric": "fid_cnn", **asha}).run.early_metric == (
+        "early_fid_cnn"
+    )
+    shared = load_sweep(QUICKSTART, SWEEP | asha)
+    plan = make_plan(shared.run)
+    assert plan.score is not None
+    assert plan.score.num_releases == 4
+    assert plan.tag("early_dp_accuracy").startswith("dp(")
+    once = make_plan(load_sweep(QUICKSTART, SWEEP).run)
+    assert plan.noise_multiplier > once.noise_multiplier
 
 
 def test_a_scope_decides_what_its_trials_share():

@@ -1,0 +1,64 @@
+"""A trial that trains nothing and leaves what a real one leaves, for tests of all around it."""
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from core import yaml_subset
+from core.config import Config, nested
+from core.privacy.plan import make_plan
+from core.privacy.spending import Spending
+from core.reporting import write_json
+
+FINGERPRINT = "0" * 64
+
+
+def stand_in(context: Any, config: Config, trial_id: str) -> Iterator[dict[str, Any]]:
+    """What a trial leaves and reports, without workers and training.
+
+    Both scores rise with the learning rate: none of two trials beats the other in both. One early
+    score is told and decided upon, if the sweep has a scheduler.
+    """
+    import psutil
+    import ray
+
+    run_dir, plan = context.run_dir(trial_id), make_plan(config)
+    folder = Path(config.runtime.ledger)
+    charged, begun = context.sweep.folder / "charged", run_dir / "checkpoints" / "steps_begun"
+    spending = Spending(config, plan, folder, context.sweep.name, begun, charged, context.launch)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "config.yaml").write_text(yaml_subset.dump(nested(config)))
+    write_json(run_dir / "privacy.json", plan.summary())
+    reservation = spending.reserve(FINGERPRINT, trial_id)
+    for step in range(1, 5):
+        spending.count(step - 1)
+        report = {"step": step, "stage": "private_training", "loss": 1.0, "seconds_per_step": 0.1}
+        with (run_dir / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(report) + "\n")
+        yield report
+        if (share := config.early_steps.get(step)) is not None:
+            score = {"early_accuracy": min(1.0, config.private_training.learning_rate)}
+            kept = {"identity": trial_id, "scores": {str(share): score["early_accuracy"]}}
+            write_json(run_dir / "early_scores.json", kept)
+            yield {"step": step, "stage": "early_score", "progress": share, **score}
+            if not ray.get(context.verdicts.ask.remote(trial_id, share)):
+                spending.settle(FINGERPRINT, reservation)
+                spent = {"epsilon": plan.epsilon_after(step), "seconds": 0.1}
+                result = {"step": step, "stage": "stopped", **score, **spent}
+                origin = {"identity": trial_id, "fingerprint": FINGERPRINT, "tags": {}}
+                write_json(run_dir / "stopped.json", {**result, **origin})
+                yield result
+                return
+    spending.settle(FINGERPRINT, reservation)
+    rate = config.private_training.learning_rate
+    scores = {"accuracy": min(1.0, rate), "fid_cnn": 10 + 100 * rate}
+    result = {"step": 4, "stage": "done", **scores, "seconds": 0.1}
+    origin = {"identity": trial_id, "fingerprint": FINGERPRINT, "tags": {}}
+    write_json(run_dir / "evaluation.json", {**result, **origin, "name": context.sweep.name})
+    me = psutil.Process()
+    used = {"rss": me.memory_info().rss, "cpu": sum(me.cpu_times()[:2])}
+    write_json(run_dir / "worker.json", {"pid": os.getpid(), "time": time.time(), **used})
+    yield result

@@ -1,0 +1,148 @@
+"""Many trials through the real Tune, Optuna journal, ledger and MLflow: no slowdown, leak or flood.
+
+The trials themselves are stand-ins that train nothing, so that the machinery is all there is.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from stand_in import stand_in
+
+from core.reporting import write_json
+
+ROOT = Path(__file__).resolve().parents[2]
+TRIALS = int(os.environ.get("FETA_SWEEP_SOAK_TRIALS", "500"))
+WINDOW = TRIALS // 5
+MB = 2**20
+SWEEP = f"""
+name: soak
+base: {ROOT}/core/configs/digits.yaml
+num_trials: {TRIALS}
+workers_per_trial: 1
+max_concurrent_trials: 2
+fixed:
+  stage_split: 0.0
+  privacy.target_epsilon: 1.0
+  training.num_steps: 4
+search_space:
+  private_training.learning_rate:
+    low: 1e-5
+    high: 1e-1
+    log: true
+"""
+
+
+def drive(folder: Path) -> None:
+    """The driver, in a process of its own, with a note of its memory beside each hundredth."""
+    import threading
+
+    import psutil
+
+    from sweep.config import load_sweep
+    from sweep.launch import run_sweep
+
+    sweep = load_sweep(folder / "sweep.yaml", {"storage_path": str(folder / "runs")})
+    me = psutil.Process()
+    notes: list[tuple[int, int, float]] = []
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(2.0):
+            done = len(list((sweep.folder / "trials").glob("*/evaluation.json")))
+            notes.append((done, me.memory_info().rss, sum(me.cpu_times()[:2])))
+
+    threading.Thread(target=watch, daemon=True).start()
+    outcome = run_sweep(sweep, stand_in)
+    over.set()
+    assert outcome.complete, outcome.stopped
+    assert len(outcome.rows) == TRIALS
+    write_json(folder / "driver.json", {"notes": notes})
+
+
+@pytest.fixture(scope="module")
+def soaked(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("soak")
+    (folder / "sweep.yaml").write_text(SWEEP)
+    environment = {k: v for k, v in os.environ.items() if k not in ("MLFLOW_TRACKING_URI",)}
+    path = os.pathsep.join([str(Path(__file__).parent), str(ROOT / "tests" / "e2e"), str(ROOT)])
+    environment |= {"PYTHONPATH": path, "FETA_SWEEP_SECRET_FILE": str(folder / "secret")}
+    code = f"from pathlib import Path; from test_soak import drive; drive(Path({str(folder)!r}))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return folder
+
+
+def workers(folder: Path) -> list[dict[str, Any]]:
+    found = (folder / "runs" / "soak" / "trials").glob("*/worker.json")
+    return sorted((json.loads(path.read_text()) for path in found), key=lambda each: each["time"])
+
+
+def size(path: Path) -> int:
+    files = [path] if path.is_file() else [each for each in path.rglob("*") if each.is_file()]
+    return sum(each.lstat().st_size for each in files)
+
+
+def driver(folder: Path) -> list[tuple[int, int, float]]:
+    """Trials done, memory and CPU seconds, while trials ran."""
+    notes = json.loads((folder / "driver.json").read_text())["notes"]
+    return [(done, rss, cpu) for done, rss, cpu in notes if WINDOW // 2 <= done < TRIALS]
+
+
+def test_late_trials_take_about_as_much_as_early_ones(soaked):
+    """By CPU seconds, as what else the machine does must not count.
+
+    A trial is allowed more than the driver: each of its calls of the ledger verifies every line.
+    """
+    found, last = [], {}
+    for each in workers(soaked):
+        if each["pid"] in last:
+            found.append(each["cpu"] - last[each["pid"]])
+        last[each["pid"]] = each["cpu"]
+    early, late = (statistics.median(part) for part in (found[5 : 5 + WINDOW], found[-WINDOW:]))
+    print(f"\ntrial: {early:.3f} CPU seconds early on, {late:.3f} late")
+    assert late / early <= 3
+    notes = driver(soaked)
+    half = next(n for n, note in enumerate(notes) if note[0] >= TRIALS // 2)
+    (first, _, a), (middle, _, b), (end, _, c) = notes[0], notes[half], notes[-1]
+    early, late = (b - a) / (middle - first), (c - b) / (end - middle)
+    print(f"driver: {early:.3f} CPU seconds a trial in the first half, {late:.3f} in the second")
+    assert late / early <= 2
+
+
+def test_neither_driver_nor_trials_keep_what_they_used(soaked):
+    notes = driver(soaked)
+    grown = (notes[-1][1] - notes[0][1]) / (notes[-1][0] - notes[0][0])
+    print(f"driver: {notes[0][1] / MB:.0f} MB early on, {notes[-1][1] / MB:.0f} MB late")
+    assert grown <= 0.3 * MB
+    for pid in {each["pid"] for each in workers(soaked)}:
+        own = [each["rss"] for each in workers(soaked) if each["pid"] == pid]
+        if len(own) > WINDOW:
+            print(f"trial process: {own[10] / MB:.0f} MB, {own[-1] / MB:.0f} MB")
+            assert (own[-1] - own[10]) / len(own) <= 0.3 * MB
+
+
+def test_a_trial_takes_little_room(soaked):
+    runs = soaked / "runs"
+    parts = {
+        "trial folders": runs / "soak" / "trials",
+        "Optuna's journal": runs / "soak" / "optuna.journal",
+        "Tune's state": runs / "soak" / "ray",
+        "ledger": runs / "ledger",
+        "MLflow's data base": runs / "mlflow.db",
+        "MLflow's files": runs / "mlartifacts",
+    }
+    sizes = {name: size(path) / TRIALS for name, path in parts.items()}
+    for name, each in sizes.items():
+        print(f"{name}: {each / 1000:.1f} kB a trial")
+        assert each > 0
+    assert size(runs) / TRIALS <= 150_000
+    assert sizes["Optuna's journal"] <= 5_000
+    assert sizes["ledger"] <= 5_000
