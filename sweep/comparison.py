@@ -89,8 +89,8 @@ def pictures(run_dir: Path, step: int, finished: bool) -> Iterator[tuple[str, in
     for path in sorted((run_dir / "samples").glob("*.png")):
         if int(path.stem) <= step:
             yield SAMPLES, int(path.stem), path
-    if finished:
-        yield SAMPLES, step, run_dir / "synthetic" / "grid.png"
+    if finished and (final := run_dir / "synthetic" / "grid.png").exists():
+        yield SAMPLES, step, final
 
 
 def public_facts(config: Config) -> dict[str, Any]:

@@ -315,7 +315,7 @@ def record_summary(parent: Any, sweep: SweepConfig, rows: list[Row], complete: b
     for name in ("privacy_card.json", "privacy_card.md"):
         parent.log_file(sweep.folder / name)
     parent.log_file(winner.run_dir / "synthetic" / "grid.png", "synthetic")
-    if complete:
-        released = released_row(sweep, rows)
+    released = released_row(sweep, rows)
+    if complete and (released.run_dir / "model.pt").exists():  # Its owner may have removed it.
         scope, statement = card["scope"], card["statement"]
         parent.register_generator(released.trial, released.run_dir, scope, statement)

@@ -97,7 +97,7 @@ def _run(options: argparse.Namespace) -> int:
     if outcome.stopped:
         print(f"the search gave up: {outcome.stopped}", file=sys.stderr)
         return 1
-    return 0 if all(row.state == "finished" for row in outcome.rows) else 1
+    return 0 if all(row.state in ("finished", "stopped") for row in outcome.rows) else 1
 
 
 if __name__ == "__main__":

@@ -340,7 +340,7 @@ def how_to_compare(uri: str, experiment: str, sweep: str) -> str:
             number, trials = _trials_of(uri, experiment, sweep)
         except (MlflowException, ConfigError):
             lines += ["  which does not answer now"]
-    if trials:
+    if number:
         page = _without_user(uri).rstrip("/") if uri.startswith("http") else _LOCAL_UI
         chosen, where = (
             quote(json.dumps(ids, separators=(",", ":")))
@@ -348,19 +348,26 @@ def how_to_compare(uri: str, experiment: str, sweep: str) -> str:
         )
         query = f"compareRunsMode=CHART&viewStateShareKey={sweep}"
         lines += [f"  charts: {page}/#/experiments/{number}/runs?{query}"]
-        lines += [f"  table: {page}/#/compare-runs?runs={chosen}&experiments={where}"]
+        if trials:
+            lines += [f"  table: {page}/#/compare-runs?runs={chosen}&experiments={where}"]
     return "\n".join(lines)
 
 
 def _trials_of(uri: str, experiment: str, sweep: str) -> tuple[str, list[str]]:
-    """Id of the experiment, and of the runs of a sweep's trials in it."""
+    """Id of the experiment, empty if there is no run of the sweep, and of its finished trials.
+
+    Others have no figures to compare, and MLflow's table breaks on runs without artifacts.
+    """
     reachable(uri)
     client = MlflowClient(tracking_uri=uri)
     found = client.get_experiment_by_name(experiment)
     if found is None:
         return "", []
-    runs = _runs_of(client, found.experiment_id, sweep)
-    return found.experiment_id, [r.info.run_id for r in runs if r.data.tags[_KEY] != sweep]
+    runs = [
+        run for run in _runs_of(client, found.experiment_id, sweep) if run.data.tags[_KEY] != sweep
+    ]
+    finished = [run.info.run_id for run in runs if run.info.status == "FINISHED"]
+    return found.experiment_id if runs else "", finished
 
 
 def _runs_of(client: MlflowClient, experiment_id: str, sweep: str) -> list[Run]:

@@ -47,6 +47,7 @@ def stand_in(context: Any, config: Config, trial_id: str) -> Iterator[dict[str, 
             if not ray.get(context.verdicts.ask.remote(trial_id, share)):
                 spending.settle(FINGERPRINT, reservation)
                 spent = {"epsilon": plan.epsilon_after(step), "seconds": 0.1}
+                spent["noise_multiplier"] = plan.noise_multiplier
                 result = {"step": step, "stage": "stopped", **score, **spent}
                 origin = {"identity": trial_id, "fingerprint": FINGERPRINT, "tags": {}}
                 write_json(run_dir / "stopped.json", {**result, **origin})
@@ -55,6 +56,7 @@ def stand_in(context: Any, config: Config, trial_id: str) -> Iterator[dict[str, 
     spending.settle(FINGERPRINT, reservation)
     rate = config.private_training.learning_rate
     scores = {"accuracy": min(1.0, rate), "fid_cnn": 10 + 100 * rate}
+    scores |= {"epsilon": plan.epsilon, "noise_multiplier": plan.noise_multiplier}
     result = {"step": 4, "stage": "done", **scores, "seconds": 0.1}
     origin = {"identity": trial_id, "fingerprint": FINGERPRINT, "tags": {}}
     write_json(run_dir / "evaluation.json", {**result, **origin, "name": context.sweep.name})

@@ -43,7 +43,7 @@ from sweep.launch import run_sweep
 from sweep.results import print_results
 folder = Path(sys.argv[1])
 sweep = load_sweep(folder / "sweep.yaml", {"storage_path": str(folder / "runs")})
-outcome = run_sweep(sweep, stand_in)
+outcome = run_sweep(sweep, train=stand_in)
 print_results(sweep, outcome.rows, len(outcome.pruned), "")
 assert outcome.complete, outcome.stopped
 """

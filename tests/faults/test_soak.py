@@ -58,7 +58,7 @@ def drive(folder: Path) -> None:
             notes.append((done, me.memory_info().rss, sum(me.cpu_times()[:2])))
 
     threading.Thread(target=watch, daemon=True).start()
-    outcome = run_sweep(sweep, stand_in)
+    outcome = run_sweep(sweep, train=stand_in)
     over.set()
     assert outcome.complete, outcome.stopped
     assert len(outcome.rows) == TRIALS

@@ -124,6 +124,8 @@ def test_how_to_compare_says_what_it_can(tmp_path, uri):
         Tracker(uri, experiment, key)
     assert how_to_compare(uri, "e", "s") == ui_command(uri)
     trial = Tracker(uri, experiment, "s/t")
+    assert len(how_to_compare(uri, "e", "s").splitlines()) == 2  # It has no figures yet.
+    trial.finish("FINISHED")
     _, charts, table = how_to_compare(uri, "e", "s").splitlines()
     assert charts.endswith(
         f"/#/experiments/{experiment}/runs?compareRunsMode=CHART&viewStateShareKey=s"
