@@ -152,7 +152,7 @@ def test_each_trial_is_two_workers_and_one_record(folder, stories):
         }
         assert len(pictures) == 2 * len(shown)  # Each in full and as a preview, once.
         steps = [m.step for m in client.get_metric_history(run.info.run_id, "step")]
-        assert steps == sorted(set(steps))
+        assert len(steps) == len(set(steps))  # One that was lost with its process is sent later.
 
 
 def test_the_interrupted_trial_went_on_from_its_checkpoint(folder, stories):
@@ -165,8 +165,10 @@ def test_the_interrupted_trial_went_on_from_its_checkpoint(folder, stories):
 def test_addresses_of_the_comparison_are_printed(folder, stories):
     out = stories[1][1][0]
     assert re.search(r"charts: http://127.0.0.1:5000/#/experiments/\d+/runs\?compareRunsMode=", out)
-    for run in children(folder):
-        assert run.info.run_id in out
+    runs = children(folder)
+    assert {run.info.status for run in runs} == {"FINISHED", "FAILED"}
+    for run in runs:  # The table compares figures, which a failed trial has none of.
+        assert (run.info.run_id in out) == (run.info.status == "FINISHED")
 
 
 def test_nothing_secret_is_written(folder, stories):
