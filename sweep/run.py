@@ -6,6 +6,7 @@ one. `ray job submit --working-dir . -- python sweep/run.py ...` runs it on a cl
 
 import argparse
 import logging
+import signal
 import sys
 from pathlib import Path
 
@@ -101,4 +102,6 @@ def _run(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
+    # A script that starts this in its background has it ignore the signal that stops a sweep.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

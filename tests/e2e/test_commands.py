@@ -18,7 +18,8 @@ from sweep.driver import running_driver
 from sweep.stored import open_sweep
 
 HOLD_LOCK = """
-import fcntl, json, os, socket, sys, time
+import fcntl, json, os, signal, socket, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # As sweep/run.py does.
 file = open(sys.argv[1], "w")
 fcntl.flock(file, fcntl.LOCK_EX)
 json.dump({"host": socket.gethostname(), "pid": os.getpid()}, file)
