@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 from dp_accounting import dp_event
+from dp_accounting.pld import pld_privacy_accountant
 from dp_accounting.rdp import rdp_privacy_accountant
 from test_plan import reference
 
@@ -81,14 +82,20 @@ def test_selecting_among_sixteen_costs_the_golden_figures(base, law, golden):
 
 @pytest.mark.parametrize(
     ("total", "runs", "golden"),
-    [(10.0, 2, 2.38), (10.0, 8, 4.59), (10.0, 16, 6.45), (1.0, 4, 24.5), (1.0, 16, 50.7)],
+    [(10.0, 2, 2.38), (10.0, 8, 4.59), (10.0, 16, 6.45), (1.0, 4, 24.27), (1.0, 16, 48.51)],
 )
 def test_noise_for_the_work_of_several_runs_is_golden(total, runs, golden):
-    """One release of central images, and the DP-SGD steps of `runs` trials."""
-    found = accounting.estimated_noise_multiplier(
-        [(0.1, 5.0, 5)], 4096 / 60_000, 2197 * runs, total, DELTA, "zero_out"
-    )
-    assert found == pytest.approx(golden, rel=6e-3)
+    """One release of central images, and the DP-SGD steps of `runs` trials.
+
+    A grid of 1e-3 is too coarse for the small steps at epsilon 1: it asks for 24.5 and 50.7.
+    """
+    central, steps = (0.1, 5.0, 5), (4096 / 60_000, 2197 * runs)
+    found = accounting.estimated_noise_multiplier([central], *steps, total, DELTA, "zero_out")
+    assert found == pytest.approx(golden, rel=3e-3)
+    accountant = pld_privacy_accountant.PLDAccountant(accounting.RELATIONS["zero_out"], 3e-5)
+    for rate, noise, count in (central, (steps[0], found, steps[1])):
+        accountant.compose(accounting.subsampled_gaussian(rate, noise, count))
+    assert accountant.get_epsilon(DELTA) == pytest.approx(total, rel=3e-3)
 
 
 @pytest.mark.parametrize(("total", "golden"), [(10.0, 2.99), (1.0, 32.0)])
