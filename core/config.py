@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from core.config_files import load_yaml
+from core.config_files import merge as merge
 from core.config_files import parse_overrides as parse_overrides
 from core.config_keys import explain
 from core.config_network import (
@@ -96,12 +97,24 @@ class CentralImagesConfig(Section):
     """Side to which private images are down-scaled before they are summed."""
     pixel_center: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Public value subtracted from pixels in [0, 1] before the sum; 0.5 halves the sensitivity."""
+    max_norm: Positive | None = None
+    """Public bound to which each centred image's L2 norm is clipped, of mean images alone; lowers
+    sensitivity and noise, and draws images of larger norm towards the centre. Null: no clipping."""
     num_bins: Annotated[int, Field(ge=2, le=256)] = 8
     """Bins of the per-pixel histogram; used by mode images alone."""
     median_filter: bool = False
     """3x3 median over the released images; post-processing, hence free."""
     sharpen: bool = False
     """Sharpened afterwards, as the paper does with grey images; free like all that follows."""
+
+    @model_validator(mode="after")
+    def _clips_means_alone(self) -> Self:
+        if self.max_norm is not None and self.kind != "mean":
+            raise ValueError(
+                f"central_images.max_norm={self.max_norm:g} applies to central_images.kind='mean' "
+                f"alone, not to {self.kind!r}: set max_norm to null, or choose kind mean"
+            )
+        return self
 
 
 class WarmUpConfig(Section):
@@ -338,22 +351,6 @@ def load(
     """
     content = load_yaml(base) if isinstance(base, (str, Path)) else base
     return validate(Config, merge(content, overrides or {}))
-
-
-def merge(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a nested copy of `base` with dotted `overrides` set."""
-    merged: dict[str, Any] = {
-        k: merge(v, {}) if isinstance(v, Mapping) else v for k, v in base.items()
-    }
-    for key, value in overrides.items():
-        *parents, leaf = key.split(".")
-        node = merged
-        for parent in parents:
-            node = node.setdefault(parent, {})
-            if not isinstance(node, dict):
-                raise ConfigError(f"unknown key '{key}': '{parent}' is a value, not a section")
-        node[leaf] = value
-    return merged
 
 
 def flatten(section: BaseModel, prefix: str = "") -> dict[str, Any]:

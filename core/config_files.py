@@ -53,3 +53,19 @@ def parse_overrides(arguments: list[str]) -> dict[str, Any]:
         except ValueError as error:
             raise ConfigError(f"{key}: {error}") from None
     return overrides
+
+
+def merge(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a nested copy of `base` with dotted `overrides` set."""
+    merged: dict[str, Any] = {
+        k: merge(v, {}) if isinstance(v, Mapping) else v for k, v in base.items()
+    }
+    for key, value in overrides.items():
+        *parents, leaf = key.split(".")
+        node = merged
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise ConfigError(f"unknown key '{key}': '{parent}' is a value, not a section")
+        node[leaf] = value
+    return merged

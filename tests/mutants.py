@@ -94,7 +94,10 @@ MUTANTS = (
         "sums = sums / counts.clamp(min=1).view(shape) * plan.expected_class_count",
     ),
     Mutant("half of the steps charged", PLAN, DP_SGD_EVENT, f"{DP_SGD_EVENT} // 2"),
-    Mutant("sensitivity halved", PLAN, "sensitivity=reach *", "sensitivity=reach / 2 *"),
+    Mutant("sensitivity halved", PLAN, "sensitivity = reach *", "sensitivity = reach / 2 *"),
+    Mutant(
+        "norm clipped at twice the bound", CENTRAL, "(max_norm / norms)", "(2 * max_norm / norms)"
+    ),
     Mutant(
         "noise added by every rank",
         DP_SGD,

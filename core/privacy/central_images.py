@@ -115,12 +115,26 @@ def class_sums(
     sensitivity to the row of its own class and nothing to the others.
     """
     if config.kind == "mean":
-        features = small - config.pixel_center
+        features = _clipped(small - config.pixel_center, config.max_norm)
     else:
         bins = (small * config.num_bins).long().clamp(max=config.num_bins - 1)
         features = F.one_hot(bins, config.num_bins).movedim(-1, 1)
     sums = torch.zeros((num_classes, *features.shape[1:]), dtype=torch.float64)
     return sums.index_add_(0, labels, features.double()).float()
+
+
+def _clipped(features: torch.Tensor, max_norm: float | None) -> torch.Tensor:
+    """Scales each `[B, ...]` whose L2 norm exceeds `max_norm` down to it; None changes nothing.
+
+    Privacy: acts on each image alone. One whose norm is not finite counts as zero. Norms are
+    float64: the bound must hold to the last digits of float32.
+    """
+    if max_norm is None:
+        return features
+    features = features.double()
+    norms = features.flatten(1).square().sum(1).sqrt().view(-1, *[1] * (features.ndim - 1))
+    scaled = features * (max_norm / norms).clamp(max=1.0)  # Norm 0: infinity, clamped to 1.
+    return torch.where(torch.isfinite(norms), scaled, 0.0)
 
 
 def _aggregate(

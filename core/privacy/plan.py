@@ -32,7 +32,8 @@ class CentralPlan:
         sample_rate: Poisson sample rate q of one release.
         noise_multiplier: standard deviation over sensitivity.
         sensitivity: largest L2 norm that one image adds to a sum, sqrt(h * w * channels) times
-            the largest distance of a pixel from the public centre (mean) or 1 (mode).
+            the largest distance of a pixel from the public centre (mean) or 1 (mode); at most
+            `central_images.max_norm`, to which images are then clipped.
         expected_class_count: public divisor, q * N / number of classes; never a count of data.
     """
 
@@ -396,11 +397,12 @@ def _central_plan(config: Config) -> CentralPlan | None:
     central, dataset = config.central_images, config.dataset
     # A pixel in [0, 1] lies at most this far from the public centre; a histogram entry is 0 or 1.
     reach = max(central.pixel_center, 1 - central.pixel_center) if central.kind == "mean" else 1.0
+    sensitivity = reach * math.sqrt(central.image_size**2 * dataset.channels)
     return CentralPlan(
         num_releases=central.per_class,
         sample_rate=central.expected_batch_size / dataset.num_examples,
         noise_multiplier=central.noise_multiplier,
-        sensitivity=reach * math.sqrt(central.image_size**2 * dataset.channels),
+        sensitivity=min(sensitivity, central.max_norm or math.inf),
         expected_class_count=central.expected_batch_size / dataset.num_classes,
     )
 

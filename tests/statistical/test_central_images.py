@@ -6,8 +6,9 @@ import pytest
 import torch
 from checks import is_normal
 
-from core.config import CentralImagesConfig
+from core.config import CentralImagesConfig, load
 from core.data import Split
+from core.errors import ConfigError
 from core.privacy.central_images import (
     class_sums,
     down_scaled,
@@ -15,7 +16,7 @@ from core.privacy.central_images import (
     release_central_images,
 )
 from core.privacy.keys import KeyedStream
-from core.privacy.plan import CentralPlan
+from core.privacy.plan import CentralPlan, _central_plan
 
 MASKS, NOISE = KeyedStream(b"m" * 32), KeyedStream(b"n" * 32)
 CLASSES = 3
@@ -77,6 +78,54 @@ def test_one_record_moves_the_sums_by_at_most_the_sensitivity(kind, center, chan
     assert difference[[c for c in range(CLASSES) if c != 7 % CLASSES]].abs().max() == 0
     if kind == "mode" or ((record == 255 or center == 0.5) and record != "random"):
         assert difference.norm() >= sensitivity * (1 - 1e-5)  # The bound is tight.
+
+
+@pytest.mark.parametrize("center", [0.0, 0.25, 0.5])
+@pytest.mark.parametrize("max_norm", [1e-3, 2.0, 100.0])
+@pytest.mark.parametrize("record", [1.0, 255.0, -9.0, float("nan"), float("inf"), 1e20, "random"])
+def test_a_clipped_record_moves_the_sums_by_at_most_the_plans_sensitivity(center, max_norm, record):
+    settings = {"image_size": 8, "pixel_center": center, "max_norm": max_norm}
+    run = load({}, {f"central_images.{key}": value for key, value in settings.items()})
+    config, plan = run.central_images, _central_plan(run)
+    whole = 8 * max(center, 1 - center)
+    assert plan.sensitivity == pytest.approx(min(max_norm, whole))
+    images = torch.zeros(30, 1, 8, 8)
+    images[7] = torch.rand(8, 8) if record == "random" else record
+    everyone, labels = torch.arange(30), torch.arange(30) % CLASSES
+    for small in (images, down_scaled(images, config)):  # Holds without the clamp, too.
+        if max_norm > whole and small is images:
+            continue  # There the clamp is what bounds the norm.
+        without = everyone[everyone != 7]
+        moved = class_sums(small, labels, CLASSES, config) - class_sums(
+            small[without], labels[without], CLASSES, config
+        )
+        assert torch.isfinite(moved).all()
+        assert moved.norm() <= plan.sensitivity * (1 + 1e-5)
+        assert moved[[c for c in range(CLASSES) if c != 7 % CLASSES]].abs().max() == 0
+    if record == 255.0 and max_norm < whole / 2:
+        assert moved.norm() >= plan.sensitivity * (1 - 1e-4)  # The bound is tight.
+
+
+def test_clipping_keeps_directions_and_lowers_the_noise():
+    settings = {"per_class": 400, "image_size": 8, "max_norm": 3.0, "noise_multiplier": 5.0}
+    run = load({}, {f"central_images.{key}": value for key, value in settings.items()})
+    config, plan = run.central_images, _central_plan(run)
+    assert plan.noise_stddev == pytest.approx(15.0)
+    empty = Split(torch.zeros((0, 1, 8, 8), dtype=torch.uint8), torch.zeros(0, dtype=torch.long))
+    sums = torch.stack(list(noisy_class_sums(empty, CLASSES, config, plan, MASKS, NOISE)))
+    noise = sums.flatten().numpy()
+    assert is_normal(noise, 15.0)
+    for wrong in (2 / 3, 3 / 2, 8 / 3):  # The last is the noise without clipping.
+        assert not is_normal(noise, wrong * 15.0)
+    pair = torch.stack((torch.full((1, 8, 8), 0.1), torch.rand(1, 8, 8)))
+    kept, scaled = class_sums(pair, torch.tensor([0, 1]), 2, config)
+    assert torch.equal(kept, pair[0])  # Of norm 0.8: left as it is.
+    assert torch.allclose(scaled, pair[1] * 3.0 / pair[1].norm())
+
+
+def test_mode_images_are_not_clipped():
+    with pytest.raises(ConfigError, match=r"central_images\.max_norm=2 .*kind='mean'"):
+        load({}, {"central_images.kind": "mode", "central_images.max_norm": 2.0})
 
 
 def test_divisor_is_the_public_expected_count():
