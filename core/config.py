@@ -132,6 +132,10 @@ class PrivateTrainingConfig(Section):
     max_grad_norm: Positive = 1.0
     noise_multiplicity: Annotated[int, Field(ge=1, le=256)] = 4
     learning_rate: Positive = 3e-4
+    optimizer: Literal["adam", "adam_bc"] = "adam"
+    """`adam_bc` (Tang et al. 2024) takes the noise's known variance off the second moment."""
+    adam_bc_floor: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """Smallest second moment of `adam_bc`, as a share of the noise's variance."""
     max_physical_batch_size: PositiveInt | Literal["auto"] = 64
     """Most images (each with K noise draws) in memory at once; does not change the result. `auto`
     halves it whenever memory runs out, and remembers."""

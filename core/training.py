@@ -26,6 +26,7 @@ from core.diffusion.ema import Ema
 from core.diffusion.loss import draw, edm_loss
 from core.errors import StoppedError
 from core.physical_batch import PhysicalBatches
+from core.privacy.adam_bc import DpAdamBc
 from core.privacy.central_images import CentralImages
 from core.privacy.dp_sgd import DpSgdOptimizer
 from core.privacy.keys import KeyedStream
@@ -173,6 +174,9 @@ def private_stage(
     """
     device, settings = config_device(config), config.private_training
     adam = torch.optim.Adam(denoiser.parameters(), lr=settings.learning_rate)
+    if settings.optimizer == "adam_bc":
+        rate, floor = settings.learning_rate, settings.adam_bc_floor
+        adam = DpAdamBc(denoiser.parameters(), rate, plan, floor)
     per_example = PerExampleGradients(denoiser, settings.noise_multiplicity)
     optimizer = DpSgdOptimizer(adam, plan, noise)
     sampler = PoissonSampler(masks, len(train_split.labels), plan.sample_rate)
