@@ -2,7 +2,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup sweep test test-faults check mutants bench fashion-mnist reproduce clean
+.PHONY: setup sweep test test-faults check mutants bench ablations fashion-mnist reproduce clean
 
 setup: $(VENV)/.installed
 
@@ -36,6 +36,12 @@ mutants: setup
 # Rewrites the table in README.md: at most ten minutes on two cores.
 bench: setup
 	@$(BIN)/python tests/benchmarks/bench.py --readme
+
+# Minutes for each of about ten rows; rows already in runs/ablations.json are not run again.
+SEEDS ?= 0
+ablations: setup
+	@test -n "$(DATA)" || { echo "usage: make ablations DATA=folder-with-the-four-idx-files SEEDS='0 1'"; exit 2; }
+	@$(BIN)/python tests/benchmarks/ablations.py --data "$(DATA)" --seeds $(SEEDS)
 
 fashion-mnist: setup
 	@test -n "$(DATA)" || { echo "usage: make fashion-mnist DATA=folder-with-the-four-idx-files"; exit 2; }

@@ -8,6 +8,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import ablations
 import gpu
 import variants
 
@@ -29,3 +30,23 @@ def test_per_example_gradients_hold_a_kth_of_opacus():
     batch = variants.make_batch(config, 2, 3)
     held = variants.ours(config, 3)(batch)
     assert variants.opacus(config, 3)(batch) == 3 * held
+
+
+def test_ablations_differ_from_the_base_and_their_table_compares_equal_seeds():
+    base = ablations.load(ablations.PRESET, ablations.SHORT)
+    configs = [ablations.load(ablations.nested(base), c) for c in ablations.VARIANTS.values()]
+    assert len({ablations.digest_of(config) for config in configs}) == len(configs)
+    figures = {"fid_cnn": 9.0, "epsilon": 10.0, "noise_multiplier": 1.0, "central_stddev": None}
+    rows = [
+        {"name": name, "seed": seed, "accuracy": accuracy, "seconds": 1.0, **figures}
+        for name, seed, accuracy in (("base", 0, 0.6), ("base", 1, 0.7), ("other", 1, 0.75))
+    ]
+    text = ablations.table(rows)
+    assert "| other | 75.0% | +5.0 | 9.00 | +0.00 | 10.000 | 1.0000 | - | 1 | 1 |" in text
+    assert "spreads by 10.0 points" in text
+
+
+def test_rdp_asks_for_more_noise_than_the_plan():
+    plan = ablations.make_plan(ablations.load({}, {"training.num_steps": 40}))
+    assert 1.01 < ablations.noise_by_rdp(plan) / plan.noise_multiplier < 1.3
+    assert ablations.rdp_changes(plan)["privacy.target_epsilon"] < 0.99 * plan.target_epsilon

@@ -1,0 +1,216 @@
+"""What each choice is worth, one at a time: `make ablations DATA=folder-with-the-four-idx-files`.
+
+Runs the small Fashion-MNIST preset, shortened so that one core trains and scores it in minutes,
+as it is and with single settings changed, all at the same epsilon and with the same public seed.
+A finished row stays in `runs/ablations.json` and is not run again; a stopped run goes on from its
+checkpoint. Prints the rows as a Markdown table.
+
+Masks and privacy noise are fresh in each run, whatever the seed: give two seeds or more, and take
+no difference for real that is smaller than the spread of the base.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from core.commands import train
+from core.config import Config, load, nested, short_digest
+from core.privacy import accounting, renyi
+from core.privacy.plan import PrivacyPlan, make_plan
+
+ROOT = Path(__file__).resolve().parents[2]
+PRESET = ROOT / "core/configs/fashion_mnist_small.yaml"
+BASE = "base"
+SHORT = {
+    "training.num_steps": 240,
+    "evaluation.num_images": 2000,
+    "runtime.num_pictures": 0,
+    "runtime.checkpoint_every": 40,
+}
+SMOKE = {
+    "training.num_steps": 8,
+    "private_training.expected_batch_size": 64,
+    "evaluation.num_images": 40,
+    "evaluation.classifier_epochs": 1,
+    "evaluation.extractor_epochs": 1,
+}
+Row = dict[str, Any]
+Changes = dict[str, Any]
+"""Settings by dotted key."""
+CLIPPED = {"central_images.max_norm": 7.0, "central_images.pixel_center": 0.25}
+VARIANTS: dict[str, Changes] = {
+    BASE: {},
+    "plain DP-SGD (DPDM)": {"stage_split": 0.0},
+    "pixel_center 0": {"central_images.pixel_center": 0.0},
+    "max_norm 7 around 0.25": CLIPPED,
+    "max_norm 7 around 0.25, noise multiplier doubled": {
+        **CLIPPED, "central_images.noise_multiplier": 16.0,
+    },
+    "augmentation none": {"warm_up.augmentation": "none"},
+    "adam_bc": {"private_training.optimizer": "adam_bc"},
+    "adam_bc, a third of the learning rate": {
+        "private_training.optimizer": "adam_bc", "private_training.learning_rate": 1e-3,
+    },
+}  # fmt: skip
+RDP = "noise as of RDP"
+"""The row whose target is what RDP's noise really spends."""
+
+
+def noise_by_rdp(plan: PrivacyPlan) -> float:
+    """The DP-SGD noise multiplier that RDP, at integer orders, asks for in place of PLD's."""
+    *others, (rate, _, steps) = plan.mechanisms
+    low, high = plan.noise_multiplier / 2, plan.noise_multiplier * 2
+    for _ in range(40):
+        middle = (low + high) / 2
+        spent = renyi.epsilon([*others, (rate, middle, steps)], plan.delta)
+        low, high = (middle, high) if spent > plan.target_epsilon else (low, middle)
+    return high
+
+
+def rdp_changes(plan: PrivacyPlan) -> Changes:
+    """The target at which PLD's noise is the one that RDP asks for at the plan's own."""
+    *others, (rate, _, steps) = plan.mechanisms
+    mechanisms = (*others, (rate, noise_by_rdp(plan), steps))
+    epsilon = accounting.epsilon_of_mechanisms(
+        mechanisms, plan.delta, plan.neighboring_relation, accounting.FINE
+    )
+    return {"privacy.target_epsilon": round(epsilon, 4)}
+
+
+def variants(base: Config) -> Iterator[tuple[str, Config]]:
+    """Each row's name and configuration, the base first."""
+    for name, changes in VARIANTS.items():
+        yield name, load(nested(base), changes)
+    yield RDP, load(nested(base), rdp_changes(make_plan(base)))
+
+
+def run_row(config: Config, folder: Path) -> Row:
+    """Trains and scores one row, or goes on with it."""
+    result = train(config, folder / f"{digest_of(config)}-{config.seed}")
+    plan = make_plan(config)
+    central = plan.central
+    return {
+        "accuracy": result["accuracy"],
+        "fid_cnn": result["fid_cnn"],
+        "epsilon": result["epsilon"],
+        "noise_multiplier": plan.noise_multiplier,
+        "central_stddev": central and central.noise_stddev / central.expected_class_count,
+        "seconds": result["seconds"],
+    }
+
+
+def keep(path: Path, rows: list[Row]) -> None:
+    """Writes all rows so that a stopped command never leaves half of them."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(rows, indent=1) + "\n")
+    temporary.replace(path)
+
+
+def digest_of(config: Config) -> str:
+    """Names a row's settings, wherever the data lie."""
+    return short_digest(load(nested(config), {"dataset.path": None}))
+
+
+def table(rows: list[Row]) -> str:
+    """The rows, averaged over the seeds that they and the base share, as Markdown."""
+    base = {row["seed"]: row for row in rows if row["name"] == BASE}
+    lines = [
+        "| change | accuracy | to base | fid_cnn | to base | epsilon | DP-SGD noise multiplier "
+        "| central noise per pixel | seeds | seconds |",
+        f"|{' --- |' * 10}",
+    ]
+    for name in dict.fromkeys(row["name"] for row in rows):
+        mine = [row for row in rows if row["name"] == name and row["seed"] in base]
+        if not mine:
+            continue
+
+        def mean(key: str, rows: list[Row] = mine) -> float:
+            return statistics.fmean(row[key] for row in rows)
+
+        same = [base[row["seed"]] for row in mine]
+        accuracy, fid = mean("accuracy"), mean("fid_cnn")
+        central = mine[0]["central_stddev"]
+        cells = (
+            name,
+            f"{accuracy:.1%}",
+            f"{100 * (accuracy - mean('accuracy', same)):+.1f}",
+            f"{fid:.2f}",
+            f"{fid - mean('fid_cnn', same):+.2f}",
+            f"{mine[0]['epsilon']:.3f}",
+            f"{mine[0]['noise_multiplier']:.4f}",
+            "-" if central is None else f"{central:.4f}",
+            f"{len(mine)}",
+            f"{mean('seconds'):.0f}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    if len(base) > 1:
+        spread = {
+            key: max(r[key] for r in base.values()) - min(r[key] for r in base.values())
+            for key in ("accuracy", "fid_cnn")
+        }
+        lines += [
+            "",
+            f"Between its seeds the base spreads by {100 * spread['accuracy']:.1f} points of "
+            f"accuracy and {spread['fid_cnn']:.2f} of fid_cnn.",
+        ]
+    return "\n".join(lines)
+
+
+def accountants(base: Config) -> str:
+    """What the accountant alone is worth, in words."""
+    plan = make_plan(base)
+    by_rdp = noise_by_rdp(plan)
+    return (
+        f"At epsilon {plan.target_epsilon:g} the base needs a DP-SGD noise multiplier of "
+        f"{plan.noise_multiplier:.4f} by PLD and of {by_rdp:.4f} by RDP "
+        f"({by_rdp / plan.noise_multiplier - 1:+.1%})."
+    )
+
+
+def main() -> None:
+    """Runs what is missing, and prints all."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", required=True, help="folder with Fashion-MNIST's IDX files")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--rows", nargs="+", help="names of rows; all if not given")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "ablations.json")
+    parser.add_argument("--smoke", action="store_true", help="meaningless sizes, seconds a row")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    folder = options.out.with_suffix("")
+    settings = {
+        **SHORT,
+        **(SMOKE if options.smoke else {}),
+        "dataset.path": options.data,
+        "runtime.cache": str(folder / "cache"),
+        "runtime.ledger": str(folder / "ledger"),
+    }
+    if unknown := set(options.rows or ()) - {*VARIANTS, RDP}:
+        sys.exit(f"no such row: {sorted(unknown)}; there are {[*VARIANTS, RDP]}")
+    kept: list[Row] = json.loads(options.out.read_text()) if options.out.exists() else []
+    shown: list[Row] = []
+    for seed in options.seeds:
+        base = load(PRESET, {**settings, "seed": seed})
+        for name, config in variants(base):
+            asked = {"name": name, "seed": seed, "digest": digest_of(config)}
+            row = next((each for each in kept if asked.items() <= each.items()), None)
+            if row is None and name in {BASE, *(options.rows or (*VARIANTS, RDP))}:
+                print(f"seed {seed}: {name}", file=sys.stderr, flush=True)
+                row = asked | run_row(config, folder)
+                kept.append(row)
+                keep(options.out, kept)
+            shown += [row] if row else []
+    print(f"{table(shown)}\n\n{accountants(load(PRESET, settings))}")
+
+
+if __name__ == "__main__":
+    main()
