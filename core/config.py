@@ -176,6 +176,9 @@ class EvaluationConfig(Section):
     classifier_batch_size: PositiveInt = 128
     num_repeats: PositiveInt = 1
     """Trainings of each classifier, with seeds of their own."""
+    epoch_chosen_on: Literal["synthetic", "dp"] = "synthetic"
+    """What chooses the epoch of a classifier: synthetic images held out from its training, or the
+    private ones, with the noise of privacy.dp_accuracy_stddev, charged for every epoch."""
 
     @model_validator(mode="after")
     def _each_once(self) -> Self:

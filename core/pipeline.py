@@ -28,7 +28,6 @@ from core.early_scoring import early_score_of
 from core.easy_stage import kept_central_images, trajectory_of, warm_up
 from core.errors import ConfigError
 from core.evaluation.features import find_weights
-from core.evaluation.metrics import dp_accuracy
 from core.evaluation.scoring import score
 from core.generate import generate, sample_pictures
 from core.identity import CENTRAL, identity_of, origin_of, settings_of
@@ -36,6 +35,7 @@ from core.locks import held
 from core.privacy.keys import KeyedStream, MasterSecret
 from core.privacy.plan import PrivacyPlan, make_plan
 from core.privacy.spending import Spending, require_same_data, steps_begun
+from core.private_scores import PrivateScores
 from core.reporting import MetricsLog, Report, log_to, report_line, write_grid, write_json
 from core.storage import require_space, stored
 from core.training import non_private_stage, private_stage, train
@@ -241,22 +241,14 @@ def _run(
         if reservation is not None and distributed.rank() == 0:
             spending.settle(fingerprint, reservation)
 
-    def kept_accuracy(model: nn.Module) -> float:
-        """Drawn once: the same noise on what another classifier gets right would give both away."""
-        path = run_dir / "dp_accuracy.json"
-        if path.exists() and (kept := json.loads(path.read_text()))["identity"] == identity:
-            return kept["dp_accuracy"]
-        noise = stream("evaluation", "noise")
-        assert plan.score is not None
-        value = dp_accuracy(model, dataset, config.evaluation, plan.score, noise)
-        write_json(path, {"identity": identity, "dp_accuracy": value})
-        return value
-
     report({"step": config.training.num_steps, "stage": "evaluation"})
     kept = run_dir / "synthetic" / f"parts-{identity[:16]}"
     number, device = config.evaluation.num_images, config_device(config)
     synthetic = generate(ema.module, config, number, device, kept, deadline)
-    private = kept_accuracy if plan.score is not None else None
+    private = None
+    if plan.score is not None:
+        noise, folder = stream("evaluation", "noise"), run_dir / "dp_scores"
+        private = PrivateScores(config, plan, dataset, noise, folder, identity)
     scores = score(config, synthetic, dataset, device, private)
     result = {
         "step": config.training.num_steps,

@@ -31,6 +31,7 @@ REDUCE = """        if dist.is_initialized() and dist.get_world_size() > 1:
 SCOPES = "core/privacy/scopes.py"
 SPENDING = ("tests/integration/test_scope_spending.py",)
 EARLY = ("tests/integration/test_early_scores.py",)
+EPOCHS = ("tests/integration/test_epoch_chosen_privately.py",)
 SHARED = ("tests/integration/test_shared_warm_up.py",)
 DP_SGD_EVENT = "self.sample_rate, self.noise_multiplier, self.num_steps"
 
@@ -130,9 +131,23 @@ MUTANTS = (
     Mutant(
         "private scores during training not charged",
         PLAN,
-        "ScorePlan(stddev, 1 + (len(early.at)",
-        "ScorePlan(stddev, 1 + 0 * (len(early.at)",
+        "ScorePlan(stddev, 1 + at_early + by_epoch)",
+        "ScorePlan(stddev, 1 + by_epoch)",
         EARLY,
+    ),
+    Mutant(
+        "the choice of a classifier's epoch not charged",
+        PLAN,
+        "ScorePlan(stddev, 1 + at_early + by_epoch)",
+        "ScorePlan(stddev, 1 + at_early)",
+        EPOCHS,
+    ),
+    Mutant(
+        "the scores of two epochs share their noise",
+        "core/private_scores.py",
+        "settings.classifier_epochs + epoch - 1",
+        "settings.classifier_epochs",
+        EPOCHS,
     ),
     Mutant(
         "private accuracy not charged",

@@ -11,6 +11,8 @@ from core.data import Split, to_float
 from core.errors import ConfigError
 from core.evaluation.networks import NETWORKS
 
+Judge = Callable[[nn.Module, int], float]
+"""How good a classifier is after an epoch, counted from 1; the same at every call."""
 _WEIGHT_DECAY = 1e-2
 _WARM_UP = 0.2
 """Share of the steps in which the learning rate rises."""
@@ -55,7 +57,7 @@ def synthetic_split(
 
 def train_classifier(
     train: Split,
-    validation: Split,
+    validation: Split | Judge,
     num_classes: int,
     epochs: int,
     batch_size: int,
@@ -73,7 +75,7 @@ def train_classifier(
 
     Args:
         train: images to learn from.
-        validation: images that choose the epoch.
+        validation: images that choose the epoch, or a judge of each.
         num_classes: labels lie in [0, num_classes).
         epochs: passes over `train`, >= 1.
         batch_size: >= 1.
@@ -91,7 +93,8 @@ def train_classifier(
         raise ValueError(
             f"epochs={epochs}, batch_size={batch_size}, num_classes={num_classes}: all must be >= 1"
         )
-    if not len(train.labels) or not len(validation.labels):
+    held_out = validation if isinstance(validation, Split) else train
+    if not len(train.labels) or not len(held_out.labels):
         raise ValueError("the training and the validation split need at least one image each")
     generator = torch.Generator().manual_seed(seed)
     _, channels, height, width = train.images.shape
@@ -113,7 +116,10 @@ def train_classifier(
                 loss.backward()
             optimizer.step()
             step += 1
-        score = accuracy(model, validation, batch_size)
+        if isinstance(validation, Split):
+            score = accuracy(model, validation, batch_size)
+        else:
+            score = validation(model, epoch)
         if score >= best:
             best = score
             best_state = {key: value.clone() for key, value in model.state_dict().items()}

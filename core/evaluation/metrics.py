@@ -11,6 +11,7 @@ from core.config import EvaluationConfig
 from core.data import Dataset, Split
 from core.errors import DataError
 from core.evaluation.classifiers import (
+    Judge,
     accuracy,
     count_correct,
     synthetic_split,
@@ -34,19 +35,23 @@ def downstream_classifier(
     device: torch.device | str,
     network: str = "cnn",
     repeat: int = 0,
+    judge: Judge | None = None,
 ) -> nn.Module:
     """A classifier that saw synthetic images alone; its epoch is chosen on held-out ones.
 
     Args:
+        judge: chooses the epoch instead; then all synthetic images train.
         network: one of `evaluation.classifiers`.
         repeat: number of the training, from 0; each has a seed of its own.
 
     Raises:
         ConfigError: too few synthetic images to hold some out.
 
-    Privacy: post-processing of the synthetic images, hence free.
+    Privacy: post-processing of the synthetic images, hence free, but for what `judge` reads.
     """
-    train, validation = synthetic_split(synthetic.images, synthetic.labels)
+    train, validation = synthetic, judge
+    if validation is None:
+        train, validation = synthetic_split(synthetic.images, synthetic.labels)
     return train_classifier(
         train,
         validation,

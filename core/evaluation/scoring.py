@@ -1,18 +1,22 @@
 """All scores of a run, shared among ranks, with what must be equal for them to compare."""
 
 import statistics
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-from torch import nn
 
 from core import distributed
 from core.config import Config
 from core.data import Dataset, Split
 from core.evaluation.metrics import downstream_accuracy, downstream_classifier, likeness
 from core.evaluation.networks import NETWORKS
+from core.private_scores import PrivateScores
+
+_CHOSEN_ON = {
+    "synthetic": "synthetic images held out from training",
+    "dp": "private training images, with noise on the number of hits",
+}
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ def score(
     synthetic: Split,
     dataset: Dataset,
     device: str,
-    private_accuracy: Callable[[nn.Module], float] | None = None,
+    private: PrivateScores | None = None,
 ) -> Scores:
     """Scores synthetic images; every rank does a share and returns all.
 
@@ -41,19 +45,25 @@ def score(
     `evaluation.num_repeats` trainings with other seeds.
 
     Args:
-        private_accuracy: called once, on rank 0, with the first classifier; gives `dp_accuracy`.
+        private: gives the first classifier's `dp_accuracy` and, where the configuration says so,
+            chooses all classifiers' epochs.
 
     Privacy: all but `dp_accuracy` are computed from real images without protection.
     """
     settings, num_classes = config.evaluation, config.dataset.num_classes
 
     def trained(network: str, repeat: int) -> dict[str, Any]:
-        model = downstream_classifier(synthetic, settings, num_classes, device, network, repeat)
+        judge = None
+        if private is not None and private.choose_epochs:
+            judge = partial(private.of_epoch, network, repeat)
+        model = downstream_classifier(
+            synthetic, settings, num_classes, device, network, repeat, judge
+        )
         found: dict[str, Any] = {
             f"{network}/{repeat}": downstream_accuracy(model, synthetic, dataset, settings)
         }
-        if private_accuracy is not None and (network, repeat) == (settings.classifiers[0], 0):
-            found["dp_accuracy"] = private_accuracy(model)
+        if private is not None and (network, repeat) == (settings.classifiers[0], 0):
+            found["dp_accuracy"] = private.at_end(model)
         return found
 
     def compared() -> dict[str, Any]:
@@ -93,7 +103,7 @@ def score(
         {**values, **likenesses},
         {
             "classifiers": classifiers,
-            "epoch_chosen_on": "synthetic images held out from training",
+            "epoch_chosen_on": _CHOSEN_ON[settings.epoch_chosen_on],
             "seed": settings.seed,
             **record,
         },

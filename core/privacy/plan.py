@@ -82,7 +82,8 @@ class ScorePlan:
     One image changes the count by at most 1, so the noise multiplier is the standard deviation.
 
     Attributes:
-        num_releases: the score at the end, and those during training if they are private, too.
+        num_releases: the score at the end, those during training if they are private, too, and
+            those of each classifier's epochs if they choose one.
     """
 
     noise_stddev: float
@@ -380,14 +381,19 @@ def _question(
 
 def _score_plan(config: Config) -> ScorePlan | None:
     stddev, early = config.privacy.dp_accuracy_stddev, config.early_scores
+    settings = config.evaluation
+    at_early = len(early.at) if early.metric == "dp_accuracy" else 0
+    by_epoch = len(settings.classifiers) * settings.num_repeats * settings.classifier_epochs
+    by_epoch = by_epoch if settings.epoch_chosen_on == "dp" else 0
     if stddev is None:
-        if early.at and early.metric == "dp_accuracy":
+        if at_early or by_epoch:
+            key = "early_scores.metric" if at_early else "evaluation.epoch_chosen_on"
             raise ConfigError(
-                "early_scores.metric='dp_accuracy' needs its noise: set "
+                f"{key}={'dp_accuracy' if at_early else 'dp'!r} needs its noise: set "
                 "privacy.dp_accuracy_stddev, in images, such as 50"
             )
         return None
-    return ScorePlan(stddev, 1 + (len(early.at) if early.metric == "dp_accuracy" else 0))
+    return ScorePlan(stddev, 1 + at_early + by_epoch)
 
 
 def _central_plan(config: Config) -> CentralPlan | None:

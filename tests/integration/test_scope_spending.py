@@ -9,7 +9,7 @@ import torch
 from checks import is_normal
 from two_ranks import tiny_run
 
-from core import pipeline
+from core import pipeline, private_scores
 from core.config import EvaluationConfig, load
 from core.data import Dataset, Split
 from core.evaluation import metrics
@@ -144,7 +144,7 @@ def test_a_private_score_is_charged_drawn_once_and_kept(tmp_path, monkeypatch):
     def refuse(*_: object) -> float:
         raise AssertionError("drawn a second time")
 
-    monkeypatch.setattr(pipeline, "dp_accuracy", refuse)
+    monkeypatch.setattr(private_scores, "dp_accuracy", refuse)
     assert tiny_run(tmp_path / "run", **shared)[-1]["dp_accuracy"] == first["dp_accuracy"]
 
 

@@ -20,6 +20,9 @@ from core.evaluation.metrics import downstream_accuracy, downstream_classifier, 
 from core.evaluation.names import DIRECTIONS, HEADLINES
 from core.evaluation.networks import NETWORKS, Classifier
 from core.evaluation.scoring import score
+from core.privacy.keys import KeyedStream
+from core.privacy.plan import make_plan
+from core.private_scores import PrivateScores
 from sweep.config import Objective
 
 
@@ -271,11 +274,13 @@ def test_scores_are_means_over_classifiers_and_repeats(digits: Dataset, tmp_path
     )
     asked: list[torch.nn.Module] = []
 
-    def private(model: torch.nn.Module) -> float:
-        asked.append(model)
-        return 0.25
+    class Private(PrivateScores):
+        def at_end(self, model: torch.nn.Module) -> float:
+            asked.append(model)
+            return 0.25
 
-    synthetic = _few(digits.train, 300)
+    synthetic, noise = _few(digits.train, 300), KeyedStream(b"k" * 32)
+    private = Private(config, make_plan(config), digits, noise, tmp_path, "")
     found = score(config, synthetic, digits, "cpu", private)
     values, single = found.values, found.record["classifiers"]
     each = {name: single[name]["accuracies"] for name in ("mlp", "logistic")}
