@@ -63,6 +63,7 @@ VARIANTS: dict[str, Changes] = {
         **CLIPPED, "central_images.noise_multiplier": 16.0,
     },
     "augmentation none": {"warm_up.augmentation": "none"},
+    "noise levels as of v-prediction": {"diffusion.p_mean": -0.69, "diffusion.p_std": 1.57},
     "adam_bc": {"private_training.optimizer": "adam_bc"},
     "adam_bc, a third of the learning rate": {
         "private_training.optimizer": "adam_bc", "private_training.learning_rate": 1e-3,
