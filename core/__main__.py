@@ -86,6 +86,15 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "account", "core.account:account", "what a configuration spends; reads no data", False, True
     )
+    smaller = add(
+        "scale-down",
+        "core.scale_down:scale_down",
+        "a cheap stand-in with the same noise over batch size, to search on public data",
+        False,
+        True,
+    )
+    smaller.add_argument("--factor", type=float, required=True, help="such as 4; above 1")
+    smaller.add_argument("--out", type=Path, required=True, help="YAML file to write")
     again = add(
         "generate",
         "core.commands:generate",
