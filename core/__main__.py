@@ -86,6 +86,15 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "account", "core.account:account", "what a configuration spends; reads no data", False, True
     )
+    smaller = add(
+        "scale-down",
+        "core.scale_down:scale_down",
+        "a cheap stand-in with the same noise over batch size, to search on public data",
+        False,
+        True,
+    )
+    smaller.add_argument("--factor", type=float, required=True, help="such as 4; above 1")
+    smaller.add_argument("--out", type=Path, required=True, help="YAML file to write")
     again = add(
         "generate",
         "core.commands:generate",
@@ -98,7 +107,15 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument("--bundle", type=Path, help="released bundle with a generator")
     again.add_argument("--num-images", type=int, required=True)
     again.add_argument("--out", type=Path, required=True, help="npz file to write")
-    add("evaluate", "core.commands:evaluate", "score a finished run's images again", True, False)
+    scored = add(
+        "evaluate", "core.commands:evaluate", "score a finished run's images again", True, False
+    )
+    for command in (again, scored):
+        command.add_argument(
+            "--ema-length", type=float, metavar="SIGMA_REL",
+            help="average the weights over another length, 0.04 to 0.25 of the training; the run "
+            "needs training.posthoc_ema=true",
+        )  # fmt: skip
     fetched = commands.add_parser("prepare", help="where a data set comes from; fetches it")
     fetched.set_defaults(command="core.prepare:prepare")
     fetched.add_argument("--dataset", required=True, help="such as mnist, cifar10, celeba")

@@ -12,6 +12,8 @@ import torch
 from core.config import Config, load, nested, parse_overrides, short_digest
 from core.data import Split, load_dataset
 from core.device import config_device
+from core.diffusion.posthoc_ema import FOLDER as SNAPSHOTS
+from core.diffusion.posthoc_ema import reconstruct
 from core.errors import ConfigError
 from core.evaluation.scoring import score
 from core.generate import generate as draw_images
@@ -117,11 +119,16 @@ def release(options: argparse.Namespace) -> None:
         print("README.md states no license: name one with --license, such as cc-by-4.0")
 
 
-def _finished(run_dir: Path, overrides: list[str]) -> tuple[Config, torch.nn.Module]:
+def _finished(
+    run_dir: Path, overrides: list[str], ema_length: float | None = None
+) -> tuple[Config, torch.nn.Module]:
     if not (run_dir / "model.pt").exists():
         raise ConfigError(f"'{run_dir}' holds no finished run (no model.pt): finish it first")
     config = load(run_dir / "config.yaml", parse_overrides(overrides))
-    return config, load_denoiser(config, run_dir / "model.pt")
+    denoiser = load_denoiser(config, run_dir / "model.pt")
+    if ema_length is not None:
+        reconstruct(denoiser, run_dir / SNAPSHOTS, config.training.num_steps, ema_length)
+    return config, denoiser
 
 
 def generate(options: argparse.Namespace) -> None:
@@ -129,11 +136,13 @@ def generate(options: argparse.Namespace) -> None:
     if options.num_images < 1:
         raise ConfigError(f"--num-images={options.num_images} must be at least 1")
     if options.bundle is not None:
+        if options.ema_length is not None:
+            raise ConfigError("--ema-length needs a run's snapshots: name it with --run-dir")
         verify_release(options.bundle)
         config, denoiser = load_generator(options.bundle, parse_overrides(options.overrides))
         denoiser.to(config_device(config))
     else:
-        config, denoiser = _finished(options.run_dir, options.overrides)
+        config, denoiser = _finished(options.run_dir, options.overrides, options.ema_length)
     images = draw_images(denoiser, config, options.num_images, config_device(config))
     options.out.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(options.out, images=images.images.numpy(), labels=images.labels.numpy())
@@ -173,10 +182,14 @@ def inspect(options: argparse.Namespace) -> None:
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    """Scores a finished run's images again."""
-    config, _ = _finished(options.run_dir, options.overrides)
+    """Scores a finished run's images again, or those of its average of another length."""
+    config, denoiser = _finished(options.run_dir, options.overrides, options.ema_length)
     dataset = load_dataset(config.dataset, Path(config.runtime.cache))
-    synthetic = _synthetic(options.run_dir)
+    if options.ema_length is None:
+        synthetic = _synthetic(options.run_dir)
+    else:
+        number = config.evaluation.num_images
+        synthetic = draw_images(denoiser, config, number, config_device(config))
     scores = score(config, synthetic, dataset, config_device(config))
     tag = "public" if config.dataset.public else "non-private"
     print("  ".join(f"{name} {value:.4g}" for name, value in scores.values.items()) + f"  ({tag})")

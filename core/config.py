@@ -146,6 +146,8 @@ class TrainingConfig(Section):
 
     num_steps: PositiveInt = 400
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    posthoc_ema: bool = False
+    """Keeps 24 copies of the weights, of which `--ema-length` makes the average of any length."""
     label_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the network while it is trained; weights, norms, sums and noise are always float32."""

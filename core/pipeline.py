@@ -23,6 +23,8 @@ from core.data import Split, load_dataset
 from core.device import config_device, device_name
 from core.diffusion.denoiser import build_denoiser
 from core.diffusion.ema import Ema
+from core.diffusion.posthoc_ema import FOLDER as SNAPSHOTS
+from core.diffusion.posthoc_ema import keep_snapshot
 from core.early import ENDED_EARLY, STOPPED, EarlyScores, GoesOn, StoppedEarlyError
 from core.early_scoring import early_score_of
 from core.easy_stage import kept_central_images, trajectory_of, warm_up
@@ -154,7 +156,7 @@ def _run(
     plainly, report = report, _logged(report, run_dir, checkpoints, config)
     denoiser = build_denoiser(config).to(config_device(config))
     distributed.broadcast_module(denoiser)
-    ema = Ema(denoiser, config.training.ema_decay)
+    ema = Ema(denoiser, config.training.ema_decay, config.training.posthoc_ema)
     pictures = sample_pictures(ema.module, config, run_dir / "samples", config_device(config))
 
     def early_score(model: nn.Module, place: int) -> float:
@@ -165,6 +167,8 @@ def _run(
 
     def after_step(step: int, model: nn.Module) -> None:
         pictures(step)
+        if ema.power is not None:
+            keep_snapshot(ema.power, step, config.training.num_steps, run_dir / SNAPSHOTS)
         early(step, model)
 
     def stopped(end: StoppedEarlyError) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import torch
 
 from core.config import Config
 from core.diffusion.denoiser import build_denoiser
+from core.diffusion.ema import NUM_SNAPSHOTS, TRACKED
 from core.errors import StorageError
 
 _PICTURES = 2**20
@@ -42,7 +43,11 @@ def needed_bytes(config: Config) -> int:
     checkpoint = 4 * model  # Parameters, their average, and two moments of Adam.
     data = config.dataset
     images = config.evaluation.num_images * data.channels * data.image_size**2
-    return 3 * checkpoint + model + 2 * images + _PICTURES
+    snapshots = 0
+    if config.training.posthoc_ema:
+        checkpoint += len(TRACKED) * model
+        snapshots = NUM_SNAPSHOTS * len(TRACKED) * model
+    return 3 * checkpoint + snapshots + model + 2 * images + _PICTURES
 
 
 def require_space(run_dir: Path, config: Config) -> None:

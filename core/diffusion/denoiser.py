@@ -10,6 +10,12 @@ from core.diffusion.unet import UNet
 class Denoiser(nn.Module):
     """D(x; sigma) = c_skip x + c_out F(c_in x; c_noise).
 
+    This is v-prediction (Salimans and Ho 2022) for data scaled to unit variance: c_in x is their
+    z, F is -v, and the EDM loss is their "SNR+1" loss, the squared error of v. What is left of
+    the difference is how often each sigma is drawn: their cosine schedule, uniform in time, draws
+    log sigma with mean log(sigma_data) and standard deviation pi/2, about as
+    `diffusion.p_mean=-0.69 diffusion.p_std=1.57` does at sigma_data 0.5.
+
     Args:
         network: raw network F with `(x, c_noise, labels)`.
         sigma_data: standard deviation of the data in [-1, 1], a public constant.

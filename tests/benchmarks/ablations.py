@@ -10,9 +10,11 @@ no difference for real that is smaller than the spread of the base.
 """
 
 import argparse
+import hashlib
 import json
 import statistics
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from core.commands import train
-from core.config import Config, load, nested, short_digest
+from core.config import Config, flatten, load, nested
+from core.data import load_dataset
+from core.diffusion.posthoc_ema import FOLDER, reconstruct
+from core.evaluation.scoring import score
+from core.generate import generate
+from core.generator import load_denoiser
 from core.privacy import accounting, renyi
 from core.privacy.plan import PrivacyPlan, make_plan
 
@@ -34,6 +41,7 @@ SHORT = {
     "evaluation.num_images": 2000,
     "runtime.num_pictures": 0,
     "runtime.checkpoint_every": 40,
+    "training.posthoc_ema": True,  # Changes no row, and gives those of `AVERAGES` for nothing.
 }
 SMOKE = {
     "training.num_steps": 8,
@@ -55,11 +63,14 @@ VARIANTS: dict[str, Changes] = {
         **CLIPPED, "central_images.noise_multiplier": 16.0,
     },
     "augmentation none": {"warm_up.augmentation": "none"},
+    "noise levels as of v-prediction": {"diffusion.p_mean": -0.69, "diffusion.p_std": 1.57},
     "adam_bc": {"private_training.optimizer": "adam_bc"},
     "adam_bc, a third of the learning rate": {
         "private_training.optimizer": "adam_bc", "private_training.learning_rate": 1e-3,
     },
 }  # fmt: skip
+AVERAGES = {f"base, average of length {length}": length for length in (0.05, 0.1, 0.2)}
+"""Rows made of the base's run by averaging its weights over another share of the training."""
 RDP = "noise as of RDP"
 """The row whose target is what RDP's noise really spends."""
 
@@ -89,12 +100,26 @@ def variants(base: Config) -> Iterator[tuple[str, Config]]:
     """Each row's name and configuration, the base first."""
     for name, changes in VARIANTS.items():
         yield name, load(nested(base), changes)
+    yield from ((name, base) for name in AVERAGES)
     yield RDP, load(nested(base), rdp_changes(make_plan(base)))
 
 
-def run_row(config: Config, folder: Path) -> Row:
-    """Trains and scores one row, or goes on with it."""
-    result = train(config, folder / f"{digest_of(config)}-{config.seed}")
+def run_row(config: Config, folder: Path, length: float | None) -> Row:
+    """Trains and scores one row, or goes on with it.
+
+    Args:
+        length: of the average of weights that is scored; None: the run's own.
+    """
+    run_dir = folder / digest_of(config)
+    result = train(config, run_dir)
+    if length is not None:
+        began = time.monotonic()
+        denoiser = load_denoiser(config, run_dir / "model.pt")
+        reconstruct(denoiser, run_dir / FOLDER, config.training.num_steps, length)
+        synthetic = generate(denoiser, config, config.evaluation.num_images, "cpu")
+        dataset = load_dataset(config.dataset, Path(config.runtime.cache))
+        result |= score(config, synthetic, dataset, "cpu").values
+        result["seconds"] = time.monotonic() - began
     plan = make_plan(config)
     central = plan.central
     return {
@@ -115,8 +140,11 @@ def keep(path: Path, rows: list[Row]) -> None:
 
 
 def digest_of(config: Config) -> str:
-    """Names a row's settings, wherever the data lie."""
-    return short_digest(load(nested(config), {"dataset.path": None}))
+    """Names a row's settings by those that are not at their default, wherever the data lie."""
+    default = flatten(Config())
+    changed = {key: value for key, value in flatten(config).items() if value != default[key]}
+    kept = {k: v for k, v in changed.items() if k != "dataset.path" and k[:8] != "runtime."}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def table(rows: list[Row]) -> str:
@@ -194,8 +222,9 @@ def main() -> None:
         "runtime.cache": str(folder / "cache"),
         "runtime.ledger": str(folder / "ledger"),
     }
-    if unknown := set(options.rows or ()) - {*VARIANTS, RDP}:
-        sys.exit(f"no such row: {sorted(unknown)}; there are {[*VARIANTS, RDP]}")
+    names = (*VARIANTS, *AVERAGES, RDP)
+    if unknown := set(options.rows or ()) - set(names):
+        sys.exit(f"no such row: {sorted(unknown)}; there are {names}")
     kept: list[Row] = json.loads(options.out.read_text()) if options.out.exists() else []
     shown: list[Row] = []
     for seed in options.seeds:
@@ -203,9 +232,9 @@ def main() -> None:
         for name, config in variants(base):
             asked = {"name": name, "seed": seed, "digest": digest_of(config)}
             row = next((each for each in kept if asked.items() <= each.items()), None)
-            if row is None and name in {BASE, *(options.rows or (*VARIANTS, RDP))}:
+            if row is None and name in {BASE, *(options.rows or names)}:
                 print(f"seed {seed}: {name}", file=sys.stderr, flush=True)
-                row = asked | run_row(config, folder)
+                row = asked | run_row(config, folder, AVERAGES.get(name))
                 kept.append(row)
                 keep(options.out, kept)
             shown += [row] if row else []

@@ -239,6 +239,35 @@ def test_same_generator_seed_gives_the_same_samples():
         assert not torch.allclose(first, draw_samples(4, seed=6, **settings))
 
 
+def test_denoiser_and_loss_are_those_of_v_prediction():
+    """Salimans and Ho (2022), section 4: v = alpha noise - s x, and x = alpha z - s v."""
+    data, config = 0.5, DiffusionConfig()
+    generator = torch.Generator().manual_seed(2)
+    images = torch.randn(6, 1, 4, 4, generator=generator, dtype=torch.float64)
+    draws = draw("v", 0, torch.arange(6), 3, (1, 4, 4), "cpu")
+    guess = torch.randn(18, 1, 4, 4, generator=generator, dtype=torch.float64)
+    seen = []
+
+    class Network(nn.Module):
+        def forward(self, z: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+            seen.append(z)
+            return guess
+
+    denoiser = Denoiser(Network(), data)
+    losses = edm_loss(denoiser, images, torch.zeros(6).long(), draws, config, 0.0, 10)
+
+    ratio = (config.p_mean + config.p_std * draws.log_sigma).exp().view(18, 1, 1, 1) / data
+    alpha, s = 1 / (1 + ratio**2).sqrt(), ratio / (1 + ratio**2).sqrt()
+    x, noise = images.repeat_interleave(3, 0) / data, draws.noise.flatten(0, 1)
+    z, v = alpha * x + s * noise, alpha * noise - s * x
+    near = {"check_dtype": False, "rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(seen[0], z, **near)
+    estimate = denoiser(data / alpha * z, (ratio * data).flatten(), torch.zeros(18).long())
+    torch.testing.assert_close(estimate, data * (alpha * z + s * guess), **near)
+    error = (v + guess).square().mean((1, 2, 3)).view(6, 3).mean(1)
+    torch.testing.assert_close(losses, error, **near)
+
+
 def test_ema_follows_the_recursion_with_warm_up():
     module = nn.Linear(2, 1, bias=False)
     nn.init.constant_(module.weight, 1.0)
