@@ -180,6 +180,13 @@ MUTANTS = (
         "identity",
         SHARED,
     ),
+    Mutant(
+        "a search that learns from results counts as one that ignores them",
+        "sweep/scope.py",
+        'NON_ADAPTIVE = ("random", "grid")',
+        'NON_ADAPTIVE = ("random", "grid", "tpe")',
+        ("tests/unit/test_sweep_config.py",),
+    ),
 )
 
 
