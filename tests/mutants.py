@@ -183,8 +183,8 @@ MUTANTS = (
     Mutant(
         "a search that learns from results counts as one that ignores them",
         "sweep/scope.py",
-        'NON_ADAPTIVE = ("random", "grid")',
-        'NON_ADAPTIVE = ("random", "grid", "tpe")',
+        "adaptive = sampler not in NON_ADAPTIVE",
+        "adaptive = False",
         ("tests/unit/test_sweep_config.py",),
     ),
 )
