@@ -31,24 +31,28 @@ def why_not(sweep: SweepConfig, point: Mapping[str, Any]) -> str:
     return ""
 
 
+def payable_points(sweep: SweepConfig) -> list[dict[str, Any]]:
+    """The points of a grid that the budget can pay; takes some seconds the first time."""
+    points, line = grid_points(sweep.choices), ProgressLine()
+    payable: list[dict[str, Any]] = []
+    for number, point in enumerate(points):
+        line.show(f"what the budget can pay: {number}/{len(points)}")
+        payable += [] if why_not(sweep, point) else [point]
+    return payable
+
+
 def with_num_trials(sweep: SweepConfig) -> SweepConfig:
     """The sweep, of a grid with the number of trials: what the budget can pay unless given.
-
-    Takes some seconds for a grid; reads no data.
 
     Raises:
         ConfigError: the budget cannot pay so many points.
     """
     if sweep.sampler != "grid":
         return sweep
-    points, line = grid_points(sweep.choices), ProgressLine()
-    reasons: list[str] = []
-    for number, point in enumerate(points):
-        line.show(f"what the budget can pay: {number}/{len(points)}")
-        reasons.append(why_not(sweep, point))
-    payable = reasons.count("")
-    if not payable:
-        raise ConfigError(f"no point of the grid can be tried; the first, as {reasons[0]}")
+    points = grid_points(sweep.choices)
+    if not (payable := len(payable_points(sweep))):
+        reason = why_not(sweep, points[0])
+        raise ConfigError(f"no point of the grid can be tried; the first, as {reason}")
     asked = sweep.num_trials or payable
     if asked > payable:
         raise ConfigError(
@@ -66,6 +70,9 @@ def print_plan(sweep: SweepConfig, probe: bool = False) -> None:
     """
     sweep = with_num_trials(sweep)
     middle = {key: _middle(key, dimension) for key, dimension in sweep.search_space.items()}
+    if sweep.sampler == "grid":  # Of which some points are named that no budget pays.
+        payable = payable_points(sweep)
+        middle = payable[len(payable) // 2]
     config = sweep.trial_config(middle)
     privacy = config.privacy
     total = sweep.num_trials or DEFAULT_NUM_TRIALS

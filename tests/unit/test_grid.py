@@ -12,7 +12,7 @@ from core.config import Config
 from core.config_keys import known_keys
 from core.errors import ConfigError, InfeasibleError
 from sweep.config import dump_sweep, load_sweep, trial_id_of
-from sweep.feasibility import with_num_trials
+from sweep.feasibility import print_plan, with_num_trials
 from sweep.grid import CANNOT_BE_PAID, grid_points
 from sweep.report import heatmap
 from sweep.report.heatmap import agreement, heat_maps
@@ -267,3 +267,13 @@ def test_the_published_grid_of_time_and_frequency_is_complete():
     published = dump_sweep(sweep)["published"]["values"]
     assert sum(map(len, published.values())) == 25
     assert CANNOT_BE_PAID not in str(published)
+
+
+def test_a_plan_of_a_grid_names_its_trials_and_costs_one_that_can_be_paid(
+    sweep_of, capsys, monkeypatch
+):
+    monkeypatch.setattr("sweep.feasibility._print_grid", lambda *_: None)
+    print_plan(sweep_of(**{"privacy.target_epsilon": 3.0}))
+    text = capsys.readouterr().out
+    assert "7 trials of 2 workers" in text
+    assert "epsilon of one trial in the middle of the space" in text
