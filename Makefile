@@ -2,7 +2,8 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup sweep test test-faults check mutants bench ablations fashion-mnist reproduce clean
+.PHONY: setup sweep test test-faults check mutants bench ablations fashion-mnist reproduce \
+	budget-grid clean
 
 setup: $(VENV)/.installed
 
@@ -54,6 +55,14 @@ reproduce: setup
 	@test -n "$(DATASET)" || { echo "usage: make reproduce DATASET=mnist EPSILON=10 BUDGET=20m DATA=folder"; exit 2; }
 	@$(BIN)/python -m core reproduce --dataset "$(DATASET)" --epsilon "$(EPSILON)" \
 		--budget "$(BUDGET)" $(if $(DATA),dataset.path="$(DATA)") $(SET)
+
+# Published budget grids beside our own: one solved by the privacy plan alone, one trained in small.
+GRID := mnist_time_frequency_grid
+budget-grid: setup
+	@test -n "$(DATA)" || { echo "usage: make budget-grid DATA=folder-with-the-four-idx-files"; exit 2; }
+	@$(BIN)/python -m sweep report --config sweep/configs/mnist_budget_grid.yaml
+	@$(BIN)/python sweep/run.py --config sweep/configs/$(GRID).yaml dataset.path="$(DATA)" $(SET)
+	@$(BIN)/python -m sweep report --name $(GRID)
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

@@ -56,7 +56,7 @@ def _print_scopes(config: Config, plan: PrivacyPlan) -> None:
     for shares in (2, 4, 8, _TRIALS):
         text = f"all of {shares} trials, whatever chooses them"
         rows.append((f"sweep num_shares={shares}", {"num_shares": shares, "adaptive": True}, text))
-    text = f"all of {_TRIALS} trials, chosen without results (sampler=random)"
+    text = f"all of {_TRIALS} trials, chosen without results (sampler=random or grid)"
     fixed = {"num_shares": _TRIALS, "adaptive": False}
     rows.append((f"sweep num_shares={_TRIALS} adaptive=false", fixed, text))
     for law in ("geometric", "logarithmic"):

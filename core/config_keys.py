@@ -10,11 +10,14 @@ from pydantic.fields import FieldInfo
 
 
 def known_keys(model: type[BaseModel], prefix: str = "") -> dict[str, FieldInfo]:
-    """Maps every dotted key of `model` to its field."""
+    """Maps every dotted key of `model` to its field, those of optional sections included."""
     keys: dict[str, FieldInfo] = {}
     for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys.update(known_keys(field.annotation, f"{prefix}{name}."))
+        kind = field.annotation
+        inner = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+        section = next((t for t in inner if isinstance(t, type) and issubclass(t, BaseModel)), None)
+        if section is not None:
+            keys.update(known_keys(section, f"{prefix}{name}."))
         else:
             keys[prefix + name] = field
     return keys

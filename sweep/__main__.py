@@ -19,7 +19,7 @@ from core import yaml_subset
 from core.config import nested
 from core.errors import ConfigError, UserError
 from core.privacy.ledger_file import LedgerError
-from sweep.config import SweepConfig
+from sweep.config import SweepConfig, load_sweep
 from sweep.driver import running_driver, stop_driver
 from sweep.records import differences, export, record
 from sweep.results import Row, best, load_rows, print_results, sweep_epsilon, winners
@@ -62,7 +62,10 @@ def _parser() -> argparse.ArgumentParser:
     report = add("report", _report, "one HTML file about a sweep", as_json=False)
     for command in (show, winner, stop, dump):
         command.add_argument("name", help="name of the sweep")
-    report.add_argument("--name", required=True, help="name of the sweep")
+    which = report.add_mutually_exclusive_group(required=True)
+    which.add_argument("--name", help="name of the sweep")
+    text = "a sweep's file, whether it was started or not: what its privacy plan alone can say"
+    which.add_argument("--config", help=text)
     winner.add_argument("--by", metavar="METRIC", help="of several objectives the one that counts")
     winner.add_argument("--out", type=Path, help="file; default: best.yaml in the sweep's folder")
     dump.add_argument("--out", type=Path, required=True, help="file.csv, .json or .parquet")
@@ -207,7 +210,10 @@ def _export(options: argparse.Namespace) -> None:
 def _report(options: argparse.Namespace) -> None:
     from sweep.report import write_report
 
-    sweep = open_sweep(options.storage, options.name)
+    if options.config:
+        sweep = load_sweep(options.config, {"storage_path": str(options.storage)})
+    else:
+        sweep = open_sweep(options.storage, options.name)
     path = options.out or sweep.folder / "report.html"
     write_report(sweep, path)
     print(f"{path} ({path.stat().st_size / 1e6:.1f} MB; holds scores, which are not private)")

@@ -27,6 +27,7 @@ from core.config import (
 from core.config_keys import known_keys, nearest_key
 from core.errors import ConfigError
 from core.evaluation.names import DIRECTIONS
+from sweep.grid import PublishedGrid, check_grid, default_num_trials
 from sweep.prices import Cloud
 from sweep.scope import SEED, Search, check_limits, check_searched, scope_settings
 
@@ -137,16 +138,19 @@ class SweepConfig(Section):
     """One, or a list, of which the front of trials that no other beats in all is sought."""
     further_objectives: tuple[Objective, ...] = ()
     """All but the first of a list given as `objective`."""
-    sampler: Literal["tpe", "nsga2", "random"] = "tpe"
+    sampler: Literal["tpe", "nsga2", "random", "grid"] = "tpe"
     """TPE (Bergstra et al. 2011) and NSGA-II (Deb et al. 2002) learn from results; random draws
-    alike and independently."""
+    alike and independently; grid takes every combination of the choices once."""
+    published: PublishedGrid | None = None
+    """Figures over the same two keys, drawn beside those of the sweep in its report."""
     scheduler: Literal["none", "asha"] = "none"
     """`asha` stops trials that score poorly during training."""
     asha: AshaConfig = AshaConfig()
     final: Annotated[dict[str, Any], Field(default_factory=dict)]
     """Scope `public`: dotted keys that turn the best trial into the one run on sensitive data."""
     num_trials: PositiveInt | None = None
-    """8 if not given; under scope `selection` drawn secretly, and never given."""
+    """8 if not given, of a grid all points that the budget can pay; under scope `selection` drawn
+    secretly, and never given."""
     workers_per_trial: PositiveInt = 2
     min_workers_per_trial: PositiveInt | None = None
     """Given, a trial that lost workers goes on with as few as this, and with more when it can."""
@@ -203,6 +207,7 @@ class SweepConfig(Section):
                 raise ValueError(f"search_space.{key} is not numeric: give choices")
         if not self.search_space:
             raise ValueError("search_space is empty: name at least one key to search")
+        check_grid(self.sampler, self.choices, self.num_trials, self.published)
         for key in ("max_gpu_hours", "max_cost"):
             if getattr(self, key) is not None and not self.gpus_per_worker:
                 raise ValueError(
@@ -245,6 +250,11 @@ class SweepConfig(Section):
         here = Path(self.storage_path).parent  # Ray gives its workers another directory.
         folders = {key: str(here / flatten(config)[key]) for key in _FOLDERS}
         return load(nested(config), folders)
+
+    @property
+    def choices(self) -> dict[str, tuple[Any, ...] | None]:
+        """Values of the search space by dotted key; None for an interval."""
+        return {key: dimension.choices for key, dimension in self.search_space.items()}
 
     @property
     def objectives(self) -> tuple[Objective, ...]:
@@ -320,7 +330,8 @@ def _scoped(sweep: SweepConfig) -> SweepConfig:
         ConfigError: the claim of the scope would be false for this search.
     """
     base = sweep.run
-    search = Search(sweep.metrics, sweep.sampler, sweep.scheduler, sweep.asha.rungs)
+    total = default_num_trials(sweep.sampler, sweep.choices)
+    search = Search(sweep.metrics, sweep.sampler, sweep.scheduler, sweep.asha.rungs, total)
     settings = scope_settings(base, search, sweep.num_trials, sweep.final)
     check_searched(base, list(sweep.search_space))
     check_limits(base, {k: getattr(sweep, k) for k in ("max_hours", "max_gpu_hours", "max_cost")})

@@ -1,6 +1,7 @@
-"""`--plan`: what a sweep would run and which of its points the budget can pay; reads no data."""
+"""What a sweep would run and which of its points the budget can pay; reads no data."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from rich import box
@@ -8,24 +9,70 @@ from rich.console import Console
 from rich.table import Table
 
 from core.account import COUNT, NOISE
-from core.errors import InfeasibleError
+from core.config import flatten
+from core.errors import ConfigError, InfeasibleError
 from core.privacy.card import accountant_of
-from core.privacy.plan import composed_epsilon, make_plan
+from core.privacy.plan import check_feasible, composed_epsilon, make_plan
 from core.reporting import ProgressLine
 from sweep.config import Dimension, SweepConfig, is_integer
 from sweep.costs import print_costs
+from sweep.grid import grid_points, two_keys
 from sweep.scope import DEFAULT_NUM_TRIALS
 
 _POINTS = 4
 
 
+def why_not(sweep: SweepConfig, point: Mapping[str, Any]) -> str:
+    """Why a point is no run that the budget can pay; empty if it is one."""
+    try:
+        check_feasible(sweep.trial_config(point))
+    except (InfeasibleError, ConfigError) as error:
+        return str(error)
+    return ""
+
+
+def payable_points(sweep: SweepConfig) -> list[dict[str, Any]]:
+    """The points of a grid that the budget can pay; takes some seconds the first time."""
+    points, line = grid_points(sweep.choices), ProgressLine()
+    payable: list[dict[str, Any]] = []
+    for number, point in enumerate(points):
+        line.show(f"what the budget can pay: {number}/{len(points)}")
+        payable += [] if why_not(sweep, point) else [point]
+    return payable
+
+
+def with_num_trials(sweep: SweepConfig) -> SweepConfig:
+    """The sweep, of a grid with the number of trials: what the budget can pay unless given.
+
+    Raises:
+        ConfigError: the budget cannot pay so many points.
+    """
+    if sweep.sampler != "grid":
+        return sweep
+    points = grid_points(sweep.choices)
+    if not (payable := len(payable_points(sweep))):
+        reason = why_not(sweep, points[0])
+        raise ConfigError(f"no point of the grid can be tried; the first, as {reason}")
+    asked = sweep.num_trials or payable
+    if asked > payable:
+        raise ConfigError(
+            f"num_trials={asked} exceeds the {payable} of {len(points)} points of the grid that "
+            "the budget can pay: lower it, or leave it out"
+        )
+    return sweep.model_copy(update={"num_trials": asked})
+
+
 def print_plan(sweep: SweepConfig, probe: bool = False) -> None:
-    """Prints trials, search space, the solved noise multiplier over count x noise, and costs.
+    """`--plan`: trials, search space, the solved noise over count x noise or the grid, and costs.
 
     Args:
         probe: whether to measure the time of a step on random images.
     """
+    sweep = with_num_trials(sweep)
     middle = {key: _middle(key, dimension) for key, dimension in sweep.search_space.items()}
+    if sweep.sampler == "grid":  # Of which some points are named that no budget pays.
+        payable = payable_points(sweep)
+        middle = payable[len(payable) // 2]
     config = sweep.trial_config(middle)
     privacy = config.privacy
     total = sweep.num_trials or DEFAULT_NUM_TRIALS
@@ -66,28 +113,27 @@ def print_plan(sweep: SweepConfig, probe: bool = False) -> None:
 
 def _print_grid(sweep: SweepConfig, middle: dict[str, Any]) -> None:
     config = sweep.trial_config(middle)
-    current = {
-        COUNT: config.central_images.per_class,
-        NOISE: config.central_images.noise_multiplier,
-    }
-    counts, noises = (
+    keys = two_keys(sweep.choices) or (COUNT, NOISE)
+    current, labels = flatten(config), {COUNT: "count", NOISE: "noise"}
+    rows, columns = (
         _grid(key, sweep.search_space[key], _POINTS)
         if key in sweep.search_space
         else [current[key]]
-        for key in (COUNT, NOISE)
+        for key in keys
     )
     table = Table(box=box.SIMPLE)
-    table.add_column("count \\ noise", justify="right")
-    for noise in noises:
-        table.add_column(f"{noise:.3g}", justify="right")
+    table.add_column(" \\ ".join(labels.get(key, key) for key in keys), justify="right")
+    for value in columns:
+        table.add_column(_cell(value), justify="right")
     line, done = ProgressLine(), 0
-    for count in counts:
-        cells = [str(count)]
-        for noise in noises:
-            line.show(f"solving {done}/{len(counts) * len(noises)}")
+    for row in rows:
+        cells = [_cell(row)]
+        for column in columns:
+            line.show(f"solving {done}/{len(rows) * len(columns)}")
             done += 1
             try:
-                plan = make_plan(sweep.trial_config({**middle, COUNT: count, NOISE: noise}))
+                point = dict(zip(keys, (row, column), strict=True))
+                plan = make_plan(sweep.trial_config({**middle, **point}))
                 cells.append(f"{plan.noise_multiplier:.3f}")
             except InfeasibleError:
                 cells.append("-")
@@ -97,6 +143,10 @@ def _print_grid(sweep: SweepConfig, middle: dict[str, Any]) -> None:
         "where - cannot be paid:"
     )
     Console().print(table)
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _grid(key: str, dimension: Dimension, points: int) -> list[Any]:

@@ -22,6 +22,7 @@ from sweep.cluster import (
 )
 from sweep.comparison import charts, compared_figures, public_facts, shared_params
 from sweep.config import SweepConfig
+from sweep.feasibility import with_num_trials
 from sweep.limits import Meter
 from sweep.progress import Progress
 from sweep.results import (
@@ -74,6 +75,7 @@ def run_sweep(sweep: SweepConfig, verbosity: int = 0, train: Train | None = None
             cluster cannot run it, or the folder would not last.
     """
     check_storage(sweep.storage_path)
+    sweep = with_num_trials(sweep)
     master = MasterSecret.load()  # Created at the latest here: no two workers create their own.
     with driver_lock(sweep.folder) as token, log_to("sweep", sweep.folder / "sweep.log"):
         os.chdir(sweep.folder)  # That of a submitted job vanishes while it is being stopped.

@@ -84,11 +84,12 @@ def _run(options: argparse.Namespace) -> int:
         return 0 if print_checks(sweep) else 1
     from sweep.launch import run_sweep
     from sweep.results import print_results
+    from sweep.study import pruned_points
     from sweep.tracking import how_to_compare
 
     outcome = run_sweep(sweep, options.verbosity)
     ui = how_to_compare(outcome.uri, sweep.experiment, sweep.name)
-    print_results(sweep, outcome.rows, len(outcome.pruned), ui)
+    print_results(sweep, outcome.rows, len(pruned_points(sweep)), ui)  # Of earlier starts, too.
     if outcome.stopped == "interrupted":
         print("interrupted; the same command goes on where it stopped", file=sys.stderr)
         return 130

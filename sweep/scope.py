@@ -12,6 +12,8 @@ from core.privacy.scopes import num_trials_at
 
 DEFAULT_NUM_TRIALS = 8
 EARLY_AT = "early_scores.at"
+NON_ADAPTIVE = ("random", "grid")
+"""Samplers whose points are fixed before the first result, and stay so over restarts."""
 SEED = "seed"
 """Under scope `selection` each trial draws its own, so that equal settings are trials apart."""
 
@@ -23,12 +25,14 @@ class Search:
     Attributes:
         metrics: that choose.
         rungs: shares of the steps after which the scheduler judges a trial.
+        default_num_trials: the most that there can be if no number is given.
     """
 
     metrics: Sequence[str]
     sampler: str
     scheduler: str
     rungs: Sequence[float]
+    default_num_trials: int = DEFAULT_NUM_TRIALS
 
 
 def scope_settings(
@@ -81,9 +85,10 @@ def scope_settings(
                 "scheduler=none"
             )
         if sampler != "random":
+            why = "takes each point once" if sampler in NON_ADAPTIVE else "learns from results"
             raise ConfigError(
                 f"privacy.scope='selection' is proven for settings drawn alike and independently, "
-                f"not for sampler={sampler!r}, which learns from results: set sampler=random"
+                f"not for sampler={sampler!r}, which {why}: set sampler=random"
             )
         if num_trials is not None:
             raise ConfigError(
@@ -96,8 +101,10 @@ def scope_settings(
         settings = _early_settings(search)
     if privacy.scope == "sweep":
         # Given, the shares stay; else the target is divided among the trials asked for.
-        shares = privacy.num_shares if privacy.num_shares > 1 else num_trials or DEFAULT_NUM_TRIALS
-        settings |= {"privacy.num_shares": shares, "privacy.adaptive": sampler != "random"}
+        asked = num_trials or search.default_num_trials
+        shares = privacy.num_shares if privacy.num_shares > 1 else asked
+        adaptive = sampler not in NON_ADAPTIVE
+        settings |= {"privacy.num_shares": shares, "privacy.adaptive": adaptive}
     return settings
 
 

@@ -11,9 +11,9 @@ import optuna
 from ray.tune.search.optuna import OptunaSearch
 
 from core.early import ENDED_EARLY
-from core.errors import ConfigError, InfeasibleError
-from core.privacy.plan import check_feasible
 from sweep.config import SweepConfig, trial_id_of
+from sweep.feasibility import why_not
+from sweep.grid import grid_points
 from sweep.study import distributions, open_storage
 
 MAX_ATTEMPTS = 200
@@ -46,6 +46,9 @@ class FeasibleSearch(OptunaSearch):
         self._asked: dict[str, str] = {}
         self._gave_up = ""
         self._same = SameError(sweep.max_same_error)
+        # A grid is known to hold as many points to try as are asked for.
+        size = len(grid_points(sweep.choices)) if sweep.sampler == "grid" else 0
+        self._attempts = max(MAX_ATTEMPTS, size + 1)
         storage = open_storage(sweep.folder)
         earlier = _settle(sweep, storage, ended)
         super().__init__(
@@ -75,7 +78,7 @@ class FeasibleSearch(OptunaSearch):
         if self.same_error:
             return OptunaSearch.FINISHED
         reason = ""
-        for attempt in range(MAX_ATTEMPTS):
+        for attempt in range(self._attempts):
             asked = f"{trial_id}/{attempt}"
             point = super().suggest(asked)
             assert point is not None
@@ -86,7 +89,7 @@ class FeasibleSearch(OptunaSearch):
                 return point
             super().on_trial_complete(asked)  # Without a result: Optuna counts it as pruned.
             self._on_pruned(point, reason)
-        self._gave_up = f"{MAX_ATTEMPTS} points in a row could not be tried, the last as {reason}"
+        self._gave_up = f"{self._attempts} points in a row could not be tried, the last as {reason}"
         return OptunaSearch.FINISHED
 
     def save(self, checkpoint_path: str) -> None:
@@ -113,12 +116,9 @@ class FeasibleSearch(OptunaSearch):
         )
 
     def _judge(self, point: dict[str, Any]) -> tuple[str, str]:
-        try:
-            config = self._sweep.trial_config(point)
-            check_feasible(config)
-        except (InfeasibleError, ConfigError) as error:
-            return "", str(error)
-        identity = trial_id_of(config)
+        if reason := why_not(self._sweep, point):
+            return "", reason
+        identity = trial_id_of(self._sweep.trial_config(point))
         known = self._known.get(identity)
         return identity, f"trial {identity} has the same configuration ({known})" if known else ""
 
@@ -127,6 +127,8 @@ def _sampler(sweep: SweepConfig, seed: int, entropy: int) -> optuna.samplers.Bas
     first = sweep.num_startup_trials
     if sweep.sampler == "random":
         return IndependentSampler(entropy)
+    if sweep.sampler == "grid":
+        return GridInOrder(sweep)
     if sweep.sampler == "nsga2":
         return optuna.samplers.NSGAIISampler(seed=seed, population_size=max(2, first))
     return optuna.samplers.TPESampler(
@@ -174,6 +176,40 @@ class IndependentSampler(optuna.samplers.RandomSampler):
         cast(Any, self)._rng = SimpleNamespace(rng=np.random.RandomState(bits))  # Optuna is pinned.
 
 
+class GridInOrder(optuna.samplers.GridSampler):
+    """Every point of the grid once, in an order that the sweep's configuration alone decides.
+
+    Optuna's own takes any of the points without a result, which depends on when trials end and
+    searches restart. Here the order is that of its shuffle, by `search_seed`; but points that the
+    budget cannot pay come first, so that they are known, and counted as pruned, from the start.
+    Points that are queued anew, after an interruption, are not asked for again.
+    """
+
+    def __init__(self, sweep: SweepConfig) -> None:
+        choices = {key: list(values or ()) for key, values in sweep.choices.items()}
+        super().__init__(choices, seed=sweep.search_seed)
+        points = [dict(zip(self._param_names, each, strict=True)) for each in self._all_grids]
+        self._order = sorted(range(len(points)), key=lambda i: not why_not(sweep, points[i]))
+
+    def before_trial(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+        """Takes the first point that no earlier trial has taken."""
+        if "fixed_params" in trial.system_attrs:
+            return
+        taken = {
+            each.system_attrs["grid_id"]
+            for each in study.get_trials(deepcopy=False)
+            if "grid_id" in each.system_attrs and set(each.params) == set(self._param_names)
+        }
+        left = [number for number in self._order if number not in taken]
+        # Of a grid without a point left any will do: the search refuses what it knows.
+        number = left[0] if left else self._order[0]
+        storage, trial_id = study._storage, trial._trial_id  # As Optuna's own: it is pinned.
+        storage.set_trial_system_attr(trial_id, "grid_id", number)
+
+    def after_trial(self, *_: Any) -> None:
+        """Nothing: Optuna's own ends the study with the grid; here num_trials ends the sweep."""
+
+
 def _settle(
     sweep: SweepConfig,
     storage: optuna.storages.BaseStorage,
@@ -189,7 +225,8 @@ def _settle(
     states = optuna.trial.TrialState
     again: dict[str, dict[str, Any]] = {}
     for trial in study.get_trials(deepcopy=False):
-        identity = trial_id_of(sweep.trial_config(trial.params)) if trial.params else ""
+        whole = set(trial.params) == set(sweep.search_space)  # Not where a driver died asking.
+        identity = trial_id_of(sweep.trial_config(trial.params)) if whole else ""
         if trial.state == states.RUNNING:
             if (values := ended.get(identity)) is not None:
                 study.tell(trial.number, values)

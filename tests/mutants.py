@@ -198,6 +198,13 @@ MUTANTS = (
         "identity",
         SHARED,
     ),
+    Mutant(
+        "a search that learns from results counts as one that ignores them",
+        "sweep/scope.py",
+        "adaptive = sampler not in NON_ADAPTIVE",
+        "adaptive = False",
+        ("tests/unit/test_sweep_config.py",),
+    ),
 )
 
 

@@ -30,6 +30,7 @@ RELATIONS = {
 }
 COARSE, FINE = 1e-3, 1e-4
 _COARSEST = 5e-3
+_MOST_SECANTS = 6
 MAX_NOISE_MULTIPLIER = 1e4
 _LEAST = 0.02
 _DECIMALS = 4
@@ -259,7 +260,7 @@ def estimated_noise_multiplier(
 ) -> float:
     """As `solve_noise_multiplier`, to about 0.3 % and in a tenth of its time: to show, not to use.
 
-    One secant step in logarithms, where epsilon is nearly a power of the noise multiplier.
+    Secants in logarithms, where epsilon is nearly a power of the noise multiplier: mostly one.
 
     Raises:
         InfeasibleError: the spent mechanisms leave too little.
@@ -277,14 +278,17 @@ def estimated_noise_multiplier(
     if abs(at_one) < 1e-9:
         return math.exp(one)
     other = one + at_one  # As if epsilon were inverse to the noise.
-    at_other = excess(other)
-    slope = (at_other - at_one) / (other - one)
-    if slope > -0.05:  # More noise hardly helps: the rest has spent nearly all.
-        check_room(spent, sample_rate, num_steps, target_epsilon, delta, relation)
-        return solve_noise_multiplier(
-            spent, sample_rate, num_steps, target_epsilon, delta, relation
-        )[0]
-    return math.exp(other - at_other / slope)
+    for _ in range(_MOST_SECANTS):
+        at_other = excess(other)
+        slope = (at_other - at_one) / (other - one)
+        if slope > -0.4:  # More noise hardly helps: the rest has spent nearly all.
+            break
+        found = other - at_other / slope
+        if abs(found - other) < 0.04:  # Where epsilon is a power, to the second order of this.
+            return math.exp(found)
+        one, at_one, other = other, at_other, found
+    check_room(spent, sample_rate, num_steps, target_epsilon, delta, relation)
+    return solve_noise_multiplier(spent, sample_rate, num_steps, target_epsilon, delta, relation)[0]
 
 
 def _bracket(

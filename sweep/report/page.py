@@ -19,6 +19,7 @@ from sweep.report.affordable_map import affordable_map
 from sweep.report.curves import curves
 from sweep.report.effects import affordable, importance
 from sweep.report.figures import Figure, budget_bars, importance_bars, pareto, slices
+from sweep.report.heatmap import agreement, heat_maps
 from sweep.report.pictures import CLASSES, Picture, picture
 from sweep.report.tables import all_tables
 from sweep.results import (
@@ -49,6 +50,8 @@ def write_report(sweep: SweepConfig, out: Path) -> None:
     metrics = shown_metrics(sweep, rows)
     shares = importance(sweep, rows)
     figures = _figures(sweep, rows, finished, winner, pruned, shares)
+    maps = heat_maps(sweep, rows, pruned)
+    figures += [each.figure for each in maps]
     card, total, no_card = _card(sweep, rows, winner)
     epsilons = three_epsilons({**card, "epsilon_computed": total}) if card else []
     content = {
@@ -64,6 +67,8 @@ def write_report(sweep: SweepConfig, out: Path) -> None:
         "num_pruned": len(pruned),
         "figures": {figure.id: figure for figure in figures},
         "slices": [figure for figure in figures if figure.id.startswith("slice-")],
+        "maps": maps,
+        "agreement": agreement(maps),
         "no_importance": shares if isinstance(shares, str) else "",
         "tables": all_tables(sweep, rows, winner, metrics, pruned, total),
         "pictures": _winner_pictures(winner),
