@@ -147,7 +147,7 @@ class RuntimeConfig(Section):
     """Grids of samples that are drawn while training, evenly over its steps, to watch it."""
     max_seconds: Positive | None = None
     """After so long a run leaves a checkpoint and stops; the same command goes on from it. A step,
-    a chunk of generated images and the scoring are never cut."""
+    the frequency stage's generator, a chunk of images and the scoring are never cut."""
     cache: str = "runs/cache"
     """Folder of what depends on real images alone, such as FID's real side; not to be released."""
     ledger: str = "runs/ledger"

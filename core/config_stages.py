@@ -35,18 +35,18 @@ class FrequencyConfig(Section):
     """Noise standard deviation over sensitivity of the one release, which covers all images."""
     num_features: Annotated[int, Field(ge=2, le=1_000_000)] = 4000
     """Random Fourier features of an image: cosine and sine of half as many frequencies."""
-    length_scale: Positive = 0.2
+    length_scale: Positive = 0.4
     """Public width of the kernel: the root-mean-square distance of two images' pixels, in [0, 1],
     at which their similarity is exp(-1/2). Never a median of distances in private data."""
     share: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Share of the warm-up's steps on the generator's images, after those on central images."""
     num_images: PositiveInt = 10_000
     """Images that the generator draws for the warm-up."""
-    num_steps: PositiveInt = 500
+    num_steps: PositiveInt = 1000
     """Optimisation steps of the generator."""
     batch_size: PositiveInt = 200
     """Images of one such step, divided evenly among the classes."""
-    learning_rate: Positive = 3e-3
+    learning_rate: Positive = 1e-2
 
     @model_validator(mode="after")
     def _pairs(self) -> Self:

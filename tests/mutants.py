@@ -95,7 +95,7 @@ MUTANTS = (
         "shape = (-1, *[1] * (sums.ndim - 1)); "
         "sums = sums / counts.clamp(min=1).view(shape) * plan.expected_class_count",
     ),
-    Mutant("frequency noise halved", FREQUENCY, FEATURES, f"{FEATURES} / 2 + sums / 2"),
+    Mutant("frequency noise halved", FREQUENCY, FEATURES, f"{FEATURES} / 2"),
     Mutant(
         "frequency features of a norm above 1",
         FREQUENCY,
