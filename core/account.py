@@ -32,6 +32,8 @@ def account(options: argparse.Namespace) -> None:
     if not plan.is_private:
         return
     print(f"central images     epsilon {plan.epsilon_central:.4g} alone")
+    if plan.frequency is not None:
+        print(f"frequency          epsilon {plan.epsilon_frequency:.4g} alone")
     if plan.score is not None:
         print(f"dp_accuracy        epsilon +{plan.epsilon_score:.2g}")
     print(

@@ -24,6 +24,13 @@ from core.config_network import (
     SamplerConfig,
     Section,
 )
+from core.config_stages import (
+    CentralImagesConfig,
+    FrequencyConfig,
+    PrivateTrainingConfig,
+    TrainingConfig,
+    WarmUpConfig,
+)
 from core.errors import ConfigError
 from core.evaluation.names import LIKENESS, SUFFIXES
 
@@ -82,75 +89,6 @@ class PrivacyConfig(Section):
     right; its charge is part of the trial's. Null: there is no `dp_accuracy`."""
     data_set_budget: Positive | None = None
     """Epsilon that all runs ever made on this data set may spend together; null is no cap."""
-
-
-class CentralImagesConfig(Section):
-    """The easy stage's release: noisy aggregates of random private images."""
-
-    kind: Literal["mean", "mode"] = "mean"
-    per_class: Annotated[int, Field(ge=1, le=100_000)] = 5
-    noise_multiplier: Annotated[float, Field(ge=0.3, allow_inf_nan=False)] = 5.0
-    """Noise standard deviation over sensitivity; below 0.3 a single release is hardly private."""
-    expected_batch_size: PositiveInt = 144
-    """Expected number of images in the Poisson sample of one release, over all classes."""
-    image_size: Annotated[int, Field(ge=2, le=512)] = 8
-    """Side to which private images are down-scaled before they are summed."""
-    pixel_center: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Public value subtracted from pixels in [0, 1] before the sum; 0.5 halves the sensitivity."""
-    max_norm: Positive | None = None
-    """Public bound to which each centred image's L2 norm is clipped, of mean images alone; lowers
-    sensitivity and noise, and draws images of larger norm towards the centre. Null: no clipping."""
-    num_bins: Annotated[int, Field(ge=2, le=256)] = 8
-    """Bins of the per-pixel histogram; used by mode images alone."""
-    median_filter: bool = False
-    """3x3 median over the released images; post-processing, hence free."""
-    sharpen: bool = False
-    """Sharpened afterwards, as the paper does with grey images; free like all that follows."""
-
-    @model_validator(mode="after")
-    def _clips_means_alone(self) -> Self:
-        if self.max_norm is not None and self.kind != "mean":
-            raise ValueError(
-                f"central_images.max_norm={self.max_norm:g} applies to central_images.kind='mean' "
-                f"alone, not to {self.kind!r}: set max_norm to null, or choose kind mean"
-            )
-        return self
-
-
-class WarmUpConfig(Section):
-    """Training on the central images; post-processing, hence free of charge."""
-
-    batch_size: PositiveInt = 64
-    learning_rate: Positive = 3e-4
-    augmentation: Literal["none", "shift", "affine", "rand_augment"] = "affine"
-
-
-class PrivateTrainingConfig(Section):
-    """DP-SGD on the private images."""
-
-    expected_batch_size: PositiveInt = 128
-    max_grad_norm: Positive = 1.0
-    noise_multiplicity: Annotated[int, Field(ge=1, le=256)] = 4
-    learning_rate: Positive = 3e-4
-    optimizer: Literal["adam", "adam_bc"] = "adam"
-    """`adam_bc` (Tang et al. 2024) takes the noise's known variance off the second moment."""
-    adam_bc_floor: Annotated[float, Field(gt=0, le=1)] = 0.1
-    """Smallest second moment of `adam_bc`, as a share of the noise's variance."""
-    max_physical_batch_size: PositiveInt | Literal["auto"] = 64
-    """Most images (each with K noise draws) in memory at once; does not change the result. `auto`
-    halves it whenever memory runs out, and remembers."""
-
-
-class TrainingConfig(Section):
-    """Length of the two stages together."""
-
-    num_steps: PositiveInt = 400
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
-    posthoc_ema: bool = False
-    """Keeps 24 copies of the weights, of which `--ema-length` makes the average of any length."""
-    label_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the network while it is trained; weights, norms, sums and noise are always float32."""
 
 
 class EvaluationConfig(Section):
@@ -213,7 +151,7 @@ class RuntimeConfig(Section):
     """Grids of samples that are drawn while training, evenly over its steps, to watch it."""
     max_seconds: Positive | None = None
     """After so long a run leaves a checkpoint and stops; the same command goes on from it. A step,
-    a chunk of generated images and the scoring are never cut."""
+    the frequency stage's generator, a chunk of images and the scoring are never cut."""
     cache: str = "runs/cache"
     """Folder of what depends on real images alone, such as FID's real side; not to be released."""
     ledger: str = "runs/ledger"
@@ -225,15 +163,17 @@ class Config(Section):
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Public seed of weights, diffusion noise and sampling; never of privacy noise or masks."""
-    method: Literal["dp_feta", "dpdm", "non_private"] = "dp_feta"
-    """`dp_feta`: both stages (Li et al. 2024; `central_images.kind` mean or mode). `dpdm`: DP-SGD
-    alone, whatever `stage_split` (Dockhorn et al. 2023). `non_private`: no noise, no clipping, no
-    epsilon; a ceiling to compare with that must never leave."""
+    method: Literal["dp_feta", "feta_pro", "dpdm", "non_private"] = "dp_feta"
+    """`dp_feta`: both stages (Li et al. 2024; `central_images.kind` mean or mode). `feta_pro`: the
+    easy stage goes on with images fitted to noisy frequency features (Gong et al. 2025). `dpdm`:
+    DP-SGD alone, whatever `stage_split` (Dockhorn et al. 2023). `non_private`: no noise, no
+    clipping, no epsilon; a ceiling to compare with that must never leave."""
     stage_split: Annotated[float, Field(ge=0, lt=1)] = 0.5
     """Share of the optimisation steps given to the easy stage; 0 is plain DP-SGD diffusion."""
     dataset: DatasetConfig = DatasetConfig()
     privacy: PrivacyConfig = PrivacyConfig()
     central_images: CentralImagesConfig = CentralImagesConfig()
+    frequency: FrequencyConfig = FrequencyConfig()
     training: TrainingConfig = TrainingConfig()
     warm_up: WarmUpConfig = WarmUpConfig()
     private_training: PrivateTrainingConfig = PrivateTrainingConfig()
@@ -247,9 +187,14 @@ class Config(Section):
     @property
     def warm_up_steps(self) -> int:
         """Optimisation steps of the easy stage, in [0, training.num_steps)."""
-        if self.method != "dp_feta":
+        if self.method not in ("dp_feta", "feta_pro"):
             return 0
         return min(round(self.stage_split * self.training.num_steps), self.training.num_steps - 1)
+
+    @property
+    def frequency_steps(self) -> int:
+        """The last steps of the easy stage, on images of the frequency stage; 0 without it."""
+        return round(self.frequency.share * self.warm_up_steps) if self.method == "feta_pro" else 0
 
     @property
     def private_steps(self) -> int:
@@ -306,6 +251,8 @@ class Config(Section):
                 f"central_images.image_size={self.central_images.image_size} must lie in "
                 f"[2, dataset.image_size={dataset.image_size}]"
             )
+        if self.method == "feta_pro":
+            _enough_for_each_class(self.frequency, dataset.num_classes)
         early, least = self.early_scores, 2 * dataset.num_classes
         sizes = {"evaluation.num_images": self.evaluation.num_images}
         sizes |= {"early_scores.num_images": early.num_images} if early.at else {}
@@ -329,6 +276,15 @@ class Config(Section):
                 "model.channel_multipliers but the first"
             )
         return self
+
+
+def _enough_for_each_class(frequency: FrequencyConfig, num_classes: int) -> None:
+    for key, each in (("num_images", 1), ("batch_size", 2)):
+        if (value := getattr(frequency, key)) < each * num_classes:
+            raise ValueError(
+                f"frequency.{key}={value} must be at least {each * num_classes}, {each} for "
+                f"each of dataset.num_classes={num_classes}"
+            )
 
 
 def _without_promises(privacy: PrivacyConfig) -> None:

@@ -1,4 +1,4 @@
-"""The easy stage: central images, drawn once, and the warm-up on them, which trials may share.
+"""The easy stage: what it trains on, drawn once, and the warm-up, which trials may share.
 
 Each optimisation step of the warm-up is a function of the state before it and its number, so a
 trial that starts from another's state of step s ends where it would have ended alone.
@@ -6,6 +6,8 @@ trial that starts from another's state of step s ends where it would have ended 
 
 import hashlib
 import json
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,18 +15,22 @@ from typing import Any
 import torch
 
 from core import distributed
+from core.auxiliary import fitted_images
 from core.checkpoint import Checkpoints
 from core.config import Config, flatten
 from core.data import Split
+from core.device import config_device
 from core.diffusion.denoiser import Denoiser
 from core.diffusion.ema import Ema
 from core.locks import held
 from core.privacy.central_images import CentralImages, release_central_images
+from core.privacy.frequency import FourierFeatures, release_features
 from core.privacy.keys import KeyedStream
-from core.privacy.plan import CentralPlan
+from core.privacy.stage_plans import CentralPlan, FrequencyPlan
 from core.reporting import Report, write_grid
-from core.training import AfterStep, train, warm_up_stage
+from core.training import AfterStep, Lesson, train, warm_up_stage
 
+_LOG = logging.getLogger("core")
 _KEPT = 6
 """States of one trajectory on disk; each is as large as a checkpoint."""
 _PATIENCE = 600.0
@@ -77,23 +83,65 @@ def kept_central_images(
     return distributed.on_rank_0(keep)  # Its errors are everyone's, so that no rank waits.
 
 
+def kept_frequency_images(
+    config: Config,
+    train_split: Split,
+    plan: FrequencyPlan,
+    folder: Path,
+    identity: str,
+    noise: KeyedStream,
+    picture: Path,
+) -> Split:
+    """The images fitted to the noisy features of a run: made once, the same file ever after.
+
+    Args:
+        folder: where features and images are kept.
+        identity: of the run; `noise` is drawn from it.
+        picture: receives a grid of the images.
+
+    Privacy: one release for all ranks and all restarts; see `kept_central_images`. The images are
+        post-processing of it.
+    """
+
+    def keep() -> Split:
+        store = Checkpoints(folder, identity, f"{identity[:16]}.pt")
+        features = FourierFeatures(config, config_device(config))
+        kept = store.load()
+        if kept is None:
+            num_classes = config.dataset.num_classes
+            released = release_features(train_split, features, num_classes, plan, noise)
+            kept = {"features": released}
+            store.save(kept)
+        if "images" not in kept:
+            _LOG.info("fits a generator to the frequency features")
+            fitted = fitted_images(config, features, kept["features"])
+            kept |= {"images": fitted.images, "labels": fitted.labels}
+            store.save(kept)
+        images = Split(kept["images"], kept["labels"])
+        write_grid(picture, images.images, images.labels)
+        return images
+
+    return distributed.on_rank_0(keep)
+
+
 def warm_up(
     config: Config,
     denoiser: Denoiser,
     ema: Ema,
-    central: CentralImages,
+    lessons: Sequence[Lesson],
     checkpoints: Checkpoints,
     report: Report,
     trajectory: "Trajectory | None",
     after_step: AfterStep,
     deadline: float,
 ) -> None:
-    """Trains on the central images, from where another trial of the trajectory left them.
+    """Trains on the lessons, from where another trial of the trajectory left them.
 
     Args:
+        lessons: central images, then those of the frequency stage, as far as there are any.
         after_step: see `train`; not called for the steps that another trial did.
     """
-    stage = warm_up_stage(config, denoiser, central)
+    stage = warm_up_stage(config, denoiser, lessons)
     if trajectory is not None:
         distributed.on_rank_0(lambda: trajectory.start(checkpoints, stage.num_steps))
     train(stage, denoiser, ema, 0, checkpoints, report, config, after_step, deadline)

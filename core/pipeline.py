@@ -1,4 +1,4 @@
-"""One run, top to bottom: plan, data, central images, warm-up, DP-SGD, generation, scores."""
+"""One run, top to bottom: plan, data, easy stage, DP-SGD, generation, scores."""
 
 import json
 import logging
@@ -19,7 +19,7 @@ from torch import nn
 from core import distributed, yaml_subset
 from core.checkpoint import Checkpoints
 from core.config import Config, flatten, load_yaml, nested
-from core.data import Split, load_dataset
+from core.data import Split, load_dataset, to_float
 from core.device import config_device, device_name
 from core.diffusion.denoiser import build_denoiser
 from core.diffusion.ema import Ema
@@ -27,7 +27,12 @@ from core.diffusion.posthoc_ema import FOLDER as SNAPSHOTS
 from core.diffusion.posthoc_ema import keep_snapshot
 from core.early import ENDED_EARLY, STOPPED, EarlyScores, GoesOn, StoppedEarlyError
 from core.early_scoring import early_score_of
-from core.easy_stage import kept_central_images, trajectory_of, warm_up
+from core.easy_stage import (
+    kept_central_images,
+    kept_frequency_images,
+    trajectory_of,
+    warm_up,
+)
 from core.errors import ConfigError
 from core.evaluation.features import find_weights
 from core.evaluation.scoring import score
@@ -40,7 +45,7 @@ from core.privacy.spending import Spending, require_same_data, steps_begun
 from core.private_scores import PrivateScores
 from core.reporting import MetricsLog, Report, log_to, report_line, write_grid, write_json
 from core.storage import require_space, stored
-from core.training import non_private_stage, private_stage, train
+from core.training import Lesson, non_private_stage, private_stage, train
 
 _LOG = logging.getLogger("core")
 _PATIENCE = 15.0
@@ -191,6 +196,7 @@ def _run(
         report(result)
         return result
 
+    lessons: list[Lesson] = []
     if plan.central is not None:
         central = kept_central_images(
             config,
@@ -202,22 +208,37 @@ def _run(
             noise=stream("central_images", "noise"),
             picture=run_dir / "central_images" / "grid.png",
         )
-        if not _is_past_warm_up(checkpoints):
-            trajectory = trajectory_of(shared, config, released) if shared else None
-            try:
-                warm_up(
-                    config,
-                    denoiser,
-                    ema,
-                    central,
-                    checkpoints,
-                    report,
-                    trajectory,
-                    after_step,
-                    deadline,
-                )
-            except StoppedEarlyError as end:
-                return stopped(end)
+        steps = config.warm_up_steps - config.frequency_steps
+        lessons.append(Lesson(steps, central.images, central.labels))
+    if plan.frequency is not None:
+        images = kept_frequency_images(
+            config,
+            dataset.train,
+            plan.frequency,
+            run_dir / "checkpoints" / "frequency",
+            identity,
+            noise=stream("frequency", "noise"),
+            picture=run_dir / "frequency" / "grid.png",
+        )
+        lessons.append(Lesson(config.frequency_steps, to_float(images.images), images.labels))
+    if lessons and not _is_past_warm_up(checkpoints):
+        trajectory = None
+        if shared is not None and plan.frequency is None:  # Whose images are a trial's own.
+            trajectory = trajectory_of(shared, config, released)
+        try:
+            warm_up(
+                config,
+                denoiser,
+                ema,
+                lessons,
+                checkpoints,
+                report,
+                trajectory,
+                after_step,
+                deadline,
+            )
+        except StoppedEarlyError as end:
+            return stopped(end)
 
     def count(step: int) -> None:
         if spending.begins_block(step):  # On all ranks, as all must stop where it cannot be noted.
@@ -260,6 +281,7 @@ def _run(
         **scores.values,
         "epsilon": plan.epsilon,
         "epsilon_central": plan.epsilon_central,
+        "epsilon_frequency": plan.epsilon_frequency,
         "epsilon_dp_sgd": plan.epsilon_dp_sgd,
         "noise_multiplier": plan.noise_multiplier,
         "seconds": time.monotonic() - began,

@@ -11,10 +11,9 @@ from core.data import Split
 from core.device import config_device
 from core.diffusion.denoiser import build_denoiser
 from core.generate import generate
-from core.privacy.central_images import CentralImages
 from core.privacy.keys import KeyedStream
 from core.privacy.plan import make_plan
-from core.training import Stage, private_stage, warm_up_stage
+from core.training import Lesson, Stage, private_stage, warm_up_stage
 
 _SECONDS, _STEPS = 2.0, 20
 """A stage is measured for as many seconds, or as many steps if they are done before."""
@@ -50,8 +49,8 @@ def measure(config: Config, workers: int) -> StageSeconds:
     device = config_device(config)
     denoiser = build_denoiser(config).to(device)
     warm_up = 0.0
-    if plan.central is not None:
-        warm_up = _seconds_of(warm_up_stage(share, denoiser, _central(config)), device)
+    if config.warm_up_steps:
+        warm_up = _seconds_of(warm_up_stage(share, denoiser, [_lesson(config)]), device)
     stage = private_stage(
         config,
         denoiser,
@@ -67,11 +66,12 @@ def measure(config: Config, workers: int) -> StageSeconds:
     return StageSeconds(warm_up, private_training, image)
 
 
-def _central(config: Config) -> CentralImages:
+def _lesson(config: Config) -> Lesson:
     dataset = config.dataset
     labels = torch.arange(dataset.num_classes)
     shape = (len(labels), dataset.channels, dataset.image_size, dataset.image_size)
-    return CentralImages(torch.rand(shape, generator=torch.Generator().manual_seed(0)), labels)
+    images = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    return Lesson(config.warm_up_steps, images, labels)
 
 
 def _images(config: Config) -> Split:

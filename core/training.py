@@ -4,11 +4,12 @@ Every random number is drawn from a counter, never from a generator's running st
 can be replayed exactly and does not depend on the number of ranks.
 """
 
-import hashlib
 import math
 import time
-from collections.abc import Callable
+from bisect import bisect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -27,13 +28,13 @@ from core.diffusion.loss import draw, edm_loss
 from core.errors import StoppedError
 from core.physical_batch import PhysicalBatches
 from core.privacy.adam_bc import DpAdamBc
-from core.privacy.central_images import CentralImages
 from core.privacy.dp_sgd import DpSgdOptimizer
 from core.privacy.keys import KeyedStream
 from core.privacy.per_example_gradients import PerExampleGradients
-from core.privacy.plan import DpSgdPlan
 from core.privacy.sampling import PoissonSampler, rank_share
+from core.privacy.stage_plans import DpSgdPlan
 from core.reporting import Report
+from core.seeds import public_seed
 
 AfterStep = Callable[[int, nn.Module], None]
 
@@ -51,6 +52,20 @@ class Stage:
     num_steps: int
     step: Callable[[int], torch.Tensor]
     optimizer: torch.optim.Optimizer
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What some steps of the easy stage train on; released, so that training on it is free.
+
+    Attributes:
+        images: float32 `[N, C, H, W]` in [0, 1].
+        labels: int64 `[N]`.
+    """
+
+    num_steps: int
+    images: torch.Tensor
+    labels: torch.Tensor
 
 
 def train(
@@ -126,10 +141,14 @@ def _save(checkpoints: Checkpoints, stage: Stage, step: int, denoiser: Denoiser,
     )
 
 
-def warm_up_stage(config: Config, denoiser: Denoiser, central: CentralImages) -> Stage:
-    """The easy stage: ordinary training, data-parallel, on the released central images."""
+def warm_up_stage(config: Config, denoiser: Denoiser, lessons: Sequence[Lesson]) -> Stage:
+    """The easy stage: ordinary training, data-parallel, on one lesson after the other."""
     device, settings = config_device(config), config.warm_up
-    images, labels = to_model_range(central.images).to(device), central.labels.to(device)
+    lessons = [
+        Lesson(each.num_steps, to_model_range(each.images).to(device), each.labels.to(device))
+        for each in lessons
+    ]
+    ends = list(accumulate(lesson.num_steps for lesson in lessons))
     optimizer = torch.optim.Adam(denoiser.parameters(), lr=settings.learning_rate)
     network: nn.Module = denoiser
     if distributed.world_size() > 1:
@@ -137,8 +156,10 @@ def warm_up_stage(config: Config, denoiser: Denoiser, central: CentralImages) ->
     stream = f"{config.seed}/warm_up"
 
     def step(number: int) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(_seed(stream, number))
+        generator = torch.Generator().manual_seed(public_seed(stream, number))
         batch = settings.batch_size
+        lesson = lessons[bisect(ends, number)]
+        images, labels = lesson.images, lesson.labels
         chosen = torch.randint(len(images), (batch,), generator=generator)
         batch_images = augment(images[chosen.to(device)], settings.augmentation, generator)
         share = rank_share(torch.arange(batch), distributed.rank(), distributed.world_size())
@@ -151,7 +172,7 @@ def warm_up_stage(config: Config, denoiser: Denoiser, central: CentralImages) ->
         optimizer.zero_grad(set_to_none=True)
         return distributed.sum_over_ranks(loss.detach().sum()) / batch
 
-    return Stage("warm_up", config.warm_up_steps, step, optimizer)
+    return Stage("warm_up", ends[-1], step, optimizer)
 
 
 def private_stage(
@@ -270,7 +291,3 @@ def _loss(
             config.training.label_dropout,
             config.dataset.num_classes,
         )
-
-
-def _seed(stream: str, step: int) -> int:
-    return int.from_bytes(hashlib.sha256(f"{stream}/{step}".encode()).digest()[:8], "big") >> 1

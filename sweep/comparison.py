@@ -29,7 +29,7 @@ _COMPARED = (
     "sampler.num_steps",
     "seed",
 )
-SAMPLES, CENTRAL_IMAGES = "samples", "central_images"
+SAMPLES, CENTRAL_IMAGES, FREQUENCY = "samples", "central_images", "frequency"
 """Keys of pictures: `samples` over the steps of training, the last of them of the result."""
 
 _SECTIONS = (
@@ -84,8 +84,9 @@ def pictures(run_dir: Path, step: int, finished: bool) -> Iterator[tuple[str, in
 
     Privacy: post-processing of what the trial has paid for.
     """
-    if (central := run_dir / "central_images" / "grid.png").exists():
-        yield CENTRAL_IMAGES, 0, central
+    for key in (CENTRAL_IMAGES, FREQUENCY):
+        if (released := run_dir / key / "grid.png").exists():
+            yield key, 0, released
     for path in sorted((run_dir / "samples").glob("*.png")):
         if int(path.stem) <= step:
             yield SAMPLES, int(path.stem), path

@@ -22,6 +22,7 @@ def record(row: Row) -> dict[str, Any]:
         "early_score": row.early_score,
         "epsilon": row.epsilon,
         "epsilon_central": row.plan.epsilon_central,
+        "epsilon_frequency": row.plan.epsilon_frequency,
         "noise_multiplier": row.plan.noise_multiplier,
         "seconds": row.seconds,
         "error": row.error,

@@ -285,8 +285,8 @@ def results_table(
         flat = flatten(row.config)
         cells = [row.trial + (" *" if row in starred else "")]
         cells += [
-            str(flat["central_images.per_class"]) if row.config.warm_up_steps else "-",
-            f"{flat['central_images.noise_multiplier']:.3g}" if row.config.warm_up_steps else "-",
+            str(flat["central_images.per_class"]) if row.plan.central else "-",
+            f"{flat['central_images.noise_multiplier']:.3g}" if row.plan.central else "-",
             f"{flat['stage_split']:.2f}",
         ]
         cells += [f"{flat[k]:.3g}" if isinstance(flat[k], float) else str(flat[k]) for k in others]

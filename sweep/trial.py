@@ -154,7 +154,8 @@ def record_result(
     for name in ("config.yaml", "privacy.json"):
         tracker.log_file(run_dir / name)
     tracker.log_file(run_dir / "synthetic" / "grid.png", "synthetic")
-    tracker.log_file(run_dir / "central_images" / "grid.png", "central_images")
+    for name in ("central_images", "frequency"):
+        tracker.log_file(run_dir / name / "grid.png", name)
     for picture in pictures(run_dir, result["step"], finished=not stopped):
         tracker.log_picture(*picture)
 

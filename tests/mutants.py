@@ -20,11 +20,13 @@ STATISTICAL = ("tests/statistical", "tests/unit/test_plan.py")
 RANKS = ("tests/statistical/test_ranks.py",)
 DP_SGD, CENTRAL = "core/privacy/dp_sgd.py", "core/privacy/central_images.py"
 PLAN, SAMPLING = "core/privacy/plan.py", "core/privacy/sampling.py"
+STAGE_PLANS, FREQUENCY = "core/privacy/stage_plans.py", "core/privacy/frequency.py"
 NOISE = "flat = flat + (self.noise_multiplier * self.max_grad_norm) * noise"
 NORMS = "norms = _norm(torch.stack([_norm(row, dim=1) for row in rows]), dim=0)"
 CLIP = "(self.max_grad_norm / (norms + 1e-6)).clamp(max=1.0)"
 SUMS = "sums = class_sums(small[chosen], train.labels[chosen], num_classes, config)"
 RELEASE = "yield sums + plan.noise_stddev * noise.normal(release, sums.numel()).view_as(sums)"
+FEATURES = "sums + plan.noise_stddev * noise.normal(0, sums.numel()).view_as(sums)"
 REDUCE = """        if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(flat, op=dist.ReduceOp.SUM)
 """
@@ -94,7 +96,26 @@ MUTANTS = (
         "shape = (-1, *[1] * (sums.ndim - 1)); "
         "sums = sums / counts.clamp(min=1).view(shape) * plan.expected_class_count",
     ),
-    Mutant("half of the steps charged", PLAN, DP_SGD_EVENT, f"{DP_SGD_EVENT} // 2"),
+    Mutant("frequency noise halved", FREQUENCY, FEATURES, f"{FEATURES} / 2"),
+    Mutant(
+        "frequency features of a norm above 1",
+        FREQUENCY,
+        "phases.shape[1] ** -0.5",
+        "phases.shape[1] ** -0.4",
+    ),
+    Mutant(
+        "frequency features not charged",
+        PLAN,
+        "stages = (self.central, self.frequency, self.dp_sgd, self.score)",
+        "stages = (self.central, self.dp_sgd, self.score)",
+    ),
+    Mutant(
+        "frequency features not paid for by DP-SGD",
+        PLAN,
+        "stages = (_central_plan(config), _frequency_plan(config), _score_plan(config))",
+        "stages = (_central_plan(config), _score_plan(config))",
+    ),
+    Mutant("half of the steps charged", STAGE_PLANS, DP_SGD_EVENT, f"{DP_SGD_EVENT} // 2"),
     Mutant("sensitivity halved", PLAN, "sensitivity = reach *", "sensitivity = reach / 2 *"),
     Mutant(
         "norm clipped at twice the bound", CENTRAL, "(max_norm / norms)", "(2 * max_norm / norms)"
@@ -152,8 +173,8 @@ MUTANTS = (
     Mutant(
         "private accuracy not charged",
         PLAN,
-        "stages = (self.central, self.dp_sgd, self.score)",
-        "stages = (self.central, self.dp_sgd)",
+        "stages = (self.central, self.frequency, self.dp_sgd, self.score)",
+        "stages = (self.central, self.frequency, self.dp_sgd)",
         ("tests/unit/test_scopes.py",),
     ),
     Mutant(

@@ -198,7 +198,7 @@ def solve_noise_multiplier(
     """Finds the smallest DP-SGD noise multiplier that keeps the total within the target.
 
     Args:
-        spent: mechanisms already fixed (the central images, a private score).
+        spent: mechanisms already fixed (those of the easy stage, a private score).
         sample_rate: Poisson sample rate q of DP-SGD, in (0, 1].
         num_steps: DP-SGD steps, at least 1.
 
@@ -335,9 +335,9 @@ def _guess(
 
 
 def too_little(budget: str) -> str:
-    """Why no DP-SGD noise fits into what the central images leave of `budget`."""
+    """Why no DP-SGD noise fits into what the other releases leave of `budget`."""
     return (
-        f"the central images leave too little of {budget} for DP-SGD, whose "
-        f"noise multiplier would exceed {MAX_NOISE_MULTIPLIER:g}: lower central_images.per_class "
-        "or raise central_images.noise_multiplier"
+        f"the other releases leave too little of {budget} for DP-SGD, whose noise multiplier would "
+        f"exceed {MAX_NOISE_MULTIPLIER:g}: lower central_images.per_class, or raise "
+        "central_images.noise_multiplier or, of method feta_pro, frequency.noise_multiplier"
     )

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from core.config import CentralImagesConfig
 from core.data import Split, to_float
 from core.privacy.keys import KeyedStream
-from core.privacy.plan import CentralPlan
 from core.privacy.sampling import PoissonSampler
+from core.privacy.stage_plans import CentralPlan
 
 _CHUNK = 4096
 

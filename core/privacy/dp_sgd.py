@@ -11,7 +11,7 @@ from opacus.optimizers import DPOptimizer
 from torch.optim import Optimizer
 
 from core.privacy.keys import KeyedStream
-from core.privacy.plan import DpSgdPlan
+from core.privacy.stage_plans import DpSgdPlan
 
 _norm = cast(Callable[..., torch.Tensor], torch.linalg.vector_norm)
 

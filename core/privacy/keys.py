@@ -76,7 +76,7 @@ class MasterSecret:
         Args:
             fingerprint: digest of the data set's content.
             trial: identity of the run, including the digest of its configuration.
-            stage: `central_images` or `private_training`.
+            stage: such as `central_images`, `frequency` or `private_training`.
             purpose: `mask` or `noise`.
         """
         info = json.dumps([fingerprint, trial, stage, purpose]).encode()

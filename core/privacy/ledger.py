@@ -147,7 +147,7 @@ class Ledger:
     def commit(self, reservation: Reservation, executed_steps: int) -> None:
         """Settles a reservation: of its DP-SGD steps only the executed ones count from now on.
 
-        Central images count in full. What ran is recorded even where it had been voided.
+        All other releases count in full. What ran is recorded even where it had been voided.
 
         Args:
             executed_steps: DP-SGD steps of the key that ever began, in [0, reserved] and not
@@ -170,7 +170,7 @@ class Ledger:
     def void(self, reservation: Reservation) -> None:
         """Takes a reservation back, as if it had never been.
 
-        Only if zero steps ran and no central image was drawn. The ledger cannot know this, the
+        Only if zero steps ran and nothing was drawn before them. The ledger cannot know this, the
         caller must: never void what another process had reserved, not even a dead one's.
 
         Raises:
@@ -347,6 +347,7 @@ def events_of(plan: PrivacyPlan, central: str = "") -> tuple[Event, ...]:
     """
     stages = (
         ("central_images", plan.central),
+        ("frequency", plan.frequency),
         ("dp_sgd", plan.dp_sgd),
         ("dp_accuracy", plan.score),
     )

@@ -80,7 +80,8 @@ class Event:
     """`count` releases of a Poisson-subsampled Gaussian mechanism, as plain data.
 
     Attributes:
-        kind: `central_images`, `dp_sgd`, which alone can stop half-way, or `dp_accuracy`.
+        kind: `central_images`, `frequency`, `dp_sgd`, which alone can stop half-way, or
+            `dp_accuracy`.
         sample_rate: q in (0, 1].
         noise_multiplier: standard deviation over sensitivity, positive and finite.
         count: at least 1.
@@ -95,7 +96,8 @@ class Event:
     release: str = ""
 
     def __post_init__(self) -> None:
-        kinds, sigma = ("central_images", "dp_sgd", "dp_accuracy"), self.noise_multiplier
+        kinds = ("central_images", "frequency", "dp_sgd", "dp_accuracy")
+        sigma = self.noise_multiplier
         require(self.kind in kinds, "event kind", self.kind, f"one of {', '.join(kinds)}")
         require(0 < self.sample_rate <= 1, "sample_rate", self.sample_rate, "in (0, 1]")
         require(0 < sigma < math.inf, "noise_multiplier", sigma, "positive and finite")

@@ -1,7 +1,7 @@
 """The privacy plan: the only source of numbers that enter a sampler, a clip, a noise or a report.
 
-`make_plan(config)` solves the DP-SGD noise multiplier that is left after the central images, so
-that both stages together spend the target epsilon. It touches no data.
+`make_plan(config)` solves the DP-SGD noise multiplier that is left after the easy stage's releases,
+so that both stages together spend the target epsilon. It touches no data.
 """
 # pyright: reportMissingTypeStubs=false
 
@@ -18,81 +18,9 @@ from core.config import Config, PrivacyConfig
 from core.errors import ConfigError, InfeasibleError
 from core.privacy import accounting
 from core.privacy.scopes import Share, share_of
+from core.privacy.stage_plans import CentralPlan, DpSgdPlan, FrequencyPlan, ScorePlan
 
-_NO_SAMPLING = 1.0
 _MIXTURE = 1e-3
-
-
-@dataclass(frozen=True)
-class CentralPlan:
-    """The easy stage's releases.
-
-    Attributes:
-        num_releases: central images of each class, n.
-        sample_rate: Poisson sample rate q of one release.
-        noise_multiplier: standard deviation over sensitivity.
-        sensitivity: largest L2 norm that one image adds to a sum, sqrt(h * w * channels) times
-            the largest distance of a pixel from the public centre (mean) or 1 (mode); at most
-            `central_images.max_norm`, to which images are then clipped.
-        expected_class_count: public divisor, q * N / number of classes; never a count of data.
-    """
-
-    num_releases: int
-    sample_rate: float
-    noise_multiplier: float
-    sensitivity: float
-    expected_class_count: float
-
-    @property
-    def noise_stddev(self) -> float:
-        """Absolute noise standard deviation on every entry of a sum."""
-        return self.noise_multiplier * self.sensitivity
-
-    @property
-    def mechanism(self) -> accounting.Mechanism:
-        """Sample rate, noise multiplier, count: what the accountant composes."""
-        return self.sample_rate, self.noise_multiplier, self.num_releases
-
-
-@dataclass(frozen=True)
-class DpSgdPlan:
-    """The hard stage's releases: `num_steps` noisy sums of clipped per-example gradients."""
-
-    num_steps: int
-    sample_rate: float
-    noise_multiplier: float
-    max_grad_norm: float
-    expected_batch_size: int
-
-    @property
-    def noise_stddev(self) -> float:
-        """Absolute noise standard deviation on every entry of a gradient sum."""
-        return self.noise_multiplier * self.max_grad_norm
-
-    @property
-    def mechanism(self) -> accounting.Mechanism:
-        """Sample rate, noise multiplier, count: what the accountant composes."""
-        return self.sample_rate, self.noise_multiplier, self.num_steps
-
-
-@dataclass(frozen=True)
-class ScorePlan:
-    """The score's releases: how many private images the classifier gets right, with noise.
-
-    One image changes the count by at most 1, so the noise multiplier is the standard deviation.
-
-    Attributes:
-        num_releases: the score at the end, those during training if they are private, too, and
-            those of each classifier's epochs if they choose one.
-    """
-
-    noise_stddev: float
-    num_releases: int = 1
-
-    @property
-    def mechanism(self) -> accounting.Mechanism:
-        """Sample rate, noise multiplier, count."""
-        return _NO_SAMPLING, self.noise_stddev, self.num_releases
 
 
 @dataclass(frozen=True)
@@ -104,6 +32,7 @@ class PrivacyPlan:
         public_data: whether the data set is public, as its owner states.
         epsilon: of this trial alone.
         epsilon_central: of its central images alone.
+        epsilon_frequency: of its frequency features alone.
         epsilon_score: by how much its private scores raise `epsilon`.
         early_metric: what it is scored by during training, and may be stopped by; empty: by none.
     """
@@ -121,6 +50,8 @@ class PrivacyPlan:
     epsilon_central: float
     epsilon_score: float
     early_metric: str = ""
+    frequency: FrequencyPlan | None = None
+    epsilon_frequency: float = 0.0
 
     @property
     def is_private(self) -> bool:
@@ -134,7 +65,7 @@ class PrivacyPlan:
 
     @property
     def epsilon_dp_sgd(self) -> float:
-        """Epsilon of DP-SGD alone; with that of the central images it adds up to more than all."""
+        """Epsilon of DP-SGD alone; with those of the other stages it adds up to more than all."""
         return accounting.epsilon_of_mechanisms(
             (self.dp_sgd.mechanism,), self.delta, self.neighboring_relation, accounting.FINE
         )
@@ -165,13 +96,14 @@ class PrivacyPlan:
     @property
     def mechanisms(self) -> list[accounting.Mechanism]:
         """All that is released, in the order in which it runs."""
-        stages = (self.central, self.dp_sgd, self.score)
+        stages = (self.central, self.frequency, self.dp_sgd, self.score)
         return [stage.mechanism for stage in stages if stage is not None]
 
     def epsilon_after(self, steps: int) -> float:
         """Epsilon of this trial when it ends after so many DP-SGD steps; its scores count whole."""
         rate, noise_multiplier, _ = self.dp_sgd.mechanism
-        others = [stage.mechanism for stage in (self.central, self.score) if stage is not None]
+        fixed = (self.central, self.frequency, self.score)
+        others = [stage.mechanism for stage in fixed if stage is not None]
         executed = [(rate, noise_multiplier, steps)] if steps else []
         return accounting.epsilon_of_mechanisms(
             (*others, *executed), self.delta, self.neighboring_relation, accounting.FINE
@@ -186,11 +118,13 @@ class PrivacyPlan:
     def restored(cls, summary: Mapping[str, Any]) -> "PrivacyPlan":
         """The plan whose `summary` was kept; nothing is solved again."""
         central = CentralPlan(**summary["central"]) if summary["central"] else None
+        kept = summary.get("frequency")  # Older summaries have none.
+        frequency = FrequencyPlan(**kept) if kept else None
         score = ScorePlan(**summary["score"]) if summary["score"] else None
         dp_sgd = DpSgdPlan(**summary["dp_sgd"])
-        names = {field.name for field in fields(cls)} - {"central", "dp_sgd", "score"}
+        names = {field.name for field in fields(cls)} - {"central", "frequency", "dp_sgd", "score"}
         numbers = {name: summary[name] for name in names if name in summary}
-        return cls(central=central, dp_sgd=dp_sgd, score=score, **numbers)
+        return cls(central=central, frequency=frequency, dp_sgd=dp_sgd, score=score, **numbers)
 
     def summary(self) -> dict[str, Any]:
         """Plain data for privacy.json."""
@@ -202,7 +136,7 @@ class PrivacyPlan:
 
 
 def check_central(config: Config, exact: bool = True) -> float:
-    """Epsilon that the easy stage alone spends; quick, as DP-SGD is not solved.
+    """Epsilon that the central images alone spend; quick, as DP-SGD is not solved.
 
     Args:
         exact: False is faster and about 0.1 % too large.
@@ -210,25 +144,41 @@ def check_central(config: Config, exact: bool = True) -> float:
     Raises:
         InfeasibleError: it exceeds what one trial may spend.
     """
-    central = _central_plan(config)
-    if central is None:
+    central = config.central_images
+    remedy = (
+        f"lower central_images.per_class ({central.per_class}) or raise "
+        f"central_images.noise_multiplier ({central.noise_multiplier:g})"
+    )
+    return _check_alone("central images", remedy, _central_plan(config), config.privacy, exact)
+
+
+def check_frequency(config: Config, exact: bool = True) -> float:
+    """The same for the frequency features."""
+    remedy = f"raise frequency.noise_multiplier ({config.frequency.noise_multiplier:g})"
+    plan = _frequency_plan(config)
+    return _check_alone("frequency features", remedy, plan, config.privacy, exact)
+
+
+def _check_alone(
+    name: str,
+    remedy: str,
+    plan: CentralPlan | FrequencyPlan | None,
+    privacy: PrivacyConfig,
+    exact: bool,
+) -> float:
+    if plan is None:
         return 0.0
-    privacy = config.privacy
-    discretization = accounting.FINE if exact else accounting.quick_grid([central.mechanism])
-    epsilon = _epsilon([central.mechanism], privacy, discretization)
+    discretization = accounting.FINE if exact else accounting.quick_grid([plan.mechanism])
+    epsilon = _epsilon([plan.mechanism], privacy, discretization)
     if (share := share_of(privacy)) is not None:
-        used = share.used([central.mechanism])
+        used = share.used([plan.mechanism])
         too_dear = f"take {used:.3g} times the trial's share of epsilon" if used >= 1 else ""
     else:
-        paid = _repeated([central.mechanism], _copies(privacy))
+        paid = _repeated([plan.mechanism], _copies(privacy))
         alone = _epsilon(paid, privacy, discretization)
         too_dear = f"alone spend epsilon {alone:.4g} of" if alone >= privacy.target_epsilon else ""
     if too_dear:
-        raise InfeasibleError(
-            f"the central images {too_dear} {privacy.target_epsilon:g}: lower "
-            f"central_images.per_class ({config.central_images.per_class}) or raise "
-            f"central_images.noise_multiplier ({config.central_images.noise_multiplier:g})"
-        )
+        raise InfeasibleError(f"the {name} {too_dear} {privacy.target_epsilon:g}: {remedy}")
     return epsilon
 
 
@@ -241,6 +191,7 @@ def check_feasible(config: Config) -> None:
     if config.method == "non_private":
         return
     check_central(config)
+    check_frequency(config)
     if (share := share_of(config.privacy)) is not None:
         _solve_within(share, config)
     else:
@@ -253,7 +204,7 @@ def make_plan(config: Config) -> PrivacyPlan:
     Raises:
         InfeasibleError: the budget cannot pay; says which stage is too dear and the remedy.
     """
-    epsilon_central = check_central(config)
+    epsilon_central, epsilon_frequency = check_central(config), check_frequency(config)
     private, privacy = config.private_training, config.privacy
     total = None
     if config.method == "non_private":
@@ -263,7 +214,7 @@ def make_plan(config: Config) -> PrivacyPlan:
     else:
         noise_multiplier, of_all = _solve(*_question(config))
         total = of_all if privacy.scope != "sweep" else None
-    central, score = _central_plan(config), _score_plan(config)
+    central, frequency, score = _central_plan(config), _frequency_plan(config), _score_plan(config)
     dp_sgd = DpSgdPlan(
         num_steps=config.private_steps,
         sample_rate=_dp_sgd_sample_rate(config),
@@ -271,7 +222,7 @@ def make_plan(config: Config) -> PrivacyPlan:
         max_grad_norm=math.inf if total == math.inf else private.max_grad_norm,
         expected_batch_size=private.expected_batch_size,
     )
-    stages = [stage.mechanism for stage in (central, dp_sgd) if stage is not None]
+    stages = [stage.mechanism for stage in (central, frequency, dp_sgd) if stage is not None]
     total = total or _epsilon([*_fixed(config), dp_sgd.mechanism], privacy)
     return PrivacyPlan(
         num_examples=config.dataset.num_examples,
@@ -287,6 +238,8 @@ def make_plan(config: Config) -> PrivacyPlan:
         epsilon_central=epsilon_central,
         epsilon_score=0.0 if score is None else total - _epsilon(stages, privacy),
         early_metric=config.early_metric,
+        frequency=frequency,
+        epsilon_frequency=epsilon_frequency,
     )
 
 
@@ -297,6 +250,7 @@ def estimated_noise_multiplier(config: Config) -> float:
         InfeasibleError: the budget cannot pay.
     """
     check_central(config, exact=False)
+    check_frequency(config, exact=False)
     if (share := share_of(config.privacy)) is not None:
         return _solve_within(share, config)
     return accounting.estimated_noise_multiplier(*_question(config))
@@ -343,7 +297,7 @@ def _epsilon(
 
 def _fixed(config: Config) -> tuple[accounting.Mechanism, ...]:
     """What a trial releases beside DP-SGD."""
-    stages = (_central_plan(config), _score_plan(config))
+    stages = (_central_plan(config), _frequency_plan(config), _score_plan(config))
     return tuple(stage.mechanism for stage in stages if stage is not None)
 
 
@@ -397,8 +351,8 @@ def _score_plan(config: Config) -> ScorePlan | None:
 
 
 def _central_plan(config: Config) -> CentralPlan | None:
-    """None without an easy stage: images that nothing uses are neither made nor charged."""
-    if config.warm_up_steps == 0:
+    """None where no step trains on them: what nothing uses is neither made nor charged."""
+    if config.warm_up_steps == config.frequency_steps:
         return None
     central, dataset = config.central_images, config.dataset
     # A pixel in [0, 1] lies at most this far from the public centre; a histogram entry is 0 or 1.
@@ -410,6 +364,15 @@ def _central_plan(config: Config) -> CentralPlan | None:
         noise_multiplier=central.noise_multiplier,
         sensitivity=min(sensitivity, central.max_norm or math.inf),
         expected_class_count=central.expected_batch_size / dataset.num_classes,
+    )
+
+
+def _frequency_plan(config: Config) -> FrequencyPlan | None:
+    if config.frequency_steps == 0:
+        return None
+    return FrequencyPlan(
+        noise_multiplier=config.frequency.noise_multiplier,
+        expected_class_count=config.dataset.num_examples / config.dataset.num_classes,
     )
 
 

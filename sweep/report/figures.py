@@ -212,10 +212,10 @@ def budget_bars(rows: Sequence[Row], winner: Row | None) -> Figure:
         id="budget",
         title="Epsilon of each trial by stage",
         alt=f"Of the target epsilon {target:g}, central images take between {min(central):.3g} and "
-        f"{max(central):.3g}; DP-SGD takes the rest.",
+        f"{max(central):.3g}; what follows takes the rest.",
         data=[
             bar("central images alone", central, {"color": "--best"}),
-            bar("added by DP-SGD", rest, {"color": "--trial", "pattern": hatched}),
+            bar("added by what follows", rest, {"color": "--trial", "pattern": hatched}),
         ],
         layout={
             "barmode": "stack",

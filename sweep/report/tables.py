@@ -59,7 +59,7 @@ def all_tables(
         ),
         "budget": Table(
             "Epsilon of each trial by stage",
-            ["trial", "central images alone", "added by DP-SGD", "together"],
+            ["trial", "central images alone", "added by what follows", "together"],
             [
                 [
                     row.trial,

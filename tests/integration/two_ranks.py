@@ -1,6 +1,7 @@
 """Started once for each rank by test_ranks.py: trains a tiny run and saves what it released.
 
-A fourth argument is the step at which all ranks die, having kept every step before it.
+A fourth argument is the step at which all ranks die, having kept every step before it; more are
+settings such as `method=feta_pro`.
 """
 
 import os
@@ -11,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from core.config import load
+from core.config import load, parse_overrides
 from core.early import GoesOn
 from core.pipeline import run
 from core.privacy.dp_sgd import DpSgdOptimizer
@@ -88,6 +89,7 @@ if __name__ == "__main__":
             os._exit(0)
 
     every_step = {"runtime.checkpoint_every": 1, "runtime.log_every": 1}
-    reports = tiny_run(folder / "run", die, **(every_step if len(sys.argv) > 4 else {}))
+    settings = every_step | parse_overrides(sys.argv[5:]) if len(sys.argv) > 4 else {}
+    reports = tiny_run(folder / "run", die, **settings)
     torch.save({"noise": released_noise(), "reports": reports}, folder / f"rank_{rank}.pt")
     dist.destroy_process_group()
