@@ -57,6 +57,7 @@ CLIPPED = {"central_images.max_norm": 7.0, "central_images.pixel_center": 0.25}
 VARIANTS: dict[str, Changes] = {
     BASE: {},
     "plain DP-SGD (DPDM)": {"stage_split": 0.0},
+    "frequency stage (FETA-Pro)": {"method": "feta_pro"},
     "pixel_center 0": {"central_images.pixel_center": 0.0},
     "max_norm 7 around 0.25": CLIPPED,
     "max_norm 7 around 0.25, noise multiplier doubled": {

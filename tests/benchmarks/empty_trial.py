@@ -40,7 +40,7 @@ search_space:
 """
 
 
-def empty_trial_cpu(more: int = 2) -> float:
+def empty_trial_cpu(more: int = 1) -> float:
     """CPU seconds of each of `more` trials beyond the first."""
     return (_sweep_cpu(1 + more) - _sweep_cpu(1)) / more
 
