@@ -21,7 +21,7 @@ sweep: setup
 test: setup
 	@$(BIN)/python -m pytest
 
-# Kills what a sweep consists of, for real; minutes, and apart from `make test`.
+# Kills what a sweep consists of, for real: half an hour, and apart from `make test`.
 test-faults: setup
 	@$(BIN)/python -m pytest tests/faults
 

@@ -120,7 +120,7 @@ def _barred(sweep: SweepConfig, boundary: Boundary) -> dict[str, Any]:
 
 
 def _contour(sweep: SweepConfig, rows: Sequence[Row], boundary: Boundary) -> dict[str, Any] | None:
-    """The objective between the trials, linearly; None where they span no area."""
+    """The objective between the trials, linearly; None where they span no area or score alike."""
     metric = sweep.objective.metric
     at = np.array(
         [
@@ -132,9 +132,12 @@ def _contour(sweep: SweepConfig, rows: Sequence[Row], boundary: Boundary) -> dic
     at = np.log(at)
     if len(at) < MIN_TRIALS or np.linalg.matrix_rank(at - at.mean(0), tol=1e-6) < 2:
         return None
+    scores = [row.scores[metric] for row in rows]
+    if math.isclose(min(scores), max(scores), rel_tol=1e-9):
+        return None
     xs, ys = (np.linspace(at[:, i].min(), at[:, i].max(), _CELLS) for i in range(2))
     grid = np.stack(np.meshgrid(xs, ys), -1)
-    values = griddata(at, [row.scores[metric] for row in rows], grid, rescale=True)
+    values = griddata(at, scores, grid, rescale=True)
     edge = [_BEYOND if noise is None else noise for noise in boundary.noises]
     least = np.interp(ys, np.log(boundary.counts), edge)
     values[np.exp(grid[..., 0]) < least[:, None]] = np.nan

@@ -11,6 +11,7 @@ from core.errors import InfeasibleError
 from core.privacy.plan import PrivacyPlan
 from sweep.config import load_sweep
 from sweep.report import effects
+from sweep.report.affordable_map import affordable_map
 from sweep.report.curves import curves
 from sweep.report.figures import pareto_front, scatter
 from sweep.results import Row
@@ -145,3 +146,15 @@ def test_curves_survive_a_torn_line(tmp_path):
     assert 50 < len(figure.data[0]["x"]) <= 120
     assert figure.data[0]["line"]["dash"] == "dot"
     assert curves([], None) is None
+
+
+@pytest.mark.parametrize(("scores", "contours"), [((0.1, 0.5), 1), ((0.1, 0.1), 0)])
+def test_scores_that_are_all_alike_have_no_contours(sweep, scores, contours):
+    """Levels between equal numbers would be without end."""
+    noises = {"central_images__noise_multiplier": 2.0}, {"central_images__noise_multiplier": 8.0}
+    settings = [
+        {**noise, "central_images__per_class": n} for n in (2, 5, 9, 20) for noise in noises
+    ]
+    rows = [row(str(i), scores[i % 2], 9.0, **each) for i, each in enumerate(settings)]
+    figure = affordable_map(sweep, rows, rows[0], effects.Boundary([1, 50], [0.5, 0.5], 1.0), [])
+    assert sum(trace["type"] == "contour" for trace in figure.data) == contours
