@@ -105,14 +105,14 @@ def kept_frequency_images(
 
     def keep() -> Split:
         store = Checkpoints(folder, identity, f"{identity[:16]}.pt")
-        features = FourierFeatures(config, config_device(config))
-        kept = store.load()
-        if kept is None:
-            num_classes = config.dataset.num_classes
-            released = release_features(train_split, features, num_classes, plan, noise)
-            kept = {"features": released}
-            store.save(kept)
+        kept = store.load() or {}
         if "images" not in kept:
+            features = FourierFeatures(config, config_device(config))
+            if "features" not in kept:
+                num_classes = config.dataset.num_classes
+                released = release_features(train_split, features, num_classes, plan, noise)
+                kept = {"features": released}
+                store.save(kept)
             _LOG.info("fits a generator to the frequency features")
             fitted = fitted_images(config, features, kept["features"])
             kept |= {"images": fitted.images, "labels": fitted.labels}

@@ -47,8 +47,7 @@ def scaled_down(config: Config, factor: float) -> Config:
     smaller = max(1, round(batch / factor))
     plan = make_plan(config)
     rate, noise, steps = plan.dp_sgd.mechanism
-    stages = [stage.mechanism for stage in (plan.central, plan.score) if stage is not None]
-    shrunk = (*stages, (rate * smaller / batch, noise * smaller / batch, steps))
+    shrunk = (*plan.beside_dp_sgd, (rate * smaller / batch, noise * smaller / batch, steps))
     epsilon = accounting.epsilon_of_mechanisms(
         shrunk, plan.delta, plan.neighboring_relation, accounting.quick_grid(shrunk)
     )

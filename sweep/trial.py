@@ -12,7 +12,14 @@ from core.config import Config, nested
 from core.early import ENDED_EARLY, STAGE, STOPPED
 from core.errors import UserError
 from sweep.claim import newest_launch, require_newest_launch
-from sweep.comparison import compared_figures, compared_params, pictures, public_facts
+from sweep.comparison import (
+    CENTRAL_IMAGES,
+    FREQUENCY,
+    compared_figures,
+    compared_params,
+    pictures,
+    public_facts,
+)
 from sweep.config import SweepConfig, trial_id_of
 from sweep.scope import shares_central_images
 
@@ -154,7 +161,7 @@ def record_result(
     for name in ("config.yaml", "privacy.json"):
         tracker.log_file(run_dir / name)
     tracker.log_file(run_dir / "synthetic" / "grid.png", "synthetic")
-    for name in ("central_images", "frequency"):
+    for name in (CENTRAL_IMAGES, FREQUENCY):
         tracker.log_file(run_dir / name / "grid.png", name)
     for picture in pictures(run_dir, result["step"], finished=not stopped):
         tracker.log_picture(*picture)

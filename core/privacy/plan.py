@@ -99,14 +99,18 @@ class PrivacyPlan:
         stages = (self.central, self.frequency, self.dp_sgd, self.score)
         return [stage.mechanism for stage in stages if stage is not None]
 
+    @property
+    def beside_dp_sgd(self) -> list[accounting.Mechanism]:
+        """What is released in any case, however many DP-SGD steps run and at whatever noise."""
+        stages = (self.central, self.frequency, self.score)
+        return [stage.mechanism for stage in stages if stage is not None]
+
     def epsilon_after(self, steps: int) -> float:
         """Epsilon of this trial when it ends after so many DP-SGD steps; its scores count whole."""
         rate, noise_multiplier, _ = self.dp_sgd.mechanism
-        fixed = (self.central, self.frequency, self.score)
-        others = [stage.mechanism for stage in fixed if stage is not None]
         executed = [(rate, noise_multiplier, steps)] if steps else []
         return accounting.epsilon_of_mechanisms(
-            (*others, *executed), self.delta, self.neighboring_relation, accounting.FINE
+            (*self.beside_dp_sgd, *executed), self.delta, self.neighboring_relation, accounting.FINE
         )
 
     @property

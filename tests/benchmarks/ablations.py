@@ -78,7 +78,7 @@ RDP = "noise as of RDP"
 
 def noise_by_rdp(plan: PrivacyPlan) -> float:
     """The DP-SGD noise multiplier that RDP, at integer orders, asks for in place of PLD's."""
-    *others, (rate, _, steps) = plan.mechanisms
+    others, (rate, _, steps) = plan.beside_dp_sgd, plan.dp_sgd.mechanism
     low, high = plan.noise_multiplier / 2, plan.noise_multiplier * 2
     for _ in range(40):
         middle = (low + high) / 2
@@ -89,7 +89,7 @@ def noise_by_rdp(plan: PrivacyPlan) -> float:
 
 def rdp_changes(plan: PrivacyPlan) -> Changes:
     """The target at which PLD's noise is the one that RDP asks for at the plan's own."""
-    *others, (rate, _, steps) = plan.mechanisms
+    others, (rate, _, steps) = plan.beside_dp_sgd, plan.dp_sgd.mechanism
     mechanisms = (*others, (rate, noise_by_rdp(plan), steps))
     epsilon = accounting.epsilon_of_mechanisms(
         mechanisms, plan.delta, plan.neighboring_relation, accounting.FINE

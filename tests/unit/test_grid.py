@@ -8,8 +8,6 @@ import pytest
 from optuna.trial import TrialState
 from test_report_parts import row
 
-from core.config import Config
-from core.config_keys import known_keys
 from core.errors import ConfigError, InfeasibleError
 from sweep.config import dump_sweep, load_sweep, trial_id_of
 from sweep.feasibility import print_plan, with_num_trials
@@ -259,9 +257,6 @@ def heat_maps_of_corner(sweep, monkeypatch):
 
 
 def test_the_published_grid_of_time_and_frequency_is_complete():
-    keys = known_keys(Config)
-    if "frequency.noise_multiplier" not in keys:
-        pytest.skip("needs method feta_pro")
     sweep = load_sweep("sweep/configs/mnist_time_frequency_grid.yaml", {})
     assert len(grid_points(sweep.choices)) == 25
     published = dump_sweep(sweep)["published"]["values"]

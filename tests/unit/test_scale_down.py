@@ -42,6 +42,15 @@ def test_the_stand_in_keeps_noise_over_batch_and_states_its_true_epsilon(tmp_pat
     assert load(out) == small
 
 
+def test_all_that_runs_beside_dp_sgd_is_in_the_stand_in_s_epsilon():
+    changes = {"method": "feta_pro", "frequency.noise_multiplier": 5.0, "stage_split": 0.5}
+    config = load({}, {**SETTINGS, **changes, "privacy.target_epsilon": 3.0})
+    whole, part = make_plan(config), make_plan(scaled_down(config, 2))
+    assert part.frequency == whole.frequency is not None
+    ratios = [p.dp_sgd.noise_stddev / p.dp_sgd.expected_batch_size for p in (whole, part)]
+    assert ratios[1] == pytest.approx(ratios[0], rel=3e-3)
+
+
 @pytest.mark.parametrize(
     ("changes", "factor", "message"),
     [
