@@ -3,8 +3,10 @@
 import json
 import threading
 import traceback
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -185,15 +187,13 @@ def _supervised(context: Context, config: Config, trial_id: str) -> Iterator[dic
 def _train(context: Context, config: Config, trial_id: str) -> Iterator[dict[str, Any]]:
     """Yields what rank 0 reports, while Ray Train supervises the workers."""
     import ray.train
-    from ray.train.torch import TorchTrainer
-    from ray.util.queue import Empty, Queue
+    from ray.util.queue import Empty
 
-    sweep = context.sweep
-    reports = Queue(maxsize=256, actor_options={"num_cpus": 0})
+    sweep, reports, attempt = context.sweep, _queue(), uuid.uuid4().hex
     resources = {"CPU": sweep.cpus_per_worker}
     if sweep.gpus_per_worker:
         resources["GPU"] = sweep.gpus_per_worker
-    trainer = TorchTrainer(
+    trainer = _trainer_class()(
         train_worker,
         train_loop_config={
             "config": nested(config),
@@ -214,7 +214,7 @@ def _train(context: Context, config: Config, trial_id: str) -> Iterator[dict[str
         run_config=ray.train.RunConfig(
             name=f"{trial_id}-{context.launch}",
             storage_path=str(sweep.folder / "ray" / "train"),
-            callbacks=[_relay(reports)],
+            callbacks=[_relay(reports, attempt)],
             failure_config=ray.train.FailureConfig(max_failures=sweep.max_failures),
         ),
     )
@@ -233,10 +233,11 @@ def _train(context: Context, config: Config, trial_id: str) -> Iterator[dict[str
         running = thread.is_alive()  # Before the queue is read, so that nothing is missed.
         try:
             while True:
-                yield reports.get(timeout=0.5 if running else 0.01)
+                sender, metrics = reports.get(timeout=0.5 if running else 0.01)
+                if sender == attempt:  # Else of a controller that died since.
+                    yield metrics
         except Empty:
             pass
-    reports.shutdown()
     if not failure:
         return
     if isinstance(failure[0], ray.train.WorkerGroupError):
@@ -244,14 +245,36 @@ def _train(context: Context, config: Config, trial_id: str) -> Iterator[dict[str
     raise _ControllerDiedError(_reason(failure[0])) from failure[0]
 
 
-def _relay(reports: Any) -> Any:
+def _trainer_class() -> Any:
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+
+    class Trainer(TorchTrainer):
+        """Without Ray Data, which would start a process of its own in each trial, for nothing."""
+
+        def _create_default_callbacks(self) -> list[Any]:  # Ray's own, and Ray is pinned.
+            every = super()._create_default_callbacks()
+            return [each for each in every if not isinstance(each, DatasetsCallback)]
+
+    return Trainer
+
+
+@cache
+def _queue() -> Any:
+    """From the controllers of this process's trials to it; an actor, so kept for the next trial."""
+    from ray.util.queue import Queue
+
+    return Queue(maxsize=256, actor_options={"num_cpus": 0})
+
+
+def _relay(reports: Any, attempt: str) -> Any:
     import ray.train
 
     class Relay(ray.train.UserCallback):
         """Hands rank 0's reports from the Train controller to the trial."""
 
         def after_report(self, run_context: Any, metrics: list[dict], checkpoint: Any) -> None:
-            reports.put(metrics[0])
+            reports.put((attempt, metrics[0]))
 
     return Relay()
 

@@ -35,6 +35,7 @@ SPENDING = ("tests/integration/test_scope_spending.py",)
 EARLY = ("tests/integration/test_early_scores.py",)
 EPOCHS = ("tests/integration/test_epoch_chosen_privately.py",)
 SHARED = ("tests/integration/test_shared_warm_up.py",)
+LOSSES, LOSS_TESTS = "core/privacy/loss_distribution.py", ("tests/unit/test_loss_distribution.py",)
 DP_SGD_EVENT = "self.sample_rate, self.noise_multiplier, self.num_steps"
 
 
@@ -50,6 +51,8 @@ class Mutant:
 
 
 MUTANTS = (
+    Mutant("large losses not amplified", LOSSES, "losses - math.log(rate)", "losses", LOSS_TESTS),
+    Mutant("one release composed for all", LOSSES, "size) ** count", "size) ** 1", LOSS_TESTS),
     Mutant("DP-SGD noise halved", DP_SGD, NOISE, f"{NOISE} / 2"),
     Mutant("DP-SGD noise over sqrt(2)", DP_SGD, NOISE, f"{NOISE} / 2**0.5"),
     Mutant("no DP-SGD noise", DP_SGD, NOISE, f"{NOISE} * 0"),

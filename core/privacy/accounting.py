@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from typing import cast
 
-import dp_accounting
 from dp_accounting import dp_event
 from dp_accounting.pld import pld_privacy_accountant, privacy_loss_distribution
 from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
@@ -21,13 +20,9 @@ from scipy import optimize
 
 from core.errors import InfeasibleError
 from core.privacy import renyi
+from core.privacy.loss_distribution import RELATIONS, one_release, quick_epsilon
 from core.privacy.renyi import Mechanism
 
-RELATIONS = {
-    # Zero-out replaces a record by an empty one, so N is public; its figures equal add/remove.
-    "zero_out": dp_accounting.NeighboringRelation.REPLACE_SPECIAL,
-    "replace_one": dp_accounting.NeighboringRelation.REPLACE_ONE,
-}
 COARSE, FINE = 1e-3, 1e-4
 _COARSEST = 5e-3
 _MOST_SECANTS = 6
@@ -117,6 +112,8 @@ def epsilon_of_mechanisms(
         return 0.0
     if any(noise_multiplier == 0 for _, noise_multiplier, _ in mechanisms):
         return math.inf  # A release without noise.
+    if len(mechanisms) <= _FEW and discretization > FINE:
+        return quick_epsilon(mechanisms, delta, relation, discretization)
     if len(mechanisms) <= _FEW:
         events = [subsampled_gaussian(*mechanism) for mechanism in mechanisms]
         return epsilon_of(events, delta, relation, discretization)
@@ -136,7 +133,7 @@ def _composed_in_binary(
     total = privacy_loss_distribution.identity(discretization)
     for bit in reversed(range(max(count for *_, count in mechanisms).bit_length())):
         parts = [
-            _one_release(sample_rate, noise_multiplier, relation, discretization)
+            one_release(sample_rate, noise_multiplier, relation, discretization)
             for sample_rate, noise_multiplier, count in mechanisms
             if count >> bit & 1
         ]
@@ -146,18 +143,6 @@ def _composed_in_binary(
             parts = [one.compose(other) for one, other in pairs] + parts[len(parts) & ~1 :]
         total = parts[0]
     return total
-
-
-@lru_cache(maxsize=1024)
-def _one_release(
-    sample_rate: float, noise_multiplier: float, relation: str, discretization: float
-) -> PrivacyLossDistribution:
-    return privacy_loss_distribution.from_gaussian_mechanism(
-        noise_multiplier,
-        value_discretization_interval=discretization,
-        sampling_prob=sample_rate,
-        neighboring_relation=RELATIONS[relation],
-    )
 
 
 def rdp_epsilon_of(events: Sequence[dp_event.DpEvent], delta: float, relation: str) -> float:
@@ -181,9 +166,8 @@ def check_room(
     Raises:
         InfeasibleError: it does not.
     """
-    cheapest = [*spent, (sample_rate, MAX_NOISE_MULTIPLIER, num_steps)]
-    events = [subsampled_gaussian(*mechanism) for mechanism in cheapest]
-    if epsilon_of(events, delta, relation, quick_grid(cheapest)) > target_epsilon:
+    cheapest = (*spent, (sample_rate, MAX_NOISE_MULTIPLIER, num_steps))
+    if epsilon_of_mechanisms(cheapest, delta, relation, quick_grid(cheapest)) > target_epsilon:
         raise InfeasibleError(too_little(f"epsilon {target_epsilon:g}"))
 
 
@@ -213,39 +197,44 @@ def solve_noise_multiplier(
     guess = _guess(spent, sample_rate, num_steps, target_epsilon, delta, relation)
     grid = 2 * quick_grid([*spent, (sample_rate, guess, num_steps)])  # Its error is removed.
 
-    def total(noise_multiplier: float, discretization: float) -> float:
+    def quick(noise_multiplier: float, discretization: float) -> float:
         dp_sgd = (sample_rate, noise_multiplier, num_steps)
-        return _beside(spent, dp_sgd, delta, relation, discretization)
+        return quick_epsilon([*spent, dp_sgd], delta, relation, discretization)
 
     def excess(noise_multiplier: float) -> float:
-        return total(noise_multiplier, grid) - target_epsilon
+        return quick(noise_multiplier, grid) - target_epsilon
 
     low, high = _bracket(excess, guess, target_epsilon)
     coarse = _find_root(excess, low, high, rtol=2e-3)
     # The grid's error falls with its square, so that of a quarter of it is about a fifteenth of
     # the difference. One Newton step, then up to four decimals, and a proof on the finest grid.
-    at_root, finer = excess(coarse), total(coarse, grid / 4) - target_epsilon
+    at_root, finer = excess(coarse), quick(coarse, grid / 4) - target_epsilon
     slope = (excess(1.005 * coarse) - at_root) / (0.005 * coarse)
     fine = coarse - (finer - (at_root - finer) / 15) / slope
     noise_multiplier = math.ceil(fine * 10**_DECIMALS) / 10**_DECIMALS
-    while (epsilon := total(noise_multiplier, FINE)) > target_epsilon:
+    while True:
+        dp_sgd = (sample_rate, noise_multiplier, num_steps)
+        epsilon = _proven_beside(spent, dp_sgd, delta, relation)
+        if epsilon <= target_epsilon:
+            return noise_multiplier, epsilon
         step = max((epsilon - target_epsilon) / -slope, 10.0**-_DECIMALS)
         noise_multiplier = math.ceil((noise_multiplier + step) * 10**_DECIMALS) / 10**_DECIMALS
         if noise_multiplier > MAX_NOISE_MULTIPLIER:
             raise InfeasibleError(too_little(f"epsilon {target_epsilon:g}"))
-    return noise_multiplier, epsilon
 
 
-def _beside(
+def _proven_beside(
     spent: Sequence[Mechanism],
     another: Mechanism,
     delta: float,
     relation: str,
-    discretization: float,
 ) -> float:
-    """Epsilon of `spent`, which is kept composed for the next call, and one more mechanism."""
+    """Epsilon, by the accountant of record, of `spent` and one more mechanism.
+
+    What is spent is kept composed for the next call.
+    """
     events = tuple(subsampled_gaussian(*mechanism) for mechanism in spent)
-    accountant = copy.deepcopy(_composed(events, relation, discretization))
+    accountant = copy.deepcopy(_composed(events, relation, FINE))
     accountant.compose(subsampled_gaussian(*another))
     return float(accountant.get_epsilon(delta))
 
@@ -271,7 +260,7 @@ def estimated_noise_multiplier(
 
     def excess(log_noise: float) -> float:
         dp_sgd = (sample_rate, math.exp(log_noise), num_steps)
-        return math.log(_beside(spent, dp_sgd, delta, relation, grid) / target_epsilon)
+        return math.log(quick_epsilon([*spent, dp_sgd], delta, relation, grid) / target_epsilon)
 
     one = math.log(0.94 * guess)
     at_one = excess(one)

@@ -65,10 +65,15 @@ class PrivacyPlan:
 
     @property
     def epsilon_dp_sgd(self) -> float:
-        """Epsilon of DP-SGD alone; with those of the other stages it adds up to more than all."""
-        return accounting.epsilon_of_mechanisms(
-            (self.dp_sgd.mechanism,), self.delta, self.neighboring_relation, accounting.FINE
-        )
+        """Epsilon of DP-SGD alone, at most about 0.1 % too large.
+
+        With those of the other stages it adds up to more than all.
+        """
+        if not self.is_private:
+            return math.inf
+        alone = (self.dp_sgd.mechanism,)
+        grid = accounting.quick_grid(alone)
+        return accounting.epsilon_of_mechanisms(alone, self.delta, self.neighboring_relation, grid)
 
     def tag(self, metric: str) -> str:
         """How private a metric is: `public`, `dp(...)` with its cost, or `non-private`."""

@@ -4,8 +4,8 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
+from leftovers import MARK, assert_none_left
 from mlflow.tracking import MlflowClient
 from tiny_sweep import ROOT, sweep_text
 
@@ -35,7 +35,7 @@ def test_submitted_stopped_and_submitted_again_on_workers_that_come_and_go(tmp_p
     (tmp_path / "sweep.yaml").write_text(SWEEP)
     story = STORY.format(root=ROOT, folder=tmp_path)
     environment = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}
-    environment["FETA_SWEEP_TEST"] = str(tmp_path)  # By which all its processes are known.
+    environment[MARK] = str(tmp_path)
     ended = subprocess.run(
         [sys.executable, ROOT / "clusters" / "local" / "cluster.py", "--", "bash", "-c", story],
         cwd=tmp_path,
@@ -74,17 +74,4 @@ def test_submitted_stopped_and_submitted_again_on_workers_that_come_and_go(tmp_p
     (ledger,) = (tmp_path / "runs" / "ledger").glob("*.jsonl")
     entries = Ledger.at(ledger).summary()["entries"]
     assert [entry["state"] for entry in entries] == ["committed"] * 2
-    assert not left_behind(str(tmp_path)), "processes of the cluster are still there"
-
-
-def left_behind(mark: str) -> list[int]:
-    """Processes whose environment holds `mark`, but for this one."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            content = (folder / "environ").read_bytes()
-        except OSError:  # Gone, or another user's.
-            continue
-        if f"FETA_SWEEP_TEST={mark}".encode() in content and int(folder.name) != os.getpid():
-            found.append(int(folder.name))
-    return found
+    assert_none_left(str(tmp_path), 0)

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from leftovers import MARK, assert_none_left
 from mlflow.tracking import MlflowClient
 from tiny_sweep import ROOT, SPLIT, sweep_text
 
@@ -32,7 +33,8 @@ SWEEP = sweep_text("tiny", HEAD, SPACE)
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen:
     secret = folder.parent / "secret of the sweep" / "master.secret"
-    environment = os.environ | {"COLUMNS": "160", "FETA_SWEEP_SECRET_FILE": str(secret)}
+    environment = os.environ | {"COLUMNS": "160", MARK: str(folder)}
+    environment["FETA_SWEEP_SECRET_FILE"] = str(secret)
     environment.pop("MLFLOW_TRACKING_URI", None)
     return subprocess.Popen(
         [sys.executable, ROOT / "sweep" / "run.py", "--config", folder / "sweep.yaml", *arguments],
@@ -160,6 +162,16 @@ def test_the_interrupted_trial_went_on_from_its_checkpoint(folder, stories):
     for metrics in (folder / "runs" / "tiny" / "trials").glob("*/metrics.jsonl"):
         steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
         assert steps == sorted(steps)
+
+
+def test_no_process_outlives_the_sweep_and_a_trial_keeps_one_checkpoint(folder, stories):
+    assert_none_left(str(folder))
+    runs = folder / "runs"
+    for result in (runs / "tiny" / "trials").glob("*/evaluation.json"):
+        assert [path.name for path in result.parent.rglob("last*.pt")] == ["last.pt"]
+        assert len(list(result.parent.rglob("model.pt"))) == 1
+    assert not list((runs / "tiny" / "ray").rglob("*.pt")), "Ray keeps no copies"
+    assert not list(runs.rglob("*.tmp"))
 
 
 def test_addresses_of_the_comparison_are_printed(folder, stories):

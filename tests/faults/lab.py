@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from leftovers import MARK, marked_processes
 from ray.job_submission import JobSubmissionClient
 
 from core.config import load, nested
@@ -30,7 +31,6 @@ from sweep.config import SweepConfig, load_sweep, trial_id_of
 
 ROOT = Path(__file__).resolve().parents[2]
 RATE = "private_training.learning_rate"
-MARK = "FETA_SWEEP_TEST"
 STEPS = 80
 ORIGIN = "0123456789abcdef" * 2
 _SWEEP = """
@@ -93,17 +93,8 @@ class Lab:
 
     def processes(self, title: str = "") -> list[int]:
         """Marked processes whose command begins so, but for this one."""
-        mark = f"{MARK}={self.environment[MARK]}".encode()
-        found = []
-        for entry in Path("/proc").glob("[0-9]*"):
-            try:
-                marked = mark in (entry / "environ").read_bytes().split(b"\0")
-                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-            except OSError:  # Gone, or another user's.
-                continue
-            if marked and command.startswith(title) and int(entry.name) != os.getpid():
-                found.append(int(entry.name))
-        return found
+        found = marked_processes(self.environment[MARK]).items()
+        return [pid for pid, command in found if command.startswith(title)]
 
     def start_nodes(self) -> None:
         gcs, dashboard, client, *agents = free_ports(7)

@@ -17,7 +17,7 @@ from stand_in import stand_in
 from core.reporting import write_json
 
 ROOT = Path(__file__).resolve().parents[2]
-TRIALS = int(os.environ.get("FETA_SWEEP_SOAK_TRIALS", "500"))
+TRIALS = int(os.environ.get("FETA_SWEEP_SOAK_TRIALS", "150"))
 WINDOW = TRIALS // 5
 MB = 2**20
 SWEEP = f"""
