@@ -18,10 +18,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 sweep: setup
 	@$(BIN)/python sweep/run.py --config sweep/configs/quickstart.yaml
 
+# Whole sweeps and browsers have the machine to themselves.
 test: setup
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n logical --maxprocesses 4 tests/unit tests/statistical tests/integration
+	@$(BIN)/python -m pytest tests/e2e
 
-# Kills what a sweep consists of, for real: half an hour, and apart from `make test`.
+# Kills what a sweep consists of, for real: 20 minutes, and apart from `make test`.
 test-faults: setup
 	@$(BIN)/python -m pytest tests/faults
 
@@ -29,7 +31,7 @@ check: setup
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/pyright
-	@$(BIN)/python -m pytest
+	@$(MAKE) --no-print-directory test
 
 mutants: setup
 	@$(BIN)/python tests/mutants.py

@@ -17,8 +17,7 @@ from core.diffusion.posthoc_ema import reconstruct
 from core.errors import ConfigError
 from core.evaluation.scoring import score
 from core.generate import generate as draw_images
-from core.generate import load_generator
-from core.generator import load_denoiser
+from core.generator import GENERATOR, load_denoiser, load_generator
 from core.inspection import inspect_run
 from core.pipeline import run as run_pipeline
 from core.privacy.card import ledger_text
@@ -139,8 +138,8 @@ def generate(options: argparse.Namespace) -> None:
         if options.ema_length is not None:
             raise ConfigError("--ema-length needs a run's snapshots: name it with --run-dir")
         verify_release(options.bundle)
-        config, denoiser = load_generator(options.bundle, parse_overrides(options.overrides))
-        denoiser.to(config_device(config))
+        overrides = parse_overrides(options.overrides)
+        config, denoiser = load_generator(options.bundle / GENERATOR, overrides)
     else:
         config, denoiser = _finished(options.run_dir, options.overrides, options.ema_length)
     images = draw_images(denoiser, config, options.num_images, config_device(config))

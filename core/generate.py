@@ -1,30 +1,24 @@
-"""Class-balanced generation of synthetic images, shared among ranks, and the released generator."""
+"""Class-balanced generation of synthetic images, shared among ranks."""
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
-from core import distributed, yaml_subset
-from core.config import Config, load, load_yaml, merge, nested
+from core import distributed
+from core.config import Config
 from core.data import Split, from_model_range
-from core.diffusion.denoiser import Denoiser, build_denoiser
 from core.diffusion.sampler import sample
-from core.errors import ConfigError, StoppedError
+from core.errors import StoppedError
 from core.reporting import write_grid
 from core.storage import stored
 
 _SEEDS = 1_000_003
 """Seeds that one public seed stands for: one for each chunk of images, the last for pictures."""
 _PICTURE_CLASSES, _PICTURE_COLUMNS = 10, 5
-GENERATOR = "generator"
-"""Folder of a bundle that holds the weights."""
-_PUBLIC = ("image_size", "channels", "num_classes")
-_SECTIONS = ("model", "diffusion", "sampler")
 
 
 def generate(
@@ -127,46 +121,3 @@ def sample_pictures(
             write_grid(folder / f"{step:08d}.png", images, labels)
 
     return draw
-
-
-def write_generator(folder: Path, denoiser: Denoiser, config: Config) -> None:
-    """Writes weights and the settings that drawing from them needs, nothing else of the run.
-
-    Privacy: post-processing of what the central images and DP-SGD released.
-    """
-    folder.mkdir()
-    state = {name: value.cpu().contiguous() for name, value in denoiser.state_dict().items()}
-    torch.save(state, folder / "weights.pt")
-    settings = nested(config)
-    kept: dict[str, Any] = {name: settings[name] for name in _SECTIONS}
-    kept["dataset"] = {name: settings["dataset"][name] for name in _PUBLIC}
-    (folder / "config.yaml").write_text(yaml_subset.dump(kept))
-
-
-def load_generator(bundle: Path, overrides: Mapping[str, Any]) -> tuple[Config, Denoiser]:
-    """The generator of a bundle; call `verify_release` first.
-
-    Args:
-        overrides: dotted keys, such as `seed`, `sampler.num_steps` or `runtime.device`.
-
-    Raises:
-        ConfigError: the bundle holds none, or weights and settings do not belong together.
-    """
-    folder = bundle / GENERATOR
-    if not (folder / "weights.pt").exists():
-        raise ConfigError(f"'{bundle}' holds no generator: release it with --formats generator")
-    kept = load_yaml(folder / "config.yaml")
-    num_classes = kept["dataset"]["num_classes"]
-    # What a configuration must have, but drawing does not use.
-    unused = {"evaluation.num_images": max(4, 2 * num_classes), "central_images.image_size": 2}
-    config = load(merge(kept, unused), overrides)
-    denoiser = build_denoiser(config).eval()
-    state = torch.load(folder / "weights.pt", map_location="cpu", weights_only=True)
-    try:
-        denoiser.load_state_dict(state)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(
-            f"'{folder}' holds weights of another network ({reason}): leave out model.* overrides"
-        ) from None
-    return config, denoiser

@@ -1,10 +1,10 @@
 """A trained generator in a folder of its own: labels in, images out.
 
-The folder holds the averaged weights and the public configuration: no optimizer, no key, no ledger,
-no path. MLflow loads it by `_load_pyfunc`, without a line of MLflow here.
+The folder holds the averaged weights and what drawing needs of the configuration: no optimizer, no
+key, no ledger, no path. Bundles hold one, and so does MLflow's model, which loads it by
+`_load_pyfunc`, without a line of MLflow here.
 """
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,17 @@ import torch
 from torch import nn
 
 from core import yaml_subset
-from core.config import Config, load, nested
+from core.config import Config, load, load_yaml, merge, nested
 from core.device import config_device
 from core.diffusion.denoiser import build_denoiser
 from core.errors import ConfigError
 from core.generate import draw_images
+
+GENERATOR = "generator"
+"""Folder of a bundle that holds the weights."""
+_WHOLE = ("seed", "model", "diffusion", "sampler")
+_PARTS = {"dataset": ("image_size", "channels", "num_classes"), "evaluation": ("batch_size",)}
+"""With the seed, the size of a batch gives the very images that the run was scored with."""
 
 
 class Generator:
@@ -70,22 +76,49 @@ def load_denoiser(config: Config, weights: Path) -> nn.Module:
     return denoiser
 
 
-def save_generator(run_dir: Path, folder: Path) -> None:
-    """Copies what a finished run's generator needs into a new folder."""
-    config = load(run_dir / "config.yaml")
-    public = load(nested(config), {"dataset.path": None, "evaluation.inception_weights": None})
-    content = {key: value for key, value in nested(public).items() if key != "runtime"}
+def write_generator(folder: Path, denoiser: nn.Module, config: Config) -> None:
+    """Writes weights and the settings that drawing from them needs, nothing else of the run.
+
+    Privacy: post-processing of what the central images and DP-SGD released.
+    """
     folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(yaml_subset.dump(content))
-    shutil.copyfile(run_dir / "model.pt", folder / "model.pt")
+    state = {name: value.cpu().contiguous() for name, value in denoiser.state_dict().items()}
+    torch.save(state, folder / "weights.pt")
+    settings = nested(config)
+    kept: dict[str, Any] = {name: settings[name] for name in _WHOLE}
+    for section, names in _PARTS.items():
+        kept[section] = {name: settings[section][name] for name in names}
+    (folder / "config.yaml").write_text(yaml_subset.dump(kept))
 
 
-def load_generator(folder: Path) -> Generator:
-    """What `save_generator` wrote, on the GPU if there is one."""
-    config = load(folder / "config.yaml")
-    return Generator(load_denoiser(config, folder / "model.pt"), config)
+def load_generator(
+    folder: Path, overrides: Mapping[str, Any] | None = None
+) -> tuple[Config, nn.Module]:
+    """What `write_generator` wrote, on the GPU if there is one.
+
+    Args:
+        overrides: dotted keys, such as `seed`, `sampler.num_steps` or `runtime.device`.
+
+    Raises:
+        ConfigError: the folder holds none, or weights and settings do not belong together.
+    """
+    if not (folder / "weights.pt").exists():
+        raise ConfigError(f"'{folder}' holds no generator: release it with --formats generator")
+    kept = load_yaml(folder / "config.yaml")
+    num_classes = kept["dataset"]["num_classes"]
+    # What a configuration must have, but drawing does not use.
+    unused = {"evaluation.num_images": max(4, 2 * num_classes), "central_images.image_size": 2}
+    config = load(merge(kept, unused), overrides or {})
+    try:
+        return config, load_denoiser(config, folder / "weights.pt")
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"'{folder}' holds weights of another network ({reason}): leave out model.* overrides"
+        ) from None
 
 
 def _load_pyfunc(path: str) -> Generator:
     """The name by which MLflow asks."""
-    return load_generator(Path(path))
+    config, denoiser = load_generator(Path(path))
+    return Generator(denoiser, config)

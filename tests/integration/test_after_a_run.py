@@ -18,7 +18,7 @@ from core.config import load
 from core.data import load_dataset
 from core.diffusion.denoiser import build_denoiser
 from core.errors import ConfigError
-from core.generate import load_generator, write_generator
+from core.generator import GENERATOR, load_generator, write_generator
 from core.reporting import encode_png
 from core.yaml_subset import parse
 from sweep.tracking import Tracker
@@ -69,7 +69,8 @@ def test_the_generator_is_the_averaged_weights_and_public_settings_alone(run, re
     assert weights.keys() == ours.keys()
     assert all(torch.equal(weights[name], ours[name]) for name in ours)
     settings = parse((released / "generator" / "config.yaml").read_text())
-    assert settings.keys() == {"model", "diffusion", "sampler", "dataset"}
+    assert settings.keys() == {"seed", "model", "diffusion", "sampler", "dataset", "evaluation"}
+    assert settings["evaluation"].keys() == {"batch_size"}
     assert settings["dataset"] == {"image_size": 8, "channels": 1, "num_classes": 10}
 
 
@@ -83,12 +84,12 @@ def test_a_generator_of_many_classes_and_few_pixels_loads(tmp_path):
         "model.base_channels": 8,
     }
     config = load({}, changes)
-    write_generator(tmp_path / "generator", build_denoiser(config), config)
-    again, denoiser = load_generator(tmp_path, {"runtime.device": "cpu"})
+    write_generator(tmp_path / GENERATOR, build_denoiser(config), config)
+    again, denoiser = load_generator(tmp_path / GENERATOR, {"runtime.device": "cpu"})
     assert again.dataset.num_classes == 700
     assert not denoiser.training
     with pytest.raises(ConfigError, match=r"weights of another network .*model\.\* overrides"):
-        load_generator(tmp_path, {"model.base_channels": 16})
+        load_generator(tmp_path / GENERATOR, {"model.base_channels": 16})
 
 
 @pytest.mark.parametrize(

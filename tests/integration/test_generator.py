@@ -1,5 +1,7 @@
 """A trained generator leaves as a model that draws the run's own images, and holds no more."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +9,9 @@ from mlflow import pyfunc
 from mlflow.tracking import MlflowClient
 from two_ranks import tiny_run
 
+from core.config import load
 from core.errors import ConfigError
-from core.generator import load_generator, save_generator
+from core.generator import Generator, load_denoiser, load_generator, write_generator
 from sweep.tracking import Tracker, open_experiment
 
 
@@ -19,12 +22,18 @@ def finished(tmp_path_factory):
     return folder
 
 
+def written(run_dir: Path, folder: Path) -> Generator:
+    config = load(run_dir / "config.yaml")
+    write_generator(folder, load_denoiser(config, run_dir / "model.pt"), config)
+    config, denoiser = load_generator(folder)
+    return Generator(denoiser, config)
+
+
 def test_it_draws_the_images_that_the_run_was_scored_with(finished, tmp_path):
-    save_generator(finished, tmp_path / "generator")
-    assert {p.name for p in (tmp_path / "generator").iterdir()} == {"config.yaml", "model.pt"}
+    generator = written(finished, tmp_path / "generator")
+    assert {p.name for p in (tmp_path / "generator").iterdir()} == {"config.yaml", "weights.pt"}
     text = (tmp_path / "generator" / "config.yaml").read_text()
     assert str(finished) not in text  # Of the ledger and the cache.
-    generator = load_generator(tmp_path / "generator")
     with np.load(finished / "synthetic" / "images.npz") as stored:
         drawn = generator.predict(stored["labels"])
         assert np.array_equal(drawn, stored["images"])
@@ -35,8 +44,7 @@ def test_it_draws_the_images_that_the_run_was_scored_with(finished, tmp_path):
 
 @pytest.mark.parametrize("labels", [[], [10], [-1]])
 def test_labels_out_of_range_are_refused(finished, tmp_path, labels):
-    save_generator(finished, tmp_path / "generator")
-    generator = load_generator(tmp_path / "generator")
+    generator = written(finished, tmp_path / "generator")
     with pytest.raises(ConfigError, match=r"\[0, 9\]"):
         generator.predict(np.array(labels))
     with pytest.raises(ConfigError, match="seed=-1"):
