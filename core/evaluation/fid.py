@@ -1,5 +1,6 @@
 """Frechet distance between two sets of images, from float64 moments of their features."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -58,15 +59,20 @@ class Moments:
         return moments
 
     @property
-    def covariance(self) -> torch.Tensor:
-        """Unbiased covariance, float64 `[D, D]`.
+    def scatter(self) -> torch.Tensor:
+        """The unbiased covariance times `count - 1`, float64 `[D, D]`.
 
         Raises:
             ValueError: fewer than two feature vectors were seen.
         """
         if self.count < 2:
             raise ValueError(f"a covariance needs at least 2 feature vectors, not {self.count}")
-        return self._scatter / (self.count - 1)
+        return self._scatter
+
+    @property
+    def covariance(self) -> torch.Tensor:
+        """Unbiased covariance, float64 `[D, D]`; raises as `scatter`."""
+        return self.scatter / (self.count - 1)
 
 
 def frechet_distance(m1: Moments, m2: Moments) -> float:
@@ -82,7 +88,8 @@ def frechet_distance(m1: Moments, m2: Moments) -> float:
     """
     if m1.mean.shape != m2.mean.shape:
         raise ValueError(f"moments differ in dimension: {len(m1.mean)} and {len(m2.mean)}")
-    s1, s2 = m1.covariance, m2.covariance.to(m1.mean.device)
+    # Of the scatters, not of the covariances: a factor for the trace in place of two matrices.
+    s1, s2 = m1.scatter, m2.scatter.to(m1.mean.device)
     root, failed = torch.linalg.cholesky_ex(s1)
     if failed:
         values, vectors = torch.linalg.eigh(s1)
@@ -90,6 +97,7 @@ def frechet_distance(m1: Moments, m2: Moments) -> float:
     # One triangle is read, so rounding need not be made symmetric; this one is LAPACK's faster.
     product = (root.T @ (s2 @ root)).mT
     trace = torch.linalg.eigvalsh(product, UPLO="U").clamp_(min=0).sqrt_().sum()
+    n1, n2 = m1.count - 1, m2.count - 1
     shift = m1.mean - m2.mean.to(m1.mean.device)
-    distance = shift @ shift + s1.trace() + s2.trace() - 2 * trace
+    distance = shift @ shift + s1.trace() / n1 + s2.trace() / n2 - 2 * trace / math.sqrt(n1 * n2)
     return max(distance.item(), 0.0)

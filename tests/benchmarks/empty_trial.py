@@ -1,8 +1,8 @@
 """CPU seconds that a trial of a sweep costs before it trains: processes, imports, start-up.
 
-A sweep of several near-empty trials less one of a single trial, over the difference in number, so
-that what starts once (Ray, the driver) does not count. All processes are found by a mark in their
-environment, and the last CPU time seen of each is added up.
+Counted from the end of a sweep's first near-empty trial to that of its last, so that what starts
+once (Ray, the driver) does not count. All processes are found by a mark in their environment, and
+the last CPU time seen of each is added up.
 """
 
 import os
@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 import uuid
 from pathlib import Path
 
@@ -40,12 +39,8 @@ search_space:
 """
 
 
-def empty_trial_cpu(more: int = 1) -> float:
-    """CPU seconds of each of `more` trials beyond the first."""
-    return (_sweep_cpu(1 + more) - _sweep_cpu(1)) / more
-
-
-def _sweep_cpu(trials: int) -> float:
+def empty_trial_cpu(trials: int = 3) -> float:
+    """CPU seconds of each trial beyond the first of a sweep, from one trial's end to the next's."""
     with tempfile.TemporaryDirectory() as name:
         folder, mark = Path(name), uuid.uuid4().hex
         (folder / "sweep.yaml").write_text(SWEEP)
@@ -60,18 +55,19 @@ def _sweep_cpu(trials: int) -> float:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        watch = _Watch(mark)
-        if process.wait() != 0:
-            raise RuntimeError(
-                f"the sweep of {trials} empty trials ended with {process.returncode}"
-            )
-        return watch.stop()
+        watch = _Watch(mark, folder / "runs" / "empty" / "trials")
+        code = process.wait()
+        at_ends = watch.stop()
+    if code != 0 or len(at_ends) != trials:
+        raise RuntimeError(f"the sweep of {trials} empty trials ended with {code}: {at_ends}")
+    return (at_ends[-1] - at_ends[0]) / (trials - 1)
 
 
 class _Watch:
     """Adds up the CPU time of all processes that carry a mark, also of those that end."""
 
-    def __init__(self, mark: str) -> None:
+    def __init__(self, mark: str, trials: Path) -> None:
+        self._trials, self._at_ends = trials, list[float]()
         self._mark = f"{MARK}={mark}".encode()
         self._seconds: dict[tuple[int, float], float] = {}
         self._known: dict[int, psutil.Process | None] = {}
@@ -79,12 +75,11 @@ class _Watch:
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
-    def stop(self) -> float:
-        """Ends the watch; returns CPU seconds."""
-        time.sleep(1.0)
+    def stop(self) -> list[float]:
+        """Ends the watch; returns the CPU seconds that were used when each trial had ended."""
         self._stopping.set()
         self._thread.join()
-        return sum(self._seconds.values())
+        return self._at_ends
 
     def _run(self) -> None:
         while not self._stopping.wait(0.25):
@@ -93,6 +88,8 @@ class _Watch:
                     self._known[pid] = self._marked(pid)
                 if (process := self._known[pid]) is not None:
                     self._look(process)
+            if len(list(self._trials.glob("*/evaluation.json"))) > len(self._at_ends):
+                self._at_ends.append(sum(self._seconds.values()))
 
     def _marked(self, pid: int) -> psutil.Process | None:
         try:
