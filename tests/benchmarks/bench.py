@@ -133,7 +133,7 @@ def sampling() -> Figures:
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         overrides = [
-            "training.num_steps=200", "private_training.noise_multiplicity=1",
+            "training.num_steps=100", "private_training.noise_multiplicity=1",
             "evaluation.num_images=100", "evaluation.classifier_epochs=1",
             f"runtime.cache={folder}/cache", f"runtime.ledger={folder}/ledger",
         ]  # fmt: skip
