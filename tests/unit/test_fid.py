@@ -341,3 +341,15 @@ def test_batches_do_not_change_the_summary() -> None:
     )
     assert whole.features.shape == (25, CnnExtractor.dimension)
     torch.testing.assert_close(whole.features, parts.features)
+
+
+def test_what_was_kept_for_the_distance_is_dropped_by_new_features():
+    first, second, ours = (torch.randn(40, 3, dtype=torch.float64) for _ in range(3))
+    grown, fresh, other = Moments(3), Moments(3), Moments(3)
+    other.update(ours)
+    grown.update(first)
+    alone = frechet_distance(other, grown)
+    grown.update(second)
+    for part in (first, second):
+        fresh.update(part)
+    assert frechet_distance(other, grown) == frechet_distance(other, fresh) != alone
