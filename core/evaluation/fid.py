@@ -77,12 +77,14 @@ class Moments:
         The Cholesky factor or, of a singular matrix (there are fewer images than features), the
         symmetric root; raises as `scatter`.
         """
-        if self._root is None:
-            self._root, failed = torch.linalg.cholesky_ex(self.scatter)
-            if failed:
-                values, vectors = torch.linalg.eigh(self.scatter)
-                self._root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-        return self._root
+        if self._root is not None:
+            return self._root
+        root, failed = torch.linalg.cholesky_ex(self.scatter)
+        if failed:
+            values, vectors = torch.linalg.eigh(self.scatter)
+            root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+        self._root = root
+        return root
 
     @property
     def covariance(self) -> torch.Tensor:
