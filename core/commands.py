@@ -124,7 +124,7 @@ def _finished(
     if not (run_dir / "model.pt").exists():
         raise ConfigError(f"'{run_dir}' holds no finished run (no model.pt): finish it first")
     config = load(run_dir / "config.yaml", parse_overrides(overrides))
-    denoiser = load_denoiser(config, run_dir / "model.pt")
+    denoiser = load_denoiser(config, run_dir / "model.pt", config_device(config))
     if ema_length is not None:
         reconstruct(denoiser, run_dir / SNAPSHOTS, config.training.num_steps, ema_length)
     return config, denoiser

@@ -68,21 +68,23 @@ class Generator:
         return torch.cat(drawn).numpy()
 
 
-def load_denoiser(config: Config, weights: Path) -> nn.Module:
-    """The averaged model of a finished run, on the configuration's device."""
-    device = config_device(config)
+def load_denoiser(config: Config, weights: Path, device: str) -> nn.Module:
+    """The averaged model of a finished run."""
     denoiser = build_denoiser(config).to(device).eval()
     denoiser.load_state_dict(torch.load(weights, map_location=device, weights_only=True))
     return denoiser
 
 
-def write_generator(folder: Path, denoiser: nn.Module, config: Config) -> None:
-    """Writes weights and the settings that drawing from them needs, nothing else of the run.
+def write_generator(folder: Path, weights: Path, config: Config) -> None:
+    """Writes a run's weights and the settings that drawing from them needs, nothing else of it.
+
+    On the CPU: a run on GPUs may be handed on by a machine without one.
 
     Privacy: post-processing of what the central images and DP-SGD released.
     """
+    denoiser = load_denoiser(config, weights, "cpu")
     folder.mkdir(parents=True)
-    state = {name: value.cpu().contiguous() for name, value in denoiser.state_dict().items()}
+    state = {name: value.contiguous() for name, value in denoiser.state_dict().items()}
     torch.save(state, folder / "weights.pt")
     settings = nested(config)
     kept: dict[str, Any] = {name: settings[name] for name in _WHOLE}
@@ -110,7 +112,7 @@ def load_generator(
     unused = {"evaluation.num_images": max(4, 2 * num_classes), "central_images.image_size": 2}
     config = load(merge(kept, unused), overrides or {})
     try:
-        return config, load_denoiser(config, folder / "weights.pt")
+        return config, load_denoiser(config, folder / "weights.pt", config_device(config))
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(

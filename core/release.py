@@ -16,7 +16,7 @@ from core.config import Config
 from core.data import Split
 from core.dataset_card import PARQUET, dataset_card, parquet_metadata
 from core.errors import ConfigError
-from core.generator import GENERATOR, load_denoiser, write_generator
+from core.generator import GENERATOR, write_generator
 from core.privacy.card import card_markdown, make_card
 from core.privacy.ledger import Ledger, ledger_path
 from core.privacy.plan import PrivacyPlan
@@ -95,8 +95,7 @@ def write_release(
     if "parquet" in formats:
         _write_parquet(temporary, synthetic, classes)
     if "generator" in formats:
-        # It takes the weights of the network and nothing else.
-        write_generator(temporary / GENERATOR, load_denoiser(config, run_dir / "model.pt"), config)
+        write_generator(temporary / GENERATOR, run_dir / "model.pt", config)
     write_grid(temporary / "grid.png", synthetic.images, synthetic.labels)
     write_json(temporary / "privacy_card.json", card)
     (temporary / "privacy_card.md").write_text(card_markdown(card))

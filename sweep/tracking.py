@@ -301,10 +301,10 @@ def _save_model(run_dir: Path, folder: Path, model_id: str) -> None:
 
     import core
     from core.config import load
-    from core.generator import load_denoiser, write_generator
+    from core.generator import write_generator
 
     config = load(run_dir / "config.yaml")
-    write_generator(folder / "generator", load_denoiser(config, run_dir / "model.pt"), config)
+    write_generator(folder / "generator", run_dir / "model.pt", config)
     image = (config.dataset.channels, config.dataset.image_size, config.dataset.image_size)
     packages = {p.__name__: p.__version__.split("+")[0] for p in (torch, numpy, pydantic)}
     with warnings.catch_warnings(action="ignore"):  # That there is no example of an input.

@@ -115,7 +115,7 @@ def run_row(config: Config, folder: Path, length: float | None) -> Row:
     result = train(config, run_dir)
     if length is not None:
         began = time.monotonic()
-        denoiser = load_denoiser(config, run_dir / "model.pt")
+        denoiser = load_denoiser(config, run_dir / "model.pt", "cpu")
         reconstruct(denoiser, run_dir / FOLDER, config.training.num_steps, length)
         synthetic = generate(denoiser, config, config.evaluation.num_images, "cpu")
         dataset = load_dataset(config.dataset, Path(config.runtime.cache))

@@ -84,7 +84,8 @@ def test_a_generator_of_many_classes_and_few_pixels_loads(tmp_path):
         "model.base_channels": 8,
     }
     config = load({}, changes)
-    write_generator(tmp_path / GENERATOR, build_denoiser(config), config)
+    torch.save(build_denoiser(config).state_dict(), tmp_path / "model.pt")
+    write_generator(tmp_path / GENERATOR, tmp_path / "model.pt", config)
     again, denoiser = load_generator(tmp_path / GENERATOR, {"runtime.device": "cpu"})
     assert again.dataset.num_classes == 700
     assert not denoiser.training

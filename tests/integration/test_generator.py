@@ -11,7 +11,7 @@ from two_ranks import tiny_run
 
 from core.config import load
 from core.errors import ConfigError
-from core.generator import Generator, load_denoiser, load_generator, write_generator
+from core.generator import Generator, load_generator, write_generator
 from sweep.tracking import Tracker, open_experiment
 
 
@@ -24,7 +24,7 @@ def finished(tmp_path_factory):
 
 def written(run_dir: Path, folder: Path) -> Generator:
     config = load(run_dir / "config.yaml")
-    write_generator(folder, load_denoiser(config, run_dir / "model.pt"), config)
+    write_generator(folder, run_dir / "model.pt", config)
     config, denoiser = load_generator(folder)
     return Generator(denoiser, config)
 
@@ -40,6 +40,12 @@ def test_it_draws_the_images_that_the_run_was_scored_with(finished, tmp_path):
     other = generator.predict(np.arange(10), {"seed": 6})
     assert other.shape == (10, 1, 8, 8)
     assert not np.array_equal(other, drawn[:10])
+
+
+def test_a_machine_without_gpu_hands_on_what_a_gpu_trained(finished, tmp_path):
+    config = load(finished / "config.yaml", {"runtime.device": "cuda"})
+    write_generator(tmp_path / "generator", finished / "model.pt", config)
+    assert load_generator(tmp_path / "generator")[0].runtime.device == "auto"
 
 
 @pytest.mark.parametrize("labels", [[], [10], [-1]])
