@@ -22,6 +22,7 @@ class Moments:
         self.count = 0
         self.mean = torch.zeros(dimension, dtype=torch.float64, device=device)
         self._scatter = torch.zeros(dimension, dimension, dtype=torch.float64, device=device)
+        self._root: torch.Tensor | None = None
 
     def update(self, features: torch.Tensor) -> None:
         """Adds features `[B, D]`, B >= 0.
@@ -38,7 +39,7 @@ class Moments:
         features = features.detach().to(self.mean)
         if not features.isfinite().all():
             raise ValueError("features hold NaN or infinite values")
-        total = self.count + len(features)
+        self._root, total = None, self.count + len(features)
         mean = features.mean(dim=0)
         centered, shift = features - mean, mean - self.mean
         self._scatter += centered.T @ centered
@@ -47,15 +48,16 @@ class Moments:
         self.count = total
 
     def state_dict(self) -> dict[str, torch.Tensor | int]:
-        """What `restored` needs."""
-        return {"count": self.count, "mean": self.mean, "scatter": self._scatter}
+        """What `restored` needs, the root included; raises as `scatter`."""
+        moments = {"mean": self.mean, "scatter": self.scatter, "root": self.root}
+        return moments | {"count": self.count}
 
     @classmethod
     def restored(cls, state: Mapping[str, Any]) -> "Moments":
         """The moments whose `state_dict` was kept, on the device where that lies."""
         moments = cls(len(state["mean"]), state["mean"].device)
         moments.count, moments.mean = state["count"], state["mean"]
-        moments._scatter = state["scatter"]
+        moments._scatter, moments._root = state["scatter"], state["root"]
         return moments
 
     @property
@@ -70,18 +72,33 @@ class Moments:
         return self._scatter
 
     @property
+    def root(self) -> torch.Tensor:
+        """An A with A A^T = `scatter`, kept until the next update and by `state_dict`.
+
+        The Cholesky factor or, of a singular matrix (there are fewer images than features), the
+        symmetric root; raises as `scatter`.
+        """
+        if self._root is not None:
+            return self._root
+        root, failed = torch.linalg.cholesky_ex(self.scatter)
+        if failed:
+            values, vectors = torch.linalg.eigh(self.scatter)
+            root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+        self._root = root
+        return root
+
+    @property
     def covariance(self) -> torch.Tensor:
         """Unbiased covariance, float64 `[D, D]`; raises as `scatter`."""
         return self.scatter / (self.count - 1)
 
 
 def frechet_distance(m1: Moments, m2: Moments) -> float:
-    """Squared Frechet distance of the Gaussians with these moments, >= 0.
+    """Squared Frechet distance of the Gaussians with these moments, >= 0; `m2` of the real images.
 
     d^2 = |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)): Dowson and Landau (1982);
-    Heusel et al. (2017), equation 6. With any A of A A^T = S1, S1 S2 and A^T S2 A have the same
-    eigenvalues, so that the trace needs those of one symmetric matrix. A is the Cholesky factor
-    or, of a singular S1 (there are fewer images than features), the symmetric root.
+    Heusel et al. (2017), equation 6. With any A of A A^T = S2, S1 S2 and A^T S1 A have the same
+    eigenvalues, so that the trace needs those of one symmetric matrix.
 
     Raises:
         ValueError: the moments differ in dimension, or one has fewer than two feature vectors.
@@ -89,15 +106,12 @@ def frechet_distance(m1: Moments, m2: Moments) -> float:
     if m1.mean.shape != m2.mean.shape:
         raise ValueError(f"moments differ in dimension: {len(m1.mean)} and {len(m2.mean)}")
     # Of the scatters, not of the covariances: a factor for the trace in place of two matrices.
-    s1, s2 = m1.scatter, m2.scatter.to(m1.mean.device)
-    root, failed = torch.linalg.cholesky_ex(s1)
-    if failed:
-        values, vectors = torch.linalg.eigh(s1)
-        root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    device = m2.mean.device
+    s1, s2 = m1.scatter.to(device), m2.scatter
     # One triangle is read, so rounding need not be made symmetric; this one is LAPACK's faster.
-    product = (root.T @ (s2 @ root)).mT
+    product = (m2.root.T @ (s1 @ m2.root)).mT
     trace = torch.linalg.eigvalsh(product, UPLO="U").clamp_(min=0).sqrt_().sum()
     n1, n2 = m1.count - 1, m2.count - 1
-    shift = m1.mean - m2.mean.to(m1.mean.device)
+    shift = m1.mean.to(device) - m2.mean
     distance = shift @ shift + s1.trace() / n1 + s2.trace() / n2 - 2 * trace / math.sqrt(n1 * n2)
     return max(distance.item(), 0.0)

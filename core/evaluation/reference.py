@@ -20,7 +20,7 @@ from core.evaluation.features import (
 from core.evaluation.fid import Moments
 from core.evaluation.summary import Summary, summarize
 
-_VERSION = 3
+_VERSION = 4
 """Raised whenever extractor, transform or summary change, so that no old file is taken."""
 
 

@@ -210,6 +210,7 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="folder with Fashion-MNIST's IDX files")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--rows", nargs="+", help="names of rows; all if not given")
+    parser.add_argument("--epsilon", type=float, default=10.0, help="of all rows")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "ablations.json")
     parser.add_argument("--smoke", action="store_true", help="meaningless sizes, seconds a row")
@@ -219,6 +220,7 @@ def main() -> None:
     settings = {
         **SHORT,
         **(SMOKE if options.smoke else {}),
+        "privacy.target_epsilon": options.epsilon,
         "dataset.path": options.data,
         "runtime.cache": str(folder / "cache"),
         "runtime.ledger": str(folder / "ledger"),

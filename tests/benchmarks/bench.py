@@ -109,6 +109,7 @@ def fid() -> Figures:
             noise = torch.randn(2 * dimension, dimension, dtype=torch.float64, generator=generator)
             moments.append(Moments(dimension))
             moments[-1].update(noise @ mix + mix[0])
+        moments[1] = Moments.restored(moments[1].state_dict())  # The real side, as each run has it.
         numbers = [part.numpy() for m in moments for part in (m.mean, m.covariance)]
         found, taken = list[float](), list[float]()
         for _ in range(1 if dimension > 1000 else 60):  # In turns, as the machine's pace drifts.

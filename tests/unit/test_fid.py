@@ -343,7 +343,7 @@ def test_batches_do_not_change_the_summary() -> None:
     torch.testing.assert_close(whole.features, parts.features)
 
 
-def test_a_distance_follows_features_that_come_after_it():
+def test_what_was_kept_for_the_distance_is_dropped_by_new_features():
     first, second, ours = (torch.randn(40, 3, dtype=torch.float64) for _ in range(3))
     grown, fresh, other = Moments(3), Moments(3), Moments(3)
     other.update(ours)
