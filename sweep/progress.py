@@ -202,10 +202,8 @@ def _short_time(seconds: float) -> str:
 
 
 def _short(point: dict[str, Any]) -> str:
-    """A point in one line, keys without their sections."""
+    """A point in one line."""
     return ", ".join(
-        f"{key.rsplit('.', 1)[-1]}={value:.4g}"
-        if isinstance(value, float)
-        else f"{key.rsplit('.', 1)[-1]}={value}"
+        f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}"
         for key, value in point.items()
     )

@@ -276,7 +276,7 @@ def results_table(
     table = Table(box=box.SIMPLE)
     columns = ["trial", "count", "noise", "split"]
     others = [k for k in sweep.search_space if k not in (*_SHOWN, SEED)]
-    columns += [key.rsplit(".", 1)[-1] for key in others]
+    columns += [key.replace(".", " ") for key in others]  # Breaks there if it must.
     columns += ["DP-SGD noise", "eps trial", "eps sweep", *metrics, "seconds"]
     for name in columns:
         first = name == "trial"

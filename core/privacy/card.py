@@ -108,10 +108,12 @@ def make_card(
         stopping = STOPPING.format(metric=plan.early_metric, tag=tag)
     if trials == 1 and privacy.scope == "trial":
         sentence = AMONG_OTHERS if others else ALONE
+    # Several runs one by one are a search too, and nobody knows of which; a sweep knows.
+    candidates = trials if trials > 1 else trials + others
     chosen = {
         "selection": f"at random; of their secret number the best by {objective}",
         "public": f"on public data, by {objective}",
-    }.get(privacy.scope, f"the best of {trials + others} trials by {objective}")
+    }.get(privacy.scope, f"the best of {candidates} trials by {objective}")
     return {
         "statement": sentence.format(
             trial=f"{plan.epsilon:.4g}",

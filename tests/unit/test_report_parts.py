@@ -13,8 +13,8 @@ from sweep.config import load_sweep
 from sweep.report import effects
 from sweep.report.affordable_map import affordable_map
 from sweep.report.curves import curves
-from sweep.report.figures import pareto_front, scatter
-from sweep.results import Row
+from sweep.report.figures import pareto_front, scatter, slices
+from sweep.results import Row, results_table
 
 PLAN = PrivacyPlan.restored(
     {
@@ -158,3 +158,19 @@ def test_scores_that_are_all_alike_have_no_contours(sweep, scores, contours):
     rows = [row(str(i), scores[i % 2], 9.0, **each) for i, each in enumerate(settings)]
     figure = affordable_map(sweep, rows, rows[0], effects.Boundary([1, 50], [0.5, 0.5], 1.0), [])
     assert sum(trace["type"] == "contour" for trace in figure.data) == contours
+
+
+def test_choices_stand_by_size_and_two_noises_keep_their_names():
+    searched = {
+        "frequency.noise_multiplier.choices": [115.0, 20.0, 42.0],
+        "method.choices": ["feta_pro"],
+    }
+    sweep = load_sweep(
+        "sweep/configs/quickstart.yaml",
+        {f"search_space.{key}": value for key, value in searched.items()},
+    )
+    axes = [figure.layout["xaxis"] for figure in slices(sweep, [row("a", 0.5, 9)], None)]
+    orders = [axis["categoryarray"] for axis in axes if axis["type"] == "category"]
+    assert orders == [[20.0, 42.0, 115.0], ["feta_pro"]]
+    table = results_table(sweep, [row("a", 0.5, 9)], [], ["accuracy"], 10.0)
+    assert "frequency noise_multiplier" in [column.header for column in table.columns]
