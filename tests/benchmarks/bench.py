@@ -228,17 +228,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--readme", action="store_true", help="rewrite the table in README.md")
     parser.add_argument("--repeats", type=int, default=5)
+    parts = {
+        "fid": fid,
+        "sampling": sampling,
+        "engine": lambda: engine(options.repeats),
+        "switches": switches,
+        "empty_trial": empty_trial,
+    }
+    parser.add_argument(
+        "--only", nargs="+", choices=parts, help="measured again; the rest stays as it was"
+    )
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     began = time.monotonic()
-    figures: Figures = {}
-    with threadpool_limits(1):
-        for part in (fid, sampling, lambda: engine(options.repeats), switches, empty_trial):
-            figures |= part()
-            print(f"{time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
-    figures["seconds"] = time.monotonic() - began
     path = variants.ROOT / "runs" / "bench.json"
+    figures: Figures = json.loads(path.read_text()) if options.only else {}
+    with threadpool_limits(1):
+        for name in options.only or parts:
+            figures |= parts[name]()
+            print(f"{name}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+    if not options.only:
+        figures["seconds"] = time.monotonic() - began
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(figures, indent=1) + "\n")
     text = table(figures)

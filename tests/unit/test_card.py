@@ -1,0 +1,39 @@
+"""Whose choice the card tells: that of a sweep among its trials, or of one among all runs."""
+
+from pathlib import Path
+
+import pytest
+
+from core.config import load
+from core.privacy.card import make_card
+from core.privacy.ledger import Ledger, events_of
+from core.privacy.ledger_file import Key, Terms
+from core.privacy.plan import make_plan
+
+CONFIG = load("core/configs/digits.yaml")
+
+
+@pytest.fixture(scope="module")
+def plan():
+    return make_plan(CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("run", "chosen"),
+    [("sweep", "the best of 3 trials by accuracy"), ("alone", "the best of 4 trials by accuracy")],
+)
+def test_a_sweep_counts_its_trials_and_a_single_run_all_that_ran(
+    plan, tmp_path: Path, run: str, chosen: str
+):
+    terms = Terms("0" * 64, plan.num_examples, plan.delta, plan.neighboring_relation, None)
+    ledger = Ledger.open(tmp_path, terms)
+    for name, trial in (("sweep", "a"), ("sweep", "b"), ("sweep", "c"), ("alone", "d")):
+        ledger.reserve(Key(name, trial, "all", 0, plan.dp_sgd.num_steps), events_of(plan))
+    trial = "a" if run == "sweep" else "d"
+    card = make_card(ledger, run, plan, CONFIG.privacy, trial, "accuracy")
+    assert card["hyperparameters_chosen_by"] == chosen
+    # One epsilon covers all that the choice was among.
+    everything = ledger.summary()["epsilon_committed_and_reserved"]
+    paid = ledger.epsilon_of_run("sweep") if run == "sweep" else everything
+    assert card["epsilon_released_with_selection"] == paid > plan.epsilon
+    assert ledger.epsilon_of_run("sweep") < everything
