@@ -110,8 +110,8 @@ def frechet_distance(m1: Moments, m2: Moments) -> float:
     s1, s2 = m1.scatter.to(device), m2.scatter
     # One triangle is read, so rounding need not be made symmetric; this one is LAPACK's faster.
     product = (m2.root.T @ (s1 @ m2.root)).mT
-    trace = torch.linalg.eigvalsh(product, UPLO="U").clamp_(min=0).sqrt_().sum()
+    trace = torch.linalg.eigvalsh(product, UPLO="U").clamp_(min=0).sqrt_().sum().item()
     n1, n2 = m1.count - 1, m2.count - 1
     shift = m1.mean.to(device) - m2.mean
-    distance = shift @ shift + s1.trace() / n1 + s2.trace() / n2 - 2 * trace / math.sqrt(n1 * n2)
-    return max(distance.item(), 0.0)
+    spread = s1.trace().item() / n1 + s2.trace().item() / n2 - 2 * trace / math.sqrt(n1 * n2)
+    return max(shift.dot(shift).item() + spread, 0.0)
