@@ -32,6 +32,7 @@ from core.generate import generate
 from core.generator import load_denoiser
 from core.privacy import accounting, renyi
 from core.privacy.plan import PrivacyPlan, make_plan
+from core.scale_down import scaled_down
 
 ROOT = Path(__file__).resolve().parents[2]
 PRESET = ROOT / "core/configs/fashion_mnist_small.yaml"
@@ -74,6 +75,8 @@ AVERAGES = {f"base, average of length {length}": length for length in (0.05, 0.1
 """Rows made of the base's run by averaging its weights over another share of the training."""
 RDP = "noise as of RDP"
 """The row whose target is what RDP's noise really spends."""
+SCALED = "scaled down by 2, as on public data"
+"""The row of half the batch and half the noise: what a search sees at half the price."""
 
 
 def noise_by_rdp(plan: PrivacyPlan) -> float:
@@ -103,6 +106,7 @@ def variants(base: Config) -> Iterator[tuple[str, Config]]:
         yield name, load(nested(base), changes)
     yield from ((name, base) for name in AVERAGES)
     yield RDP, load(nested(base), rdp_changes(make_plan(base)))
+    yield SCALED, scaled_down(load(nested(base), {"dataset.public": True}), 2)
 
 
 def run_row(config: Config, folder: Path, length: float | None) -> Row:
@@ -225,7 +229,7 @@ def main() -> None:
         "runtime.cache": str(folder / "cache"),
         "runtime.ledger": str(folder / "ledger"),
     }
-    names = (*VARIANTS, *AVERAGES, RDP)
+    names = (*VARIANTS, *AVERAGES, RDP, SCALED)
     if unknown := set(options.rows or ()) - set(names):
         sys.exit(f"no such row: {sorted(unknown)}; there are {names}")
     kept: list[Row] = json.loads(options.out.read_text()) if options.out.exists() else []
