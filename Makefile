@@ -36,7 +36,7 @@ check: setup
 mutants: setup
 	@$(BIN)/python tests/mutants.py
 
-# Rewrites the table in README.md: at most ten minutes on two cores.
+# Rewrites the table in README.md: ten to eleven minutes on two cores.
 bench: setup
 	@$(BIN)/python tests/benchmarks/bench.py --readme
 

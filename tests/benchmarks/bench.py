@@ -1,4 +1,4 @@
-"""What DP-SGD, FID, sampling and an empty trial cost on a CPU: `make bench`, within ten minutes.
+"""What DP-SGD, FID, sampling and an empty trial cost on a CPU: `make bench`, in about ten minutes.
 
 CPU seconds of one thread, in one process, the variants taking turns; writes `runs/bench.json`
 (flat keys) and prints a Markdown table, or puts it between the markers in README.md.
@@ -134,7 +134,7 @@ def sampling() -> Figures:
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         overrides = [
-            "training.num_steps=100", "private_training.noise_multiplicity=1",
+            "training.num_steps=200", "private_training.noise_multiplicity=1",
             "evaluation.num_images=100", "evaluation.classifier_epochs=1",
             f"runtime.cache={folder}/cache", f"runtime.ledger={folder}/ledger",
         ]  # fmt: skip
