@@ -49,8 +49,12 @@ class Moments:
 
     def state_dict(self) -> dict[str, torch.Tensor | int]:
         """What `restored` needs, the root included; raises as `scatter`."""
-        moments = {"mean": self.mean, "scatter": self.scatter, "root": self.root}
-        return moments | {"count": self.count}
+        return {
+            "count": self.count,
+            "mean": self.mean,
+            "scatter": self.scatter,
+            "root": self.root,
+        }
 
     @classmethod
     def restored(cls, state: Mapping[str, Any]) -> "Moments":
