@@ -9,9 +9,7 @@ Keys of two shapes B x K, such as `dp_over_sgd_8x16`, are also given as the wors
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -36,6 +34,8 @@ from core.diffusion.denoiser import build_denoiser
 from core.evaluation.fid import Moments, frechet_distance
 from core.evaluation.metrics import likeness
 from core.generate import generate
+from core.pipeline import run
+from core.privacy.keys import MasterSecret
 
 SHAPES = ((8, 16), (16, 8))
 FEATURES = (64, 192, 2048)
@@ -66,19 +66,26 @@ def engine(repeats: int) -> Figures:
 
 
 def other_engines(config: Any, batch: Any, ours: Any, copies: int) -> Figures:
-    """Opacus's other engines, fewer times as they are slow; null with the reason if one fails."""
+    """Opacus's other engines, once as they are slow; null with the reason if one fails."""
     figures: Figures = {}
     makers = {
         "functorch": lambda: variants.opacus(config, copies, functorch=True),
         "ghost": lambda: variants.opacus_ghost(config),
     }
+    steps = {"dp": ours}
     for name, make in makers.items():
         key = f"opacus_{name}_over_dp"
+        figures[key] = figures[f"{key}_reason"] = None
         try:
-            seconds, _ = variants.interleaved({"dp": ours, name: make()}, batch, 1)
-            figures[key], figures[f"{key}_reason"] = seconds[name] / seconds["dp"], None
+            step = make()
+            step(batch)
         except (RuntimeError, ValueError, NotImplementedError, AttributeError) as error:
-            figures[key], figures[f"{key}_reason"] = None, f"{type(error).__name__}: {error}"
+            figures[f"{key}_reason"] = f"{type(error).__name__}: {error}"
+        else:
+            steps[name] = step
+    seconds = variants.taking_turns(steps, batch, 1)
+    for name in steps.keys() - {"dp"}:
+        figures[f"opacus_{name}_over_dp"] = seconds[name] / seconds["dp"]
     return figures
 
 
@@ -132,42 +139,35 @@ def sampling() -> Figures:
     """Steps of the sampler against `fid_cnn` and time, for a small model of digits."""
     figures: Figures = {}
     with tempfile.TemporaryDirectory() as folder:
-        run = Path(folder) / "run"
-        overrides = [
-            "training.num_steps=200", "private_training.noise_multiplicity=1",
-            "evaluation.num_images=100", "evaluation.classifier_epochs=1",
-            f"runtime.cache={folder}/cache", f"runtime.ledger={folder}/ledger",
-        ]  # fmt: skip
-        command = [sys.executable, "-m", "core", "run", "--config", "core/configs/digits.yaml"]
-        settings = {
-            "FETA_SWEEP_SECRET_FILE": f"{folder}/secret",
-            "PYTHONPATH": str(variants.ROOT),
-            "OMP_NUM_THREADS": "1",
-        }
-        subprocess.run(
-            [*command, "--run-dir", str(run), *overrides],
-            cwd=variants.ROOT, env=os.environ | settings, check=True, capture_output=True,
+        run_dir = Path(folder) / "run"
+        base = load(
+            variants.ROOT / "core" / "configs" / "digits.yaml",
+            {
+                "training.num_steps": 200, "private_training.noise_multiplicity": 1,
+                "evaluation.num_images": 100, "evaluation.classifier_epochs": 1,
+                "runtime.cache": f"{folder}/cache", "runtime.ledger": f"{folder}/ledger",
+            },
         )  # fmt: skip
-        base = load(run / "config.yaml")
+        run(base, run_dir, master=MasterSecret(b"s" * 32), name="bench", report=lambda _: None)
         denoiser = build_denoiser(base)
-        denoiser.load_state_dict(torch.load(run / "model.pt", weights_only=True))
+        denoiser.load_state_dict(torch.load(run_dir / "model.pt", weights_only=True))
         dataset, scores = load_dataset(base.dataset), EvaluationConfig(fid_extractor="cnn")
         for steps in SAMPLER_STEPS:
-            config = load(run / "config.yaml", {"sampler.num_steps": steps})
+            config = load(run_dir / "config.yaml", {"sampler.num_steps": steps})
             began = time.process_time()
             synthetic = generate(denoiser, config, 1000, "cpu")
             figures[f"sampling_{steps}_seconds"] = time.process_time() - began
             found, _ = likeness(synthetic, dataset, scores, 10, "cpu", Path(folder) / "cache")
             figures[f"sampling_{steps}_fid_cnn"] = found["fid_cnn"]
         steps = base.sampler.num_steps
-        low = load(run / "config.yaml", {"sampler.precision": "bfloat16"})
+        low = load(run_dir / "config.yaml", {"sampler.precision": "bfloat16"})
         began = time.process_time()
         synthetic = generate(denoiser, low, 1000, "cpu")
         seconds = time.process_time() - began
         figures["sampling_bfloat16_over_float32"] = seconds / figures[f"sampling_{steps}_seconds"]
         found, _ = likeness(synthetic, dataset, scores, 10, "cpu", Path(folder) / "cache")
         figures["sampling_bfloat16_fid_cnn"] = found["fid_cnn"]
-        single = load(run / "config.yaml", {"evaluation.batch_size": 1})
+        single = load(run_dir / "config.yaml", {"evaluation.batch_size": 1})
         began = time.process_time()
         generate(denoiser, single, 20, "cpu")
         alone = (time.process_time() - began) / 20
@@ -243,6 +243,8 @@ def main() -> None:
     torch.set_num_threads(1)
     began = time.monotonic()
     path = variants.ROOT / "runs" / "bench.json"
+    if options.only and not path.exists():
+        parser.error(f"--only needs the rest of an earlier run in {path}")
     figures: Figures = json.loads(path.read_text()) if options.only else {}
     with threadpool_limits(1):
         for name in options.only or parts:

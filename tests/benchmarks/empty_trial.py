@@ -39,7 +39,7 @@ search_space:
 """
 
 
-def empty_trial_cpu(trials: int = 3) -> float:
+def empty_trial_cpu(trials: int = 2) -> float:
     """CPU seconds of each trial beyond the first of a sweep, from one trial's end to the next's."""
     with tempfile.TemporaryDirectory() as name:
         folder, mark = Path(name), uuid.uuid4().hex

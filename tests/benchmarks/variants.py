@@ -179,10 +179,15 @@ def interleaved(
         The seconds, and what each step returned in its warm-up.
     """
     returned = {name: step(batch) for name, step in steps.items()}
+    return taking_turns(steps, batch, repeats), returned
+
+
+def taking_turns(steps: dict[str, Step], batch: Batch, repeats: int) -> dict[str, float]:
+    """Median CPU seconds of each step that has run before, the steps taking turns."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(repeats):
         for name, step in steps.items():
             began = time.process_time()
             step(batch)
             seconds[name].append(time.process_time() - began)
-    return {name: statistics.median(values) for name, values in seconds.items()}, returned
+    return {name: statistics.median(values) for name, values in seconds.items()}
