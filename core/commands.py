@@ -19,6 +19,7 @@ from core.evaluation.scoring import score
 from core.generate import generate as draw_images
 from core.generator import GENERATOR, load_denoiser, load_generator
 from core.inspection import inspect_run
+from core.pictures import write_grid
 from core.pipeline import run as run_pipeline
 from core.privacy.card import ledger_text
 from core.privacy.keys import MasterSecret
@@ -26,7 +27,7 @@ from core.privacy.ledger import Ledger
 from core.privacy.plan import PrivacyPlan
 from core.privacy.spending import require_same_data
 from core.release import release_card, verify_release, write_release
-from core.reporting import Console, write_grid
+from core.reporting import Console
 
 
 def run(options: argparse.Namespace) -> None:

@@ -23,11 +23,12 @@ from core.device import config_device
 from core.diffusion.denoiser import Denoiser
 from core.diffusion.ema import Ema
 from core.locks import held
+from core.pictures import write_grid
 from core.privacy.central_images import CentralImages, release_central_images
 from core.privacy.frequency import FourierFeatures, release_features
 from core.privacy.keys import KeyedStream
 from core.privacy.stage_plans import CentralPlan, FrequencyPlan
-from core.reporting import Report, write_grid
+from core.reporting import Report
 from core.training import AfterStep, Lesson, train, warm_up_stage
 
 _LOG = logging.getLogger("core")

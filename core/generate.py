@@ -13,7 +13,7 @@ from core.config import Config
 from core.data import Split, from_model_range
 from core.diffusion.sampler import sample
 from core.errors import StoppedError
-from core.reporting import write_grid
+from core.pictures import write_grid
 from core.storage import stored
 
 _SEEDS = 1_000_003

@@ -15,9 +15,9 @@ from core.errors import DataError
 from core.evaluation.membership import attack, denoising_losses
 from core.evaluation.neighbors import Neighbors, Space, nearest, pixels
 from core.evaluation.reference import real_reference
+from core.pictures import encode_png
 from core.privacy.plan import PrivacyPlan
-from core.release import NON_PRIVATE
-from core.reporting import encode_png, write_json
+from core.reporting import NON_PRIVATE, write_json
 
 _SHOWN = 24
 """Pairs in each table of the page."""

@@ -25,8 +25,8 @@ from core.diffusion.denoiser import build_denoiser
 from core.diffusion.ema import Ema
 from core.diffusion.posthoc_ema import FOLDER as SNAPSHOTS
 from core.diffusion.posthoc_ema import keep_snapshot
-from core.early import ENDED_EARLY, STOPPED, EarlyScores, GoesOn, StoppedEarlyError
-from core.early_scoring import early_score_of
+from core.early import ENDED_EARLY, STOPPED, GoesOn, StoppedEarlyError
+from core.early_scoring import EarlyScores, early_score_of
 from core.easy_stage import (
     kept_central_images,
     kept_frequency_images,
@@ -39,11 +39,12 @@ from core.evaluation.scoring import score
 from core.generate import generate, sample_pictures
 from core.identity import CENTRAL, identity_of, origin_of, settings_of
 from core.locks import held
+from core.pictures import write_grid
 from core.privacy.keys import KeyedStream, MasterSecret
 from core.privacy.plan import PrivacyPlan, make_plan
 from core.privacy.spending import Spending, require_same_data, steps_begun
 from core.private_scores import PrivateScores
-from core.reporting import MetricsLog, Report, log_to, report_line, write_grid, write_json
+from core.reporting import MetricsLog, Report, log_to, report_line, write_json
 from core.storage import require_space, stored
 from core.training import Lesson, non_private_stage, private_stage, train
 

@@ -17,18 +17,14 @@ from core.data import Split
 from core.dataset_card import PARQUET, dataset_card, parquet_metadata
 from core.errors import ConfigError
 from core.generator import GENERATOR, write_generator
+from core.pictures import encode_png, write_grid
 from core.privacy.card import card_markdown, make_card
 from core.privacy.ledger import Ledger, ledger_path
 from core.privacy.plan import PrivacyPlan
-from core.reporting import encode_png, write_grid, write_json
+from core.reporting import NON_PRIVATE, SELECTED, write_json
 
 FORMATS = ("folder", "npz", "parquet", "generator")
-NON_PRIVATE = "non_private"
-"""Folder of a run for its owner's eyes: real images and attacks. Neither bundle nor MLflow may
-hold it."""
 DIGESTS = "digests.json"
-SELECTED = "selected.json"
-"""What a complete sweep leaves in the folder of its best trial: the objective that chose it."""
 
 
 def write_release(

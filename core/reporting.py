@@ -1,20 +1,21 @@
-"""What a run leaves for people to read: metrics.jsonl, progress lines, picture grids."""
+"""What a run leaves and shows: metrics.jsonl, progress lines; without torch, as drivers use it."""
 
 import json
 import logging
 import math
 import os
-import struct
 import sys
 import time
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
+NON_PRIVATE = "non_private"
+"""Folder of a run for its owner's eyes: real images and attacks. Neither bundle nor MLflow may
+hold it."""
+SELECTED = "selected.json"
+"""What a complete sweep leaves in the folder of its best trial: the objective that chose it."""
 Report = Callable[[dict[str, Any]], None]
 
 
@@ -144,48 +145,3 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
-
-
-def write_grid(
-    path: Path, images: torch.Tensor, labels: torch.Tensor, columns: int = 10, side: int = 56
-) -> None:
-    """Writes a PNG with a row for each class and up to `columns` images in it.
-
-    Args:
-        images: uint8 `[N, C, H, W]`, C 1 or 3.
-        labels: int64 `[N]`.
-        side: images are enlarged by a whole factor to about this many pixels.
-    """
-    _, channels, height, width = images.shape
-    factor = max(1, side // max(height, width))
-    rows: list[torch.Tensor] = []
-    classes = labels.unique().tolist()
-    columns = min(columns, max(int((labels == label).sum()) for label in classes))
-    for label in classes:
-        chosen = images[labels == label][:columns]
-        padding = chosen.new_zeros((columns - len(chosen), channels, height, width))
-        big = torch.cat((chosen, padding)).repeat_interleave(factor, 2).repeat_interleave(factor, 3)
-        framed = torch.nn.functional.pad(big, (1, 1, 1, 1), value=64)
-        rows.append(torch.cat(list(framed), dim=2))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(encode_png(torch.cat(rows, dim=1)))
-
-
-def encode_png(image: torch.Tensor) -> bytes:
-    """Encodes uint8 `[C, H, W]`, C 1 or 3, as PNG (ISO/IEC 15948), without an image library."""
-    channels, height, width = image.shape
-    pixels = image.permute(1, 2, 0).contiguous().numpy()
-    raw = b"".join(b"\x00" + row.tobytes() for row in pixels)
-    header = struct.pack(">IIBBBBB", width, height, 8, {1: 0, 3: 2}[channels], 0, 0, 0)
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        checksum = struct.pack(">I", zlib.crc32(kind + body))
-        return struct.pack(">I", len(body)) + kind + body + checksum
-
-    signature = b"\x89PNG\r\n\x1a\n"
-    return (
-        signature
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(raw))
-        + chunk(b"IEND", b"")
-    )

@@ -17,8 +17,7 @@ from core.evaluation.names import DIRECTIONS, HEADLINES
 from core.privacy.card import card_markdown, make_card, three_epsilons
 from core.privacy.ledger import Ledger, ledger_path
 from core.privacy.plan import PrivacyPlan, composed_epsilon
-from core.release import SELECTED
-from core.reporting import write_json
+from core.reporting import SELECTED, write_json
 from sweep.config import SweepConfig
 from sweep.scope import SEED
 

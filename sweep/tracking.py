@@ -43,7 +43,7 @@ from mlflow.utils.time import get_current_time_millis
 from PIL import Image
 
 from core.errors import ConfigError
-from core.release import NON_PRIVATE
+from core.reporting import NON_PRIVATE
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)
 logging.getLogger("alembic").setLevel(logging.WARNING)

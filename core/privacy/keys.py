@@ -10,11 +10,14 @@ import hmac
 import json
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from core.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 SECRET_FILE_VARIABLE = "FETA_SWEEP_SECRET_FILE"
 _LENGTH = 32
@@ -120,11 +123,13 @@ class KeyedStream:
         """One number in (0, 1), of 53 bits."""
         return (float(self.bits(step, 1)[0] >> np.uint64(11)) + 0.5) * 2.0**-53
 
-    def normal(self, step: int, count: int) -> torch.Tensor:
+    def normal(self, step: int, count: int) -> "torch.Tensor":
         """`count` independent standard normal numbers, float32 `[count]`.
 
         Box and Muller (1958) in float64 from 53-bit uniforms, so that |x| <= 8.6.
         """
+        import torch  # Here, as drivers and trials, which use keys, draw none.
+
         pairs = (count + 1) // 2
         uniform = self.bits(step, 2 * pairs) >> np.uint64(11)
         values = torch.empty(2 * pairs)

@@ -19,7 +19,7 @@ from core.data import load_dataset
 from core.diffusion.denoiser import build_denoiser
 from core.errors import ConfigError
 from core.generator import GENERATOR, load_generator, write_generator
-from core.reporting import encode_png
+from core.pictures import encode_png
 from core.yaml_subset import parse
 from sweep.tracking import Tracker
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from core.reporting import MetricsLog, encode_png, write_grid, write_json
+from core.pictures import encode_png, write_grid
+from core.reporting import MetricsLog, write_json
 
 
 def decoded(content: bytes) -> tuple[str, torch.Tensor]:
