@@ -26,6 +26,8 @@ from core.privacy.keys import KeyedStream
 from core.privacy.stage_plans import ScorePlan
 
 _log = logging.getLogger(__name__)
+FEWEST_IMAGES = 2048
+"""Images below which the covariance of as many Inception features is singular."""
 
 
 def downstream_classifier(
@@ -154,10 +156,10 @@ def likeness(
         f"recall{suffix}": recall,
     }
     notes: list[str] = []
-    if ours.moments.count < extractor.dimension:
+    if ours.moments.count < FEWEST_IMAGES:
         notes.append(
-            f"fid{suffix} of {ours.moments.count} images, fewer than its {extractor.dimension} "
-            f"features, is biased upwards: raise evaluation.num_images, or read kid{suffix}"
+            f"fid{suffix} of {ours.moments.count} images, fewer than {FEWEST_IMAGES:,}, is biased "
+            f"upwards: raise evaluation.num_images, or read kid{suffix}"
         )
         _log.warning(notes[0])
     record = {

@@ -268,17 +268,17 @@ def test_what_a_score_rests_on_is_recorded_and_few_images_are_warned_of(
     monkeypatch.setattr(reference, "InceptionExtractor", Wide)
     dataset = Dataset(_images(90, seed=0), _images(8, seed=1), "a")
     config = EvaluationConfig(num_features=40)
-    _, few = metrics.likeness(_images(63, seed=2), dataset, config, 2, "cpu", tmp_path)
+    _, few = metrics.likeness(_images(2047, seed=2), dataset, config, 2, "cpu", tmp_path)
     assert few["extractor"] == "pixels"
-    assert (few["num_images"], few["num_real_images"]) == (63, 90)
+    assert (few["num_images"], few["num_real_images"]) == (2047, 90)
     assert (few["num_features"], few["num_real_features"]) == (40, 40)
-    assert "63 images, fewer than its 64 features" in few["notes"][0]
+    assert "fid of 2047 images, fewer than 2,048, is biased upwards" in few["notes"][0]
     assert few["notes"][0] in caplog.text
-    _, enough = metrics.likeness(_images(64, seed=2), dataset, config, 2, "cpu", tmp_path)
+    _, enough = metrics.likeness(_images(2048, seed=2), dataset, config, 2, "cpu", tmp_path)
     assert enough["notes"] == []
     assert enough["real_statistics"] == few["real_statistics"]
     other = Dataset(dataset.train, dataset.test, "b")
-    _, elsewhere = metrics.likeness(_images(64, seed=2), other, config, 2, "cpu", tmp_path)
+    _, elsewhere = metrics.likeness(_images(2048, seed=2), other, config, 2, "cpu", tmp_path)
     assert elsewhere["real_statistics"] != enough["real_statistics"]
 
 
