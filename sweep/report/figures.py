@@ -132,7 +132,7 @@ def slices(sweep: SweepConfig, rows: Sequence[Row], winner: Row | None) -> list[
         values = {row.trial: flatten(row.config)[key] for row in shown}
         kind = "category" if dimension.choices is not None else "log" if dimension.log else "linear"
         title = LABELS.get(key, key)
-        order = {"categoryarray": _ascending(dimension.choices)} if dimension.choices else {}
+        order = {"categoryarray": [*dimension.choices]} if dimension.choices else {}
         figures.append(
             Figure(
                 id=f"slice-{number}",
@@ -154,11 +154,6 @@ def slices(sweep: SweepConfig, rows: Sequence[Row], winner: Row | None) -> list[
             )
         )
     return figures
-
-
-def _ascending(choices: Sequence[Any]) -> list[Any]:
-    """Numbers by size, whatever trial came first; words as they were given."""
-    return sorted(choices) if all(isinstance(c, int | float) for c in choices) else [*choices]
 
 
 def axis_ticks(kind: str) -> dict[str, Any]:

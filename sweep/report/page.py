@@ -14,6 +14,7 @@ from core import yaml_subset
 from core.config import nested
 from core.errors import UserError
 from core.privacy.card import three_epsilons
+from sweep.comparison import CENTRAL_IMAGES, FREQUENCY
 from sweep.config import SweepConfig
 from sweep.report.affordable_map import affordable_map
 from sweep.report.curves import curves
@@ -135,10 +136,13 @@ def _card(
 def _winner_pictures(winner: Row | None) -> dict[str, Picture | None]:
     if winner is None:
         return {}
-    return {
+    found = {
         name: picture(winner.run_dir / name / "grid.png", winner.config, _LARGE)
-        for name in ("central_images", "synthetic")
+        for name in (CENTRAL_IMAGES, FREQUENCY, "synthetic")
     }
+    if found[FREQUENCY] is None:  # A stage of one method.
+        del found[FREQUENCY]
+    return found
 
 
 def _gallery(sweep: SweepConfig, finished: Sequence[Row]) -> list[tuple[Row, Picture | None]]:

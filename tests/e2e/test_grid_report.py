@@ -4,10 +4,12 @@ from pathlib import Path
 
 import optuna
 import pytest
+import torch
 from scipy.stats import spearmanr
 
 from core import yaml_subset
 from core.config import nested
+from core.pictures import write_grid
 from core.privacy.plan import make_plan
 from core.reporting import write_json
 from sweep.__main__ import main
@@ -38,6 +40,11 @@ published:
     at_5.0: [16.8, 15.9, 10.6]
 """
 SCORES = [23.25, 24.5, None, 21.0, 22.75, 20.5]
+PICTURES = {
+    "central_images": "Central images",
+    "frequency": "Frequency stage",
+    "synthetic": "Synthetic images",
+}
 DEAR = {NOISE: 2.0, COUNT: 400}
 VIEWS = {
     "light": {"viewport": {"width": 1280, "height": 900}, "color_scheme": "light"},
@@ -59,6 +66,9 @@ def report(tmp_path_factory) -> Path:
         if score is not None:
             result = {"accuracy": 0.5, "fid_cnn": score, "seconds": 1.0, "fingerprint": "0" * 64}
             write_json(trial / "evaluation.json", result)
+            for number, name in enumerate(PICTURES):
+                images = torch.full((20, 1, 8, 8), 80 * number, dtype=torch.uint8)
+                write_grid(trial / name / "grid.png", images, torch.arange(20) % 10)
             (trial / "config.yaml").write_text(yaml_subset.dump(nested(config)))
             write_json(trial / "privacy.json", plan)
     study = optuna.create_study(study_name="grid", storage=open_storage(sweep.folder))
@@ -86,6 +96,7 @@ def test_both_grids_stand_in_the_page(browser, report, artifacts, name):
     ):
         assert all(f"{figure:.4g}" in text for figure in figures if figure is not None)
         assert "cannot be paid" in text
+    assert page.locator(".pair figcaption").all_inner_texts() == list(PICTURES.values())
     page.locator("#grid summary").click()
     told = page.locator("#grid").inner_text()
     assert "Someone et al. 2020, table 3" in told

@@ -160,7 +160,7 @@ def test_scores_that_are_all_alike_have_no_contours(sweep, scores, contours):
     assert sum(trace["type"] == "contour" for trace in figure.data) == contours
 
 
-def test_choices_stand_by_size_and_two_noises_keep_their_names():
+def test_choices_stand_as_given_and_two_noises_keep_their_names():
     searched = {
         "frequency.noise_multiplier.choices": [115.0, 20.0, 42.0],
         "method.choices": ["feta_pro"],
@@ -171,6 +171,6 @@ def test_choices_stand_by_size_and_two_noises_keep_their_names():
     )
     axes = [figure.layout["xaxis"] for figure in slices(sweep, [row("a", 0.5, 9)], None)]
     orders = [axis["categoryarray"] for axis in axes if axis["type"] == "category"]
-    assert orders == [[20.0, 42.0, 115.0], ["feta_pro"]]
+    assert orders == [[115.0, 20.0, 42.0], ["feta_pro"]]
     table = results_table(sweep, [row("a", 0.5, 9)], [], ["accuracy"], 10.0)
     assert "frequency noise_multiplier" in [column.header for column in table.columns]
