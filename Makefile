@@ -18,14 +18,17 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 sweep: setup
 	@$(BIN)/python sweep/run.py --config sweep/configs/quickstart.yaml
 
-# Whole sweeps and browsers have the machine to themselves.
-test: setup
-	@$(BIN)/python -m pytest -n logical --maxprocesses 4 tests/unit tests/statistical tests/integration
-	@$(BIN)/python -m pytest tests/e2e
+PARALLEL := -n logical --maxprocesses 4
+# Tests of a file share what is expensive.
+BY_FILE := $(PARALLEL) --dist loadfile --no-loadscope-reorder
 
-# Kills what a sweep consists of, for real: 20 minutes, and apart from `make test`.
+test: setup
+	@$(BIN)/python -m pytest $(PARALLEL) tests/unit tests/statistical tests/integration
+	@$(BIN)/python -m pytest $(BY_FILE) tests/e2e
+
+# Kills what a sweep consists of, for real; apart from `make test`.
 test-faults: setup
-	@$(BIN)/python -m pytest tests/faults
+	@$(BIN)/python -m pytest $(BY_FILE) tests/faults
 
 check: setup
 	@$(BIN)/ruff check .

@@ -13,6 +13,14 @@ for _folder in ("unit", "statistical", "integration", "e2e"):
 torch.set_num_threads(1)
 
 
+# Where files are shared out among processes, those that take longest begin first.
+_LONGEST = ("test_sweep.py", "test_autoscaling.py", "test_killed_processes.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in _LONGEST)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _private_secret(tmp_path_factory: pytest.TempPathFactory):
     with pytest.MonkeyPatch.context() as patch:

@@ -1,4 +1,4 @@
-"""A small sweep on disk, as a real one is written, but without Ray; and a real browser.
+"""A small sweep on disk, as a real one is written, but without Ray; a cluster; a real browser.
 
 Set FETA_SWEEP_ARTIFACTS to a folder to keep the screenshots.
 """
@@ -14,8 +14,9 @@ import torch
 
 from core.errors import UserError
 from core.pipeline import run
-from core.privacy.keys import MasterSecret
+from core.privacy.keys import SECRET_FILE_VARIABLE, MasterSecret
 from core.reporting import write_json
+from sweep.cluster import DRIVER_RESOURCE
 from sweep.config import SweepConfig, dump_sweep, load_sweep, trial_id_of
 from sweep.study import distributions, open_storage
 
@@ -98,6 +99,24 @@ def storage(tmp_path_factory) -> Path:
     )
     study.add_trial(trial)
     return storage
+
+
+@pytest.fixture(scope="session")
+def joined(_private_secret) -> Iterator[dict[str, str]]:
+    """What a driver's environment needs to join a cluster, which is sooner than to start one."""
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=2,
+        resources={DRIVER_RESOURCE: 2},
+        include_dashboard=False,
+        log_to_driver=False,
+    )
+    address = ray.get_runtime_context().gcs_address
+    # The secret is that of the cluster's processes.
+    yield {SECRET_FILE_VARIABLE: os.environ[SECRET_FILE_VARIABLE], "RAY_ADDRESS": address}
+    ray.shutdown()
 
 
 @pytest.fixture(scope="session")

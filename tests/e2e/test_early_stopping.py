@@ -17,6 +17,8 @@ from sweep.stored import open_sweep
 from sweep.study import open_storage
 
 HEAD = """num_trials: 2
+workers_per_trial: 1
+cpus_per_worker: 2
 search_seed: 6
 sampler: random
 scheduler: asha
@@ -41,14 +43,14 @@ def finish(process: subprocess.Popen, code: int) -> tuple[str, str]:
 
 
 @pytest.fixture(scope="module")
-def stories(tmp_path_factory):
+def stories(tmp_path_factory, joined):
     """The sweep meets its limit in the first trial, goes on with a larger one, is asked again."""
     folder = tmp_path_factory.mktemp("early")
     (folder / "sweep.yaml").write_text(sweep_text("tiny", HEAD, SPACE))
     told = [
-        finish(start(folder, "--max-hours", "0.001"), 3),
-        finish(start(folder, "--max-hours", "5"), 0),
-        finish(start(folder, "--max-hours", "5"), 0),
+        finish(start(folder, "--max-hours", "0.001", **joined), 3),
+        finish(start(folder, "--max-hours", "5", **joined), 0),
+        finish(start(folder, "--max-hours", "5", **joined), 0),
     ]
     return folder, told
 

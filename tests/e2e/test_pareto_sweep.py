@@ -50,12 +50,12 @@ assert outcome.complete, outcome.stopped
 
 
 @pytest.fixture(scope="module")
-def swept(tmp_path_factory) -> tuple[Path, str]:
+def swept(tmp_path_factory, joined) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("two")
     (folder / "sweep.yaml").write_text(SWEEP)
     environment = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}
     path = os.pathsep.join([str(Path(__file__).parent), str(ROOT)])
-    environment |= {"PYTHONPATH": path, "FETA_SWEEP_SECRET_FILE": str(folder / "secret")}
+    environment |= {"PYTHONPATH": path, **joined}
     done = subprocess.run(
         [sys.executable, "-c", DRIVE, str(folder)],
         cwd=folder,

@@ -14,12 +14,12 @@ from tiny_sweep import sweep_text
 from core.__main__ import main
 from core.privacy.ledger import Ledger
 
-TINY = sweep_text("tiny", HEAD)
+TINY = sweep_text("tiny", f"{HEAD}\nworkers_per_trial: 1\nmax_concurrent_trials: 1")
 
 
-def run_sweep(folder: Path, *overrides: str) -> str:
+def run_sweep(folder: Path, joined: dict[str, str], *overrides: str) -> str:
     (folder / "sweep.yaml").write_text(TINY)
-    process = start(folder, *overrides)
+    process = start(folder, *overrides, **joined)
     out, err = process.communicate(timeout=500)
     assert process.returncode == 0, err
     assert "Traceback" not in out + err
@@ -27,10 +27,11 @@ def run_sweep(folder: Path, *overrides: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def selection(tmp_path_factory):
+def selection(tmp_path_factory, joined):
     folder = tmp_path_factory.mktemp("selection")
     out = run_sweep(
         folder,
+        joined,
         "privacy.scope=selection",
         "privacy.selection_law=geometric",
         "privacy.selection_mean=1.2",
@@ -68,7 +69,7 @@ def test_only_the_selected_trial_leaves_and_nothing_tells_how_many_there_were(se
     assert "must stay inside" in parent.data.tags["privacy.statement"]
 
 
-def test_settings_found_on_public_data_run_once_on_the_sensitive_data(tmp_path):
+def test_settings_found_on_public_data_run_once_on_the_sensitive_data(tmp_path, joined):
     images = np.random.default_rng(0).integers(0, 256, (900, 8, 8))
     labels = np.arange(900) % 10
     write_idx(
@@ -86,7 +87,7 @@ def test_settings_found_on_public_data_run_once_on_the_sensitive_data(tmp_path):
         f"final.dataset.path={tmp_path / 'sensitive'}",
         "final.dataset.num_examples=800",
     )
-    out = run_sweep(tmp_path, *overrides)
+    out = run_sweep(tmp_path, joined, *overrides)
     assert re.search(r"best trial: \w+ \(accuracy 0\.\d+, fid_cnn .*: public\)", out)
     assert re.search(r"final run: \w+ \(accuracy 0\.\d+, fid_cnn .*: non-private\)", out)
     assert "All settings were chosen on other, public data." in out
@@ -94,5 +95,5 @@ def test_settings_found_on_public_data_run_once_on_the_sensitive_data(tmp_path):
     by_size = {ledger.terms.num_examples: ledger.summary()["entries"] for ledger in ledgers}
     assert {count: len(entries) for count, entries in by_size.items()} == {1437: 1, 800: 1}
     assert by_size[800][0]["state"] == "committed"
-    run_sweep(tmp_path, *overrides)  # Complete: nothing more is run or charged.
+    run_sweep(tmp_path, joined, *overrides)  # Complete: nothing more is run or charged.
     assert [len(ledger.summary()["entries"]) for ledger in ledgers] == [1, 1]

@@ -26,12 +26,12 @@ ASHA = (
 
 
 @pytest.fixture(scope="module")
-def swept(tmp_path_factory) -> tuple[SweepConfig, str]:
+def swept(tmp_path_factory, joined) -> tuple[SweepConfig, str]:
     folder = tmp_path_factory.mktemp("asha")
     (folder / "sweep.yaml").write_text(ASHA)
     environment = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}
     path = os.pathsep.join([str(Path(__file__).parent), str(ROOT)])
-    environment |= {"PYTHONPATH": path, "FETA_SWEEP_SECRET_FILE": str(folder / "secret")}
+    environment |= {"PYTHONPATH": path, **joined}
     done = subprocess.run(
         [sys.executable, "-c", DRIVE, str(folder)],
         cwd=folder,

@@ -31,10 +31,10 @@ SPACE = f"""  central_images.per_class:
 SWEEP = sweep_text("tiny", HEAD, SPACE)
 
 
-def start(folder: Path, *arguments: str) -> subprocess.Popen:
+def start(folder: Path, *arguments: str, **settings: str) -> subprocess.Popen:
     secret = folder.parent / "secret of the sweep" / "master.secret"
     environment = os.environ | {"COLUMNS": "160", MARK: str(folder)}
-    environment["FETA_SWEEP_SECRET_FILE"] = str(secret)
+    environment = environment | {"FETA_SWEEP_SECRET_FILE": str(secret)} | settings
     environment.pop("MLFLOW_TRACKING_URI", None)
     return subprocess.Popen(
         [sys.executable, ROOT / "sweep" / "run.py", "--config", folder / "sweep.yaml", *arguments],

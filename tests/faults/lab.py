@@ -6,7 +6,6 @@ looked for or killed.
 
 import contextlib
 import dataclasses
-import functools
 import json
 import os
 import secrets
@@ -105,6 +104,7 @@ class Lab:
             *(f"--ray-client-server-port={client}", "--resources", '{"trial_driver": 8}'),
             f"--temp-dir={self.folder}/ray",
         )
+        self.environment["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{dashboard}"
         for number, arguments in enumerate((head, (f"--address={address}",))):
             listen, grpc = agents[2 * number : 2 * number + 2]
             ports = (
@@ -122,21 +122,17 @@ class Lab:
                         start_new_session=True,
                     )
                 )
-            alive = functools.partial(self._are_alive, dashboard, number + 1)
-            wait_for(alive, f"node {number}", 120)
-        self.environment |= {
-            "RAY_ADDRESS": address,
-            "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
-        }
+            wait_for(lambda count=number + 1: self.alive_nodes() == count, f"node {number}", 120)
+        self.environment["RAY_ADDRESS"] = address
 
-    def _are_alive(self, dashboard: int, count: int) -> bool:
+    def alive_nodes(self) -> int:
         from ray.util.state import list_nodes
 
         try:
-            nodes = list_nodes(address=f"http://127.0.0.1:{dashboard}", timeout=5)
+            nodes = list_nodes(address=self.environment["RAY_API_SERVER_ADDRESS"], timeout=5)
         except Exception:  # Not up yet.
-            return False
-        return sum(node.state == "ALIVE" for node in nodes) >= count
+            return 0
+        return sum(node.state == "ALIVE" for node in nodes)
 
     def start_server(self) -> None:
         """Starts the MLflow server, always at the same address."""

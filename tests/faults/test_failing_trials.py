@@ -47,7 +47,8 @@ def test_out_of_memory_then_fenced_out_then_killed_too_often_then_left_alone(
 
 
 def test_a_bug_in_every_trial_stops_the_sweep(cluster: Lab):
-    sweep = cluster.sweep("bug", [1e-4, 2e-4, 5e-4, 1e-3], "max_failures: 0\nmax_same_error: 2")
+    head = "workers_per_trial: 1\nmax_failures: 0\nmax_same_error: 2"
+    sweep = cluster.sweep("bug", [1e-4, 2e-4, 5e-4, 1e-3], head)
     code, told = sweep.finish(spoilt="bug")
     assert code == 1
     assert "2 trials in a row failed with the same error: ZeroDivisionError" in told

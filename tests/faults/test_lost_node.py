@@ -12,18 +12,20 @@ HEAD = "min_workers_per_trial: 1"
 
 @pytest.fixture(scope="module")
 def after_the_loss(cluster: Lab):
-    """An elastic sweep whose trial loses the second node, and its end."""
+    """An elastic sweep whose trial loses the second node, one begun after the loss; their ends."""
     sweep = cluster.sweep("elastic", [5e-4], HEAD, steps=200)
     driver = sweep.start()
     trial = sweep.wait_for_trial(process=driver)
     lost = cluster.nodes[1]
     os.killpg(lost.pid, signal.SIGKILL)  # Its raylet and agents.
     lost.wait()
-    return sweep, trial, *ended(driver)
+    wait_for(lambda: cluster.alive_nodes() == 1, "loss of the node")
+    large = cluster.sweep("large", [5e-4]).start()
+    return sweep, trial, ended(driver), ended(large)
 
 
 def test_the_trial_goes_on_with_one_worker(after_the_loss, undisturbed: Undisturbed):
-    sweep, trial, code, told = after_the_loss
+    sweep, trial, (code, told), _ = after_the_loss
     assert code == 0, told
     assert json.loads((trial / "environment.json").read_text())["world_size"] == 2
     workers = [json.loads(line)["workers"] for line in (trial / "metrics.jsonl").open()]
@@ -33,8 +35,7 @@ def test_the_trial_goes_on_with_one_worker(after_the_loss, undisturbed: Undistur
 
 
 def test_what_is_left_is_too_small_for_a_trial_of_two_and_says_so(after_the_loss, cluster: Lab):
-    sweep = cluster.sweep("large", [5e-4])
-    code, told = sweep.finish()
+    *_, (code, told) = after_the_loss
     assert code == 2
     (line,) = [line for line in told.splitlines() if line.startswith("error: ")]
     assert "one trial needs 2 CPUs" in line
