@@ -6,6 +6,7 @@ Scores that these commands show are computed from real images and are not privat
 import argparse
 import json
 import logging
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from core import yaml_subset
 from core.config import nested
 from core.errors import ConfigError, UserError
 from core.privacy.ledger_file import LedgerError
+from core.reporting import SELECTED
 from sweep.config import SweepConfig, load_sweep
 from sweep.driver import running_driver, stop_driver
 from sweep.records import differences, export, record
@@ -91,10 +93,11 @@ def _overview(sweep: SweepConfig) -> dict[str, Any]:
     winner, metric = best(sweep, rows), sweep.objective.metric
     front = [row.trial for row in winners(sweep, rows)]
     states = [row.state for row in rows]
+    secret = sweep.run.privacy.scope == "selection"
     return {
         "sweep": sweep.name,
-        "state": "running" if running_driver(sweep.folder) else "stopped",
-        "num_trials": sweep.num_trials or DEFAULT_NUM_TRIALS,
+        "state": _state(sweep, rows),
+        "num_trials": None if secret else sweep.num_trials or DEFAULT_NUM_TRIALS,
         "finished": states.count("finished"),
         "stopped": states.count("stopped"),
         "failed": states.count("failed"),
@@ -108,6 +111,13 @@ def _overview(sweep: SweepConfig) -> dict[str, Any]:
     }
 
 
+def _state(sweep: SweepConfig, rows: Sequence[Row]) -> str:
+    if running_driver(sweep.folder):
+        return "running"
+    complete = any((row.run_dir / SELECTED).exists() for row in rows)
+    return "complete" if complete else "incomplete"
+
+
 def _recorded_epsilon(sweep: SweepConfig, rows: Sequence[Row]) -> float | None:
     """None where the ledger is gone: `show` says so, a list goes on."""
     try:
@@ -118,10 +128,11 @@ def _recorded_epsilon(sweep: SweepConfig, rows: Sequence[Row]) -> float | None:
 
 def _short(overview: Mapping[str, Any]) -> dict[str, Any]:
     """What of an overview fits in a line."""
+    done, total = overview["finished"] + overview["stopped"], overview["num_trials"]
     return {
         "sweep": overview["sweep"],
         "state": overview["state"],
-        "done": f"{overview['finished'] + overview['stopped']}/{overview['num_trials']}",
+        "done": f"{done}/{total}" if total else done,
         "stopped": overview["stopped"],
         "failed": overview["failed"],
         "best trial": ", ".join(overview["best_trials"]) or None,
@@ -241,4 +252,5 @@ def _cell(value: Any, digits: int) -> str:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Whoever reads, as `head`, may have enough.
     sys.exit(main())

@@ -10,6 +10,7 @@ import time
 
 import pandas
 import pytest
+from tiny_sweep import ROOT
 
 from core.__main__ import main as core_main
 from core.config import load
@@ -47,8 +48,16 @@ def test_ls_shows_every_sweep_with_its_best_and_epsilons(ask):
     assert "eps sweep" in out
     new, small = json.loads(ask("ls", "--json")[1])
     assert (new["sweep"], new["finished"], new["best_trial"]) == ("new", 0, None)
-    assert (small["finished"], small["failed"], small["state"]) == (12, 1, "stopped")
+    assert (small["finished"], small["failed"], small["state"]) == (12, 1, "incomplete")
     assert small["epsilon_trial"] <= 3 < small["epsilon_sweep"]
+
+
+def test_a_reader_that_has_enough_ends_the_command_quietly(storage):
+    command = f"{sys.executable} -m sweep show small --storage {storage} | true"
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
 def test_show_prints_the_table_of_the_sweep(ask):

@@ -13,6 +13,7 @@ from tiny_sweep import sweep_text
 
 from core.__main__ import main
 from core.privacy.ledger import Ledger
+from sweep.__main__ import main as sweep_main
 
 TINY = sweep_text("tiny", f"{HEAD}\nworkers_per_trial: 1\nmax_concurrent_trials: 1")
 
@@ -61,6 +62,10 @@ def test_only_the_selected_trial_leaves_and_nothing_tells_how_many_there_were(se
         code = main(["release", "--run-dir", str(run), "--out", str(folder / "out" / run.name)])
         assert code == (0 if run == chosen.parent else 2)
     assert (folder / "out" / chosen.parent.name / "privacy_card.md").exists()
+    capsys.readouterr()
+    assert sweep_main(["ls", "--json", "--storage", str(folder / "runs")]) == 0
+    (overview,) = json.loads(capsys.readouterr().out)
+    assert (overview["state"], overview["num_trials"]) == ("complete", None)
     client = MlflowClient(tracking_uri=f"sqlite:///{folder}/runs/mlflow.db")
     experiment = client.get_experiment_by_name("feta-sweep")
     (parent,) = client.search_runs([experiment.experiment_id], "tags.`sweep.key` = 'tiny'")
