@@ -39,7 +39,7 @@ check: setup
 mutants: setup
 	@$(BIN)/python tests/mutants.py
 
-# Rewrites the table in README.md: ten to eleven minutes on two cores.
+# Rewrites the table in README.md: eight to ten minutes on two cores.
 bench: setup
 	@$(BIN)/python tests/benchmarks/bench.py --readme
 
