@@ -140,13 +140,11 @@ def sampling() -> Figures:
     figures: Figures = {}
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder) / "run"
-        base = load(
-            variants.ROOT / "core" / "configs" / "digits.yaml",
-            {
-                "training.num_steps": 200, "private_training.noise_multiplicity": 1,
-                "evaluation.num_images": 100, "evaluation.classifier_epochs": 1,
-                "runtime.cache": f"{folder}/cache", "runtime.ledger": f"{folder}/ledger",
-            },
+        base = variants.preset(
+            "core/configs/digits.yaml",
+            training__num_steps=200, private_training__noise_multiplicity=1,
+            evaluation__num_images=100, evaluation__classifier_epochs=1,
+            runtime__cache=f"{folder}/cache", runtime__ledger=f"{folder}/ledger",
         )  # fmt: skip
         run(base, run_dir, master=MasterSecret(b"s" * 32), name="bench", report=lambda _: None)
         denoiser = build_denoiser(base)

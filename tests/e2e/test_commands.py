@@ -49,7 +49,7 @@ def test_ls_shows_every_sweep_with_its_best_and_epsilons(ask):
     new, small = json.loads(ask("ls", "--json")[1])
     assert (new["sweep"], new["finished"], new["best_trial"]) == ("new", 0, None)
     assert new["state"] == "incomplete"
-    assert (small["finished"], small["failed"]) == (12, 1)
+    assert (small["finished"], small["failed"], small["state"]) == (12, 1, "incomplete")
     assert small["epsilon_trial"] <= 3 < small["epsilon_sweep"]
 
 

@@ -1,6 +1,7 @@
 """MLflow's own pages, as a person who compares trials meets them: real server, real browser."""
 
 import re
+import shutil
 from typing import NamedTuple
 
 import pytest
@@ -30,10 +31,11 @@ class Site(NamedTuple):
 
 @pytest.fixture(scope="module", params=["sqlite", "postgresql"])
 def site(request, storage, tmp_path_factory):
-    sweep = open_sweep(storage, "small")
+    folder = tmp_path_factory.mktemp(request.param)
+    # A copy, as recording a complete sweep marks what may be released.
+    sweep = open_sweep(shutil.copytree(storage, folder / "runs"), "small")
     every = load_rows(sweep)
     rows = [*every[:4], next(row for row in every if row.state == "failed")]
-    folder = tmp_path_factory.mktemp(request.param)
 
     def recorded(store: str):
         with mlflow_server(folder, store) as uri:

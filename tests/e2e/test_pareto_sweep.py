@@ -49,10 +49,9 @@ assert outcome.complete, outcome.stopped
 """
 
 
-@pytest.fixture(scope="module")
-def swept(tmp_path_factory, joined) -> tuple[Path, str]:
-    folder = tmp_path_factory.mktemp("two")
-    (folder / "sweep.yaml").write_text(SWEEP)
+def drive(folder: Path, sweep: str, joined: dict[str, str]) -> str:
+    """Runs a sweep of stand-in trials to its end; returns what it printed."""
+    (folder / "sweep.yaml").write_text(sweep)
     environment = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}
     path = os.pathsep.join([str(Path(__file__).parent), str(ROOT)])
     environment |= {"PYTHONPATH": path, **joined}
@@ -65,7 +64,13 @@ def swept(tmp_path_factory, joined) -> tuple[Path, str]:
         timeout=500,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return folder, done.stdout
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory, joined) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("two")
+    return folder, drive(folder, SWEEP, joined)
 
 
 def test_the_table_marks_the_front_and_the_study_has_both_scores(swept):

@@ -1,15 +1,11 @@
 """ASHA in a whole sweep through Tune, Optuna and MLflow; its trials are stand-ins."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import optuna
 import pytest
 from mlflow.tracking import MlflowClient
-from test_pareto_sweep import DRIVE, SWEEP
-from tiny_sweep import ROOT
+from test_pareto_sweep import SWEEP, drive
 
 from core.privacy.ledger import Ledger
 from sweep.config import SweepConfig
@@ -28,20 +24,8 @@ ASHA = (
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory, joined) -> tuple[SweepConfig, str]:
     folder = tmp_path_factory.mktemp("asha")
-    (folder / "sweep.yaml").write_text(ASHA)
-    environment = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}
-    path = os.pathsep.join([str(Path(__file__).parent), str(ROOT)])
-    environment |= {"PYTHONPATH": path, **joined}
-    done = subprocess.run(
-        [sys.executable, "-c", DRIVE, str(folder)],
-        cwd=folder,
-        env=environment | {"COLUMNS": "200"},
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return open_sweep(folder / "runs", "two"), done.stdout
+    out = drive(folder, ASHA, joined)
+    return open_sweep(folder / "runs", "two"), out
 
 
 def test_trials_below_the_median_so_far_end_themselves(swept):
