@@ -189,11 +189,13 @@ def _train(context: Context, config: Config, trial_id: str) -> Iterator[dict[str
     import ray.train
     from ray.util.queue import Empty
 
+    from sweep.trainer import Trainer
+
     sweep, reports, attempt = context.sweep, _queue(), uuid.uuid4().hex
     resources = {"CPU": sweep.cpus_per_worker}
     if sweep.gpus_per_worker:
         resources["GPU"] = sweep.gpus_per_worker
-    trainer = _trainer_class()(
+    trainer = Trainer(
         train_worker,
         train_loop_config={
             "config": nested(config),
@@ -245,20 +247,6 @@ def _train(context: Context, config: Config, trial_id: str) -> Iterator[dict[str
     raise _ControllerDiedError(_reason(failure[0])) from failure[0]
 
 
-def _trainer_class() -> Any:
-    from ray.train.torch import TorchTrainer
-    from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
-
-    class Trainer(TorchTrainer):
-        """Without Ray Data, which would start a process of its own in each trial, for nothing."""
-
-        def _create_default_callbacks(self) -> list[Any]:  # Ray's own, and Ray is pinned.
-            every = super()._create_default_callbacks()
-            return [each for each in every if not isinstance(each, DatasetsCallback)]
-
-    return Trainer
-
-
 @cache
 def _queue() -> Any:
     """From the controllers of this process's trials to it; an actor, so kept for the next trial."""
@@ -293,7 +281,9 @@ def train_worker(settings: dict[str, Any]) -> None:
     from core.pipeline import run
     from core.privacy.keys import MasterSecret
     from sweep.machine import MachineUse
+    from sweep.trainer import use_own_device
 
+    use_own_device()
     use = MachineUse()
     torch.set_num_threads(settings["threads"])
     folder, launch = Path(settings["folder"]), settings["launch"]

@@ -1,0 +1,83 @@
+"""Ray Train as trials use it: a torch process group, without loading torch where none trains.
+
+Ray's own TorchTrainer loads torch into each trial's process and its supervisor too, which all live
+on the head of a cluster: seconds and most of a gigabyte each.
+"""
+
+import os
+from datetime import timedelta
+from typing import Any
+
+import ray
+from ray.train._internal.utils import get_address_and_port
+from ray.train.backend import Backend, BackendConfig
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+_TIMEOUT = timedelta(minutes=30)
+"""How long workers wait for each other: one evaluates while the others wait."""
+_PATIENCE = 30.0
+"""Seconds that workers have to leave their group before they are ended."""
+
+
+class Trainer(DataParallelTrainer):
+    """Also without Ray Data, which would start a process of its own in each trial, for nothing."""
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, backend_config=TorchGroup(), **settings)
+
+    def _create_default_callbacks(self) -> list[Any]:  # Ray's own, and Ray is pinned.
+        every = super()._create_default_callbacks()
+        return [each for each in every if not isinstance(each, DatasetsCallback)]
+
+
+class TorchGroup(BackendConfig):
+    """Workers form a torch process group: NCCL if each has a GPU, else gloo."""
+
+    @property
+    def backend_cls(self) -> type[Backend]:
+        """What forms the group, by Ray's supervisor of the workers."""
+        return _Group
+
+
+class _Group(Backend):
+    share_cuda_visible_devices = True  # NCCL's workers of a node reach each other's GPUs directly.
+
+    def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
+        address, port = worker_group.execute_single(0, get_address_and_port)
+        backend = "nccl" if worker_group.get_resources_per_worker().get("GPU", 0) > 0 else "gloo"
+        size = len(worker_group)
+        joining = [
+            worker_group.execute_single_async(rank, _join, backend, address, port, rank, size)
+            for rank in range(size)
+        ]
+        ray.get(joining)
+
+    def on_shutdown(self, worker_group: Any, backend_config: BackendConfig) -> None:
+        leaving = worker_group.execute_async(_leave)
+        ray.wait(leaving, num_returns=len(leaving), timeout=_PATIENCE)
+
+
+def _join(backend: str, address: str, port: int, rank: int, size: int) -> None:
+    """Runs on each worker before its training."""
+    import torch.distributed as dist
+
+    os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
+    dist.init_process_group(backend, rank=rank, world_size=size, timeout=_TIMEOUT)
+
+
+def _leave() -> None:
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def use_own_device() -> None:
+    """Makes the GPU that this worker was given torch's current one; called where it trains."""
+    import torch
+    from ray.train.torch import get_device
+
+    device = get_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
