@@ -195,6 +195,13 @@ MUTANTS = (
         SPENDING,
     ),
     Mutant(
+        "lines verified before are trusted, whatever they are now",
+        "core/privacy/ledger_file.py",
+        "hashlib.sha256(content[:length]).digest() != digest",
+        "len(content) < length",
+        ("tests/unit/test_ledger.py",),
+    ),
+    Mutant(
         "secret number of trials of a smaller mean",
         SCOPES,
         "uniform: float, law: str, mean: float) -> int:",

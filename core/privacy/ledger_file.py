@@ -201,10 +201,7 @@ def locked(path: Path, create: bool = False) -> Generator[Chain, None, None]:
 def _read_and_repair(path: Path) -> list[Entry]:
     content = path.read_bytes() if path.exists() else b""
     known, last_hash = _read_head(path)
-    *lines, torn = content.split(b"\n")
-    entries: list[Entry] = []
-    for line in lines:
-        entries.append(_verified(path, line, entries))
+    entries, torn = _verified_lines(path, content)
     if len(entries) < known:
         raise _damaged(path, f"it holds {len(entries)} whole lines of {known}")
     if len(entries) > known + 1:
@@ -221,6 +218,29 @@ def _read_and_repair(path: Path) -> list[Entry]:
         _write_and_sync(os.open(path, os.O_WRONLY), b"")
         _write_head(path, entries[-1])
     return entries
+
+
+_verified_before: dict[Path, tuple[int, bytes, tuple[Entry, ...]]] = {}
+"""Of each ledger the length and digest of what this process verified last, and its lines."""
+
+
+def _verified_lines(path: Path, content: bytes) -> tuple[list[Entry], bytes]:
+    """All whole lines as data, and what follows them.
+
+    What is to the byte what this process has verified before is not parsed again, so that a call
+    does not take longer with every trial.
+    """
+    length, digest, before = _verified_before.get(path, (0, b"", ()))
+    if not length or hashlib.sha256(content[:length]).digest() != digest:
+        length, before = 0, ()
+    entries = [*before]
+    *lines, torn = content[length:].split(b"\n")
+    for line in lines:
+        entries.append(_verified(path, line, entries))
+    length = len(content) - len(torn)
+    digest = hashlib.sha256(content[:length]).digest()
+    _verified_before[path] = (length, digest, tuple(entries))
+    return entries, torn
 
 
 def _verified(path: Path, line: bytes, before: list[Entry]) -> Entry:
