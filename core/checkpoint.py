@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from core.errors import ConfigError
-from core.storage import stored
+from core.errors import ConfigError, stored
 
 
 @dataclass

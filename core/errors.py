@@ -1,5 +1,9 @@
 """The errors a user can cause, each one clear sentence: value, allowed range, remedy."""
 
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
 
 class UserError(Exception):
     """Base of every error whose text is meant for the user; printed without a traceback."""
@@ -26,3 +30,19 @@ class StoppedError(UserError):
 
     def __str__(self) -> str:
         return f"runtime.max_seconds is over {self.args[0]}: the same command goes on from there"
+
+
+@contextmanager
+def stored(path: Path) -> Generator[None]:
+    """Turns what the file system refuses into a user's error that names the folder.
+
+    Raises:
+        StorageError: the block raised OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"'{path}' cannot be written ({error.strerror or error}): free space or restore the "
+            "storage; the same command goes on from the last checkpoint"
+        ) from error

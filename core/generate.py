@@ -12,9 +12,8 @@ from core import distributed
 from core.config import Config
 from core.data import Split, from_model_range
 from core.diffusion.sampler import sample
-from core.errors import StoppedError
+from core.errors import StoppedError, stored
 from core.pictures import write_grid
-from core.storage import stored
 
 _SEEDS = 1_000_003
 """Seeds that one public seed stands for: one for each chunk of images, the last for pictures."""

@@ -33,7 +33,7 @@ from core.easy_stage import (
     trajectory_of,
     warm_up,
 )
-from core.errors import ConfigError
+from core.errors import ConfigError, stored
 from core.evaluation.features import find_weights
 from core.evaluation.scoring import score
 from core.generate import generate, sample_pictures
@@ -45,7 +45,7 @@ from core.privacy.plan import PrivacyPlan, make_plan
 from core.privacy.spending import Spending, require_same_data, steps_begun
 from core.private_scores import PrivateScores
 from core.reporting import MetricsLog, Report, log_to, report_line, write_json
-from core.storage import require_space, stored
+from core.storage import require_space
 from core.training import Lesson, non_private_stage, private_stage, train
 
 _LOG = logging.getLogger("core")

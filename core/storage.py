@@ -1,8 +1,6 @@
-"""Whether a run's folder can hold what the run will write, and clear errors where it cannot."""
+"""Whether a run's folder can hold what the run will write."""
 
 import shutil
-from collections.abc import Generator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -10,26 +8,10 @@ import torch
 from core.config import Config
 from core.diffusion.denoiser import build_denoiser
 from core.diffusion.ema import NUM_SNAPSHOTS, TRACKED
-from core.errors import StorageError
+from core.errors import StorageError, stored
 
 _PICTURES = 2**20
 """Bytes for what else a run writes: picture grids, metrics, records."""
-
-
-@contextmanager
-def stored(path: Path) -> Generator[None]:
-    """Turns what the file system refuses into a user's error that names the folder.
-
-    Raises:
-        StorageError: the block raised OSError.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(
-            f"'{path}' cannot be written ({error.strerror or error}): free space or restore the "
-            "storage; the same command goes on from the last checkpoint"
-        ) from error
 
 
 def needed_bytes(config: Config) -> int:

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import socket
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +18,8 @@ DRIVER_RESOURCE = "trial_driver"
 _LOCAL_DRIVERS = 64
 _PATIENCE = 60.0
 """Seconds that a cluster without room may launch no node before the sweep ends."""
+_ANSWER = 10.0
+"""Seconds that the head of a cluster has to answer."""
 
 # Ray reads these when it is imported.
 os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
@@ -49,7 +52,7 @@ def join_cluster() -> None:
     """Joins the cluster of RAY_ADDRESS (set for submitted jobs), or starts a local one.
 
     Raises:
-        ConfigError: the cluster does not offer the resource that trials hold.
+        ConfigError: the cluster cannot be joined, or does not offer the resource that trials hold.
     """
     import ray
     import ray._private.worker
@@ -75,8 +78,16 @@ def join_cluster() -> None:
         "logging_level": logging.ERROR,
         "configure_logging": True,
     }
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(**shared)
+    if address := os.environ.get("RAY_ADDRESS"):
+        _require_answer(address)
+        try:
+            ray.init(**shared)
+        except (ConnectionError, ValueError):  # Ray has told why, or had no answer that it takes.
+            raise ConfigError(
+                f"RAY_ADDRESS={address!r} cannot be joined: name the head of a running cluster as "
+                "host:port, on one of its machines; if it asks for a token, set "
+                "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH as where it was started"
+            ) from None
         if not ray.cluster_resources().get(DRIVER_RESOURCE):
             raise ConfigError(
                 f"the cluster at RAY_ADDRESS offers no '{DRIVER_RESOURCE}' resource, which trials "
@@ -84,6 +95,23 @@ def join_cluster() -> None:
             )
     else:
         ray.init(address="local", resources={DRIVER_RESOURCE: _LOCAL_DRIVERS}, **shared)
+
+
+def _require_answer(address: str) -> None:
+    """Refuses a head that does not answer, for which Ray would wait minutes.
+
+    Raises:
+        ConfigError: nothing listens there.
+    """
+    host, _, port = address.rpartition(":")
+    if "://" not in address and host and port.isdecimal():
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), _ANSWER).close()
+        except OSError as error:
+            raise ConfigError(
+                f"RAY_ADDRESS={address!r} does not answer ({error}): start the cluster, or name "
+                "its head as host:port"
+            ) from None
 
 
 def node_resources() -> list[dict[str, float]]:

@@ -17,8 +17,7 @@ from torch.nn.utils import vector_to_parameters
 
 from core import distributed
 from core.diffusion.ema import NUM_SNAPSHOTS, TRACKED, PowerAverages, weights
-from core.errors import ConfigError
-from core.storage import stored
+from core.errors import ConfigError, stored
 
 SHORTEST, LONGEST = 0.04, 0.25
 FOLDER = "posthoc_ema"

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from core.config import Config, flatten
-from core.errors import DataError
+from core.errors import DataError, stored
 from core.privacy.ledger import Ledger, Reservation, events_of
 from core.privacy.ledger_file import Key, Terms
 from core.privacy.plan import PrivacyPlan
 from core.privacy.scopes import run_budget
-from core.storage import stored
 
 _SOURCES = "sources.json"
 _BLOCK = 25

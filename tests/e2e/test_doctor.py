@@ -31,7 +31,7 @@ def doctor(folder, *overrides: str, **environment: str) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize("well", [True, False])
-def test_each_check_is_a_line_and_what_fails_says_what_helps(tmp_path, well):
+def test_each_check_is_a_line_and_what_fails_says_what_helps(tmp_path, joined, well):
     wrong = () if well else ("workers_per_trial=64", "dataset.num_examples=1436")
     server = {} if well else {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
     secret = {"FETA_SWEEP_SECRET_FILE": str(tmp_path / "secret")}

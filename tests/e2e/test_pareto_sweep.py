@@ -1,14 +1,12 @@
 """Several objectives in a whole sweep through Tune, Optuna and MLflow; its trials are stand-ins."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import optuna
 import pytest
 from mlflow.tracking import MlflowClient
+from stand_in import drive
 from tiny_sweep import ROOT
 
 from sweep.__main__ import main
@@ -34,43 +32,12 @@ search_space:
     high: 1e-1
     log: true
 """
-DRIVE = """
-import sys
-from pathlib import Path
-from stand_in import stand_in
-from sweep.config import load_sweep
-from sweep.launch import run_sweep
-from sweep.results import print_results
-folder = Path(sys.argv[1])
-sweep = load_sweep(folder / "sweep.yaml", {"storage_path": str(folder / "runs")})
-outcome = run_sweep(sweep, train=stand_in)
-print_results(sweep, outcome.rows, len(outcome.pruned), "")
-assert outcome.complete, outcome.stopped
-"""
-
-
-def drive(folder: Path, sweep: str, joined: dict[str, str]) -> str:
-    """Runs a sweep of stand-in trials to its end; returns what it printed."""
-    (folder / "sweep.yaml").write_text(sweep)
-    environment = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}
-    path = os.pathsep.join([str(Path(__file__).parent), str(ROOT)])
-    environment |= {"PYTHONPATH": path, **joined}
-    done = subprocess.run(
-        [sys.executable, "-c", DRIVE, str(folder)],
-        cwd=folder,
-        env=environment | {"COLUMNS": "200"},
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
 
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory, joined) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("two")
-    return folder, drive(folder, SWEEP, joined)
+    return folder, drive(folder, SWEEP, joined)[0]
 
 
 def test_the_table_marks_the_front_and_the_study_has_both_scores(swept):

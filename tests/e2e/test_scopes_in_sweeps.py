@@ -1,13 +1,14 @@
-"""The scopes `selection` and `public` as whole sweeps on one machine, from search to release."""
+"""The scopes `selection` and `public` as whole sweeps on one machine, from search to release.
+
+The final run of scope `public` differs in its configuration alone, so trials are stand-ins there.
+"""
 
 import json
 import re
-from pathlib import Path
 
-import numpy as np
 import pytest
-from idx_files import write_idx
 from mlflow.tracking import MlflowClient
+from stand_in import drive
 from test_sweep import HEAD, start
 from tiny_sweep import sweep_text
 
@@ -18,21 +19,11 @@ from sweep.__main__ import main as sweep_main
 TINY = sweep_text("tiny", f"{HEAD}\nworkers_per_trial: 1\nmax_concurrent_trials: 1")
 
 
-def run_sweep(folder: Path, joined: dict[str, str], *overrides: str) -> str:
-    (folder / "sweep.yaml").write_text(TINY)
-    process = start(folder, *overrides, **joined)
-    out, err = process.communicate(timeout=500)
-    assert process.returncode == 0, err
-    assert "Traceback" not in out + err
-    return out
-
-
 @pytest.fixture(scope="module")
 def selection(tmp_path_factory, joined):
     folder = tmp_path_factory.mktemp("selection")
-    out = run_sweep(
-        folder,
-        joined,
+    (folder / "sweep.yaml").write_text(TINY)
+    overrides = (
         "privacy.scope=selection",
         "privacy.selection_law=geometric",
         "privacy.selection_mean=1.2",
@@ -41,6 +32,10 @@ def selection(tmp_path_factory, joined):
         "sampler=random",
         "num_trials=null",
     )
+    process = start(folder, *overrides, **joined)
+    out, err = process.communicate(timeout=500)
+    assert process.returncode == 0, err
+    assert "Traceback" not in out + err
     return folder, out
 
 
@@ -75,24 +70,15 @@ def test_only_the_selected_trial_leaves_and_nothing_tells_how_many_there_were(se
 
 
 def test_settings_found_on_public_data_run_once_on_the_sensitive_data(tmp_path, joined):
-    images = np.random.default_rng(0).integers(0, 256, (900, 8, 8))
-    labels = np.arange(900) % 10
-    write_idx(
-        tmp_path / "sensitive",
-        train_images=images[:800],
-        train_labels=labels[:800],
-        test_images=images[800:],
-        test_labels=labels[800:],
-    )
     overrides = (
         "privacy.scope=public",
         "dataset.public=true",
         "num_trials=1",
         "final.dataset.name=idx",
-        f"final.dataset.path={tmp_path / 'sensitive'}",
+        "final.dataset.path=/sensitive",
         "final.dataset.num_examples=800",
     )
-    out = run_sweep(tmp_path, joined, *overrides)
+    out, _ = drive(tmp_path, TINY, joined, *overrides)
     assert re.search(r"best trial: \w+ \(accuracy 0\.\d+, fid_cnn .*: public\)", out)
     assert re.search(r"final run: \w+ \(accuracy 0\.\d+, fid_cnn .*: non-private\)", out)
     assert "All settings were chosen on other, public data." in out
@@ -100,5 +86,7 @@ def test_settings_found_on_public_data_run_once_on_the_sensitive_data(tmp_path, 
     by_size = {ledger.terms.num_examples: ledger.summary()["entries"] for ledger in ledgers}
     assert {count: len(entries) for count, entries in by_size.items()} == {1437: 1, 800: 1}
     assert by_size[800][0]["state"] == "committed"
-    run_sweep(tmp_path, joined, *overrides)  # Complete: nothing more is run or charged.
+    again, err = drive(tmp_path, TINY, joined, *overrides)  # Complete: nothing is run or charged.
+    assert again == out
+    assert not err
     assert [len(ledger.summary()["entries"]) for ledger in ledgers] == [1, 1]

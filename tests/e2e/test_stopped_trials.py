@@ -1,11 +1,14 @@
-"""ASHA in a whole sweep through Tune, Optuna and MLflow; its trials are stand-ins."""
+"""ASHA and a limit in a whole sweep through Tune, Optuna and MLflow; its trials are stand-ins."""
 
+import json
+import re
 from pathlib import Path
 
 import optuna
 import pytest
 from mlflow.tracking import MlflowClient
-from test_pareto_sweep import SWEEP, drive
+from stand_in import drive
+from test_pareto_sweep import SWEEP
 
 from core.privacy.ledger import Ledger
 from sweep.config import SweepConfig
@@ -17,15 +20,40 @@ TRIALS = 6
 ASHA = (
     SWEEP.replace("objective: [fid_cnn, accuracy]", "objective: [accuracy]")
     .replace("sampler: nsga2", "sampler: random\nscheduler: asha\nasha:\n  grace_fraction: 0.5")
-    .replace("num_trials: 5", f"num_trials: {TRIALS}")
+    .replace("num_trials: 5", f"num_trials: {TRIALS}\ncpus_per_worker: 2")
 )
 
 
 @pytest.fixture(scope="module")
-def swept(tmp_path_factory, joined) -> tuple[SweepConfig, str]:
+def stories(tmp_path_factory, joined) -> tuple[Path, list[tuple[str, str]]]:
+    """The sweep meets its limit at once, goes on with a larger one, is asked again."""
     folder = tmp_path_factory.mktemp("asha")
-    out = drive(folder, ASHA, joined)
-    return open_sweep(folder / "runs", "two"), out
+    limits = (("1e-5", 3), ("5", 0), ("5", 0))
+    return folder, [drive(folder, ASHA, joined, "--max-hours", x, code=code) for x, code in limits]
+
+
+@pytest.fixture(scope="module")
+def swept(stories) -> tuple[SweepConfig, str]:
+    folder, told = stories
+    return open_sweep(folder / "runs", "two"), told[1][0]
+
+
+def test_a_limit_ends_the_sweep_in_one_line_that_says_how_to_go_on(stories):
+    folder, told = stories
+    line = r"stopped: max_hours=1e-05 is reached: (\S+) device hours .* larger max_hours"
+    found = re.search(line, told[0][1])
+    assert found is not None
+    usage = json.loads((folder / "runs" / "two" / "usage.json").read_text())
+    of_each = [row.seconds for row in load_rows(open_sweep(folder / "runs", "two"))]
+    assert usage["device_seconds"] > 3600 * float(found[1]) + sum(of_each), "the starts add up"
+    assert usage["device_seconds"] == pytest.approx(2 * usage["trial_seconds"])
+
+
+def test_nothing_is_tried_again(stories):
+    _, told = stories
+    assert "trial " in told[1][1]
+    assert "trial " not in told[2][1], "all had ended before"
+    assert told[2][0] == told[1][0]
 
 
 def test_trials_below_the_median_so_far_end_themselves(swept):

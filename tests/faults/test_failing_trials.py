@@ -11,7 +11,7 @@ from lab import Lab, Undisturbed, assert_as_undisturbed, ended, holder, wait_for
 def test_out_of_memory_then_fenced_out_then_killed_too_often_then_left_alone(
     cluster: Lab, undisturbed: Undisturbed
 ):
-    sweep = cluster.sweep("worn", [1e-3], "max_failures: 1")
+    sweep = cluster.sweep("worn", [1e-3], "workers_per_trial: 1\nmax_failures: 1")
 
     driver = sweep.start(spoilt="memory")
     trial = sweep.wait_for_trial(process=driver)
@@ -44,6 +44,17 @@ def test_out_of_memory_then_fenced_out_then_killed_too_often_then_left_alone(
     code, told = sweep.finish()
     assert code == 0, told
     assert_as_undisturbed(sweep, undisturbed)
+
+
+def test_who_lacks_the_clusters_token_is_told_so_in_one_line(cluster: Lab):
+    kept = {k: v for k, v in cluster.environment.items() if not k.startswith("RAY_AUTH")}
+    stranger = Lab(cluster.folder, kept | {"RAY_AUTH_MODE": "disabled"})
+    code, told = stranger.sweep("stranger", [1e-3]).finish("--doctor")
+    assert code == 1
+    (line,) = [line for line in told.splitlines() if line.startswith("FAIL")]
+    assert f"RAY_ADDRESS='{kept['RAY_ADDRESS']}' cannot be joined" in line
+    assert "RAY_AUTH_MODE=token" in line
+    assert "Traceback" not in told
 
 
 def test_a_bug_in_every_trial_stops_the_sweep(cluster: Lab):

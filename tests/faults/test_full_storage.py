@@ -53,7 +53,7 @@ def test_a_disk_that_cannot_hold_a_run_is_refused_before_it_is_charged(small_dis
 def test_a_disk_that_fills_up_stops_the_trial_which_goes_on_when_there_is_space(
     small_disk, cluster: Lab, undisturbed: Undisturbed
 ):
-    sweep = cluster.sweep("full", [1e-4])
+    sweep = cluster.sweep("full", [1e-4], "workers_per_trial: 1")
     kept = [(path, path.read_text()) for path in sweep.trials.glob("*/trial_id")]
     small_disk(sweep.trials, 6000)
     for path, text in kept:

@@ -123,7 +123,7 @@ def test_no_process_is_left(story, cluster: Lab):
 def test_the_killed_driver_of_a_local_cluster_leaves_no_process(cluster: Lab):
     alone = {key: value for key, value in cluster.environment.items() if key != "RAY_ADDRESS"}
     here = Lab(cluster.folder, alone | {MARK: f"{cluster.folder}/local"})
-    sweep = here.sweep("local", [1e-3])
+    sweep = here.sweep("local", [1e-3], "workers_per_trial: 1")
     driver = sweep.start()
     try:
         sweep.wait_for_trial(process=driver)

@@ -17,7 +17,7 @@ from stand_in import stand_in
 from core.reporting import write_json
 
 ROOT = Path(__file__).resolve().parents[2]
-TRIALS = int(os.environ.get("FETA_SWEEP_SOAK_TRIALS", "150"))
+TRIALS = int(os.environ.get("FETA_SWEEP_SOAK_TRIALS", "500"))
 WINDOW = TRIALS // 5
 MB = 2**20
 SWEEP = f"""
@@ -97,10 +97,7 @@ def driver(folder: Path) -> list[tuple[int, int, float]]:
 
 
 def test_late_trials_take_about_as_much_as_early_ones(soaked):
-    """By CPU seconds, as what else the machine does must not count.
-
-    A trial is allowed more than the driver: each of its calls of the ledger verifies every line.
-    """
+    """By CPU seconds, as what else the machine does must not count."""
     found, last = [], {}
     for each in workers(soaked):
         if each["pid"] in last:
@@ -108,7 +105,7 @@ def test_late_trials_take_about_as_much_as_early_ones(soaked):
         last[each["pid"]] = each["cpu"]
     early, late = (statistics.median(part) for part in (found[5 : 5 + WINDOW], found[-WINDOW:]))
     print(f"\ntrial: {early:.3f} CPU seconds early on, {late:.3f} late")
-    assert late / early <= 3
+    assert late / early <= 2
     notes = driver(soaked)
     half = next(n for n, note in enumerate(notes) if note[0] >= TRIALS // 2)
     (first, _, a), (middle, _, b), (end, _, c) = notes[0], notes[half], notes[-1]

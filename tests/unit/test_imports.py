@@ -144,7 +144,7 @@ def test_a_run_needs_no_package_but_the_required_ones(tmp_path):
 def test_what_waits_for_workers_does_not_load_torch():
     """Drivers, trials and the commands that only look begin sooner without it."""
     modules = ("run", "launch", "trial", "outbox", "results", "__main__")
-    names = ", ".join(f"sweep.{name}" for name in modules)
+    names = ", ".join([*(f"sweep.{name}" for name in modules), "core.privacy.spending"])
     code = f"import sys, {names}; sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=CORE.parent, timeout=120)
     assert done.returncode == 0

@@ -3,7 +3,7 @@
 import pytest
 
 from core.errors import ConfigError
-from sweep.cluster import check_room, max_concurrent
+from sweep.cluster import check_room, join_cluster, max_concurrent
 from sweep.config import load_sweep
 from sweep.space import SameError
 
@@ -61,3 +61,16 @@ def test_only_the_same_error_in_a_row_counts():
     for free in (13, 12, 11):
         same.ended(f"no file {free}")
     assert same.reached == "3 trials in a row failed with the same error: no file 11"
+
+
+@pytest.mark.parametrize(
+    ("address", "text"),
+    [
+        ("127.0.0.1:1", r"'127\.0\.0\.1:1' does not answer \(.*refused\): start the cluster"),
+        ("http://127.0.0.1:8265", "cannot be joined: name the head of a running cluster as host"),
+    ],
+)
+def test_a_cluster_that_cannot_be_joined_is_one_sentence(monkeypatch, address, text):
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(ConfigError, match=text):
+        join_cluster()
