@@ -11,6 +11,7 @@ from pathlib import Path
 import optuna
 import pytest
 import torch
+from leftovers import MARK, OF_TRIALS, assert_none_left
 
 from core.errors import UserError
 from core.pipeline import run
@@ -102,21 +103,29 @@ def storage(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def joined(_private_secret) -> Iterator[dict[str, str]]:
-    """What a driver's environment needs to join a cluster, which is sooner than to start one."""
+def joined(_private_secret, tmp_path_factory) -> Iterator[dict[str, str]]:
+    """What a driver's environment needs to join a cluster, which is sooner than to start one.
+
+    When all sweeps of the cluster have ended, none of their trials may have left a process.
+    """
     import ray
 
-    ray.init(
-        address="local",
-        num_cpus=2,
-        resources={DRIVER_RESOURCE: 2},
-        include_dashboard=False,
-        log_to_driver=False,
-    )
+    mark = str(tmp_path_factory.mktemp("joined"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(MARK, mark)
+        ray.init(
+            address="local",
+            num_cpus=2,
+            resources={DRIVER_RESOURCE: 2},
+            include_dashboard=False,
+            log_to_driver=False,
+        )
     address = ray.get_runtime_context().gcs_address
     # The secret is that of the cluster's processes.
     yield {SECRET_FILE_VARIABLE: os.environ[SECRET_FILE_VARIABLE], "RAY_ADDRESS": address}
+    assert_none_left(mark, titles=OF_TRIALS)
     ray.shutdown()
+    assert_none_left(mark)
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,17 @@ import time
 from pathlib import Path
 
 MARK = "FETA_SWEEP_TEST"
+OF_TRIALS = (
+    "ray::ImplicitFunc",
+    "ray::TrainController",
+    "ray::RayTrainWorker",
+    "ray::PlacementGroupCleaner",
+    "ray::SynchronizationActor",
+    "ray::_QueueActor",
+    "ray::Verdicts",
+    "ray::execute",
+)
+"""How the processes of trials are called, on clusters that outlive their sweeps."""
 
 
 def marked_processes(mark: str) -> dict[int, str]:
@@ -21,9 +32,13 @@ def marked_processes(mark: str) -> dict[int, str]:
     return found
 
 
-def assert_none_left(mark: str, seconds: float = 60) -> None:
-    """What has been told to end may take some seconds for it."""
+def assert_none_left(mark: str, seconds: float = 60, titles: tuple[str, ...] = ("",)) -> None:
+    """What has been told to end may take some seconds for it.
+
+    Args:
+        titles: beginnings of the commands that must not be left; all that carry the mark.
+    """
     deadline = time.monotonic() + seconds
-    while left := marked_processes(mark):
+    while left := [each for each in marked_processes(mark).values() if each.startswith(titles)]:
         assert time.monotonic() < deadline, f"still there: {left}"
         time.sleep(0.5)

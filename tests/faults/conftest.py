@@ -2,7 +2,9 @@
 
 import os
 import secrets
+import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ import torch
 os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
 
 from lab import Lab, Undisturbed, laboratory
+from leftovers import MARK, OF_TRIALS, assert_none_left
 
 
 @pytest.fixture(scope="session")
@@ -23,13 +26,31 @@ def lab():
 
 
 @pytest.fixture(scope="session")
-def cluster(lab: Lab) -> Lab:
+def cluster(lab: Lab) -> Iterator[Lab]:
     if lab.server is None:
         lab.start_server()
     lab.start_nodes()
-    return lab
+    yield lab
+    # All sweeps have ended, in whatever way.
+    assert_none_left(lab.environment[MARK], 180, OF_TRIALS)
 
 
 @pytest.fixture(scope="session")
 def undisturbed(lab: Lab) -> Undisturbed:
     return Undisturbed(lab.folder / "undisturbed", lab.folder / "secret")
+
+
+@pytest.fixture
+def small_disk():
+    """Mounts disks of so many kilobytes for the test."""
+    mounted = []
+
+    def mount(folder: Path, kilobytes: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        options = ["-o", f"size={kilobytes}k", "tmpfs", str(folder)]
+        subprocess.run(["mount", "-t", "tmpfs", *options], check=True)
+        mounted.append(folder)
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)

@@ -1,17 +1,26 @@
-"""Trials whose workers run out of memory, are killed again and again, or have a bug."""
+"""Trials whose workers run out of memory, are killed again and again, cannot write, have a bug."""
 
+import contextlib
 import json
 import os
 import signal
 import time
 
+import torch
 from lab import Lab, Undisturbed, assert_as_undisturbed, ended, holder, wait_for
 
 
-def test_out_of_memory_then_fenced_out_then_killed_too_often_then_left_alone(
-    cluster: Lab, undisturbed: Undisturbed
+def test_out_of_memory_fenced_out_killed_too_often_without_space_then_left_alone(
+    cluster: Lab, undisturbed: Undisturbed, small_disk
 ):
     sweep = cluster.sweep("worn", [1e-3], "workers_per_trial: 1\nmax_failures: 1")
+    mounts = os.geteuid() == 0  # Others may not; all but the full disk is tested then, too.
+    if mounts:
+        kept = [(path, path.read_text()) for path in sweep.trials.glob("*/trial_id")]
+        small_disk(sweep.trials, 6000)
+        for path, text in kept:
+            path.parent.mkdir()
+            path.write_text(text)
 
     driver = sweep.start(spoilt="memory")
     trial = sweep.wait_for_trial(process=driver)
@@ -40,6 +49,22 @@ def test_out_of_memory_then_fenced_out_then_killed_too_often_then_left_alone(
     assert len(killed) == 2, "one restart"
     assert "a worker's process was killed, more often than max_failures allows" in told
     assert "max_physical_batch_size=auto" in told
+
+    if mounts:
+        last = trial / "checkpoints" / "last.pt"
+        earlier, written = torch.load(last)["step"], last.stat().st_mtime_ns
+        driver = sweep.start()
+        wait_for(lambda: last.stat().st_mtime_ns != written, "next checkpoint")
+        filler = sweep.trials / "filler"
+        with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(b"\0" * 4096)
+        code, told = ended(driver)
+        assert code == 1
+        assert "cannot be written (No space left on device)" in told
+        assert torch.load(last)["step"] > earlier, "the last checkpoint is whole"
+        assert not (trial / "evaluation.json").exists()
+        filler.unlink()
 
     code, told = sweep.finish()
     assert code == 0, told

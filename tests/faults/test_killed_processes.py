@@ -4,37 +4,28 @@ import json
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from lab import MARK, Lab, Sweep, Undisturbed, assert_as_undisturbed, holder, wait_for
+from lab import Lab, Sweep, Undisturbed, assert_as_undisturbed, holder, wait_for
+from leftovers import MARK, OF_TRIALS, assert_none_left
 from mlflow.tracking import MlflowClient
 
 from sweep.driver import running_driver
 
-RATES = [1e-4, 1e-3, 5e-3]
+RATES = [1e-4, 1e-3]
 STEPS = 120
 AWAY_SECONDS = 60
-ACTORS = ("ray::TrainController", "ray::ImplicitFunc", "ray::execute", "ray::RayTrainWorker")
-
-
-def actors(lab: Lab) -> list[int]:
-    """Processes that work for a trial."""
-    return [pid for title in ACTORS for pid in lab.processes(title)]
 
 
 @pytest.fixture(scope="module")
 def story(cluster: Lab) -> tuple[Sweep, list[str]]:
     """Tells the sweep's story; returns it with what its three jobs printed."""
     sweep = cluster.sweep("story", RATES, steps=STEPS)
-    disturbed: list[Path] = []
 
-    def next_trial() -> None:
-        disturbed.append(sweep.wait_for_trial(*disturbed))
-
-    def until_it_goes_on(before: int) -> None:
-        """Waits for a step of the same trial by another worker than `before`."""
-        trial = disturbed[-1]
+    def until_it_goes_on(trial: Path, before: int) -> None:
+        """Waits for a step of the trial by another worker than `before`."""
         steps = (trial / "metrics.jsonl").read_text()
         wait_for(lambda: holder(trial) not in (0, before), "restart of the trial")
         wait_for(lambda: (trial / "metrics.jsonl").read_text() != steps, "step of the trial")
@@ -45,30 +36,31 @@ def story(cluster: Lab) -> tuple[Sweep, list[str]]:
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
 
+    def lose(act: Callable[[], None]) -> None:
+        """Does something that ends the first trial's workers; waits until others go on."""
+        worker = holder(first)
+        act()
+        until_it_goes_on(first, worker)
+
     sweep.submit("first")
-    next_trial()
-    worker = holder(disturbed[-1])
-    os.kill(worker, signal.SIGKILL)
-    until_it_goes_on(worker)
-    worker = holder(disturbed[-1])
-    kill("ray::TrainController")
-    until_it_goes_on(worker)
-    worker = holder(disturbed[-1])
-    kill("ray::ImplicitFunc")  # The trial.
-    until_it_goes_on(worker)
+    first = sweep.wait_for_trial()
+    lose(lambda: os.kill(holder(first), signal.SIGKILL))
+    lose(lambda: kill("ray::TrainController"))
+    lose(lambda: kill("ray::ImplicitFunc"))  # The trial.
     cluster.stop_server()
     away = time.monotonic()
-    next_trial()
+    second = sweep.wait_for_trial(first)
+    worker = holder(second)
     driver = running_driver(sweep.config.folder)
     assert driver is not None
     os.kill(driver.pid, signal.SIGKILL)
     wait_for(lambda: sweep.state("first") == "FAILED", "end of the killed job")
-    wait_for(lambda: not actors(cluster), "end of the killed job's processes", 180)
+    assert_none_left(cluster.environment[MARK], 180, OF_TRIALS)
     told = [sweep.printed("first")]
     time.sleep(max(0.0, away + AWAY_SECONDS - time.monotonic()))
     cluster.start_server()
     sweep.submit("second")
-    next_trial()
+    until_it_goes_on(second, worker)
     sweep.stop("second")
     told.append(sweep.printed("second"))
     sweep.submit("third")
@@ -117,7 +109,7 @@ def test_the_server_has_every_trial_and_every_step_once(story, cluster: Lab):
 
 
 def test_no_process_is_left(story, cluster: Lab):
-    wait_for(lambda: not actors(cluster), "end of the sweep's processes", 180)
+    assert_none_left(cluster.environment[MARK], 180, OF_TRIALS)
 
 
 def test_the_killed_driver_of_a_local_cluster_leaves_no_process(cluster: Lab):
@@ -129,7 +121,7 @@ def test_the_killed_driver_of_a_local_cluster_leaves_no_process(cluster: Lab):
         sweep.wait_for_trial(process=driver)
         driver.kill()
         driver.communicate(timeout=60)
-        wait_for(lambda: not here.processes(), "end of all that the driver started", 180)
+        assert_none_left(here.environment[MARK], 180)
     finally:
         here.end()
     (entry,) = sweep.ledger().summary()["entries"]

@@ -6,6 +6,7 @@ import signal
 
 import pytest
 from lab import Lab, Undisturbed, assert_as_undisturbed, ended, wait_for
+from leftovers import MARK, OF_TRIALS, assert_none_left
 
 HEAD = "min_workers_per_trial: 1"
 
@@ -13,7 +14,7 @@ HEAD = "min_workers_per_trial: 1"
 @pytest.fixture(scope="module")
 def after_the_loss(cluster: Lab):
     """An elastic sweep whose trial loses the second node, one begun after the loss; their ends."""
-    sweep = cluster.sweep("elastic", [5e-4], HEAD, steps=200)
+    sweep = cluster.sweep("elastic", [5e-4], HEAD)
     driver = sweep.start()
     trial = sweep.wait_for_trial(process=driver)
     lost = cluster.nodes[1]
@@ -41,4 +42,4 @@ def test_what_is_left_is_too_small_for_a_trial_of_two_and_says_so(after_the_loss
     assert "one trial needs 2 CPUs" in line
     assert "the cluster at RAY_ADDRESS has 1" in line
     assert "no autoscaler has launched a node for it" in line
-    wait_for(lambda: not cluster.processes("ray::TrainController"), "end of the trial", 30)
+    assert_none_left(cluster.environment[MARK], 60, OF_TRIALS)
