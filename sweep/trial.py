@@ -84,10 +84,13 @@ def run_trial(parameters: dict[str, Any], context: Context) -> None:
     status = "FAILED"
     try:
         result: dict[str, Any] | None = None
+        refused = ""
         for metrics in (context.train or _supervised)(context, config, trial_id):
             if "refused" in metrics:
-                raise TrialError(metrics["refused"])
-            if metrics["stage"] in ("done", ENDED_EARLY):
+                # Not yet raised: else the supervisor is killed before it has given back what it
+                # had asked the cluster for, which then counts as in use for minutes.
+                refused = metrics["refused"]
+            elif metrics["stage"] in ("done", ENDED_EARLY):
                 result = metrics
             elif metrics["stage"] == STAGE:
                 score = {k: v for k, v in metrics.items() if k.startswith("early_")}
@@ -96,8 +99,8 @@ def run_trial(parameters: dict[str, Any], context: Context) -> None:
             else:
                 record_step(tracker, run_dir, metrics, seen)
                 tune.report({**metrics, "trial": trial_id})
-        if result is None:
-            raise TrialError("the workers ended without a result")
+        if refused or result is None:
+            raise TrialError(refused or "the workers ended without a result")
         record_result(tracker, context.sweep, run_dir, result)
         status = "KILLED" if result["stage"] == ENDED_EARLY else "FINISHED"
         tracker.finish(status)
