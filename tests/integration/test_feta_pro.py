@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_ranks import start_ranks
-from two_ranks import tiny_run
+from two_ranks import start_ranks, tiny_run
 
 from core import easy_stage
 from core.config import load, nested
@@ -91,7 +90,7 @@ def test_interrupted_before_the_generator_the_release_stays(whole, tmp_path, mon
 
 
 def test_two_ranks_give_the_model_of_one(whole, tmp_path):
-    start_ranks(tmp_path, 2, "-1", *(f"{key}={value}" for key, value in PRO.items()))
+    start_ranks(tmp_path, 2, **PRO)
     found = torch.load(tmp_path / "run" / "model.pt")
     for name, value in torch.load(whole[0] / "model.pt").items():
         torch.testing.assert_close(found[name], value, rtol=0, atol=1e-5)

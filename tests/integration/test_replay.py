@@ -2,13 +2,11 @@
 
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from two_ranks import tiny_run
+from two_ranks import in_processes, tiny_run
 
 from core import pipeline
 from core.errors import ConfigError
@@ -52,10 +50,7 @@ def summary_of(folder: Path) -> dict:
 )
 def test_killed_and_resumed_is_as_undisturbed(undisturbed, tmp_path, stage, step):
     whole, reports = undisturbed
-    command = [sys.executable, __file__, str(tmp_path), stage, str(step)]
-    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2])])
-    killed = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, timeout=120)
-    assert killed.returncode == -signal.SIGKILL
+    assert in_processes(run_and_die, (tmp_path, stage, step)) == [-signal.SIGKILL]
     assert not (tmp_path / "model.pt").exists()
     (entry,) = summary_of(tmp_path)["entries"]
     assert entry["state"] == ("committed" if stage == "evaluation" else "reserved")
@@ -91,7 +86,3 @@ def test_a_lost_key_is_refused_before_it_is_charged(undisturbed, tmp_path, monke
         with pytest.raises(ConfigError, match="belongs to another configuration, data set or"):
             tiny_run(tmp_path, **SETTINGS)
     assert summary_of(tmp_path) == before
-
-
-if __name__ == "__main__":
-    run_and_die(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))

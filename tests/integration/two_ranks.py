@@ -1,18 +1,14 @@
-"""Started once for each rank by test_ranks.py: trains a tiny run and saves what it released.
+"""A tiny run, in this process, in one of its own, or as one rank of several."""
 
-A fourth argument is the step at which all ranks die, having kept every step before it; more are
-settings such as `method=feta_pro`.
-"""
-
+import multiprocessing
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from core.config import load, parse_overrides
+from core.config import load
 from core.early import GoesOn
 from core.pipeline import run
 from core.privacy.dp_sgd import DpSgdOptimizer
@@ -77,19 +73,51 @@ def released_noise() -> torch.Tensor:
     return -parameter.detach()
 
 
-if __name__ == "__main__":
-    rank, world_size, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+# Processes begin as copies of one that has all loaded: an import takes longer than a tiny run.
+_PROCESSES = multiprocessing.get_context("forkserver")
+_PROCESSES.set_forkserver_preload(["core.pipeline"])
+
+
+def in_processes(function: Callable[..., None], *calls: tuple[object, ...]) -> list[int | None]:
+    """Calls a function of a module in one process for each tuple of arguments.
+
+    Returns:
+        The exit codes; None where a process did not end within two minutes and was killed.
+    """
+    processes = [_PROCESSES.Process(target=function, args=arguments) for arguments in calls]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    return codes
+
+
+def start_ranks(folder: Path, world_size: int, last_step: int = 0, **changes: object) -> None:
+    """Trains on several ranks; `rank_<number>.pt` holds what each reported and released.
+
+    Args:
+        last_step: if positive, step at which all ranks die, having kept every step before it.
+    """
+    calls = [(rank, world_size, folder, last_step, changes) for rank in range(world_size)]
+    assert in_processes(_rank, *calls) == [0] * world_size
+
+
+def _rank(
+    rank: int, world_size: int, folder: Path, last_step: int, changes: dict[str, object]
+) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size
     )
 
     def die(report: dict) -> None:
-        if len(sys.argv) > 4 and report["step"] == int(sys.argv[4]):
+        if last_step and report["step"] == last_step:
             os._exit(0)
 
-    every_step = {"runtime.checkpoint_every": 1, "runtime.log_every": 1}
-    settings = every_step | parse_overrides(sys.argv[5:]) if len(sys.argv) > 4 else {}
-    reports = tiny_run(folder / "run", die, **settings)
+    every_step = {"runtime.checkpoint_every": 1, "runtime.log_every": 1} if last_step else {}
+    reports = tiny_run(folder / "run", die, **every_step, **changes)
     torch.save({"noise": released_noise(), "reports": reports}, folder / f"rank_{rank}.pt")
     dist.destroy_process_group()

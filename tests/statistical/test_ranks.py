@@ -1,32 +1,20 @@
 """One process and several gloo ranks: the same model, the same noise, once."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from checks import is_normal
-from two_ranks import tiny_run
+from two_ranks import start_ranks, tiny_run
 
 from core import identity
-
-SCRIPT = Path(__file__).parents[1] / "integration" / "two_ranks.py"
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")
     return folder, tiny_run(folder)
-
-
-def start_ranks(folder: Path, world_size: int, *more: str) -> None:
-    processes = [
-        subprocess.Popen([sys.executable, SCRIPT, str(rank), str(world_size), str(folder), *more])
-        for rank in range(world_size)
-    ]
-    assert [process.wait(timeout=120) for process in processes] == [0] * world_size
 
 
 def run_ranks(folder: Path, world_size: int) -> list[dict]:
@@ -59,7 +47,7 @@ def test_ranks_give_the_model_of_one_process(alone, tmp_path, world_size):
 @pytest.mark.parametrize("step", [2, 5])
 def test_one_process_goes_on_where_two_ranks_stopped(alone, tmp_path, step):
     single, reports = alone
-    start_ranks(tmp_path, 2, str(step))
+    start_ranks(tmp_path, 2, step)
     run = tmp_path / "run"
     assert torch.load(run / "checkpoints" / "last.pt")["step"] == (step - 1 if step <= 3 else 1)
     again = tiny_run(run)
