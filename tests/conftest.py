@@ -13,12 +13,27 @@ for _folder in ("unit", "statistical", "integration", "e2e"):
 torch.set_num_threads(1)
 
 
-# Where files are shared out among processes, those that take longest begin first.
-_LONGEST = ("test_sweep.py", "test_autoscaling.py", "test_killed_processes.py")
+# Files are shared out among processes: those that take longest begin first, in this order.
+_LONGEST = (
+    "test_sweep.py",
+    "test_autoscaling.py",
+    "test_killed_processes.py",
+    "test_soak.py",
+    "test_mlflow_ui.py",
+    "test_early_stopping.py",
+    "test_scopes_in_sweeps.py",
+    "test_feta_pro.py",
+    "test_ranks.py",
+    "test_scope_spending.py",
+    "test_shared_warm_up.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.name not in _LONGEST)
+    def place(item: pytest.Item) -> int:
+        return _LONGEST.index(item.path.name) if item.path.name in _LONGEST else len(_LONGEST)
+
+    items.sort(key=place)
 
 
 @pytest.fixture(autouse=True, scope="session")
