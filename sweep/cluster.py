@@ -56,6 +56,7 @@ def join_cluster() -> None:
     """
     import ray
     import ray._private.worker
+    from ray.exceptions import AuthenticationError
 
     def leave_submitted_files() -> None:
         # A submitted job's processes begin in Ray's copy of its files. When the agent of another
@@ -82,12 +83,13 @@ def join_cluster() -> None:
         _require_answer(address)
         try:
             ray.init(**shared)
-        except (ConnectionError, ValueError):  # Ray has told why, or had no answer that it takes.
+        except (ConnectionError, ValueError, AuthenticationError) as error:
+            reason = str(error).partition("\n")[0].rstrip(".")
             raise ConfigError(
-                f"RAY_ADDRESS={address!r} cannot be joined: name the head of a running cluster as "
-                "host:port, on one of its machines; if it asks for a token, set "
+                f"RAY_ADDRESS={address!r} cannot be joined ({reason}): name the head of a running "
+                "cluster as host:port, on one of its machines; if it asks for a token, set "
                 "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH as where it was started"
-            ) from None
+            ) from error
         if not ray.cluster_resources().get(DRIVER_RESOURCE):
             raise ConfigError(
                 f"the cluster at RAY_ADDRESS offers no '{DRIVER_RESOURCE}' resource, which trials "
@@ -107,7 +109,7 @@ def _require_answer(address: str) -> None:
     if "://" not in address and host and port.isdecimal():
         try:
             socket.create_connection((host.strip("[]"), int(port)), _ANSWER).close()
-        except OSError as error:
+        except (OSError, UnicodeError) as error:
             raise ConfigError(
                 f"RAY_ADDRESS={address!r} does not answer ({error}): start the cluster, or name "
                 "its head as host:port"

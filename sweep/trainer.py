@@ -16,8 +16,6 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 _TIMEOUT = timedelta(minutes=30)
 """How long workers wait for each other: one evaluates while the others wait."""
-_PATIENCE = 30.0
-"""Seconds that workers have to leave their group before they are ended."""
 
 
 class Trainer(DataParallelTrainer):
@@ -32,7 +30,7 @@ class Trainer(DataParallelTrainer):
 
 
 class TorchGroup(BackendConfig):
-    """Workers form a torch process group: NCCL if each has a GPU, else gloo."""
+    """Workers form a torch process group: NCCL if each has a GPU of its own, else gloo."""
 
     @property
     def backend_cls(self) -> type[Backend]:
@@ -45,7 +43,8 @@ class _Group(Backend):
 
     def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
         address, port = worker_group.execute_single(0, get_address_and_port)
-        backend = "nccl" if worker_group.get_resources_per_worker().get("GPU", 0) > 0 else "gloo"
+        # NCCL does not let workers share a GPU.
+        backend = "nccl" if worker_group.get_resources_per_worker().get("GPU", 0) >= 1 else "gloo"
         size = len(worker_group)
         joining = [
             worker_group.execute_single_async(rank, _join, backend, address, port, rank, size)
@@ -53,24 +52,26 @@ class _Group(Backend):
         ]
         ray.get(joining)
 
-    def on_shutdown(self, worker_group: Any, backend_config: BackendConfig) -> None:
-        leaving = worker_group.execute_async(_leave)
-        ray.wait(leaving, num_returns=len(leaving), timeout=_PATIENCE)
-
 
 def _join(backend: str, address: str, port: int, rank: int, size: int) -> None:
     """Runs on each worker before its training."""
-    import torch.distributed as dist
+    import core  # noqa: F401  # Before torch is loaded, which reads what it sets.
+
+    import torch.distributed as dist  # isort: skip
 
     os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
     dist.init_process_group(backend, rank=rank, world_size=size, timeout=_TIMEOUT)
 
 
-def _leave() -> None:
+def leave_group() -> None:
+    """Ends a worker's part in the group; called by who trains, and only after the last step.
+
+    Privacy: never by another thread, also not where other workers failed: a rank that found no
+    group in the middle of a step would take its own gradients for all.
+    """
     import torch.distributed as dist
 
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    dist.destroy_process_group()
 
 
 def use_own_device() -> None:

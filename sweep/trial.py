@@ -99,7 +99,7 @@ def run_trial(parameters: dict[str, Any], context: Context) -> None:
             else:
                 record_step(tracker, run_dir, metrics, seen)
                 tune.report({**metrics, "trial": trial_id})
-        if refused or result is None:
+        if result is None:
             raise TrialError(refused or "the workers ended without a result")
         record_result(tracker, context.sweep, run_dir, result)
         status = "KILLED" if result["stage"] == ENDED_EARLY else "FINISHED"
@@ -233,17 +233,18 @@ def _train(context: Context, config: Config, trial_id: str) -> Iterator[dict[str
 
     thread = threading.Thread(target=fit, daemon=True)
     thread.start()
-    running = True
+    running, refused = True, False
     while running:
         running = thread.is_alive()  # Before the queue is read, so that nothing is missed.
         try:
             while True:
                 sender, metrics = reports.get(timeout=0.5 if running else 0.01)
                 if sender == attempt:  # Else of a controller that died since.
+                    refused = "refused" in metrics
                     yield metrics
         except Empty:
             pass
-    if not failure:
+    if refused or not failure:  # How the workers ended after that does not matter.
         return
     if isinstance(failure[0], ray.train.WorkerGroupError):
         raise TrialError(_reason(failure[0])) from failure[0]
@@ -284,7 +285,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     from core.pipeline import run
     from core.privacy.keys import MasterSecret
     from sweep.machine import MachineUse
-    from sweep.trainer import use_own_device
+    from sweep.trainer import leave_group, use_own_device
 
     use_own_device()
     use = MachineUse()
@@ -313,6 +314,7 @@ def train_worker(settings: dict[str, Any]) -> None:
         )
     except UserError as error:
         ray.train.report({"refused": str(error), "stage": "refused", "step": 0})
+    leave_group()
 
 
 def _reason(error: BaseException) -> str:

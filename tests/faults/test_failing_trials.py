@@ -80,13 +80,15 @@ def test_out_of_memory_fenced_out_killed_too_often_without_space_then_left_alone
 
 def test_who_lacks_the_clusters_token_is_told_so_in_one_line(cluster: Lab):
     kept = {k: v for k, v in cluster.environment.items() if not k.startswith("RAY_AUTH")}
-    stranger = Lab(cluster.folder, kept | {"RAY_AUTH_MODE": "disabled"})
-    code, told = stranger.sweep("stranger", [1e-3]).finish("--doctor")
-    assert code == 1
-    (line,) = [line for line in told.splitlines() if line.startswith("FAIL")]
-    assert f"RAY_ADDRESS='{kept['RAY_ADDRESS']}' cannot be joined" in line
-    assert "RAY_AUTH_MODE=token" in line
-    assert "Traceback" not in told
+    settings = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(cluster.folder / "none")}
+    for name, asked in (("stranger", {"RAY_AUTH_MODE": "disabled"}), ("forgot", settings)):
+        stranger = Lab(cluster.folder, kept | asked)
+        code, told = stranger.sweep(name, [1e-3]).finish("--doctor")
+        assert code == 1
+        (line,) = [line for line in told.splitlines() if line.startswith("FAIL")]
+        assert f"RAY_ADDRESS='{kept['RAY_ADDRESS']}' cannot be joined" in line
+        assert "RAY_AUTH_MODE=token" in line
+        assert "Traceback" not in told
 
 
 def test_a_bug_in_every_trial_stops_the_sweep(cluster: Lab):

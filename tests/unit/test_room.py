@@ -67,7 +67,8 @@ def test_only_the_same_error_in_a_row_counts():
     ("address", "text"),
     [
         ("127.0.0.1:1", r"'127\.0\.0\.1:1' does not answer \(.*refused\): start the cluster"),
-        ("http://127.0.0.1:8265", "cannot be joined: name the head of a running cluster as host"),
+        ("http://127.0.0.1:8265", r"cannot be joined \(Invalid .*: name the head of a"),
+        ("a..b:6379", r"'a\.\.b:6379' does not answer \(.*: start the cluster"),
     ],
 )
 def test_a_cluster_that_cannot_be_joined_is_one_sentence(monkeypatch, address, text):
