@@ -13,11 +13,15 @@ for _folder in ("unit", "statistical", "integration", "e2e"):
 torch.set_num_threads(1)
 
 
-# Files are shared out among processes: those that take longest begin first, in this order.
+# Files are shared out among processes: those that take longest begin first, in this order; those
+# that also wait run beside others that do not.
 _LONGEST = (
     "test_sweep.py",
     "test_autoscaling.py",
     "test_killed_processes.py",
+    "test_failing_trials.py",
+    "test_full_storage.py",
+    "test_lost_node.py",
     "test_soak.py",
     "test_mlflow_ui.py",
     "test_early_stopping.py",
