@@ -84,13 +84,8 @@ def run_trial(parameters: dict[str, Any], context: Context) -> None:
     status = "FAILED"
     try:
         result: dict[str, Any] | None = None
-        refused = ""
         for metrics in (context.train or _supervised)(context, config, trial_id):
-            if "refused" in metrics:
-                # Not yet raised: else the supervisor is killed before it has given back what it
-                # had asked the cluster for, which then counts as in use for minutes.
-                refused = metrics["refused"]
-            elif metrics["stage"] in ("done", ENDED_EARLY):
+            if metrics["stage"] in ("done", ENDED_EARLY):
                 result = metrics
             elif metrics["stage"] == STAGE:
                 score = {k: v for k, v in metrics.items() if k.startswith("early_")}
@@ -100,7 +95,7 @@ def run_trial(parameters: dict[str, Any], context: Context) -> None:
                 record_step(tracker, run_dir, metrics, seen)
                 tune.report({**metrics, "trial": trial_id})
         if result is None:
-            raise TrialError(refused or "the workers ended without a result")
+            raise TrialError("the workers ended without a result")
         record_result(tracker, context.sweep, run_dir, result)
         status = "KILLED" if result["stage"] == ENDED_EARLY else "FINISHED"
         tracker.finish(status)
@@ -176,7 +171,7 @@ def _supervised(context: Context, config: Config, trial_id: str) -> Iterator[dic
     """Yields what rank 0 reports; begins again when the workers' supervisor died.
 
     Raises:
-        TrialError: the workers or their supervisor failed more often than allowed.
+        TrialError: the run was refused, or workers or supervisor failed more often than allowed.
     """
     for attempt in range(context.sweep.max_failures + 1):
         try:
@@ -233,18 +228,23 @@ def _train(context: Context, config: Config, trial_id: str) -> Iterator[dict[str
 
     thread = threading.Thread(target=fit, daemon=True)
     thread.start()
-    running, refused = True, False
+    running, refused = True, ""
     while running:
         running = thread.is_alive()  # Before the queue is read, so that nothing is missed.
         try:
             while True:
                 sender, metrics = reports.get(timeout=0.5 if running else 0.01)
                 if sender == attempt:  # Else of a controller that died since.
-                    refused = "refused" in metrics
-                    yield metrics
+                    refused = metrics.get("refused", "")
+                    if not refused:
+                        yield metrics
         except Empty:
             pass
-    if refused or not failure:  # How the workers ended after that does not matter.
+    # Only now: else the supervisor is killed before it has given back what it had asked the cluster
+    # for, which then counts as in use for minutes. How the workers ended then does not matter.
+    if refused:
+        raise TrialError(refused)
+    if not failure:
         return
     if isinstance(failure[0], ray.train.WorkerGroupError):
         raise TrialError(_reason(failure[0])) from failure[0]

@@ -231,7 +231,7 @@ def _verified_lines(path: Path, content: bytes) -> tuple[list[Entry], bytes]:
     does not take longer with every trial.
     """
     length, digest, before = _verified_before.get(path, (0, b"", ()))
-    if not length or hashlib.sha256(content[:length]).digest() != digest:
+    if hashlib.sha256(content[:length]).digest() != digest:
         length, before = 0, ()
     entries = [*before]
     *lines, torn = content[length:].split(b"\n")
