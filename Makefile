@@ -23,8 +23,7 @@ PARALLEL := -n logical --maxprocesses 4
 BY_FILE := $(PARALLEL) --dist loadfile --no-loadscope-reorder
 
 test: setup
-	@$(BIN)/python -m pytest $(BY_FILE) tests/unit tests/statistical tests/integration
-	@$(BIN)/python -m pytest $(BY_FILE) tests/e2e
+	@$(BIN)/python -m pytest $(BY_FILE)
 
 # Kills what a sweep consists of, for real; apart from `make test`.
 test-faults: setup

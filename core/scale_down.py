@@ -12,6 +12,7 @@ from core import yaml_subset
 from core.config import Config, load, nested, parse_overrides
 from core.errors import ConfigError
 from core.privacy import accounting
+from core.privacy.mechanisms import quick_grid
 from core.privacy.plan import make_plan
 
 BATCH, TARGET = "private_training.expected_batch_size", "privacy.target_epsilon"
@@ -49,7 +50,7 @@ def scaled_down(config: Config, factor: float) -> Config:
     rate, noise, steps = plan.dp_sgd.mechanism
     shrunk = (*plan.beside_dp_sgd, (rate * smaller / batch, noise * smaller / batch, steps))
     epsilon = accounting.epsilon_of_mechanisms(
-        shrunk, plan.delta, plan.neighboring_relation, accounting.quick_grid(shrunk)
+        shrunk, plan.delta, plan.neighboring_relation, quick_grid(shrunk)
     )
     return load(nested(config), {BATCH: smaller, TARGET: epsilon})
 

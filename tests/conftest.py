@@ -1,4 +1,4 @@
-"""What every test shares: the secret lives in a folder of its own, there is one thread."""
+"""What every test shares: secret and cache lie in folders of their own, there is one thread."""
 
 import sys
 from pathlib import Path
@@ -24,7 +24,6 @@ _LONGEST = (
     "test_lost_node.py",
     "test_soak.py",
     "test_mlflow_ui.py",
-    "test_early_stopping.py",
     "test_scopes_in_sweeps.py",
     "test_feta_pro.py",
     "test_ranks.py",
@@ -41,8 +40,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _private_secret(tmp_path_factory: pytest.TempPathFactory):
+def _private_folders(tmp_path_factory: pytest.TempPathFactory):
     with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.getbasetemp() / "secret"
-        patch.setenv("FETA_SWEEP_SECRET_FILE", str(folder / "master.secret"))
+        folder = tmp_path_factory.getbasetemp()
+        patch.setenv("FETA_SWEEP_SECRET_FILE", str(folder / "secret" / "master.secret"))
+        patch.setenv("FETA_SWEEP_TEST_CACHE", str(folder / "cache"))
         yield

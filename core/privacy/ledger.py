@@ -23,6 +23,7 @@ from core.privacy.ledger_book import (
     stated_terms,
 )
 from core.privacy.ledger_file import Chain, Event, Key, LedgerError, Terms, locked, require
+from core.privacy.mechanisms import COARSE, Mechanism, discretization_for, grouped
 from core.privacy.plan import PrivacyPlan
 from core.privacy.scopes import RunBudget
 
@@ -317,8 +318,8 @@ class Ledger:
         )
 
     def _discretization(self, events: Iterable[Event]) -> float:
-        scale = self.terms.budget or self._epsilon(events, accounting.COARSE)
-        return accounting.discretization_for(_mechanisms(events), scale)
+        scale = self.terms.budget or self._epsilon(events, COARSE)
+        return discretization_for(_mechanisms(events), scale)
 
     def _epsilon(self, events: Iterable[Event], discretization: float) -> float:
         delta, relation = self.terms.delta, self.terms.neighboring_relation
@@ -358,7 +359,7 @@ def events_of(plan: PrivacyPlan, central: str = "") -> tuple[Event, ...]:
     )
 
 
-def _mechanisms(events: Iterable[Event]) -> tuple[accounting.Mechanism, ...]:
+def _mechanisms(events: Iterable[Event]) -> tuple[Mechanism, ...]:
     """The only way from a ledger's plain data to what the accountant composes.
 
     Privacy: what several trials have from one release counts once, as later uses of it are
@@ -367,7 +368,7 @@ def _mechanisms(events: Iterable[Event]) -> tuple[accounting.Mechanism, ...]:
     once: dict[tuple[str, Event | int], Event] = {}
     for number, event in enumerate(events):
         once[(event.release, event) if event.release else ("", number)] = event
-    return accounting.grouped((e.sample_rate, e.noise_multiplier, e.count) for e in once.values())
+    return grouped((e.sample_rate, e.noise_multiplier, e.count) for e in once.values())
 
 
 def _check_request(asked: Reservation) -> None:

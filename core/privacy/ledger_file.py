@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import UserError
-from core.privacy.accounting import RELATIONS
+from core.privacy.mechanisms import RELATIONS
 
 Entry = dict[str, Any]
 _BEFORE_FIRST = "0" * 64

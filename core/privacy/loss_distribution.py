@@ -20,9 +20,9 @@ from dp_accounting.pld.privacy_loss_mechanism import AdjacencyType, GaussianPriv
 from numpy.typing import NDArray
 from scipy import fft
 
-from core.privacy.renyi import Mechanism
+from core.privacy.mechanisms import Mechanism
 
-RELATIONS = {
+LIBRARY_RELATIONS = {
     # Zero-out replaces a record by an empty one, so N is public; its figures equal add/remove.
     "zero_out": dp_accounting.NeighboringRelation.REPLACE_SPECIAL,
     "replace_one": dp_accounting.NeighboringRelation.REPLACE_ONE,
@@ -70,18 +70,26 @@ class _SampledGaussian(GaussianPrivacyLoss):
         return self._inverse_privacy_loss_without_subsampling_remove(losses)  # type: ignore[arg-type]  # Linear.
 
 
+@lru_cache(maxsize=32)  # Megabytes each, on the finest grid.
+def library_release(
+    sample_rate: float, noise_multiplier: float, relation: str, discretization: float
+) -> PrivacyLossDistribution:
+    """The library's loss distribution of one Poisson-sampled Gaussian release."""
+    return privacy_loss_distribution.from_gaussian_mechanism(
+        noise_multiplier,
+        value_discretization_interval=discretization,
+        sampling_prob=sample_rate,
+        neighboring_relation=LIBRARY_RELATIONS[relation],
+    )
+
+
 @lru_cache(maxsize=1024)
 def one_release(
     sample_rate: float, noise_multiplier: float, relation: str, discretization: float
 ) -> PrivacyLossDistribution:
-    """Loss distribution of one Poisson-sampled Gaussian release, rounded pessimistically."""
+    """The same, rounded pessimistically as there, but sooner (zero-out alone)."""
     if relation != "zero_out":
-        return privacy_loss_distribution.from_gaussian_mechanism(
-            noise_multiplier,
-            value_discretization_interval=discretization,
-            sampling_prob=sample_rate,
-            neighboring_relation=RELATIONS[relation],
-        )
+        return library_release(sample_rate, noise_multiplier, relation, discretization)
 
     def one_way(adjacency: AdjacencyType) -> Any:
         return privacy_loss_distribution._create_pld_pmf_from_monotone_privacy_loss(

@@ -3,7 +3,6 @@
 `make_plan(config)` solves the DP-SGD noise multiplier that is left after the easy stage's releases,
 so that both stages together spend the target epsilon. It touches no data.
 """
-# pyright: reportMissingTypeStubs=false
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,11 +11,10 @@ from functools import lru_cache
 from importlib import metadata
 from typing import Any
 
-from dp_accounting import dp_event
-
 from core.config import Config, PrivacyConfig
 from core.errors import ConfigError, InfeasibleError
 from core.privacy import accounting
+from core.privacy.mechanisms import FINE, Mechanism, discretization_for, grouped, quick_grid
 from core.privacy.scopes import Share, share_of
 from core.privacy.stage_plans import CentralPlan, DpSgdPlan, FrequencyPlan, ScorePlan
 
@@ -72,7 +70,7 @@ class PrivacyPlan:
         if not self.is_private:
             return math.inf
         alone = (self.dp_sgd.mechanism,)
-        grid = accounting.quick_grid(alone)
+        grid = quick_grid(alone)
         return accounting.epsilon_of_mechanisms(alone, self.delta, self.neighboring_relation, grid)
 
     def tag(self, metric: str) -> str:
@@ -99,13 +97,13 @@ class PrivacyPlan:
         )
 
     @property
-    def mechanisms(self) -> list[accounting.Mechanism]:
+    def mechanisms(self) -> list[Mechanism]:
         """All that is released, in the order in which it runs."""
         stages = (self.central, self.frequency, self.dp_sgd, self.score)
         return [stage.mechanism for stage in stages if stage is not None]
 
     @property
-    def beside_dp_sgd(self) -> list[accounting.Mechanism]:
+    def beside_dp_sgd(self) -> list[Mechanism]:
         """What is released in any case, however many DP-SGD steps run and at whatever noise."""
         stages = (self.central, self.frequency, self.score)
         return [stage.mechanism for stage in stages if stage is not None]
@@ -115,13 +113,8 @@ class PrivacyPlan:
         rate, noise_multiplier, _ = self.dp_sgd.mechanism
         executed = [(rate, noise_multiplier, steps)] if steps else []
         return accounting.epsilon_of_mechanisms(
-            (*self.beside_dp_sgd, *executed), self.delta, self.neighboring_relation, accounting.FINE
+            (*self.beside_dp_sgd, *executed), self.delta, self.neighboring_relation, FINE
         )
-
-    @property
-    def events(self) -> list[dp_event.DpEvent]:
-        """The same in the accountant's terms."""
-        return [accounting.subsampled_gaussian(*mechanism) for mechanism in self.mechanisms]
 
     @classmethod
     def restored(cls, summary: Mapping[str, Any]) -> "PrivacyPlan":
@@ -177,7 +170,7 @@ def _check_alone(
 ) -> float:
     if plan is None:
         return 0.0
-    discretization = accounting.FINE if exact else accounting.quick_grid([plan.mechanism])
+    discretization = FINE if exact else quick_grid([plan.mechanism])
     epsilon = _epsilon([plan.mechanism], privacy, discretization)
     if (share := share_of(privacy)) is not None:
         used = share.used([plan.mechanism])
@@ -269,7 +262,7 @@ def estimated_composition(config: Config, noise_multiplier: float, trials: int) 
     """Epsilon of `trials` equal trials together, slightly too large and quick: to show."""
     dp_sgd = (_dp_sgd_sample_rate(config), noise_multiplier, config.private_steps)
     mechanisms = _repeated([*_fixed(config), dp_sgd], trials)
-    return _epsilon(mechanisms, config.privacy, accounting.quick_grid(mechanisms))
+    return _epsilon(mechanisms, config.privacy, quick_grid(mechanisms))
 
 
 def composed_epsilon(plans: Sequence[PrivacyPlan]) -> float:
@@ -283,8 +276,8 @@ def composed_epsilon(plans: Sequence[PrivacyPlan]) -> float:
     if not plans:
         return 0.0
     first = plans[0]
-    mechanisms = accounting.grouped(each for plan in plans for each in plan.mechanisms)
-    grid = accounting.discretization_for(mechanisms, sum(plan.epsilon for plan in plans))
+    mechanisms = grouped(each for plan in plans for each in plan.mechanisms)
+    grid = discretization_for(mechanisms, sum(plan.epsilon for plan in plans))
     return accounting.epsilon_of_mechanisms(
         mechanisms, first.delta, first.neighboring_relation, grid
     )
@@ -295,16 +288,16 @@ def _dp_sgd_sample_rate(config: Config) -> float:
 
 
 def _epsilon(
-    mechanisms: Sequence[accounting.Mechanism],
+    mechanisms: Sequence[Mechanism],
     terms: PrivacyConfig,
-    discretization: float = accounting.FINE,
+    discretization: float = FINE,
 ) -> float:
     return accounting.epsilon_of_mechanisms(
         tuple(mechanisms), terms.target_delta, terms.neighboring_relation, discretization
     )
 
 
-def _fixed(config: Config) -> tuple[accounting.Mechanism, ...]:
+def _fixed(config: Config) -> tuple[Mechanism, ...]:
     """What a trial releases beside DP-SGD."""
     stages = (_central_plan(config), _frequency_plan(config), _score_plan(config))
     return tuple(stage.mechanism for stage in stages if stage is not None)
@@ -320,13 +313,13 @@ def _copies(privacy: PrivacyConfig) -> int:
     return privacy.num_shares if privacy.scope == "sweep" else 1
 
 
-def _repeated(mechanisms: Sequence[accounting.Mechanism], times: int) -> list[accounting.Mechanism]:
+def _repeated(mechanisms: Sequence[Mechanism], times: int) -> list[Mechanism]:
     return [(rate, noise_multiplier, times * n) for rate, noise_multiplier, n in mechanisms]
 
 
 def _question(
     config: Config,
-) -> tuple[tuple[accounting.Mechanism, ...], float, int, float, float, str]:
+) -> tuple[tuple[Mechanism, ...], float, int, float, float, str]:
     """What is spent beside DP-SGD, its sample rate and steps, target, delta, relation."""
     privacy = config.privacy
     dp_sgd = (_dp_sgd_sample_rate(config), 0.0, config.private_steps)

@@ -11,18 +11,27 @@ and Zrnic 2021, theorem 4.3); so is the theorem on releasing the best of a secre
 import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
-from scipy import optimize, special
 
-Mechanism = tuple[float, float, int]
-"""Sample rate, noise multiplier, count of a Poisson-subsampled Gaussian mechanism."""
+from core.privacy.mechanisms import Mechanism
+
 ORDERS = (*range(2, 65), 80, 96, 128, 192, 256, 512, 1024)
 """Integers only: fractional orders do not converge at the small noise that epsilon 10 allows."""
-_find_root = cast(Callable[..., float], optimize.brentq)
 SHAPES = {"geometric": 1.0, "logarithmic": 0.0}
 """Shape of the truncated negative binomial law of the number of runs."""
+
+
+def find_root(function: Callable[[float], float], low: float, high: float, **within: Any) -> float:
+    """Where `function` is 0 between `low` and `high`, by Brent's method.
+
+    Args:
+        within: `xtol` and `rtol`, as scipy takes them.
+    """
+    from scipy import optimize  # Slow to load, and most workers only need a plan's numbers.
+
+    return cast(float, optimize.brentq(function, low, high, **within))
 
 
 def divergence(mechanisms: Iterable[Mechanism], order: int) -> float:
@@ -55,6 +64,8 @@ def _one(sample_rate: float, noise_multiplier: float, order: int) -> float:
 @lru_cache(maxsize=256)
 def _binomial(order: int) -> tuple[np.ndarray, np.ndarray]:
     """k = 2 to `order`, and the logarithm of C(order, k)."""
+    from scipy import special
+
     k = np.arange(2, order + 1)
     log_binomial = (
         special.gammaln(order + 1) - special.gammaln(k + 1) - special.gammaln(order - k + 1)
@@ -94,7 +105,7 @@ def halting_probability(law: str, mean: float) -> float:
     def excess(log_gamma: float) -> float:
         return math.expm1(-log_gamma) / -log_gamma - mean
 
-    return math.exp(_find_root(excess, -700.0, -1e-9, xtol=1e-13))
+    return math.exp(find_root(excess, -700.0, -1e-9, xtol=1e-13))
 
 
 def selection_epsilon(

@@ -9,18 +9,15 @@ release, the sum over them (`sweep`) or the largest of them (`selection`) keeps 
 # pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
-
-from scipy import optimize
 
 from core.config import Config, PrivacyConfig
 from core.errors import InfeasibleError
 from core.privacy import accounting, renyi
-from core.privacy.accounting import Mechanism
+from core.privacy.mechanisms import Mechanism, discretization_for, grouped
+from core.privacy.renyi import find_root
 
-_find_root = cast(Callable[..., float], optimize.brentq)
 _LEAST_NOISE, _DECIMALS = 0.05, 4
 
 
@@ -58,7 +55,7 @@ class Share:
                 "the trial's share of the budget is so large that DP-SGD would need no noise: "
                 "lower privacy.target_epsilon"
             )
-        found = _find_root(excess, _LEAST_NOISE, accounting.MAX_NOISE_MULTIPLIER, xtol=1e-6)
+        found = find_root(excess, _LEAST_NOISE, accounting.MAX_NOISE_MULTIPLIER, xtol=1e-6)
         noise_multiplier = math.ceil(found * 10**_DECIMALS) / 10**_DECIMALS
         while excess(noise_multiplier) > 0:
             noise_multiplier = round(noise_multiplier + 10.0**-_DECIMALS, _DECIMALS)
@@ -135,8 +132,8 @@ class RunBudget:
             reserved: the same with all steps that were ever reserved.
         """
         if not self.adaptive:
-            mechanisms = accounting.grouped(reserved)
-            grid = accounting.discretization_for(mechanisms, self.epsilon)
+            mechanisms = grouped(reserved)
+            grid = discretization_for(mechanisms, self.epsilon)
             return accounting.epsilon_of_mechanisms(mechanisms, delta, relation, grid)
         order = renyi.best_order(self.epsilon, delta)
         return renyi.divergence(executed, order) + renyi.offset(order, delta)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from core.privacy import accounting
+from core.privacy.mechanisms import Mechanism
 
 NO_SAMPLING = 1.0
 
@@ -33,7 +33,7 @@ class CentralPlan:
         return self.noise_multiplier * self.sensitivity
 
     @property
-    def mechanism(self) -> accounting.Mechanism:
+    def mechanism(self) -> Mechanism:
         """Sample rate, noise multiplier, count: what the accountant composes."""
         return self.sample_rate, self.noise_multiplier, self.num_releases
 
@@ -59,7 +59,7 @@ class FrequencyPlan:
         return self.noise_multiplier * self.sensitivity
 
     @property
-    def mechanism(self) -> accounting.Mechanism:
+    def mechanism(self) -> Mechanism:
         """Sample rate, noise multiplier, count: what the accountant composes."""
         return NO_SAMPLING, self.noise_multiplier, 1
 
@@ -80,7 +80,7 @@ class DpSgdPlan:
         return self.noise_multiplier * self.max_grad_norm
 
     @property
-    def mechanism(self) -> accounting.Mechanism:
+    def mechanism(self) -> Mechanism:
         """Sample rate, noise multiplier, count: what the accountant composes."""
         return self.sample_rate, self.noise_multiplier, self.num_steps
 
@@ -100,6 +100,6 @@ class ScorePlan:
     num_releases: int = 1
 
     @property
-    def mechanism(self) -> accounting.Mechanism:
+    def mechanism(self) -> Mechanism:
         """Sample rate, noise multiplier, count."""
         return NO_SAMPLING, self.noise_stddev, self.num_releases

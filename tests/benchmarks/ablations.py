@@ -31,6 +31,7 @@ from core.evaluation.scoring import score
 from core.generate import generate
 from core.generator import load_denoiser
 from core.privacy import accounting, renyi
+from core.privacy.mechanisms import FINE
 from core.privacy.plan import PrivacyPlan, make_plan
 from core.scale_down import scaled_down
 
@@ -95,7 +96,7 @@ def rdp_changes(plan: PrivacyPlan) -> Changes:
     others, (rate, _, steps) = plan.beside_dp_sgd, plan.dp_sgd.mechanism
     mechanisms = (*others, (rate, noise_by_rdp(plan), steps))
     epsilon = accounting.epsilon_of_mechanisms(
-        mechanisms, plan.delta, plan.neighboring_relation, accounting.FINE
+        mechanisms, plan.delta, plan.neighboring_relation, FINE
     )
     return {"privacy.target_epsilon": round(epsilon, 4)}
 

@@ -14,6 +14,7 @@ import torch
 from leftovers import MARK, OF_TRIALS, assert_none_left
 
 from core.errors import UserError
+from core.locks import held
 from core.pipeline import run
 from core.privacy.keys import SECRET_FILE_VARIABLE, MasterSecret
 from core.reporting import write_json
@@ -75,10 +76,21 @@ def train(sweep: SweepConfig, point: dict) -> None:
 
 
 @pytest.fixture(scope="session")
-def storage(tmp_path_factory) -> Path:
-    """A storage folder with a complete sweep, `small`, and one that has no trial yet, `new`."""
+def storage(tmp_path_factory, worker_id) -> Path:
+    """A storage folder with a complete sweep, `small`, and one that has no trial yet, `new`.
+
+    All test processes copy what the first of them makes.
+    """
+    own = tmp_path_factory.getbasetemp()
+    made = (own if worker_id == "master" else own.parent) / "small"
+    with held(made / "lock", patience=600):
+        if not (made / "runs").exists():
+            make_storage(made)
+    return shutil.copytree(made / "runs", tmp_path_factory.mktemp("copy") / "runs")
+
+
+def make_storage(folder: Path) -> None:
     torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("small")
     (folder / "sweep.yaml").write_text(SWEEP)
     storage = folder / "runs"
     overrides = {"storage_path": str(storage)}
@@ -99,11 +111,10 @@ def storage(tmp_path_factory) -> Path:
         distributions=distributions(sweep),
     )
     study.add_trial(trial)
-    return storage
 
 
 @pytest.fixture(scope="session")
-def joined(_private_secret, tmp_path_factory) -> Iterator[dict[str, str]]:
+def joined(_private_folders, tmp_path_factory) -> Iterator[dict[str, str]]:
     """What a driver's environment needs to join a cluster, which is sooner than to start one.
 
     When all sweeps of the cluster have ended, none of their trials may have left a process.

@@ -1,4 +1,8 @@
-"""The whole product on one machine: Ray, two workers a trial, Optuna, MLflow, real digits."""
+"""The whole product on one machine: Ray, two workers a trial, Optuna, MLflow, real digits.
+
+Of three trials one is interrupted and goes on to its end; one, by ASHA, ends itself as poor and
+pays for what ran; one is refused.
+"""
 
 import json
 import os
@@ -9,14 +13,31 @@ import sys
 import time
 from pathlib import Path
 
+import optuna
 import pytest
 from leftovers import MARK, assert_none_left
 from mlflow.tracking import MlflowClient
 from tiny_sweep import ROOT, SPLIT, sweep_text
 
+from core.privacy.keys import SECRET_FILE_VARIABLE
+from core.privacy.ledger import Ledger
+from sweep.__main__ import main
+from sweep.results import load_rows
+from sweep.stored import open_sweep
+from sweep.study import open_storage
+
 HEAD = """num_trials: 3
 num_startup_trials: 10
-search_seed: 10"""
+search_seed: 44"""
+ASHA = """
+sampler: random
+scheduler: asha
+asha:
+  grace_fraction: 0.5
+objective:
+  metric: fid_cnn"""
+# The first point draws the small rate, and so images; the second the large, and so noise; then
+# come two that cannot be paid, and last one of the data set that is not there.
 SPACE = f"""  central_images.per_class:
     low: 1
     high: 400
@@ -25,16 +46,16 @@ SPACE = f"""  central_images.per_class:
     low: 0.5
     high: 20.0
     log: true
+  private_training.learning_rate:
+    choices: [1e-3, 50.0]
 {SPLIT}  dataset.name:
     choices: [digits, idx]
 """
-SWEEP = sweep_text("tiny", HEAD, SPACE)
+SWEEP = sweep_text("tiny", HEAD + ASHA, SPACE)
 
 
 def start(folder: Path, *arguments: str, **settings: str) -> subprocess.Popen:
-    secret = folder.parent / "secret of the sweep" / "master.secret"
-    environment = os.environ | {"COLUMNS": "160", MARK: str(folder)}
-    environment = environment | {"FETA_SWEEP_SECRET_FILE": str(secret)} | settings
+    environment = os.environ | {"COLUMNS": "160", MARK: str(folder)} | settings
     environment.pop("MLFLOW_TRACKING_URI", None)
     return subprocess.Popen(
         [sys.executable, ROOT / "sweep" / "run.py", "--config", folder / "sweep.yaml", *arguments],
@@ -54,8 +75,11 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def stories(folder):
-    """The sweep is interrupted in its first trial's training, continued, and asked again."""
+def stories(folder, joined):
+    """The sweep is interrupted in its first trial's training, continued, and asked again.
+
+    The last time on another cluster.
+    """
     first = start(folder)
     metrics = folder / "runs" / "tiny" / "trials"
     deadline = time.monotonic() + 240
@@ -66,8 +90,8 @@ def stories(folder):
     first.send_signal(signal.SIGINT)
     told = [first.communicate(timeout=120)]
     codes = [first.returncode]
-    for _ in range(2):
-        process = start(folder)
+    for cluster in ({}, joined):
+        process = start(folder, **cluster)
         told.append(process.communicate(timeout=500))
         codes.append(process.returncode)
     return codes, told
@@ -94,9 +118,8 @@ def test_a_failed_trial_is_shown_and_does_not_stop_the_others(folder, stories):
     assert codes[1] == 1
     assert "dataset.name=idx needs a folder" in out
     assert "Traceback" not in out + told[1][1]
-    done = list((folder / "runs" / "tiny" / "trials").glob("*/evaluation.json"))
-    assert len(done) >= 1
-    assert re.search(r"best trial: [0-9a-f]{8} \(accuracy 0\.\d+, fid_cnn ", out)
+    (done,) = (folder / "runs" / "tiny" / "trials").glob("*/evaluation.json")
+    assert f"best trial: {done.parent.name} (accuracy 0." in out
 
 
 def test_unaffordable_points_cost_nothing(folder, stories):
@@ -128,7 +151,7 @@ def test_each_trial_is_two_workers_and_one_record(folder, stories):
     folders = {path.name for path in (folder / "runs" / "tiny" / "trials").iterdir()}
     assert {run.info.run_name for run in runs} == folders
     assert len(runs) == len(folders) == 3
-    assert len(finished) + len(failed) == 3
+    assert len(finished) == len(failed) == 1
     client = MlflowClient(tracking_uri=f"sqlite:///{folder}/runs/mlflow.db")
     for run in finished:
         run_dir = folder / "runs" / "tiny" / "trials" / run.info.run_name
@@ -157,6 +180,49 @@ def test_each_trial_is_two_workers_and_one_record(folder, stories):
         assert len(steps) == len(set(steps))  # One that was lost with its process is sent later.
 
 
+def test_a_poor_trial_is_shown_as_stopped_everywhere(folder, stories, capsys):
+    out, err = stories[1][1]
+    rows = load_rows(open_sweep(folder / "runs", "tiny"))
+    (stopped,) = [row for row in rows if row.state == "stopped"]
+    assert stopped.config.private_training.learning_rate == 50.0
+    assert f"trial {stopped.trial} stopped at step 10: early_fid_cnn" in out
+    assert f"trial {stopped.trial} stopped early: early_fid_cnn" in err
+    assert stopped.epsilon < stopped.plan.epsilon
+    assert main(["ls", "--json", "--storage", str(folder / "runs")]) == 0
+    (overview,) = json.loads(capsys.readouterr().out)
+    assert (overview["finished"], overview["stopped"]) == (1, 1)
+    assert "Trials could also be stopped early by their scores" in out
+    assert "(early_fid_cnn: non-private)" in out
+    client = MlflowClient(tracking_uri=f"sqlite:///{folder}/runs/mlflow.db")
+    of_rows = {run.info.run_name: run for run in children(folder)}
+    for row in rows:
+        run = of_rows[row.trial]
+        if row.state == "failed":
+            assert "early_fid_cnn" not in run.data.metrics
+            continue
+        assert run.data.tags["sweep.state"] == row.state
+        assert run.info.status == ("KILLED" if row.state == "stopped" else "FINISHED")
+        assert run.data.tags["privacy.early_fid_cnn"] == "non-private"
+        history = client.get_metric_history(run.info.run_id, "early_fid_cnn")
+        assert {metric.step for metric in history} == {10}
+
+
+def test_a_stopped_trial_paid_for_the_steps_that_it_ran(folder, stories):
+    (path,) = (folder / "runs" / "ledger").glob("*.jsonl")
+    executed = [entry["executed_steps"] for entry in Ledger.at(path).summary()["entries"]]
+    rows = [row for row in load_rows(open_sweep(folder / "runs", "tiny")) if row.state != "failed"]
+    expected = [row.config.private_steps - (10 if row.state == "stopped" else 0) for row in rows]
+    assert sorted(executed) == sorted(expected)
+
+
+def test_the_study_knows_the_last_early_score(folder, stories):
+    study = optuna.load_study(study_name="tiny", storage=open_storage(folder / "runs" / "tiny"))
+    values = [t.value for t in study.trials if t.state == optuna.trial.TrialState.COMPLETE]
+    rows = [row for row in load_rows(open_sweep(folder / "runs", "tiny")) if row.state != "failed"]
+    told = [row.early_score if row.state == "stopped" else row.scores["fid_cnn"] for row in rows]
+    assert sorted(values) == pytest.approx(sorted(told))
+
+
 def test_the_interrupted_trial_went_on_from_its_checkpoint(folder, stories):
     """A fresh start would have logged step 1 of the warm-up a second time at a later time."""
     for metrics in (folder / "runs" / "tiny" / "trials").glob("*/metrics.jsonl"):
@@ -178,13 +244,13 @@ def test_addresses_of_the_comparison_are_printed(folder, stories):
     out = stories[1][1][0]
     assert re.search(r"charts: http://127.0.0.1:5000/#/experiments/\d+/runs\?compareRunsMode=", out)
     runs = children(folder)
-    assert {run.info.status for run in runs} == {"FINISHED", "FAILED"}
-    for run in runs:  # The table compares figures, which a failed trial has none of.
+    assert {run.info.status for run in runs} == {"FINISHED", "KILLED", "FAILED"}
+    for run in runs:  # The table compares figures of finished trials.
         assert (run.info.run_id in out) == (run.info.status == "FINISHED")
 
 
 def test_nothing_secret_is_written(folder, stories):
-    secret = (folder.parent / "secret of the sweep" / "master.secret").read_text().strip()
+    secret = Path(os.environ[SECRET_FILE_VARIABLE]).read_text().strip()
     assert len(secret) == 64
     for path in folder.rglob("*"):
         if path.is_file():

@@ -39,6 +39,7 @@ sampler: random
 max_concurrent_trials: 1
 {head}
 fixed:
+  privacy.target_epsilon: 1.0
   stage_split: 0.25
   training.num_steps: {steps}
   private_training.expected_batch_size: 60
@@ -230,7 +231,9 @@ class Sweep:
 
     def submit(self, job: str) -> None:
         """Submits the sweep to the cluster as a job."""
-        self._ray_job("submit", "--no-wait", "--submission-id", job, *self._submission())
+        settings = ["--runtime-env", str(ROOT / "clusters" / "runtime_env.yaml")]
+        command = ["--working-dir", str(ROOT), "--", "python", *self.command()]
+        self._ray_job("submit", "--no-wait", "--submission-id", job, *settings, *command)
 
     def stop(self, job: str) -> None:
         """Stops a job as a user does."""
@@ -244,10 +247,6 @@ class Sweep:
 
     def _jobs(self) -> JobSubmissionClient:
         return JobSubmissionClient(self.lab.environment["RAY_API_SERVER_ADDRESS"])
-
-    def _submission(self) -> list[str]:
-        settings = ["--runtime-env", str(ROOT / "clusters" / "runtime_env.yaml")]
-        return [*settings, "--working-dir", str(ROOT), "--", "python", *self.command()]
 
     def _ray_job(self, *arguments: str) -> None:
         done = subprocess.run(
@@ -308,7 +307,7 @@ class Undisturbed:
         folder = self._folder / trial.name
         if not (folder / "model.pt").exists():
             here = {"runtime.ledger": str(folder / "ledger")}
-            here |= {"runtime.cache": str(folder / "cache")}
+            here |= {"runtime.cache": str(self._folder / "cache")}
             config = load(nested(load(trial / "config.yaml")), here)
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "trial_id").write_text(ORIGIN)

@@ -21,7 +21,7 @@ def most_images(cache: Path) -> int:
 def test_out_of_memory_fenced_out_killed_too_often_without_space_then_left_alone(
     cluster: Lab, undisturbed: Undisturbed, small_disk
 ):
-    sweep = cluster.sweep("worn", [1e-3], "workers_per_trial: 1\nmax_failures: 1")
+    sweep = cluster.sweep("worn", [1e-3], "workers_per_trial: 1\nmax_failures: 0")
     mounts = os.geteuid() == 0  # Others may not; all but the full disk is tested then, too.
     if mounts:
         kept = [(path, path.read_text()) for path in sweep.trials.glob("*/trial_id")]
@@ -42,18 +42,11 @@ def test_out_of_memory_fenced_out_killed_too_often_without_space_then_left_alone
     assert not (trial / "evaluation.json").exists()
     assert not (trial / "error.txt").exists(), "the trial belongs to the newer driver"
 
-    driver = sweep.start()
-    killed = set()
-    while driver.poll() is None:  # Whatever trains is killed, as by a system without memory.
-        pid = holder(trial)
-        if pid not in killed and pid in cluster.processes("ray::"):
-            assert not (trial / "evaluation.json").exists()
-            os.kill(pid, signal.SIGKILL)
-            killed.add(pid)
-        time.sleep(0.2)
+    fenced, driver = holder(trial), sweep.start()
+    wait_for(lambda: holder(trial) not in (0, fenced), "worker that trains")
+    os.kill(holder(trial), signal.SIGKILL)  # As by a system without memory.
     code, told = ended(driver)
     assert code == 1
-    assert len(killed) == 2, "one restart"
     assert "a worker's process was killed, more often than max_failures allows" in told
     assert "max_physical_batch_size=auto" in told
 

@@ -17,7 +17,6 @@ from core.privacy.plan import make_plan
 EARLY = {
     "early_scores.at": [0.25, 0.5, 0.75],
     "early_scores.num_images": 40,
-    "privacy.target_epsilon": 1.0,
     "training.num_steps": 16,
     "stage_split": 0.5,
     "runtime.checkpoint_every": 3,

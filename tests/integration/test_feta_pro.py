@@ -10,13 +10,15 @@ from two_ranks import start_ranks, tiny_run
 from core import easy_stage
 from core.config import load, nested
 from core.data import Split
-from core.privacy.accounting import FINE, epsilon_of_mechanisms
+from core.privacy.accounting import epsilon_of_mechanisms
 from core.privacy.ledger import Ledger
+from core.privacy.mechanisms import FINE
 from core.training import Lesson, warm_up_stage
 from sweep.config import load_sweep
 
 PRO = {
     "method": "feta_pro",
+    "privacy.target_epsilon": 3.0,
     "frequency.noise_multiplier": 2.0,
     "frequency.num_features": 50,
     "frequency.num_steps": 4,
@@ -122,9 +124,8 @@ def test_lessons_follow_each_other():
 
 
 def test_trials_share_their_central_images_but_no_warm_up(tmp_path):
-    folders = {"runtime.ledger": str(tmp_path / "ledger"), "runtime.cache": str(tmp_path / "cache")}
     for name, method in (("pro", "feta_pro"), ("plain", "dp_feta")):
-        settings = PRO | folders | {"method": method}
+        settings = PRO | {"runtime.ledger": str(tmp_path / "ledger"), "method": method}
         reports = tiny_run(tmp_path / name, shared=tmp_path / "shared", **settings)
         assert min(report["step"] for report in reports if report["stage"] == "warm_up") == 1
     grids = [(tmp_path / n / "central_images" / "grid.png").read_bytes() for n in ("pro", "plain")]

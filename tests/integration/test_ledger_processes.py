@@ -3,6 +3,7 @@
 This file is also the program that those processes run: `test_ledger_processes.py ACT FOLDER ...`.
 """
 
+import importlib
 import json
 import os
 import signal
@@ -15,9 +16,10 @@ from itertools import count
 from pathlib import Path
 
 import pytest
+from by_library import epsilon_of, subsampled_gaussian
 
 from core.errors import UserError
-from core.privacy import accounting, ledger_file
+from core.privacy import ledger_file
 from core.privacy.ledger import BudgetExceededError, Ledger
 from core.privacy.ledger_file import Event, Key, Terms
 
@@ -32,8 +34,8 @@ def key(trial: str, run: str = "sweep") -> Key:
 
 def epsilon(num_reservations: int) -> float:
     count = STEP.count * num_reservations
-    event = accounting.subsampled_gaussian(STEP.sample_rate, STEP.noise_multiplier, count)
-    return accounting.epsilon_of([event], TERMS.delta, "zero_out")
+    event = subsampled_gaussian(STEP.sample_rate, STEP.noise_multiplier, count)
+    return epsilon_of([event], TERMS.delta, "zero_out")
 
 
 def program(act: str, folder: Path, *more: object) -> list[str]:
@@ -230,6 +232,7 @@ def test_a_driver_that_was_replaced_is_refused(tmp_path):
 
 
 def test_a_hundred_earlier_trials_do_not_delay_the_next(tmp_path, monkeypatch):
+    importlib.import_module("core.privacy.accountant")  # A second, once in a process.
     monkeypatch.setattr(ledger_file.os, "fsync", lambda descriptor: None)
     with monkeypatch.context() as free:  # To write the hundred down is not what is measured.
         free.setattr(Ledger, "_admit", lambda *_: {"epsilon_after": None, "accountant": None})

@@ -31,8 +31,7 @@ QUICKSTART = "sweep/configs/quickstart.yaml"
 
 
 def config(**changes: object) -> Config:
-    tiny = TINY | {"privacy.target_epsilon": 1}
-    return load({}, tiny | {key.replace("__", "."): value for key, value in changes.items()})
+    return load({}, TINY | {key.replace("__", "."): value for key, value in changes.items()})
 
 
 def test_dpdm_is_dp_sgd_alone_whatever_the_split():
@@ -127,13 +126,12 @@ def test_a_step_of_the_ceiling_is_that_of_plain_autograd(monkeypatch):
 
 
 def test_a_run_in_shortest_slots_is_that_in_one_and_charged_once(tmp_path):
-    settings = {"privacy.target_epsilon": 1}
-    whole = tiny_run(tmp_path / "whole", **settings)[-1]
+    whole = tiny_run(tmp_path / "whole")[-1]
     stops: list[str] = []
     again: list[dict] = []
     for _ in range(20):
         try:
-            again = tiny_run(tmp_path / "slots", **settings, **{"runtime.max_seconds": 1e-6})
+            again = tiny_run(tmp_path / "slots", **{"runtime.max_seconds": 1e-6})
             break
         except StoppedError as stop:
             stops.append(str(stop))

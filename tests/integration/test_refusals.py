@@ -34,9 +34,9 @@ def content(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory):
-    """A finished run `first`, charged to a ledger with a budget of 11."""
+    """A finished run `first`, charged to a ledger with a budget of 1.1."""
     folder = tmp_path_factory.mktemp("begun")
-    assert main(arguments(folder, "first", privacy__data_set_budget=11)) == 0
+    assert main(arguments(folder, "first", privacy__data_set_budget=1.1)) == 0
     return folder
 
 
@@ -73,8 +73,8 @@ def unopened(monkeypatch):
         ({"private_training__expected_batch_size": 1438}, "the sample rate may not exceed 1"),
         ({"central_images__expected_batch_size": 1438}, "the sample rate may not exceed 1"),
         ({"central_images__per_class": 500}, "central images alone spend epsilon"),
-        ({"seed": 1}, "of its budget 11 (spent 9.99"),
-        ({"privacy__data_set_budget": 50}, "was begun with 11.0, which never changes"),
+        ({"seed": 1}, "of its budget 1.1 (spent 0.99"),
+        ({"privacy__data_set_budget": 50}, "was begun with 1.1, which never changes"),
         ({"privacy__target_delta": 1e-6}, "was begun with 1e-05, which never changes"),
         (
             {"privacy__scope": "selection", "privacy__data_set_budget": "null"},
@@ -84,7 +84,7 @@ def unopened(monkeypatch):
 )
 def test_what_cannot_be_meant_or_paid_is_refused(again, unopened, capsys, changes, text):
     before = content(again / "ledger")
-    assert main(arguments(again, "second", **{"privacy__data_set_budget": 11} | changes)) == 2
+    assert main(arguments(again, "second", **{"privacy__data_set_budget": 1.1} | changes)) == 2
     error = capsys.readouterr().err
     assert text in error
     assert error.startswith("error: ")
@@ -95,7 +95,7 @@ def test_what_cannot_be_meant_or_paid_is_refused(again, unopened, capsys, change
 
 def test_another_configuration_on_resume_is_refused(again, unopened, capsys):
     before = content(again)
-    assert main(arguments(again, "first", privacy__data_set_budget=11, stage_split=0.3)) == 2
+    assert main(arguments(again, "first", privacy__data_set_budget=1.1, stage_split=0.3)) == 2
     assert "stage_split: 0.5 -> 0.3" in capsys.readouterr().err
     assert content(again) == before
 
@@ -112,7 +112,7 @@ def test_a_damaged_ledger_stops_a_run_before_the_data_is_opened(again, unopened,
         ledger.unlink()
     (again / "first" / "evaluation.json").unlink()  # So that there is something to resume.
     before = content(again / "ledger")
-    assert main(arguments(again, "first", privacy__data_set_budget=11)) == 2
+    assert main(arguments(again, "first", privacy__data_set_budget=1.1)) == 2
     error = capsys.readouterr().err
     assert {"missing": "0 whole lines of"}.get(harm, "edited or truncated") in error
     assert content(again / "ledger") == before
@@ -130,11 +130,11 @@ def test_two_resumes_at_once_are_refused(again, capsys, monkeypatch):
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "held\n"
-        assert main(arguments(again, "first", privacy__data_set_budget=11)) == 2
+        assert main(arguments(again, "first", privacy__data_set_budget=1.1)) == 2
         assert f"is in use by process {other.pid} on" in capsys.readouterr().err
         other.communicate("end\n", timeout=30)
     assert content(again / "ledger") == before
-    assert main(arguments(again, "first", privacy__data_set_budget=11)) == 0
+    assert main(arguments(again, "first", privacy__data_set_budget=1.1)) == 0
 
 
 def test_a_wrong_number_of_records_is_found_before_anything_is_drawn(tmp_path, capsys, monkeypatch):
@@ -150,4 +150,4 @@ def test_a_wrong_number_of_records_is_found_before_anything_is_drawn(tmp_path, c
 
 def test_the_tiny_run_of_these_tests_is_affordable():
     """Else every refusal above would be seen for the wrong reason."""
-    assert load(CONFIG, TINY).privacy.target_epsilon == 10.0
+    assert load(CONFIG, TINY).privacy.target_epsilon == 1.0

@@ -14,7 +14,6 @@ from core.privacy.keys import MasterSecret
 from core.privacy.ledger import Ledger
 
 SETTINGS = {
-    "privacy.target_epsilon": 1.0,
     "training.num_steps": 16,
     "runtime.checkpoint_every": 3,
     "runtime.log_every": 1,

@@ -33,8 +33,7 @@ def ledger_of(folder: Path) -> Ledger:
 
 def settings(folder: Path, **privacy: object) -> dict[str, object]:
     shared = {f"privacy.{key}": value for key, value in privacy.items()}
-    folders = {"runtime.ledger": str(folder / "ledger"), "runtime.cache": str(folder / "cache")}
-    return {"privacy.target_epsilon": 1.0, **folders, **shared}
+    return {"runtime.ledger": str(folder / "ledger"), **shared}
 
 
 @pytest.fixture

@@ -12,8 +12,9 @@ from core import easy_stage
 from core.checkpoint import Checkpoints
 from core.easy_stage import Trajectory
 from core.errors import ConfigError
-from core.privacy.accounting import FINE, epsilon_of_mechanisms
+from core.privacy.accounting import epsilon_of_mechanisms
 from core.privacy.ledger import Ledger
+from core.privacy.mechanisms import FINE
 from sweep.config import load_sweep
 from sweep.scope import shares_central_images
 
@@ -21,7 +22,6 @@ STEPS = 12
 SETTINGS = {
     "training.num_steps": STEPS,
     "runtime.log_every": 1,
-    "privacy.target_epsilon": 1.0,
     "central_images.per_class": 5,  # So dear that counting them twice shows.
     "central_images.noise_multiplier": 2.5,
 }
@@ -29,8 +29,7 @@ SETTINGS = {
 
 def trial(sweep: Path, name: str, split: float, **changes: object) -> list[dict]:
     """A trial of a sweep, whose trials share a ledger and the folder `shared`."""
-    folders = {"runtime.ledger": str(sweep / "ledger"), "runtime.cache": str(sweep / "cache")}
-    settings = SETTINGS | folders | {"stage_split": split} | changes
+    settings = SETTINGS | {"runtime.ledger": str(sweep / "ledger"), "stage_split": split} | changes
     return tiny_run(sweep / name, shared=sweep / "shared", **settings)
 
 

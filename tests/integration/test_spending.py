@@ -56,11 +56,11 @@ def test_over_the_data_sets_budget_nothing_is_opened_or_charged(
     finished, tmp_path, request, monkeypatch
 ):
     ledger = tmp_path / "ledger"
-    budget = {"runtime.ledger": str(ledger), "privacy.data_set_budget": 11.0}
+    budget = {"runtime.ledger": str(ledger), "privacy.data_set_budget": 1.1}
     tiny_run(tmp_path / "first", **budget)
     before = {path.name: path.read_bytes() for path in ledger.iterdir()}
     request.getfixturevalue("never_opened")
-    with pytest.raises(InfeasibleError, match=r"of its budget 11 .*spent 9\.99"):
+    with pytest.raises(InfeasibleError, match=r"of its budget 1\.1 .*spent 0\.99"):
         tiny_run(tmp_path / "second", seed=1, **budget)
     assert {path.name: path.read_bytes() for path in ledger.iterdir()} == before
     assert not (tmp_path / "second" / "model.pt").exists()
@@ -93,8 +93,8 @@ class StopRunError(Exception):
 
 
 def test_a_stopped_run_pays_for_the_steps_that_began_and_needs_its_ledger(tmp_path):
-    where = {"runtime.ledger": str(tmp_path / "ledger"), "runtime.checkpoint_every": 1}
-    where |= {"training.num_steps": 60, "stage_split": 0.1, "runtime.log_every": 1}
+    where = {"runtime.ledger": str(tmp_path / "ledger"), "runtime.checkpoint_every": 3}
+    where |= {"training.num_steps": 34, "stage_split": 0.1, "runtime.log_every": 1}
 
     def stop(metrics: dict) -> None:
         if metrics["step"] == 9:
@@ -104,9 +104,9 @@ def test_a_stopped_run_pays_for_the_steps_that_began_and_needs_its_ledger(tmp_pa
         tiny_run(tmp_path / "run", stop, **where)
     (entry,) = summary_of(tmp_path / "ledger")["entries"]
     assert entry["state"] == "committed"
-    assert 3 <= entry["executed_steps"] < entry["end_step"] == 54
+    assert 6 <= entry["executed_steps"] < entry["end_step"] == 31
     stopped = summary_of(tmp_path / "ledger")["epsilon_committed_and_reserved"]
-    assert stopped < 9.0
+    assert stopped < 0.95
     shutil.move(tmp_path / "ledger", tmp_path / "elsewhere")
     with pytest.raises(LedgerError, match="no ledger at"):
         tiny_run(tmp_path / "run", **where)
@@ -114,7 +114,7 @@ def test_a_stopped_run_pays_for_the_steps_that_began_and_needs_its_ledger(tmp_pa
     shutil.move(tmp_path / "elsewhere", tmp_path / "ledger")
     reports = tiny_run(tmp_path / "run", **where)
     (entry,) = summary_of(tmp_path / "ledger")["entries"]
-    assert entry["executed_steps"] == 54
+    assert entry["executed_steps"] == 31
     assert entry["epsilon"] == pytest.approx(reports[-1]["epsilon"])
 
 
@@ -126,7 +126,7 @@ def test_the_release_holds_synthetic_images_card_and_digests_alone(finished, tmp
     epsilon = reports[-1]["epsilon"]
     assert card["epsilon_trial"] == pytest.approx(epsilon)
     assert card["epsilon_computed"] == pytest.approx(epsilon)
-    assert f"{math.exp(epsilon):,.0f} times as likely" in card["odds"]["epsilon_trial"]
+    assert f"{math.exp(epsilon):.2f} times as likely" in card["odds"]["epsilon_trial"]
     assert card["num_examples"] == 1437
     page = (out / "privacy_card.md").read_text()
     assert "Not covered" in page
@@ -166,10 +166,10 @@ def test_a_release_above_the_target_is_refused(finished, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(folder / "run", run)
     config = (run / "config.yaml").read_text()
-    assert "target_epsilon: 10.0" in config
-    (run / "config.yaml").write_text(config.replace("target_epsilon: 10.0", "target_epsilon: 9.0"))
+    assert "target_epsilon: 1.0" in config
+    (run / "config.yaml").write_text(config.replace("target_epsilon: 1.0", "target_epsilon: 0.9"))
     assert main(["release", "--run-dir", str(run), "--out", str(tmp_path / "out")]) == 2
-    assert "of the target 9" in capsys.readouterr().err
+    assert "of the target 0.9" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -18,13 +18,21 @@ from sweep.tracking import (
 )
 
 
-def test_runs_are_found_again_and_steps_logged_once(tmp_path, monkeypatch):
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    uri = tracking_uri(tmp_path)
-    assert uri == f"sqlite:///{tmp_path}/mlflow.db"
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory):
+    """A data base that all tests use, as its creation takes seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        folder = tmp_path_factory.mktemp("tracking")
+        uri = tracking_uri(folder)
+    assert uri == f"sqlite:///{folder}/mlflow.db"
     assert uri in ui_command(uri)
-    experiment = open_experiment(uri, "e", tmp_path)
-    assert open_experiment(uri, "e", tmp_path) == experiment
+    return uri
+
+
+def test_runs_are_found_again_and_steps_logged_once(tmp_path, uri):
+    experiment = open_experiment(uri, "again", tmp_path)
+    assert open_experiment(uri, "again", tmp_path) == experiment
     parent = Tracker(uri, experiment, "s")
     picture = tmp_path / "grid.png"
     picture.write_bytes(b"png")
@@ -72,12 +80,6 @@ def test_the_users_server_is_honoured(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracking.example:5000")
     assert tracking_uri(tmp_path) == "http://tracking.example:5000"
     assert ui_command("http://tracking.example:5000") == "open http://tracking.example:5000"
-
-
-@pytest.fixture(scope="module")
-def uri(tmp_path_factory):
-    """A data base that several tests use, as its creation takes seconds."""
-    return f"sqlite:///{tmp_path_factory.mktemp('tracking')}/mlflow.db"
 
 
 def test_pictures_are_logged_once(tmp_path, uri):

@@ -16,6 +16,7 @@ from core.privacy.keys import KeyedStream, MasterSecret
 from core.privacy.plan import DpSgdPlan
 
 TINY = {
+    "privacy.target_epsilon": 1.0,  # Ten takes thrice as long to solve.
     "training.num_steps": 6,
     "central_images.per_class": 2,
     "private_training.expected_batch_size": 40,
@@ -38,7 +39,10 @@ def tiny_run(
     goes_on: GoesOn = lambda _: True,
     **changes: object,
 ) -> list[dict]:
-    """Runs the tiny configuration and returns its reports, each given to `also` as well."""
+    """Runs the tiny configuration and returns its reports, each given to `also` as well.
+
+    What is computed from the real images alone is kept for all runs of the tests.
+    """
     reports: list[dict] = []
 
     def report(metrics: dict) -> None:
@@ -50,7 +54,7 @@ def tiny_run(
         TINY
         | {
             "runtime.ledger": str(run_dir / "ledger"),
-            "runtime.cache": str(run_dir / "cache"),
+            "runtime.cache": os.environ["FETA_SWEEP_TEST_CACHE"],
         }
         | changes,
     )
@@ -75,7 +79,7 @@ def released_noise() -> torch.Tensor:
 
 # Processes begin as copies of one that has all loaded: an import takes longer than a tiny run.
 _PROCESSES = multiprocessing.get_context("forkserver")
-_PROCESSES.set_forkserver_preload(["core.pipeline"])
+_PROCESSES.set_forkserver_preload(["core.pipeline", "torch._dynamo"])  # Which optimizers load.
 
 
 def in_processes(function: Callable[..., None], *calls: tuple[object, ...]) -> list[int | None]:
@@ -117,7 +121,9 @@ def _rank(
         if last_step and report["step"] == last_step:
             os._exit(0)
 
-    every_step = {"runtime.checkpoint_every": 1, "runtime.log_every": 1} if last_step else {}
-    reports = tiny_run(folder / "run", die, **every_step, **changes)
+    settings: dict[str, object] = {"runtime.cache": str(folder / "cache")}  # To compute it, too.
+    if last_step:
+        settings |= {"runtime.checkpoint_every": 1, "runtime.log_every": 1}
+    reports = tiny_run(folder / "run", die, **settings, **changes)
     torch.save({"noise": released_noise(), "reports": reports}, folder / f"rank_{rank}.pt")
     dist.destroy_process_group()

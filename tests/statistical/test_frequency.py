@@ -4,13 +4,13 @@ import dataclasses
 
 import pytest
 import torch
+from by_library import dp_events, epsilon_of, subsampled_gaussian
 from checks import is_normal
 from dp_accounting.pld import PLDAccountant, privacy_loss_distribution
 from test_plan_and_release import RELATIONS, SMALL
 
 from core.config import load
 from core.data import Split
-from core.privacy import accounting
 from core.privacy.frequency import FourierFeatures, feature_sums, release_features
 from core.privacy.keys import KeyedStream
 from core.privacy.ledger import events_of
@@ -86,14 +86,14 @@ def test_epsilon_of_the_trial_is_that_of_all_three_releases():
     assert plan.mechanisms == [(0.2, 4.0, 4), (1.0, 6.0, 1), (0.05, sigma, 18)]
     accountant = PLDAccountant(RELATIONS["zero_out"], 1e-4)
     for mechanism in ((0.2, 4.0, 4), (1.0, 6.0, 1), (0.05, sigma, 18)):
-        accountant.compose(accounting.subsampled_gaussian(*mechanism))
+        accountant.compose(subsampled_gaussian(*mechanism))
     assert plan.epsilon == pytest.approx(accountant.get_epsilon(1e-4), rel=1e-6)
     assert 0.99 < plan.epsilon <= 1.0
     assert sigma > 1.05 * without.noise_multiplier
     assert (without.frequency, without.epsilon_frequency) == (None, 0.0)
     assert [event.kind for event in events_of(plan)] == ["central_images", "frequency", "dp_sgd"]
     assert plan.epsilon_after(0) == pytest.approx(
-        accounting.epsilon_of(plan.events[:2], 1e-4, "zero_out"), rel=1e-6
+        epsilon_of(dp_events(plan.mechanisms[:2]), 1e-4, "zero_out"), rel=1e-6
     )
     assert PrivacyPlan.restored(plan.summary()) == plan
     older = {k: v for k, v in without.summary().items() if "frequency" not in k}

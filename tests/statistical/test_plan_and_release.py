@@ -5,6 +5,7 @@ import dataclasses
 import dp_accounting
 import pytest
 import torch
+from by_library import dp_events, epsilon_of, rdp_epsilon_of, subsampled_gaussian
 from dp_accounting import dp_event, pld, rdp
 from dp_accounting.pld import privacy_loss_distribution
 from opacus.accountants import PRVAccountant
@@ -13,6 +14,7 @@ from test_plan import reference
 from core.config import load
 from core.privacy import accounting, renyi
 from core.privacy.central_images import class_sums, down_scaled
+from core.privacy.mechanisms import grouped
 from core.privacy.plan import composed_epsilon, make_plan
 
 SMALL = {
@@ -79,7 +81,7 @@ def test_epsilon_is_that_of_everything_that_runs(relation, delta):
     assert 0.99 < plan.epsilon <= 1.0
     if relation == "zero_out":  # The library's RDP knows no other for Poisson samples.
         by_rdp = epsilon(rdp.RdpAccountant(renyi.ORDERS, RELATIONS[relation]), sigma)
-        assert by_rdp == pytest.approx(accounting.rdp_epsilon_of(plan.events, delta, relation))
+        assert by_rdp == pytest.approx(rdp_epsilon_of(dp_events(plan.mechanisms), delta, relation))
         assert 1.0 <= by_rdp <= 1.6
     assert by_pld(sigma) == pytest.approx(1.0, rel=5e-3)  # The coarse grid tells these apart:
     assert by_pld(0.97 * sigma) > 1.01
@@ -93,7 +95,7 @@ def test_plan_and_configuration_agree_on_every_number():
     assert dataclasses.astuple(plan.dp_sgd) == (18, 0.05, plan.noise_multiplier, 0.25, 50)
     assert plan.dp_sgd.noise_stddev == plan.noise_multiplier * 0.25
     assert dataclasses.astuple(plan.central) == (4, 0.2, 4.0, 5.0, 20.0)
-    alone = accounting.epsilon_of(plan.events[:1], 1e-4, "zero_out")
+    alone = epsilon_of(dp_events(plan.mechanisms[:1]), 1e-4, "zero_out")
     assert plan.epsilon_central == pytest.approx(alone)
 
 
@@ -102,13 +104,14 @@ def test_a_sweep_pays_for_the_central_images_of_every_trial():
     without = dataclasses.replace(plan, central=None)
     both = composed_epsilon([plan, plan])
     assert both > 1.02 * composed_epsilon([without, without])
-    assert both == pytest.approx(accounting.epsilon_of(plan.events * 2, 1e-4, "zero_out"), rel=5e-3)
+    twice = epsilon_of(dp_events(plan.mechanisms * 2), 1e-4, "zero_out")
+    assert both == pytest.approx(twice, rel=5e-3)
 
 
 @pytest.mark.parametrize(("relation", "distance"), [("zero_out", 1.0), ("replace_one", 2.0)])
 def test_two_records_of_the_bounded_norm_are_up_to_twice_it_apart(relation, distance):
     """Without subsampling, replacing one record by any other moves a sum by up to 2 S."""
-    found = accounting.epsilon_of([accounting.subsampled_gaussian(1.0, 3.0, 1)], 1e-5, relation)
+    found = epsilon_of([subsampled_gaussian(1.0, 3.0, 1)], 1e-5, relation)
     exact = privacy_loss_distribution.from_gaussian_mechanism(3.0, sensitivity=distance)
     assert found == pytest.approx(exact.get_epsilon_for_delta(1e-5), rel=1e-3)
 
@@ -123,7 +126,7 @@ def test_many_mechanisms_compose_as_in_the_library(relation):
     found = accounting.epsilon_of_mechanisms(many, 1e-5, relation, 1e-3)
     assert found == pytest.approx(accountant.get_epsilon(1e-5), rel=1e-6)
     parts = [(rate, sigma, 1) for rate, sigma, count in many for _ in range(count)]
-    assert accounting.grouped(parts) == many
+    assert grouped(parts) == many
 
 
 @pytest.mark.parametrize(("epsilon", "per_class"), [(1.0, 50), (10.0, 5)])

@@ -141,10 +141,23 @@ def test_a_run_needs_no_package_but_the_required_ones(tmp_path):
     assert (tmp_path / "run" / "synthetic" / "grid.png").exists()
 
 
-def test_what_waits_for_workers_does_not_load_torch():
-    """Drivers, trials and the commands that only look begin sooner without it."""
-    modules = ("run", "launch", "trial", "outbox", "results", "__main__")
-    names = ", ".join([*(f"sweep.{name}" for name in modules), "core.privacy.spending"])
-    code = f"import sys, {names}; sys.exit('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=CORE.parent, timeout=120)
-    assert done.returncode == 0
+@pytest.mark.parametrize(
+    ("modules", "unneeded"),
+    [
+        # Drivers, trials and the commands that only look.
+        (
+            ("run", "launch", "trial", "outbox", "results", "__main__", "core.privacy.spending"),
+            {"torch", "dp_accounting"},
+        ),
+        # Workers whose plan another rank solves.
+        (("trial", "core.pipeline"), {"dp_accounting"}),
+    ],
+)
+def test_a_process_loads_only_what_it_uses(modules, unneeded):
+    """It begins sooner, and takes less memory."""
+    names = ", ".join(name if "." in name else f"sweep.{name}" for name in modules)
+    code = f"import sys, {names}; sys.exit(str({unneeded} & set(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=CORE.parent, timeout=120, capture_output=True, text=True
+    )
+    assert done.stderr.strip() == "set()"

@@ -8,12 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from by_library import dp_events, epsilon_of, subsampled_gaussian
 from dp_accounting import dp_event
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.errors import InfeasibleError, UserError
-from core.privacy import accounting
 from core.privacy.card import ledger_text
 from core.privacy.ledger import BudgetExceededError, Ledger, events_of
 from core.privacy.ledger_book import Reservation
@@ -26,6 +26,7 @@ from core.privacy.ledger_file import (
     _digest,
     locked,
 )
+from core.privacy.mechanisms import FINE
 from core.privacy.plan import CentralPlan, DpSgdPlan, PrivacyPlan, ScorePlan
 
 TERMS = Terms("ab" * 32, 1_000, 1e-5, "zero_out", None)
@@ -40,15 +41,15 @@ def _no_waiting_for_the_disk(monkeypatch):
 
 
 def to_dp_event(event: Event) -> dp_event.DpEvent:
-    return accounting.subsampled_gaussian(event.sample_rate, event.noise_multiplier, event.count)
+    return subsampled_gaussian(event.sample_rate, event.noise_multiplier, event.count)
 
 
 def key(trial: str, steps: int = 100, run: str = "sweep") -> Key:
     return Key(run, trial, "all", 0, steps)
 
 
-def epsilon(*events: Event, grid: float = accounting.FINE) -> float:
-    return accounting.epsilon_of([to_dp_event(e) for e in events], TERMS.delta, "zero_out", grid)
+def epsilon(*events: Event, grid: float = FINE) -> float:
+    return epsilon_of([to_dp_event(e) for e in events], TERMS.delta, "zero_out", grid)
 
 
 def counted(ledger: Ledger) -> float:
@@ -104,11 +105,11 @@ def test_a_plan_reserves_all_that_it_releases():
         epsilon_score=0.0,
     )
     assert events_of(plan) == EVENTS
-    assert [to_dp_event(event) for event in events_of(plan)] == plan.events
+    assert [to_dp_event(event) for event in events_of(plan)] == dp_events(plan.mechanisms)
     assert events_of(replace(plan, central=None)) == (DP_SGD,)
     scored = replace(plan, score=ScorePlan(50.0))
     assert events_of(scored) == (*EVENTS, Event("dp_accuracy", 1.0, 50.0, 1))
-    assert [to_dp_event(event) for event in events_of(scored)] == scored.events
+    assert [to_dp_event(event) for event in events_of(scored)] == dp_events(scored.mechanisms)
 
 
 def test_many_mechanisms_compose_to_an_upper_bound_that_is_as_good_as_exact(tmp_path):
@@ -123,7 +124,7 @@ def test_many_mechanisms_compose_to_an_upper_bound_that_is_as_good_as_exact(tmp_
     for i, event in enumerate(events):
         ledger.reserve(key(str(i), event.count), [event])
     plain = [to_dp_event(event) for event in events]
-    exact = accounting.epsilon_of(plain, 1e-5, "replace_one", accounting.FINE)
+    exact = epsilon_of(plain, 1e-5, "replace_one", FINE)
     assert exact <= counted(ledger) <= exact * (1 + 1e-5)
 
 

@@ -1,11 +1,12 @@
 """The plan against figures computed independently, and what it must refuse."""
 
 import pytest
+from by_library import dp_events, epsilon_of, rdp_epsilon_of, subsampled_gaussian
 from dp_accounting.pld import privacy_loss_distribution
 
 from core.config import Config, load
 from core.errors import ConfigError, InfeasibleError
-from core.privacy import accounting
+from core.privacy.mechanisms import COARSE
 from core.privacy.plan import check_central, composed_epsilon, make_plan
 
 REFERENCE = {
@@ -43,10 +44,10 @@ def test_noise_multiplier_matches_golden_figures(epsilon, per_class, golden):
     ("per_class", "pld", "rdp"), [(5, 0.1646, 0.188), (50, 0.526, 0.583), (200, 1.098, None)]
 )
 def test_central_images_alone(per_class, pld, rdp):
-    event = accounting.subsampled_gaussian(0.1, 5.0, per_class)
-    assert accounting.epsilon_of([event], 1e-5, "zero_out") == pytest.approx(pld, rel=5e-3)
+    event = subsampled_gaussian(0.1, 5.0, per_class)
+    assert epsilon_of([event], 1e-5, "zero_out") == pytest.approx(pld, rel=5e-3)
     if rdp:
-        assert accounting.rdp_epsilon_of([event], 1e-5, "zero_out") == pytest.approx(rdp, rel=5e-3)
+        assert rdp_epsilon_of([event], 1e-5, "zero_out") == pytest.approx(rdp, rel=5e-3)
 
 
 def test_central_images_over_the_budget_are_refused_with_the_reason():
@@ -73,21 +74,21 @@ def test_without_easy_stage_nothing_is_released_or_charged():
 
 
 def test_full_batch_equals_the_analytic_gaussian():
-    event = accounting.subsampled_gaussian(1.0, 3.0, 1)
+    event = subsampled_gaussian(1.0, 3.0, 1)
     exact = privacy_loss_distribution.from_gaussian_mechanism(3.0).get_epsilon_for_delta(1e-5)
-    assert accounting.epsilon_of([event], 1e-5, "zero_out") == pytest.approx(exact, rel=1e-3)
+    assert epsilon_of([event], 1e-5, "zero_out") == pytest.approx(exact, rel=1e-3)
 
 
 def test_pld_never_exceeds_rdp_and_calibration_then_accounting_is_the_identity():
     plan = make_plan(reference(privacy__target_epsilon=3.0))
-    again = accounting.epsilon_of(plan.events, 1e-5, "zero_out")
+    again = epsilon_of(dp_events(plan.mechanisms), 1e-5, "zero_out")
     assert again == pytest.approx(plan.epsilon, rel=1e-9)
-    assert again <= accounting.rdp_epsilon_of(plan.events, 1e-5, "zero_out")
+    assert again <= rdp_epsilon_of(dp_events(plan.mechanisms), 1e-5, "zero_out")
 
 
 def test_replace_one_costs_about_twice():
     plan = make_plan(reference(privacy__target_epsilon=10.0))
-    twice = accounting.epsilon_of(plan.events, 1e-5, "replace_one", accounting.COARSE)
+    twice = epsilon_of(dp_events(plan.mechanisms), 1e-5, "replace_one", COARSE)
     assert twice == pytest.approx(21.4, rel=0.01)
 
 

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from by_library import dp_events, subsampled_gaussian
 from dp_accounting import dp_event
 from dp_accounting.pld import pld_privacy_accountant
 from dp_accounting.rdp import rdp_privacy_accountant
@@ -12,6 +13,8 @@ from test_plan import reference
 from core.config import load
 from core.errors import ConfigError, InfeasibleError
 from core.privacy import accounting, renyi
+from core.privacy.loss_distribution import LIBRARY_RELATIONS
+from core.privacy.mechanisms import COARSE, grouped
 from core.privacy.plan import estimated_noise_multiplier, make_plan
 from core.privacy.scopes import RunBudget, run_budget, share_of
 
@@ -20,7 +23,7 @@ MECHANISMS = [(0.1, 5.0, 5), (0.07, 1.76, 2197), (1.0, 50.0, 1), (0.5, 0.5, 3), 
 
 
 def accountant(*events: dp_event.DpEvent) -> rdp_privacy_accountant.RdpAccountant:
-    relation = accounting.RELATIONS["zero_out"]
+    relation = LIBRARY_RELATIONS["zero_out"]
     one = rdp_privacy_accountant.RdpAccountant(renyi.ORDERS, relation)
     for event in events:
         one.compose(event)
@@ -28,7 +31,7 @@ def accountant(*events: dp_event.DpEvent) -> rdp_privacy_accountant.RdpAccountan
 
 
 def test_divergence_and_conversion_are_those_of_the_library():
-    events = [accounting.subsampled_gaussian(*mechanism) for mechanism in MECHANISMS]
+    events = [subsampled_gaussian(*mechanism) for mechanism in MECHANISMS]
     for mechanism, event in zip(MECHANISMS, events, strict=True):
         expected = accountant(event).get_epsilon(DELTA)
         assert renyi.epsilon([mechanism], DELTA) == pytest.approx(expected, rel=1e-9)
@@ -41,7 +44,7 @@ def test_divergence_and_conversion_are_those_of_the_library():
 @pytest.mark.parametrize("mean", [1.5, 16.0, 300.0])
 def test_selection_is_that_of_the_library_at_the_best_orders(law, mean):
     mechanisms = MECHANISMS[:2]
-    inner = dp_event.ComposedDpEvent([accounting.subsampled_gaussian(*m) for m in mechanisms])
+    inner = dp_event.ComposedDpEvent([subsampled_gaussian(*m) for m in mechanisms])
     event = dp_event.RepeatAndSelectDpEvent(inner, mean, renyi.SHAPES[law])
     orders = renyi.ORDERS[:40]
     ours = min(
@@ -70,10 +73,10 @@ def test_selection_is_that_of_the_library_at_the_best_orders(law, mean):
 def test_selecting_among_sixteen_costs_the_golden_figures(base, law, golden):
     plan = make_plan(reference(privacy__target_epsilon=base))
     event = dp_event.RepeatAndSelectDpEvent(
-        dp_event.ComposedDpEvent(plan.events), 16.0, renyi.SHAPES[law]
+        dp_event.ComposedDpEvent(dp_events(plan.mechanisms)), 16.0, renyi.SHAPES[law]
     )
     with_fractions = rdp_privacy_accountant.RdpAccountant(
-        neighboring_relation=accounting.RELATIONS["zero_out"]
+        neighboring_relation=LIBRARY_RELATIONS["zero_out"]
     )
     with_fractions.compose(event)
     assert with_fractions.get_epsilon(DELTA) == pytest.approx(golden, rel=5e-3)
@@ -92,9 +95,9 @@ def test_noise_for_the_work_of_several_runs_is_golden(total, runs, golden):
     central, steps = (0.1, 5.0, 5), (4096 / 60_000, 2197 * runs)
     found = accounting.estimated_noise_multiplier([central], *steps, total, DELTA, "zero_out")
     assert found == pytest.approx(golden, rel=3e-3)
-    accountant = pld_privacy_accountant.PLDAccountant(accounting.RELATIONS["zero_out"], 3e-5)
+    accountant = pld_privacy_accountant.PLDAccountant(LIBRARY_RELATIONS["zero_out"], 3e-5)
     for rate, noise, count in (central, (steps[0], found, steps[1])):
-        accountant.compose(accounting.subsampled_gaussian(rate, noise, count))
+        accountant.compose(subsampled_gaussian(rate, noise, count))
     assert accountant.get_epsilon(DELTA) == pytest.approx(total, rel=3e-3)
 
 
@@ -132,9 +135,7 @@ def test_a_share_filled_by_any_trials_adds_up_to_the_target_and_not_more(shares)
         total = budget.total(released, released, DELTA, "zero_out")
         assert 9.99 < total <= 10.0
         # Any order is a bound for what was fixed beforehand, so PLD must stay below.
-        composed = accounting.epsilon_of_mechanisms(
-            accounting.grouped(released), DELTA, "zero_out", accounting.COARSE
-        )
+        composed = accounting.epsilon_of_mechanisms(grouped(released), DELTA, "zero_out", COARSE)
         assert composed < total
         more = [*released, plans[0].mechanisms[-1]]
         assert budget.total(more, more, DELTA, "zero_out") > 10.0
