@@ -1,5 +1,6 @@
 """The few collective operations that the trainers need; all are no-ops in a single process."""
 
+import threading
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
@@ -10,14 +11,40 @@ from torch import nn
 Value = TypeVar("Value")
 
 
+_group = threading.Event()
+"""Set while this process belongs to a process group, as it was last seen to."""
+
+
 def rank() -> int:
     """Rank of this process, 0 without a process group."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if _in_group() else 0
 
 
 def world_size() -> int:
     """Number of processes that train together, 1 without a process group."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if _in_group() else 1
+
+
+def leave() -> None:
+    """Ends this process's part in the group; called by who trains, after the last step."""
+    _group.clear()
+    dist.destroy_process_group()
+
+
+def _in_group() -> bool:
+    """Whether there is a process group.
+
+    Privacy: a rank whose group is gone in the middle of a step, as a supervisor may end it from
+    another thread, would take its own gradients for the sum of all.
+
+    Raises:
+        RuntimeError: there was one, and this process has not left it.
+    """
+    if dist.is_initialized():
+        _group.set()
+    elif _group.is_set():
+        raise RuntimeError("the process group of this rank was ended while it trained")
+    return _group.is_set()
 
 
 def broadcast_module(module: nn.Module) -> None:

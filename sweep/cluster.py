@@ -96,7 +96,10 @@ def join_cluster() -> None:
                 f"hold: start its head with --resources '{{\"{DRIVER_RESOURCE}\": 64}}'"
             )
     else:
-        ray.init(address="local", resources={DRIVER_RESOURCE: _LOCAL_DRIVERS}, **shared)
+        # Workers that start with the cluster have no runtime environment, so they would idle.
+        settings = {"prestart_worker_first_driver": False}
+        local = {"address": "local", "resources": {DRIVER_RESOURCE: _LOCAL_DRIVERS}}
+        ray.init(**local, **shared, _system_config=settings)
 
 
 def _require_answer(address: str) -> None:

@@ -63,17 +63,6 @@ def _join(backend: str, address: str, port: int, rank: int, size: int) -> None:
     dist.init_process_group(backend, rank=rank, world_size=size, timeout=_TIMEOUT)
 
 
-def leave_group() -> None:
-    """Ends a worker's part in the group; called by who trains, and only after the last step.
-
-    Privacy: never by another thread, also not where other workers failed: a rank that found no
-    group in the middle of a step would take its own gradients for all.
-    """
-    import torch.distributed as dist
-
-    dist.destroy_process_group()
-
-
 def use_own_device() -> None:
     """Makes the GPU that this worker was given torch's current one; called where it trains."""
     import torch

@@ -285,7 +285,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     from core.pipeline import run
     from core.privacy.keys import MasterSecret
     from sweep.machine import MachineUse
-    from sweep.trainer import leave_group, use_own_device
+    from sweep.trainer import use_own_device
 
     use_own_device()
     use = MachineUse()
@@ -314,7 +314,7 @@ def train_worker(settings: dict[str, Any]) -> None:
         )
     except UserError as error:
         ray.train.report({"refused": str(error), "stage": "refused", "step": 0})
-    leave_group()
+    distributed.leave()
 
 
 def _reason(error: BaseException) -> str:

@@ -202,6 +202,20 @@ MUTANTS = (
         ("tests/unit/test_ledger.py",),
     ),
     Mutant(
+        "one release of each mechanism counted",
+        "core/privacy/accountant.py",
+        "release.self_compose(count)",
+        "release",
+        ("tests/unit/test_loss_distribution.py",),
+    ),
+    Mutant(
+        "a rank whose group is lost trains alone",
+        "core/distributed.py",
+        "elif _group.is_set():",
+        "elif False:",
+        ("tests/unit/test_distributed.py",),
+    ),
+    Mutant(
         "secret number of trials of a smaller mean",
         SCOPES,
         "uniform: float, law: str, mean: float) -> int:",

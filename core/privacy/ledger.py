@@ -213,7 +213,8 @@ class Ledger:
         Returns:
             The terms and the unit; `epsilon_committed` (settled steps), a part of
             `epsilon_committed_and_reserved` (all that counts against the budget); `accountant`;
-            and `entries`: for each key its state, events and the `epsilon` of it alone.
+            and `entries`: for each key its state, events and the `epsilon` of it alone, to about
+            2e-6.
         """
         with locked(self.path) as chain:
             charges = self._book(chain).charges
@@ -225,7 +226,7 @@ class Ledger:
                 **asdict(key),
                 "state": charge.state,
                 "executed_steps": charge.committed,
-                "epsilon": self._epsilon(charge.counted, grid),
+                "epsilon": self._epsilon(charge.counted, grid, of_record=False),
                 "events": [asdict(event) for event in charge.events],
                 "note": charge.note,
                 "time": charge.time,
@@ -321,10 +322,12 @@ class Ledger:
         scale = self.terms.budget or self._epsilon(events, COARSE)
         return discretization_for(_mechanisms(events), scale)
 
-    def _epsilon(self, events: Iterable[Event], discretization: float) -> float:
+    def _epsilon(
+        self, events: Iterable[Event], discretization: float, of_record: bool = True
+    ) -> float:
         delta, relation = self.terms.delta, self.terms.neighboring_relation
         return accounting.epsilon_of_mechanisms(
-            _mechanisms(events), delta, relation, discretization
+            _mechanisms(events), delta, relation, discretization, of_record
         )
 
 

@@ -86,7 +86,10 @@ def storage(tmp_path_factory, worker_id) -> Path:
     with held(made / "lock", patience=600):
         if not (made / "runs").exists():
             make_storage(made)
-    return shutil.copytree(made / "runs", tmp_path_factory.mktemp("copy") / "runs")
+    copy = shutil.copytree(made / "runs", tmp_path_factory.mktemp("copy") / "runs")
+    for path in (*copy.rglob("config.yaml"), *copy.rglob("sweep.json")):
+        path.write_text(path.read_text().replace(str(made / "runs"), str(copy)))
+    return copy
 
 
 def make_storage(folder: Path) -> None:
@@ -139,7 +142,7 @@ def joined(_private_folders, tmp_path_factory) -> Iterator[dict[str, str]]:
     assert_none_left(mark)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator:
     sync_api = pytest.importorskip(
         "playwright.sync_api", reason="needs playwright: the extra `dev`"

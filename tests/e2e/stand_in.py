@@ -68,7 +68,7 @@ def stand_in(context: Any, config: Config, trial_id: str) -> Iterator[dict[str, 
     data = json.dumps([config.dataset.name, config.dataset.path])
     fingerprint = hashlib.sha256(data.encode()).hexdigest()
     reservation = spending.reserve(fingerprint, trial_id)
-    for step in range(1, 5):
+    for step in (2, 4):
         spending.count(step - 1)
         report = {"step": step, "stage": "private_training", "loss": 1.0, "seconds_per_step": 0.1}
         with (run_dir / "metrics.jsonl").open("a") as file:

@@ -172,14 +172,13 @@ class Lab:
         self.server = None
 
     def end(self) -> None:
-        """Ends all that carries the mark."""
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            deadline = time.monotonic() + 15
-            for pid in self.processes():
+        """Kills all that carries the mark."""
+        deadline = time.monotonic() + 15
+        while (left := self.processes()) and time.monotonic() < deadline:
+            for pid in left:
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, number)
-            while self.processes() and time.monotonic() < deadline:
-                time.sleep(0.2)
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.2)
 
     def sweep(self, name: str, rates: list[float], head: str = "", steps: int = STEPS) -> "Sweep":
         """Writes a sweep's file; its trials draw the noise of `undisturbed` ones."""

@@ -4,11 +4,14 @@ import contextlib
 import json
 import os
 import signal
+import statistics
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import torch
 from lab import Lab, Undisturbed, assert_as_undisturbed, ended, holder, wait_for
+from leftovers import MARK, OF_TRIALS, assert_none_left
 
 
 def most_images(cache: Path) -> int:
@@ -84,15 +87,26 @@ def test_who_lacks_the_clusters_token_is_told_so_in_one_line(cluster: Lab):
         assert "Traceback" not in told
 
 
-def test_a_bug_in_every_trial_stops_the_sweep(cluster: Lab):
-    head = "workers_per_trial: 1\nmax_failures: 0\nmax_same_error: 2"
-    sweep = cluster.sweep("bug", [1e-4, 2e-4, 5e-4, 1e-3], head)
-    code, told = sweep.finish(spoilt="bug")
+def test_ten_short_trials_leave_no_process_and_the_same_bug_twice_stops_the_sweep(cluster: Lab):
+    # The two rates that the bug waits for are the last but one that this seed draws.
+    rates = [1e-2, 1e-4, 2e-2, 2e-4, 3e-4, 4e-4, 5e-4, 6e-4, 7e-4, 8e-4, 9e-4]
+    head = "workers_per_trial: 1\nmax_failures: 0\nmax_same_error: 2\nsearch_seed: 1"
+    sweep = cluster.sweep("ten", rates, head, steps=8)
+    driver, seen = sweep.start(spoilt="bug"), defaultdict(list)
+    while driver.poll() is None:
+        number_ended = len(list(sweep.trials.glob("*/evaluation.json")))
+        seen[number_ended].append(sum(len(cluster.processes(title)) for title in OF_TRIALS))
+        time.sleep(0.5)
+    code, told = ended(driver)
     assert code == 1
     assert "2 trials in a row failed with the same error: ZeroDivisionError" in told
     assert told.count("Traceback (most recent call last)") == 1
     assert "spoilt/bug/sitecustomize.py" in told
     entries = sweep.ledger().summary()["entries"]
-    assert len(list(sweep.trials.glob("*/config.yaml"))) == len(entries) == 2
-    # Of the 60 steps the first 25 were noted before they began.
-    assert [entry["executed_steps"] for entry in entries] == [25, 25]
+    assert len(list(sweep.trials.glob("*/config.yaml"))) == len(entries) == 10
+    assert len(list(sweep.trials.glob("*/evaluation.json"))) == 8
+    assert [entry["state"] for entry in entries] == ["committed"] * 10
+    early, late = statistics.median(seen[1] + seen[2]), statistics.median(seen[6] + seen[7])
+    print(f"processes of trials at a time: {early:g} early on, {late:g} late")
+    assert 0 < late <= early + 1
+    assert_none_left(cluster.environment[MARK], 60, OF_TRIALS)

@@ -15,7 +15,7 @@ from mlflow.tracking import MlflowClient
 from sweep.driver import running_driver
 
 RATES = [1e-4, 1e-3]
-STEPS = 120
+STEPS = 90
 AWAY_SECONDS = 60
 
 

@@ -134,7 +134,7 @@ def test_a_private_score_is_charged_drawn_once_and_kept(tmp_path, monkeypatch):
         "kind": "dp_accuracy", "sample_rate": 1.0, "noise_multiplier": 20.0, "count": 1,
         "release": "",
     }  # fmt: skip
-    assert entry["epsilon"] == pytest.approx(first["epsilon"])
+    assert entry["epsilon"] == pytest.approx(first["epsilon"], rel=4e-6)
     stored = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert stored["tags"]["accuracy"] == "non-private"
     assert stored["tags"]["dp_accuracy"].startswith("dp(epsilon +")

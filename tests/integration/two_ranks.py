@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from core import distributed
 from core.config import load
 from core.early import GoesOn
 from core.pipeline import run
@@ -126,4 +127,4 @@ def _rank(
         settings |= {"runtime.checkpoint_every": 1, "runtime.log_every": 1}
     reports = tiny_run(folder / "run", die, **settings, **changes)
     torch.save({"noise": released_noise(), "reports": reports}, folder / f"rank_{rank}.pt")
-    dist.destroy_process_group()
+    distributed.leave()

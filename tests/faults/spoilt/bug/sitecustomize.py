@@ -1,4 +1,4 @@
-"""Python runs this at its start: a trainer that divides by zero in its sixth private step."""
+"""Python runs this at its start: a trainer that at a large learning rate divides by zero."""
 
 import sys
 from pathlib import Path
@@ -7,16 +7,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from late import Late
 
-STEP = 5
+STEP, RATE = 5, 0.01
 
 
 def spoil(training) -> None:
     private_stage = training.private_stage
 
-    def buggy_stage(*arguments, **settings):
-        stage = private_stage(*arguments, **settings)
-        step = stage.step
-        stage.step = lambda number: step(number // (number != STEP))
+    def buggy_stage(config, *arguments, **settings):
+        stage = private_stage(config, *arguments, **settings)
+        if config.private_training.learning_rate >= RATE:
+            step = stage.step
+            stage.step = lambda number: step(number // (number != STEP))
         return stage
 
     training.private_stage = buggy_stage
