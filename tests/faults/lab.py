@@ -59,12 +59,14 @@ search_space:
 """
 
 
-def wait_for(what: Callable[[], object], name: str, seconds: float = 600) -> object:
-    """What `what` returns when that is first true."""
+def wait_for(
+    what: Callable[[], object], name: str, seconds: float = 600, every: float = 0.1
+) -> object:
+    """What `what` returns when that is first true; asked `every` so many seconds."""
     deadline = time.monotonic() + seconds
     while not (value := what()):
         assert time.monotonic() < deadline, f"no {name} within {seconds:g} s"
-        time.sleep(0.1)
+        time.sleep(every)
     return value
 
 
@@ -91,8 +93,8 @@ class Lab:
     nodes: list[subprocess.Popen] = dataclasses.field(default_factory=list)
     server: subprocess.Popen | None = None
 
-    def processes(self, title: str = "") -> list[int]:
-        """Marked processes whose command begins so, but for this one."""
+    def processes(self, title: str | tuple[str, ...] = "") -> list[int]:
+        """Marked processes whose command begins so, or in one of these ways, but for this one."""
         found = marked_processes(self.environment[MARK]).items()
         return [pid for pid, command in found if command.startswith(title)]
 
@@ -123,7 +125,7 @@ class Lab:
                         start_new_session=True,
                     )
                 )
-            wait_for(lambda count=number + 1: self.alive_nodes() == count, f"node {number}", 120)
+            wait_for(lambda count=number + 1: self.alive_nodes() == count, f"node {number}", 120, 1)
         self.environment["RAY_ADDRESS"] = address
 
     def alive_nodes(self) -> int:
@@ -163,7 +165,7 @@ class Lab:
             except OSError:
                 return False
 
-        wait_for(answers, "answer of the MLflow server", 120)
+        wait_for(answers, "answer of the MLflow server", 120, 0.5)
 
     def stop_server(self) -> None:
         assert self.server is not None
@@ -243,6 +245,9 @@ class Sweep:
 
     def state(self, job: str) -> str:
         return self._jobs().get_job_status(job).value
+
+    def wait_for_state(self, job: str, *states: str) -> None:
+        wait_for(lambda: self.state(job) in states, f"end of job {job}", every=1)
 
     def _jobs(self) -> JobSubmissionClient:
         return JobSubmissionClient(self.lab.environment["RAY_API_SERVER_ADDRESS"])

@@ -54,7 +54,7 @@ def story(cluster: Lab) -> tuple[Sweep, list[str]]:
     driver = running_driver(sweep.config.folder)
     assert driver is not None
     os.kill(driver.pid, signal.SIGKILL)
-    wait_for(lambda: sweep.state("first") == "FAILED", "end of the killed job")
+    sweep.wait_for_state("first", "FAILED")
     assert_none_left(cluster.environment[MARK], 180, OF_TRIALS)
     told = [sweep.printed("first")]
     time.sleep(max(0.0, away + AWAY_SECONDS - time.monotonic()))
@@ -64,7 +64,7 @@ def story(cluster: Lab) -> tuple[Sweep, list[str]]:
     sweep.stop("second")
     told.append(sweep.printed("second"))
     sweep.submit("third")
-    wait_for(lambda: sweep.state("third") not in ("PENDING", "RUNNING"), "end of the last job")
+    sweep.wait_for_state("third", "SUCCEEDED", "FAILED", "STOPPED")
     told.append(sweep.printed("third"))
     assert sweep.state("third") == "SUCCEEDED", told
     return sweep, told

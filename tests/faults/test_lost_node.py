@@ -20,7 +20,7 @@ def after_the_loss(cluster: Lab):
     lost = cluster.nodes[1]
     os.killpg(lost.pid, signal.SIGKILL)  # Its raylet and agents.
     lost.wait()
-    wait_for(lambda: cluster.alive_nodes() == 1, "loss of the node")
+    wait_for(lambda: cluster.alive_nodes() == 1, "loss of the node", every=1)
     large = cluster.sweep("large", [5e-4]).start()
     return sweep, trial, ended(driver), ended(large)
 
