@@ -10,7 +10,6 @@ from functools import lru_cache
 from core.errors import InfeasibleError
 from core.privacy import renyi
 from core.privacy.mechanisms import FEW, FINE, Mechanism, quick_grid
-from core.privacy.renyi import find_root
 
 _MOST_SECANTS = 6
 MAX_NOISE_MULTIPLIER = 1e4
@@ -99,7 +98,7 @@ def solve_noise_multiplier(
         return quick(noise_multiplier, grid) - target_epsilon
 
     low, high = _bracket(excess, guess, target_epsilon)
-    coarse = find_root(excess, low, high, rtol=2e-3)
+    coarse = renyi.find_root(excess, low, high, rtol=2e-3)
     # The grid's error falls with its square, so that of a quarter of it is about a fifteenth of
     # the difference. One Newton step, then up to four decimals, and a proof on the finest grid.
     at_root, finer = excess(coarse), quick(coarse, grid / 4) - target_epsilon
@@ -198,7 +197,7 @@ def _guess(
     low, high = math.log(_LEAST), math.log(MAX_NOISE_MULTIPLIER)
     if excess(high) >= 0 or excess(low) <= 0:
         return 1.0
-    found = math.exp(find_root(excess, low, high, xtol=1e-3))
+    found = math.exp(renyi.find_root(excess, low, high, xtol=1e-3))
     return found if relation == "zero_out" else 2 * found
 
 

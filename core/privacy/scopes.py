@@ -5,8 +5,6 @@ trials together. `selection`: the best of a secret number of trials. Under the l
 share is that of a Gaussian mechanism, at one or two orders of Renyi DP: whatever the trials
 release, the sum over them (`sweep`) or the largest of them (`selection`) keeps its bound.
 """
-# scipy has no types:
-# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
 
 import math
 from collections.abc import Sequence
@@ -16,7 +14,6 @@ from core.config import Config, PrivacyConfig
 from core.errors import InfeasibleError
 from core.privacy import accounting, renyi
 from core.privacy.mechanisms import Mechanism, discretization_for, grouped
-from core.privacy.renyi import find_root
 
 _LEAST_NOISE, _DECIMALS = 0.05, 4
 
@@ -55,7 +52,7 @@ class Share:
                 "the trial's share of the budget is so large that DP-SGD would need no noise: "
                 "lower privacy.target_epsilon"
             )
-        found = find_root(excess, _LEAST_NOISE, accounting.MAX_NOISE_MULTIPLIER, xtol=1e-6)
+        found = renyi.find_root(excess, _LEAST_NOISE, accounting.MAX_NOISE_MULTIPLIER, xtol=1e-6)
         noise_multiplier = math.ceil(found * 10**_DECIMALS) / 10**_DECIMALS
         while excess(noise_multiplier) > 0:
             noise_multiplier = round(noise_multiplier + 10.0**-_DECIMALS, _DECIMALS)

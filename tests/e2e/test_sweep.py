@@ -22,7 +22,7 @@ from tiny_sweep import ROOT, SPLIT, sweep_text
 from core.privacy.keys import SECRET_FILE_VARIABLE
 from core.privacy.ledger import Ledger
 from sweep.__main__ import main
-from sweep.results import load_rows
+from sweep.results import Row, load_rows
 from sweep.stored import open_sweep
 from sweep.study import open_storage
 
@@ -180,9 +180,13 @@ def test_each_trial_is_two_workers_and_one_record(folder, stories):
         assert len(steps) == len(set(steps))  # One that was lost with its process is sent later.
 
 
-def test_a_poor_trial_is_shown_as_stopped_everywhere(folder, stories, capsys):
+@pytest.fixture(scope="module")
+def rows(folder, stories) -> list[Row]:
+    return load_rows(open_sweep(folder / "runs", "tiny"))
+
+
+def test_a_poor_trial_is_shown_as_stopped_everywhere(folder, stories, rows, capsys):
     out, err = stories[1][1]
-    rows = load_rows(open_sweep(folder / "runs", "tiny"))
     (stopped,) = [row for row in rows if row.state == "stopped"]
     assert stopped.config.private_training.learning_rate == 50.0
     assert f"trial {stopped.trial} stopped at step 10: early_fid_cnn" in out
@@ -207,19 +211,19 @@ def test_a_poor_trial_is_shown_as_stopped_everywhere(folder, stories, capsys):
         assert {metric.step for metric in history} == {10}
 
 
-def test_a_stopped_trial_paid_for_the_steps_that_it_ran(folder, stories):
+def test_a_stopped_trial_paid_for_the_steps_that_it_ran(folder, rows):
     (path,) = (folder / "runs" / "ledger").glob("*.jsonl")
     executed = [entry["executed_steps"] for entry in Ledger.at(path).summary()["entries"]]
-    rows = [row for row in load_rows(open_sweep(folder / "runs", "tiny")) if row.state != "failed"]
-    expected = [row.config.private_steps - (10 if row.state == "stopped" else 0) for row in rows]
+    ended = [row for row in rows if row.state != "failed"]
+    expected = [row.config.private_steps - (10 if row.state == "stopped" else 0) for row in ended]
     assert sorted(executed) == sorted(expected)
 
 
-def test_the_study_knows_the_last_early_score(folder, stories):
+def test_the_study_knows_the_last_early_score(folder, rows):
     study = optuna.load_study(study_name="tiny", storage=open_storage(folder / "runs" / "tiny"))
     values = [t.value for t in study.trials if t.state == optuna.trial.TrialState.COMPLETE]
-    rows = [row for row in load_rows(open_sweep(folder / "runs", "tiny")) if row.state != "failed"]
-    told = [row.early_score if row.state == "stopped" else row.scores["fid_cnn"] for row in rows]
+    ended = [row for row in rows if row.state != "failed"]
+    told = [row.early_score if row.state == "stopped" else row.scores["fid_cnn"] for row in ended]
     assert sorted(values) == pytest.approx(sorted(told))
 
 

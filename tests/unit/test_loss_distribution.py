@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from by_library import epsilon_of, subsampled_gaussian
+from by_library import dp_events, epsilon_of
 from dp_accounting.pld import privacy_loss_distribution
 
 from core.privacy.accountant import exact_epsilon
@@ -18,7 +18,7 @@ RELEASES = [(1e-4, 0.7, 100_000), (0.01, 1.0, 3000), (0.3, 5.0, 30), (1.0, 10.0,
 @pytest.mark.parametrize("mechanism", RELEASES)
 def test_epsilon_is_the_library_s(relation, mechanism):
     for mechanisms in ([mechanism], [(0.2, 6.0, 10), mechanism]):
-        events = [subsampled_gaussian(*each) for each in mechanisms]
+        events = dp_events(mechanisms)
         expected = epsilon_of(events, 1e-6, relation, 1e-3)
         assert exact_epsilon(mechanisms, 1e-6, relation, 1e-3) == expected
         assert quick_epsilon(mechanisms, 1e-6, relation, 1e-3) == pytest.approx(expected, rel=4e-6)

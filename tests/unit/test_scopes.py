@@ -31,7 +31,7 @@ def accountant(*events: dp_event.DpEvent) -> rdp_privacy_accountant.RdpAccountan
 
 
 def test_divergence_and_conversion_are_those_of_the_library():
-    events = [subsampled_gaussian(*mechanism) for mechanism in MECHANISMS]
+    events = dp_events(MECHANISMS)
     for mechanism, event in zip(MECHANISMS, events, strict=True):
         expected = accountant(event).get_epsilon(DELTA)
         assert renyi.epsilon([mechanism], DELTA) == pytest.approx(expected, rel=1e-9)
@@ -44,7 +44,7 @@ def test_divergence_and_conversion_are_those_of_the_library():
 @pytest.mark.parametrize("mean", [1.5, 16.0, 300.0])
 def test_selection_is_that_of_the_library_at_the_best_orders(law, mean):
     mechanisms = MECHANISMS[:2]
-    inner = dp_event.ComposedDpEvent([subsampled_gaussian(*m) for m in mechanisms])
+    inner = dp_event.ComposedDpEvent(dp_events(mechanisms))
     event = dp_event.RepeatAndSelectDpEvent(inner, mean, renyi.SHAPES[law])
     orders = renyi.ORDERS[:40]
     ours = min(
