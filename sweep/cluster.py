@@ -99,7 +99,8 @@ def join_cluster() -> None:
         # Workers that start with the cluster have no runtime environment, so they would idle.
         settings = {"prestart_worker_first_driver": False}
         local = {"address": "local", "resources": {DRIVER_RESOURCE: _LOCAL_DRIVERS}}
-        ray.init(**local, **shared, _system_config=settings)
+        # Who wants Ray's dashboard starts a cluster and joins it; here it would live for one sweep.
+        ray.init(**local, **shared, include_dashboard=False, _system_config=settings)
 
 
 def _require_answer(address: str) -> None:

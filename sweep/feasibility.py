@@ -17,7 +17,7 @@ from core.reporting import ProgressLine
 from sweep.config import Dimension, SweepConfig, is_integer
 from sweep.costs import print_costs
 from sweep.grid import grid_points, two_keys
-from sweep.scope import DEFAULT_NUM_TRIALS
+from sweep.scope import DEFAULT_NUM_TRIALS, final_point
 
 _POINTS = 4
 
@@ -28,6 +28,11 @@ def why_not(sweep: SweepConfig, point: Mapping[str, Any]) -> str:
         check_feasible(sweep.trial_config(point))
     except (InfeasibleError, ConfigError) as error:
         return str(error)
+    if sweep.final:  # A search whose winner cannot run on the sensitive data would be in vain.
+        try:
+            check_feasible(sweep.trial_config(final_point(point, sweep.final)))
+        except (InfeasibleError, ConfigError) as error:
+            return f"of the final run, {error}"
     return ""
 
 

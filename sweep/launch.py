@@ -36,7 +36,7 @@ from sweep.results import (
     winners,
     write_card,
 )
-from sweep.scope import EARLY_AT, count_trials, settings_entropy
+from sweep.scope import count_trials, final_point, settings_entropy
 from sweep.trial import TRACEBACK, Context, Train, record_result, run_trial
 
 _PATIENCE = 10.0
@@ -191,9 +191,8 @@ def _search(context: Context, rows: list[Row], total: int, verbosity: int) -> Ou
             winner = best(sweep, load_rows(sweep))
             if winner is not None:
                 point = {key: flatten(winner.config)[key] for key in sweep.search_space}
-                point = {**point, "dataset.public": False, EARLY_AT: [], **sweep.final}
                 last = replace(context, is_final=True, verdicts=None)
-                if not _fit(last, progress, meter, 1, param_space=point):
+                if not _fit(last, progress, meter, 1, param_space=final_point(point, sweep.final)):
                     stopped = "interrupted"
     except KeyboardInterrupt:
         stopped = "interrupted"
@@ -304,20 +303,27 @@ def record_sweep(parent: Any, run_id: str, sweep: SweepConfig, total: int) -> No
 
 
 def record_summary(parent: Any, sweep: SweepConfig, rows: list[Row], complete: bool) -> None:
-    """Logs the best trial, the three epsilons and the card; registers what may be published."""
+    """Logs the best trial, the three epsilons and the card; registers what may be published.
+
+    Privacy: before the final run, after a search on public data, there is no card, as there is
+        nothing yet for it to be about.
+    """
     if (winner := best(sweep, rows)) is None:
         return
-    card = write_card(sweep, rows, complete)
     result, point = stored_result(winner), flatten(winner.config)
     searched = {k: point[k] for k in sweep.search_space if isinstance(point[k], int | float)}
     figures = compared_figures(sweep, result)
-    parent.log_metrics({**searched, **figures, **three_figures(card)})
+    parent.log_metrics({**searched, **figures})
     front = ", ".join(row.trial for row in winners(sweep, rows))
-    parent.log_tags({"best_trial": front, "privacy.statement": card["statement"]})
+    parent.log_tags({"best_trial": front})
+    parent.log_file(winner.run_dir / "synthetic" / "grid.png", "synthetic")
+    if (released := released_row(sweep, rows)) is None:
+        return
+    card = write_card(sweep, rows, complete)
+    parent.log_metrics(three_figures(card))
+    parent.log_tags({"privacy.statement": card["statement"]})
     for name in ("privacy_card.json", "privacy_card.md"):
         parent.log_file(sweep.folder / name)
-    parent.log_file(winner.run_dir / "synthetic" / "grid.png", "synthetic")
-    released = released_row(sweep, rows)
     if complete and (released.run_dir / "model.pt").exists():  # Its owner may have removed it.
         scope, statement = card["scope"], card["statement"]
         parent.register_generator(released.trial, released.run_dir, scope, statement)

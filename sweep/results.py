@@ -149,12 +149,13 @@ def sweep_epsilon(sweep: SweepConfig, rows: Sequence[Row]) -> float:
 
 
 def sweep_card(sweep: SweepConfig, rows: Sequence[Row]) -> dict[str, Any]:
-    """The sweep's privacy card: of its final run, else of its best trial, of which there is one.
+    """The sweep's privacy card: of its `released_row`, of which there is one.
 
     Raises:
         LedgerError: the ledger is missing or damaged.
     """
     released = released_row(sweep, rows)
+    assert released is not None
     return make_card(
         _ledger(released),
         sweep.name,
@@ -173,17 +174,22 @@ def write_card(sweep: SweepConfig, rows: Sequence[Row], complete: bool) -> dict[
     for row in rows:
         (row.run_dir / SELECTED).unlink(missing_ok=True)
     released = released_row(sweep, rows)
+    assert released is not None
     front = winners(sweep, rows)
     for row in (front if released in front else [released]) if complete else []:
         write_json(row.run_dir / SELECTED, {"objective": _objective(sweep, rows)})
     return card
 
 
-def released_row(sweep: SweepConfig, rows: Sequence[Row]) -> Row:
-    """The one that may be published: the final run, else the best trial, of which there is one."""
-    winner, last = best(sweep, rows), final_row(sweep, rows)
-    assert winner is not None
-    return last if last is not None and last.state == "finished" else winner
+def released_row(sweep: SweepConfig, rows: Sequence[Row]) -> Row | None:
+    """The one that may be published: the best trial; under scope `public` the final run.
+
+    None while there is none that has finished.
+    """
+    if not sweep.final:
+        return best(sweep, rows)
+    last = final_row(sweep, rows)
+    return last if last is not None and last.state == "finished" else None
 
 
 def _objective(sweep: SweepConfig, rows: Sequence[Row]) -> str:
@@ -210,7 +216,7 @@ def shown_metrics(sweep: SweepConfig, rows: Sequence[Row]) -> list[str]:
 
 def print_results(sweep: SweepConfig, rows: list[Row], pruned: int, ui: str) -> None:
     """Prints the table, the best trial, the epsilons and where to look next."""
-    winner, last = best(sweep, rows), final_row(sweep, rows)
+    winner, released = best(sweep, rows), released_row(sweep, rows)
     metrics = shown_metrics(sweep, rows)
     print(f"sweep {sweep.name}: {len(rows)} trials, {pruned} points pruned without compute")
     total = sweep_epsilon(sweep, rows)
@@ -231,16 +237,20 @@ def print_results(sweep: SweepConfig, rows: list[Row], pruned: int, ui: str) -> 
     title = "best trial: " if len(sweep.objectives) == 1 else "  "
     for row in front:
         print(f"{title}{row.trial} ({_scores(row)})")
-    if last is not None and last.scores:
-        print(f"final run: {last.trial} ({_scores(last)})")
+    if released is None:
+        print("final run: not finished, so nothing is claimed yet; the same command goes on")
+        print(f"compare: {ui}")
+        return
+    if sweep.final:
+        print(f"final run: {released.trial} ({_scores(released)})")
     card = sweep_card(sweep, rows)
     print(f"privacy: {card['statement']}")
     for name, value in three_epsilons({**card, "epsilon_computed": total}):
         print(f"  {name}: {value}")
-    spent = _ledger(last or winner).summary()["epsilon_committed_and_reserved"]
+    spent = _ledger(released).summary()["epsilon_committed_and_reserved"]
     print(f"  epsilon of all runs on this data set: {spent:.4g} (python -m core ledger show)")
     print(f"card: {sweep.folder / 'privacy_card.md'}")
-    print(f"samples: {(last or winner).run_dir / 'synthetic' / 'grid.png'}")
+    print(f"samples: {released.run_dir / 'synthetic' / 'grid.png'}")
     print(f"compare: {ui}")
 
 

@@ -99,7 +99,8 @@ def _run(options: argparse.Namespace) -> int:
     if outcome.stopped:
         print(f"the search gave up: {outcome.stopped}", file=sys.stderr)
         return 1
-    return 0 if all(row.state in ("finished", "stopped") for row in outcome.rows) else 1
+    ended = all(row.state in ("finished", "stopped") for row in outcome.rows)
+    return 0 if outcome.complete and ended else 1
 
 
 if __name__ == "__main__":

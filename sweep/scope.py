@@ -197,6 +197,11 @@ def _check_final(base: Config, final: dict[str, Any]) -> None:
         )
 
 
+def final_point(point: Mapping[str, Any], final: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of the final run: those of a trial of the search, and the keys of `final`."""
+    return {**point, "dataset.public": False, EARLY_AT: [], **final}
+
+
 def count_trials(
     base: Config, num_trials: int | None, master: MasterSecret, release_id: str
 ) -> int:

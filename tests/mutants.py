@@ -202,6 +202,13 @@ MUTANTS = (
         ("tests/unit/test_ledger.py",),
     ),
     Mutant(
+        "lines added up before count, whatever they are now",
+        "core/privacy/ledger_book.py",
+        '(count > len(chain.entries) or chain.entries[count - 1]["hash"] != last)',
+        "count > len(chain.entries)",
+        ("tests/unit/test_ledger.py",),
+    ),
+    Mutant(
         "one release of each mechanism counted",
         "core/privacy/accountant.py",
         "release.self_compose(count)",

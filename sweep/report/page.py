@@ -28,6 +28,7 @@ from sweep.results import (
     best,
     load_rows,
     planned_epsilon,
+    released_row,
     shown_metrics,
     sweep_card,
     sweep_epsilon,
@@ -122,6 +123,9 @@ def _card(
     total = planned_epsilon(rows)
     if winner is None:
         text = f"What ran so far spends epsilon {total:.4g}, by the plans of its trials."
+        return None, total, text
+    if released_row(sweep, rows) is None:
+        text = "The final run on the sensitive data has not finished, so nothing is claimed yet."
         return None, total, text
     try:
         return sweep_card(sweep, rows), sweep_epsilon(sweep, rows), ""

@@ -51,6 +51,10 @@ def site(request, storage, tmp_path_factory):
             yield from recorded(store)
 
 
+on_a_server = pytest.mark.parametrize("site", ["postgresql"], indirect=True)
+"""For pages that are the same whatever holds their data."""
+
+
 @pytest.fixture
 def page(browser):
     """An empty page of a new visitor; afterwards nothing may have failed in it, or left here."""
@@ -113,6 +117,7 @@ def test_the_charts_open_without_set_up(site, page, artifacts):
     page.screenshot(path=artifacts / f"mlflow charts {site.store}.png")
 
 
+@on_a_server
 def test_the_table_compares_numbers(site, page, artifacts):
     visit(page, site.links["table"])
     finished = [row for row in site.rows if row.state == "finished"]
@@ -131,6 +136,7 @@ def test_the_table_compares_numbers(site, page, artifacts):
     page.screenshot(path=artifacts / f"mlflow table {site.store}.png")
 
 
+@on_a_server
 def test_a_trial_says_what_it_was_trained_on_and_what_ran(site, page, artifacts):
     winner = best_of(site)
     visit(page, site.links["charts"].replace("compareRunsMode=CHART&", ""))
@@ -143,6 +149,7 @@ def test_a_trial_says_what_it_was_trained_on_and_what_ran(site, page, artifacts)
     page.screenshot(path=artifacts / f"mlflow trial {site.store}.png")
 
 
+@on_a_server
 def test_the_best_generator_is_registered(site, page, artifacts):
     winner = best_of(site)
     visit(page, site.links["charts"].split("#")[0] + "#/models/small/versions/1")

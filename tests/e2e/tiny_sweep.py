@@ -9,14 +9,15 @@ SPLIT = """  stage_split:
 """
 
 
-def sweep_text(name: str, head: str, space: str = SPLIT, num_steps: int = 20) -> str:
+def sweep_text(name: str, head: str, space: str = SPLIT) -> str:
     """A sweep's file: `head` are keys of the sweep, `space` entries of its search space."""
     return f"""
 name: {name}
 base: {ROOT}/core/configs/digits.yaml
 {head}
 fixed:
-  training.num_steps: {num_steps}
+  privacy.target_epsilon: 1.0
+  training.num_steps: 20
   private_training.expected_batch_size: 60
   model.base_channels: 8
   sampler.num_steps: 3

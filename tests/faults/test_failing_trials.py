@@ -1,16 +1,21 @@
-"""Trials whose workers run out of memory, are killed again and again, cannot write, have a bug."""
+"""Trials whose workers run out of memory, are killed too often, cannot write, or have a bug.
+
+And those whose driver is gone: killed with its cluster, or followed by a newer one.
+"""
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
 import statistics
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from lab import Lab, Undisturbed, assert_as_undisturbed, ended, holder, wait_for
+from lab import Lab, Sweep, Undisturbed, assert_as_undisturbed, ended, holder, wait_for
 from leftovers import MARK, OF_TRIALS, assert_none_left
 
 
@@ -21,7 +26,7 @@ def most_images(cache: Path) -> int:
     )
 
 
-def test_out_of_memory_fenced_out_killed_too_often_without_space_then_left_alone(
+def test_out_of_memory_driver_killed_fenced_out_without_space_then_left_alone(
     cluster: Lab, undisturbed: Undisturbed, small_disk
 ):
     sweep = cluster.sweep("worn", [1e-3], "workers_per_trial: 1\nmax_failures: 0")
@@ -33,10 +38,19 @@ def test_out_of_memory_fenced_out_killed_too_often_without_space_then_left_alone
             path.parent.mkdir()
             path.write_text(text)
 
-    driver = sweep.start(spoilt="memory")
-    trial = sweep.wait_for_trial(process=driver)
-    cache = sweep.config.folder.parent / "cache"
-    wait_for(lambda: most_images(cache) <= 7, "batch that fits into memory")
+    with on_a_local_cluster(sweep) as alone:
+        driver = alone.start(spoilt="memory")
+        trial = alone.wait_for_trial(process=driver)
+        cache = sweep.config.folder.parent / "cache"
+        wait_for(lambda: most_images(cache) <= 7, "batch that fits into memory")
+        driver.kill()
+        driver.communicate(timeout=60)
+        assert_none_left(alone.lab.environment[MARK], 180)
+    (entry,) = sweep.ledger().summary()["entries"]
+    assert entry["state"] == "reserved", "what may have run is not given back"
+
+    killed, driver = holder(trial), sweep.start()
+    wait_for(lambda: holder(trial) not in (0, killed), "worker that trains")
     newer = int(time.time()) + 10
     (sweep.config.folder / "launch").write_text(str(newer))  # As a newer driver would.
     code, told = ended(driver)
@@ -44,14 +58,6 @@ def test_out_of_memory_fenced_out_killed_too_often_without_space_then_left_alone
     assert f"a newer driver (launch {newer}) runs sweep 'worn': this worker of launch" in told
     assert not (trial / "evaluation.json").exists()
     assert not (trial / "error.txt").exists(), "the trial belongs to the newer driver"
-
-    fenced, driver = holder(trial), sweep.start()
-    wait_for(lambda: holder(trial) not in (0, fenced), "worker that trains")
-    os.kill(holder(trial), signal.SIGKILL)  # As by a system without memory.
-    code, told = ended(driver)
-    assert code == 1
-    assert "a worker's process was killed, more often than max_failures allows" in told
-    assert "max_physical_batch_size=auto" in told
 
     if mounts:
         last = trial / "checkpoints" / "last.pt"
@@ -74,6 +80,17 @@ def test_out_of_memory_fenced_out_killed_too_often_without_space_then_left_alone
     assert_as_undisturbed(sweep, undisturbed)
 
 
+@contextlib.contextmanager
+def on_a_local_cluster(sweep: Sweep) -> Iterator[Sweep]:
+    """The sweep where drivers start a cluster of their own; ends all that is left of it."""
+    alone = {key: value for key, value in sweep.lab.environment.items() if key != "RAY_ADDRESS"}
+    here = Lab(sweep.lab.folder, alone | {MARK: f"{sweep.lab.folder}/local"})
+    try:
+        yield dataclasses.replace(sweep, lab=here)
+    finally:
+        here.end()
+
+
 def test_who_lacks_the_clusters_token_is_told_so_in_one_line(cluster: Lab):
     kept = {k: v for k, v in cluster.environment.items() if not k.startswith("RAY_AUTH")}
     settings = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(cluster.folder / "none")}
@@ -92,21 +109,26 @@ def test_ten_short_trials_leave_no_process_and_the_same_bug_twice_stops_the_swee
     rates = [1e-2, 1e-4, 2e-2, 2e-4, 3e-4, 4e-4, 5e-4, 6e-4, 7e-4, 8e-4, 9e-4]
     head = "workers_per_trial: 1\nmax_failures: 0\nmax_same_error: 2\nsearch_seed: 1"
     sweep = cluster.sweep("ten", rates, head, steps=8)
-    driver, seen = sweep.start(spoilt="bug"), defaultdict(list)
+    driver, seen, killed = sweep.start(spoilt="bug"), defaultdict(list), 0
     while driver.poll() is None:
         number_ended = len(list(sweep.trials.glob("*/evaluation.json")))
         seen[number_ended].append(len(cluster.processes(OF_TRIALS)))
-        time.sleep(1)
+        if number_ended == 3 and not killed and (trial := sweep.running_trial()):
+            killed = holder(trial)
+            os.kill(killed, signal.SIGKILL)  # As by a system without memory.
+        time.sleep(0.5)
     code, told = ended(driver)
     assert code == 1
     assert "2 trials in a row failed with the same error: ZeroDivisionError" in told
     assert told.count("Traceback (most recent call last)") == 1
     assert "spoilt/bug/sitecustomize.py" in told
+    assert "a worker's process was killed, more often than max_failures allows" in told
+    assert "max_physical_batch_size=auto" in told
     entries = sweep.ledger().summary()["entries"]
     assert len(list(sweep.trials.glob("*/config.yaml"))) == len(entries) == 10
-    assert len(list(sweep.trials.glob("*/evaluation.json"))) == 8
-    assert [entry["state"] for entry in entries] == ["committed"] * 10
-    early, late = statistics.median(seen[1] + seen[2]), statistics.median(seen[6] + seen[7])
+    assert len(list(sweep.trials.glob("*/evaluation.json"))) == 7
+    assert sorted(e["state"] for e in entries) == [*["committed"] * 9, "reserved"]
+    early, late = statistics.median(seen[1] + seen[2]), statistics.median(seen[5] + seen[6])
     print(f"processes of trials at a time: {early:g} early on, {late:g} late")
     assert 0 < late <= early + 1
     assert_none_left(cluster.environment[MARK], 60, OF_TRIALS)

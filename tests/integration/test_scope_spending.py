@@ -78,6 +78,7 @@ def test_a_stopped_trial_leaves_room_where_the_filter_allows_it(tmp_path, adapti
     for i in range(2):
         with pytest.raises(StopRunError):
             tiny_run(tmp_path / str(i), stop, seed=i, **shared)
+    shared |= {"runtime.checkpoint_every": 60, "runtime.log_every": 60}
     if goes_on:
         assert tiny_run(tmp_path / "2", seed=2, **shared)[-1]["stage"] == "done"
         assert ledger_of(tmp_path).epsilon_of_run("tiny") <= 1.0

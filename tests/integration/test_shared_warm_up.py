@@ -131,6 +131,7 @@ def test_a_sweep_s_budget_pays_for_the_release_once(tmp_path, sampler):
     """Two shares: each was planned with its central images, of which the second's are free."""
     scope = {"privacy.scope": "sweep", "privacy.num_shares": 2}
     scope |= {"privacy.adaptive": sampler == "tpe", "privacy.target_delta": 1e-5}
+    scope |= {"runtime.log_every": STEPS}
     for name, split in (("short", 0.25), ("long", 0.75)):
         trial(tmp_path, name, split, **scope)
     assert ledger_of(tmp_path).epsilon_of_run("tiny") < 0.985

@@ -23,6 +23,7 @@ TINY = {
     "private_training.expected_batch_size": 40,
     "private_training.max_physical_batch_size": 16,
     "model.base_channels": 8,
+    "model.channel_multipliers": [1],
     "sampler.num_steps": 3,
     "evaluation.num_images": 40,
     "evaluation.batch_size": 16,

@@ -8,6 +8,7 @@ import gzip
 import json
 import re
 import subprocess
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +182,19 @@ def test_price_table_names_the_machines_of_the_launcher_file(cloud):
         assert prices[node_type]["machine"] == machine(node_config(cloud, node_type))
         assert prices[node_type]["on_demand"] > 0
     assert 0 < prices[WORKER]["spot"] < prices[WORKER]["on_demand"]
+
+
+def test_nodes_get_what_they_install_and_nothing_that_grows():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    found = project["tool"]["setuptools"]["packages"]["find"]["include"]
+    packages = {name.rstrip("*") for name in found}
+    named = {"pyproject.toml", project["project"]["readme"], *project["project"]["license-files"]}
+    for cloud in CLOUDS:
+        mounts = FILES[cloud]["file_mounts"]
+        here = {path for node, path in mounts.items() if node == f"/home/ubuntu/feta-sweep/{path}"}
+        assert here == packages | named | {"constraints.txt"}
+        assert len(mounts) == len(here) + 1
+        assert all((ROOT / path).exists() for path in here)
 
 
 def test_secrets_come_from_outside_the_repository():

@@ -429,6 +429,22 @@ def test_what_ran_is_never_counted_short(tmp_path_factory, acts):
             assert whole == (entry["trial"] in open_keys)
 
 
+def test_what_another_ledger_in_the_same_place_says_is_added_up_anew(tmp_path):
+    folders = {name: tmp_path / name for name in "ab"}
+    for name, folder in folders.items():  # As many lines, then one more.
+        ledger = Ledger.open(folder, TERMS)
+        for trial in ("", "2")[: 1 if name == "a" else 2]:
+            ledger.reserve(key(f"{name}{trial}"), [DP_SGD])
+    place = tmp_path / "place"
+    for name in "abba":
+        shutil.rmtree(place, ignore_errors=True)
+        shutil.copytree(folders[name], place)
+        again = Ledger.open_existing(place, TERMS)
+        found = [entry["trial"] for entry in again.summary()["entries"]]
+        assert found == (["a"] if name == "a" else ["b", "b2"])
+        assert again.verify() == len(found) + 1
+
+
 class Written:
     """A small ledger whose last line the late head acknowledges and the early one does not."""
 

@@ -6,7 +6,7 @@ from optuna.trial import TrialState
 
 from core.privacy.keys import MasterSecret
 from sweep.config import load_sweep, trial_id_of
-from sweep.feasibility import print_plan
+from sweep.feasibility import print_plan, why_not
 from sweep.scope import settings_entropy
 from sweep.space import MAX_ATTEMPTS, FeasibleSearch
 from sweep.study import open_storage
@@ -53,6 +53,21 @@ def test_an_unaffordable_space_ends_the_search(make, monkeypatch):
     assert search.suggest("a") == FeasibleSearch.FINISHED
     assert len(pruned) == 5
     assert "5 points in a row" in search.gave_up
+
+
+def test_a_point_whose_final_run_cannot_be_paid_is_not_searched(make):
+    public = {"privacy__scope": "public", "dataset__public": True, "privacy__target_epsilon": 1.0}
+    sweep, _, _ = make(final__dataset__num_examples=800, **public)
+    point = {
+        "central_images.per_class": 5,
+        "central_images.noise_multiplier": 5.0,
+        "stage_split": 0.5,
+    }
+    assert point.keys() == sweep.search_space.keys()
+    assert why_not(sweep.model_copy(update={"final": {}}), point) == ""
+    assert why_not(sweep, point).startswith("of the final run, ")
+    large, _, _ = make(final__dataset__num_examples=60_000, **public)
+    assert why_not(large, point) == ""
 
 
 def test_results_reach_the_study_and_failures_do_not_count_as_bad(make):
