@@ -29,7 +29,7 @@ class Site(NamedTuple):
     parent_id: str
 
 
-@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+@pytest.fixture(scope="module")
 def site(request, storage, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     # A copy, as recording a complete sweep marks what may be released.
@@ -51,8 +51,9 @@ def site(request, storage, tmp_path_factory):
             yield from recorded(store)
 
 
-on_a_server = pytest.mark.parametrize("site", ["postgresql"], indirect=True)
-"""For pages that are the same whatever holds their data."""
+def on(store: str) -> pytest.MarkDecorator:
+    """Where a page is looked at: each on one store, as the pages know nothing of it."""
+    return pytest.mark.parametrize("site", [store], indirect=True)
 
 
 @pytest.fixture
@@ -86,6 +87,7 @@ def visit(page, address: str) -> None:
     page.locator('button[aria-label="Close"]').first.click()
 
 
+@on("sqlite")
 def test_the_charts_open_without_set_up(site, page, artifacts):
     visit(page, site.links["charts"])
     finished = [row for row in site.rows if row.state == "finished"]
@@ -117,7 +119,7 @@ def test_the_charts_open_without_set_up(site, page, artifacts):
     page.screenshot(path=artifacts / f"mlflow charts {site.store}.png")
 
 
-@on_a_server
+@on("postgresql")
 def test_the_table_compares_numbers(site, page, artifacts):
     visit(page, site.links["table"])
     finished = [row for row in site.rows if row.state == "finished"]
@@ -136,7 +138,7 @@ def test_the_table_compares_numbers(site, page, artifacts):
     page.screenshot(path=artifacts / f"mlflow table {site.store}.png")
 
 
-@on_a_server
+@on("postgresql")
 def test_a_trial_says_what_it_was_trained_on_and_what_ran(site, page, artifacts):
     winner = best_of(site)
     visit(page, site.links["charts"].replace("compareRunsMode=CHART&", ""))
@@ -149,7 +151,7 @@ def test_a_trial_says_what_it_was_trained_on_and_what_ran(site, page, artifacts)
     page.screenshot(path=artifacts / f"mlflow trial {site.store}.png")
 
 
-@on_a_server
+@on("postgresql")
 def test_the_best_generator_is_registered(site, page, artifacts):
     winner = best_of(site)
     visit(page, site.links["charts"].split("#")[0] + "#/models/small/versions/1")

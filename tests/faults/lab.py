@@ -52,6 +52,7 @@ fixed:
   evaluation.extractor_epochs: 1
   runtime.checkpoint_every: 5
   runtime.log_every: 5
+  runtime.num_pictures: 0
   runtime.device: cpu
 search_space:
   {rate}:
@@ -312,6 +313,7 @@ class Undisturbed:
         if not (folder / "model.pt").exists():
             here = {"runtime.ledger": str(folder / "ledger")}
             here |= {"runtime.cache": str(self._folder / "cache")}
+            here |= {"runtime.checkpoint_every": STEPS, "runtime.log_every": STEPS}
             config = load(nested(load(trial / "config.yaml")), here)
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "trial_id").write_text(ORIGIN)

@@ -9,13 +9,15 @@ import json
 import os
 import signal
 import statistics
+import subprocess
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from lab import Lab, Sweep, Undisturbed, assert_as_undisturbed, ended, holder, wait_for
+from lab import ROOT, Lab, Sweep, Undisturbed, assert_as_undisturbed, ended, holder, wait_for
 from leftovers import MARK, OF_TRIALS, assert_none_left
 
 
@@ -92,16 +94,25 @@ def on_a_local_cluster(sweep: Sweep) -> Iterator[Sweep]:
 
 
 def test_who_lacks_the_clusters_token_is_told_so_in_one_line(cluster: Lab):
+    address = cluster.environment["RAY_ADDRESS"]
     kept = {k: v for k, v in cluster.environment.items() if not k.startswith("RAY_AUTH")}
     settings = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(cluster.folder / "none")}
-    for name, asked in (("stranger", {"RAY_AUTH_MODE": "disabled"}), ("forgot", settings)):
-        stranger = Lab(cluster.folder, kept | asked)
-        code, told = stranger.sweep(name, [1e-3]).finish("--doctor")
-        assert code == 1
-        (line,) = [line for line in told.splitlines() if line.startswith("FAIL")]
-        assert f"RAY_ADDRESS='{kept['RAY_ADDRESS']}' cannot be joined" in line
-        assert "RAY_AUTH_MODE=token" in line
-        assert "Traceback" not in told
+    forgot = Lab(cluster.folder, kept | settings)
+    code, told = forgot.sweep("forgot", [1e-3]).finish("--doctor")
+    assert code == 1
+    (line,) = [line for line in told.splitlines() if line.startswith("FAIL")]
+    stranger = subprocess.run(
+        [sys.executable, "-c", "from sweep.cluster import join_cluster; join_cluster()"],
+        cwd=ROOT,
+        env=kept | {"RAY_AUTH_MODE": "disabled"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    for text in (line, stranger.stderr.splitlines()[-1]):
+        assert f"RAY_ADDRESS='{address}' cannot be joined" in text
+        assert "RAY_AUTH_MODE=token" in text
+    assert "Traceback" not in told
 
 
 def test_ten_short_trials_leave_no_process_and_the_same_bug_twice_stops_the_sweep(cluster: Lab):
