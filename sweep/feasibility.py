@@ -24,15 +24,14 @@ _POINTS = 4
 
 def why_not(sweep: SweepConfig, point: Mapping[str, Any]) -> str:
     """Why a point is no run that the budget can pay; empty if it is one."""
-    try:
-        check_feasible(sweep.trial_config(point))
-    except (InfeasibleError, ConfigError) as error:
-        return str(error)
+    runs = {"": point}
     if sweep.final:  # A search whose winner cannot run on the sensitive data would be in vain.
+        runs["of the final run, "] = final_point(point, sweep.final)
+    for which, parameters in runs.items():
         try:
-            check_feasible(sweep.trial_config(final_point(point, sweep.final)))
+            check_feasible(sweep.trial_config(parameters))
         except (InfeasibleError, ConfigError) as error:
-            return f"of the final run, {error}"
+            return f"{which}{error}"
     return ""
 
 

@@ -319,7 +319,7 @@ def record_summary(parent: Any, sweep: SweepConfig, rows: list[Row], complete: b
     parent.log_file(winner.run_dir / "synthetic" / "grid.png", "synthetic")
     if (released := released_row(sweep, rows)) is None:
         return
-    card = write_card(sweep, rows, complete)
+    card = write_card(sweep, rows, released, complete)
     parent.log_metrics(three_figures(card))
     parent.log_tags({"privacy.statement": card["statement"]})
     for name in ("privacy_card.json", "privacy_card.md"):

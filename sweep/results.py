@@ -148,14 +148,12 @@ def sweep_epsilon(sweep: SweepConfig, rows: Sequence[Row]) -> float:
     return planned_epsilon(rows)
 
 
-def sweep_card(sweep: SweepConfig, rows: Sequence[Row]) -> dict[str, Any]:
-    """The sweep's privacy card: of its `released_row`, of which there is one.
+def sweep_card(sweep: SweepConfig, rows: Sequence[Row], released: Row) -> dict[str, Any]:
+    """The sweep's privacy card, of its `released_row`.
 
     Raises:
         LedgerError: the ledger is missing or damaged.
     """
-    released = released_row(sweep, rows)
-    assert released is not None
     return make_card(
         _ledger(released),
         sweep.name,
@@ -166,15 +164,15 @@ def sweep_card(sweep: SweepConfig, rows: Sequence[Row]) -> dict[str, Any]:
     )
 
 
-def write_card(sweep: SweepConfig, rows: Sequence[Row], complete: bool) -> dict[str, Any]:
+def write_card(
+    sweep: SweepConfig, rows: Sequence[Row], released: Row, complete: bool
+) -> dict[str, Any]:
     """Writes the card into the sweep's folder; a complete sweep marks what may be released."""
-    card = sweep_card(sweep, rows)
+    card = sweep_card(sweep, rows, released)
     write_json(sweep.folder / "privacy_card.json", card)
     (sweep.folder / "privacy_card.md").write_text(card_markdown(card))
     for row in rows:
         (row.run_dir / SELECTED).unlink(missing_ok=True)
-    released = released_row(sweep, rows)
-    assert released is not None
     front = winners(sweep, rows)
     for row in (front if released in front else [released]) if complete else []:
         write_json(row.run_dir / SELECTED, {"objective": _objective(sweep, rows)})
@@ -239,11 +237,15 @@ def print_results(sweep: SweepConfig, rows: list[Row], pruned: int, ui: str) -> 
         print(f"{title}{row.trial} ({_scores(row)})")
     if released is None:
         print("final run: not finished, so nothing is claimed yet; the same command goes on")
-        print(f"compare: {ui}")
-        return
+    else:
+        _print_released(sweep, rows, released, total)
+    print(f"compare: {ui}")
+
+
+def _print_released(sweep: SweepConfig, rows: Sequence[Row], released: Row, total: float) -> None:
     if sweep.final:
         print(f"final run: {released.trial} ({_scores(released)})")
-    card = sweep_card(sweep, rows)
+    card = sweep_card(sweep, rows, released)
     print(f"privacy: {card['statement']}")
     for name, value in three_epsilons({**card, "epsilon_computed": total}):
         print(f"  {name}: {value}")
@@ -251,7 +253,6 @@ def print_results(sweep: SweepConfig, rows: list[Row], pruned: int, ui: str) -> 
     print(f"  epsilon of all runs on this data set: {spent:.4g} (python -m core ledger show)")
     print(f"card: {sweep.folder / 'privacy_card.md'}")
     print(f"samples: {released.run_dir / 'synthetic' / 'grid.png'}")
-    print(f"compare: {ui}")
 
 
 def _scores(row: Row) -> str:

@@ -91,9 +91,10 @@ def add_up(path: Path, chain: Chain) -> Book:
     Lines whose hash, and so all before them, this process has added up before are not added up
     again, so that a call does not take longer with every trial.
     """
-    count, last, book = _added_up.pop(path, (1, "", Book()))
-    if count > 1 and (count > len(chain.entries) or chain.entries[count - 1]["hash"] != last):
-        count, book = 1, Book()
+    afresh = (1, chain.entries[0]["hash"], Book())
+    count, last, book = _added_up.pop(path, afresh)
+    if count > len(chain.entries) or chain.entries[count - 1]["hash"] != last:
+        count, last, book = afresh
     for number, entry in enumerate(chain.entries[count:], count + 1):
         try:
             _enter(book, entry)

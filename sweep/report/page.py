@@ -124,11 +124,11 @@ def _card(
     if winner is None:
         text = f"What ran so far spends epsilon {total:.4g}, by the plans of its trials."
         return None, total, text
-    if released_row(sweep, rows) is None:
+    if (released := released_row(sweep, rows)) is None:
         text = "The final run on the sensitive data has not finished, so nothing is claimed yet."
         return None, total, text
     try:
-        return sweep_card(sweep, rows), sweep_epsilon(sweep, rows), ""
+        return sweep_card(sweep, rows, released), sweep_epsilon(sweep, rows), ""
     except UserError as error:
         text = (
             f"The ledger could not be read: {error}. By the trials' own plans, the best one alone "

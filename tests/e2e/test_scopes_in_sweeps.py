@@ -21,10 +21,9 @@ from sweep.results import load_rows
 from sweep.run import main as run_main
 from sweep.stored import open_sweep
 
-# Of 800 images, or where a score is private too, epsilon 1 does not pay for clearer central ones.
-TINY = sweep_text("tiny", f"{HEAD}\nworkers_per_trial: 1\nmax_concurrent_trials: 1").replace(
-    "fixed:\n", "fixed:\n  central_images.noise_multiplier: 20.0\n"
-)
+TINY = sweep_text("tiny", f"{HEAD}\nworkers_per_trial: 1\nmax_concurrent_trials: 1")
+# Of 800 images, or where a score is private too, epsilon 1 does not pay for clearer ones.
+DIM = "central_images.noise_multiplier=20"
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +31,7 @@ def selection(tmp_path_factory, joined):
     folder = tmp_path_factory.mktemp("selection")
     (folder / "sweep.yaml").write_text(TINY)
     overrides = (
+        DIM,
         "privacy.scope=selection",
         "privacy.selection_law=geometric",
         "privacy.selection_mean=1.05",  # Mostly one trial.
@@ -81,6 +81,7 @@ def test_settings_found_on_public_data_run_once_on_the_sensitive_data(
     tmp_path, joined, monkeypatch, capsys
 ):
     overrides = (
+        DIM,
         "privacy.scope=public",
         "dataset.public=true",
         "num_trials=1",

@@ -311,9 +311,12 @@ class Undisturbed:
         """Parameters and result of the trial's configuration where nothing happens to it."""
         folder = self._folder / trial.name
         if not (folder / "model.pt").exists():
-            here = {"runtime.ledger": str(folder / "ledger")}
-            here |= {"runtime.cache": str(self._folder / "cache")}
-            here |= {"runtime.checkpoint_every": STEPS, "runtime.log_every": STEPS}
+            here = {
+                "runtime.ledger": str(folder / "ledger"),
+                "runtime.cache": str(self._folder / "cache"),
+                "runtime.checkpoint_every": STEPS,
+                "runtime.log_every": STEPS,
+            }
             config = load(nested(load(trial / "config.yaml")), here)
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "trial_id").write_text(ORIGIN)

@@ -124,8 +124,8 @@ def test_ten_short_trials_leave_no_process_and_the_same_bug_twice_stops_the_swee
     while driver.poll() is None:
         number_ended = len(list(sweep.trials.glob("*/evaluation.json")))
         seen[number_ended].append(len(cluster.processes(OF_TRIALS)))
-        if number_ended == 3 and not killed and (trial := sweep.running_trial()):
-            killed = holder(trial)
+        trial = sweep.running_trial() if number_ended == 3 and not killed else None
+        if trial and (killed := holder(trial)):
             os.kill(killed, signal.SIGKILL)  # As by a system without memory.
         time.sleep(0.5)
     code, told = ended(driver)
