@@ -1,10 +1,6 @@
-"""Trials whose workers run out of memory, are killed too often, cannot write, or have a bug.
-
-And those whose driver is gone: killed with its cluster, or followed by a newer one.
-"""
+"""Trials whose workers run out of memory, are killed too often, cannot write, or have a bug."""
 
 import contextlib
-import dataclasses
 import json
 import os
 import signal
@@ -13,11 +9,10 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from lab import ROOT, Lab, Sweep, Undisturbed, assert_as_undisturbed, ended, holder, wait_for
+from lab import ROOT, Lab, Undisturbed, assert_as_undisturbed, ended, holder, wait_for
 from leftovers import MARK, OF_TRIALS, assert_none_left
 
 
@@ -28,7 +23,7 @@ def most_images(cache: Path) -> int:
     )
 
 
-def test_out_of_memory_driver_killed_fenced_out_without_space_then_left_alone(
+def test_out_of_memory_fenced_out_without_space_then_left_alone(
     cluster: Lab, undisturbed: Undisturbed, small_disk
 ):
     sweep = cluster.sweep("worn", [1e-3], "workers_per_trial: 1\nmax_failures: 0")
@@ -40,19 +35,10 @@ def test_out_of_memory_driver_killed_fenced_out_without_space_then_left_alone(
             path.parent.mkdir()
             path.write_text(text)
 
-    with on_a_local_cluster(sweep) as alone:
-        driver = alone.start(spoilt="memory")
-        trial = alone.wait_for_trial(process=driver)
-        cache = sweep.config.folder.parent / "cache"
-        wait_for(lambda: most_images(cache) <= 7, "batch that fits into memory")
-        driver.kill()
-        driver.communicate(timeout=60)
-        assert_none_left(alone.lab.environment[MARK], 180)
-    (entry,) = sweep.ledger().summary()["entries"]
-    assert entry["state"] == "reserved", "what may have run is not given back"
-
-    killed, driver = holder(trial), sweep.start()
-    wait_for(lambda: holder(trial) not in (0, killed), "worker that trains")
+    driver = sweep.start(spoilt="memory")
+    trial = sweep.wait_for_trial(process=driver)
+    cache = sweep.config.folder.parent / "cache"
+    wait_for(lambda: most_images(cache) <= 7, "batch that fits into memory")
     newer = int(time.time()) + 10
     (sweep.config.folder / "launch").write_text(str(newer))  # As a newer driver would.
     code, told = ended(driver)
@@ -80,17 +66,6 @@ def test_out_of_memory_driver_killed_fenced_out_without_space_then_left_alone(
     code, told = sweep.finish()
     assert code == 0, told
     assert_as_undisturbed(sweep, undisturbed)
-
-
-@contextlib.contextmanager
-def on_a_local_cluster(sweep: Sweep) -> Iterator[Sweep]:
-    """The sweep where drivers start a cluster of their own; ends all that is left of it."""
-    alone = {key: value for key, value in sweep.lab.environment.items() if key != "RAY_ADDRESS"}
-    here = Lab(sweep.lab.folder, alone | {MARK: f"{sweep.lab.folder}/local"})
-    try:
-        yield dataclasses.replace(sweep, lab=here)
-    finally:
-        here.end()
 
 
 def test_who_lacks_the_clusters_token_is_told_so_in_one_line(cluster: Lab):

@@ -110,3 +110,19 @@ def test_the_server_has_every_trial_and_every_step_once(story, cluster: Lab):
 
 def test_no_process_is_left(story, cluster: Lab):
     assert_none_left(cluster.environment[MARK], 180, OF_TRIALS)
+
+
+def test_the_killed_driver_of_a_local_cluster_leaves_no_process(cluster: Lab):
+    alone = {key: value for key, value in cluster.environment.items() if key != "RAY_ADDRESS"}
+    here = Lab(cluster.folder, alone | {MARK: f"{cluster.folder}/local"})
+    sweep = here.sweep("local", [1e-3], "workers_per_trial: 1")
+    driver = sweep.start()
+    try:
+        sweep.wait_for_trial(process=driver)
+        driver.kill()
+        driver.communicate(timeout=60)
+        assert_none_left(here.environment[MARK], 180)
+    finally:
+        here.end()
+    (entry,) = sweep.ledger().summary()["entries"]
+    assert entry["state"] == "reserved", "what may have run is not given back"
