@@ -41,7 +41,7 @@ from core.identity import CENTRAL, identity_of, origin_of, settings_of
 from core.locks import held
 from core.pictures import write_grid
 from core.privacy.keys import KeyedStream, MasterSecret
-from core.privacy.plan import PrivacyPlan, make_plan
+from core.privacy.plan import PrivacyPlan, kept_plan, make_plan
 from core.privacy.spending import Spending, require_same_data, steps_begun
 from core.private_scores import PrivateScores
 from core.reporting import MetricsLog, Report, log_to, report_line, write_json
@@ -118,12 +118,14 @@ def _run(
 ) -> dict[str, Any]:
     began = time.monotonic()
     deadline = began + (config.runtime.max_seconds or math.inf)
-    plan = distributed.on_rank_0(lambda: make_plan(config))
+    begun = distributed.on_rank_0(lambda: _has_begun(run_dir, config))
+    plan = distributed.on_rank_0(lambda: _plan_of(run_dir, config, begun))
     if config.evaluation.fid_extractor == "inception":
         distributed.on_rank_0(lambda: find_weights(config.evaluation.inception_weights))
-    distributed.on_rank_0(stored(run_dir)(lambda: _claim(run_dir, config, plan)))
-    begun = run_dir / "checkpoints" / "steps_begun"
-    spending = Spending(config, plan, Path(config.runtime.ledger), name, begun, charged, lease)
+    if not begun:
+        distributed.on_rank_0(stored(run_dir)(lambda: _claim(run_dir, config, plan)))
+    counted = run_dir / "checkpoints" / "steps_begun"
+    spending = Spending(config, plan, Path(config.runtime.ledger), name, counted, charged, lease)
     dataset, cache = None, Path(config.runtime.cache)
     if (fingerprint := distributed.on_rank_0(spending.known_fingerprint)) is None:
         dataset = distributed.together(lambda: load_dataset(config.dataset, cache))
@@ -187,7 +189,7 @@ def _run(
                 "step": end.step,
                 "stage": ENDED_EARLY,
                 **early.last(),
-                "epsilon": plan.epsilon_after(steps_begun(begun)),
+                "epsilon": plan.epsilon_after(steps_begun(counted)),
                 "noise_multiplier": plan.noise_multiplier,
                 "seconds": time.monotonic() - began,
             }
@@ -310,36 +312,48 @@ def _origin(
     return {"identity": identity, "fingerprint": fingerprint, "name": name, "tags": tags}
 
 
-def _claim(run_dir: Path, config: Config, plan: PrivacyPlan) -> None:
-    """Writes the resolved configuration, or compares it with the one the run began with."""
+def _has_begun(run_dir: Path, config: Config) -> bool:
+    """Whether the folder holds this run; refuses one of another configuration."""
     path = run_dir / "config.yaml"
-    if path.exists():
-        earlier, now = flatten(type(config).model_validate(load_yaml(path))), flatten(config)
-        changed = [
-            f"{key}: {earlier.get(key)} -> {now[key]}"
-            for key in now
-            if earlier.get(key) != now[key] and not key.startswith("runtime.")
-        ]
-        if changed:
-            raise ConfigError(
-                f"'{run_dir}' holds a run of another configuration ({'; '.join(changed)}): "
-                "choose a new run folder"
-            )
-    else:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        write_json(run_dir / "privacy.json", plan.summary())
-        environment = {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-            "device": config_device(config),
-            "device_name": device_name(config),
-            "world_size": distributed.world_size(),
-        }
-        write_json(run_dir / "environment.json", environment)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(yaml_subset.dump(nested(config)))
-        temporary.replace(path)
+    if not path.exists():
+        return False
+    earlier, now = flatten(type(config).model_validate(load_yaml(path))), flatten(config)
+    changed = [
+        f"{key}: {earlier.get(key)} -> {now[key]}"
+        for key in now
+        if earlier.get(key) != now[key] and not key.startswith("runtime.")
+    ]
+    if changed:
+        raise ConfigError(
+            f"'{run_dir}' holds a run of another configuration ({'; '.join(changed)}): "
+            "choose a new run folder"
+        )
+    return True
+
+
+def _plan_of(run_dir: Path, config: Config, begun: bool) -> PrivacyPlan:
+    if not begun:
+        return make_plan(config)
+    return kept_plan(config, json.loads((run_dir / "privacy.json").read_text()))
+
+
+def _claim(run_dir: Path, config: Config, plan: PrivacyPlan) -> None:
+    """Writes the plan and, last, the resolved configuration."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_json(run_dir / "privacy.json", plan.summary())
+    environment = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "device": config_device(config),
+        "device_name": device_name(config),
+        "world_size": distributed.world_size(),
+    }
+    write_json(run_dir / "environment.json", environment)
+    path = run_dir / "config.yaml"
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(yaml_subset.dump(nested(config)))
+    temporary.replace(path)
 
 
 def _finished(run_dir: Path, identity: str) -> dict[str, Any] | None:

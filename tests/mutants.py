@@ -115,11 +115,11 @@ MUTANTS = (
     Mutant(
         "frequency features not paid for by DP-SGD",
         PLAN,
-        "stages = (_central_plan(config), _frequency_plan(config), _score_plan(config))",
-        "stages = (_central_plan(config), _score_plan(config))",
+        "stages = (central_plan(config), frequency_plan(config), score_plan(config))",
+        "stages = (central_plan(config), score_plan(config))",
     ),
     Mutant("half of the steps charged", STAGE_PLANS, DP_SGD_EVENT, f"{DP_SGD_EVENT} // 2"),
-    Mutant("sensitivity halved", PLAN, "sensitivity = reach *", "sensitivity = reach / 2 *"),
+    Mutant("sensitivity halved", STAGE_PLANS, "sensitivity = reach *", "sensitivity = reach / 2 *"),
     Mutant(
         "norm clipped at twice the bound", CENTRAL, "(max_norm / norms)", "(2 * max_norm / norms)"
     ),
@@ -154,14 +154,14 @@ MUTANTS = (
     ),
     Mutant(
         "private scores during training not charged",
-        PLAN,
+        STAGE_PLANS,
         "ScorePlan(stddev, 1 + at_early + by_epoch)",
         "ScorePlan(stddev, 1 + by_epoch)",
         EARLY,
     ),
     Mutant(
         "the choice of a classifier's epoch not charged",
-        PLAN,
+        STAGE_PLANS,
         "ScorePlan(stddev, 1 + at_early + by_epoch)",
         "ScorePlan(stddev, 1 + at_early)",
         EPOCHS,

@@ -35,13 +35,14 @@ def epsilon_of_mechanisms(
         return 0.0
     if any(noise_multiplier == 0 for _, noise_multiplier, _ in mechanisms):
         return math.inf  # A release without noise.
-    from core.privacy.accountant import epsilon_of_many, exact_epsilon
-    from core.privacy.loss_distribution import quick_epsilon
-
+    # Imported here, as the accountant of record takes a second for it.
     if len(mechanisms) > FEW:
-        return epsilon_of_many(mechanisms, delta, relation, discretization)
-    of_few = exact_epsilon if of_record and discretization <= FINE else quick_epsilon
-    return of_few(mechanisms, delta, relation, discretization)
+        from core.privacy.accountant import epsilon_of_many as epsilon_of
+    elif of_record and discretization <= FINE:
+        from core.privacy.accountant import exact_epsilon as epsilon_of
+    else:
+        from core.privacy.loss_distribution import quick_epsilon as epsilon_of
+    return epsilon_of(mechanisms, delta, relation, discretization)
 
 
 def check_room(

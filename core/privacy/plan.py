@@ -16,9 +16,21 @@ from core.errors import ConfigError, InfeasibleError
 from core.privacy import accounting
 from core.privacy.mechanisms import FINE, Mechanism, discretization_for, grouped, quick_grid
 from core.privacy.scopes import Share, share_of
-from core.privacy.stage_plans import CentralPlan, DpSgdPlan, FrequencyPlan, ScorePlan
+from core.privacy.stage_plans import (
+    CentralPlan,
+    DpSgdPlan,
+    FrequencyPlan,
+    ScorePlan,
+    central_plan,
+    dp_sgd_plan,
+    dp_sgd_sample_rate,
+    frequency_plan,
+    score_plan,
+)
 
 _MIXTURE = 1e-3
+_OFF = 1e-5
+"""By how much a kept plan's epsilon may differ from what its mechanisms compose to: rounding."""
 
 
 @dataclass(frozen=True)
@@ -151,13 +163,13 @@ def check_central(config: Config, exact: bool = True) -> float:
         f"lower central_images.per_class ({central.per_class}) or raise "
         f"central_images.noise_multiplier ({central.noise_multiplier:g})"
     )
-    return _check_alone("central images", remedy, _central_plan(config), config.privacy, exact)
+    return _check_alone("central images", remedy, central_plan(config), config.privacy, exact)
 
 
 def check_frequency(config: Config, exact: bool = True) -> float:
     """The same for the frequency features."""
     remedy = f"raise frequency.noise_multiplier ({config.frequency.noise_multiplier:g})"
-    plan = _frequency_plan(config)
+    plan = frequency_plan(config)
     return _check_alone("frequency features", remedy, plan, config.privacy, exact)
 
 
@@ -207,8 +219,7 @@ def make_plan(config: Config) -> PrivacyPlan:
         InfeasibleError: the budget cannot pay; says which stage is too dear and the remedy.
     """
     epsilon_central, epsilon_frequency = check_central(config), check_frequency(config)
-    private, privacy = config.private_training, config.privacy
-    total = None
+    privacy, total = config.privacy, None
     if config.method == "non_private":
         noise_multiplier, total = 0.0, math.inf
     elif (share := share_of(privacy)) is not None:
@@ -216,33 +227,49 @@ def make_plan(config: Config) -> PrivacyPlan:
     else:
         noise_multiplier, of_all = _solve(*_question(config))
         total = of_all if privacy.scope != "sweep" else None
-    central, frequency, score = _central_plan(config), _frequency_plan(config), _score_plan(config)
-    dp_sgd = DpSgdPlan(
-        num_steps=config.private_steps,
-        sample_rate=_dp_sgd_sample_rate(config),
-        noise_multiplier=noise_multiplier,
-        max_grad_norm=math.inf if total == math.inf else private.max_grad_norm,
-        expected_batch_size=private.expected_batch_size,
-    )
+    terms = _terms(config, noise_multiplier)
+    central, frequency, dp_sgd = terms["central"], terms["frequency"], terms["dp_sgd"]
     stages = [stage.mechanism for stage in (central, frequency, dp_sgd) if stage is not None]
     total = total or _epsilon([*_fixed(config), dp_sgd.mechanism], privacy)
     return PrivacyPlan(
-        num_examples=config.dataset.num_examples,
-        target_epsilon=privacy.target_epsilon,
-        delta=privacy.target_delta,
-        neighboring_relation=privacy.neighboring_relation,
-        scope=privacy.scope,
-        public_data=config.dataset.public,
-        central=central,
-        dp_sgd=dp_sgd,
-        score=score,
+        **terms,
         epsilon=total,
         epsilon_central=epsilon_central,
-        epsilon_score=0.0 if score is None else total - _epsilon(stages, privacy),
-        early_metric=config.early_metric,
-        frequency=frequency,
+        epsilon_score=0.0 if terms["score"] is None else total - _epsilon(stages, privacy),
         epsilon_frequency=epsilon_frequency,
     )
+
+
+def kept_plan(config: Config, summary: Mapping[str, Any]) -> PrivacyPlan:
+    """The plan that a run began with: checked by composing it once, not solved again.
+
+    A newer accountant may solve a noise multiplier that differs in its last digits; a run goes on
+    with the one that it was charged for.
+
+    Raises:
+        ConfigError: it is not a plan of the configuration, states a wrong epsilon, or exceeds the
+            target.
+    """
+    plan, privacy = PrivacyPlan.restored(summary), config.privacy
+    terms = _terms(config, plan.noise_multiplier)
+    changed = [name for name, value in terms.items() if getattr(plan, name) != value]
+    if not changed and not math.isclose(
+        _quick(plan.mechanisms, privacy), plan.epsilon, rel_tol=_OFF
+    ):
+        changed = ["epsilon"]
+    if not changed and plan.is_private:
+        if (share := share_of(privacy)) is not None:
+            used = share.used(plan.mechanisms)
+        else:
+            paid = _repeated(plan.mechanisms, _copies(privacy))
+            used = _quick(paid, privacy) / privacy.target_epsilon
+        changed = ["target_epsilon"] if used > 1 + _OFF else []
+    if changed:
+        raise ConfigError(
+            f"the kept privacy plan does not agree with the configuration in {', '.join(changed)}: "
+            "restore the run's privacy.json, or choose a new run folder"
+        )
+    return plan
 
 
 def estimated_noise_multiplier(config: Config) -> float:
@@ -260,7 +287,7 @@ def estimated_noise_multiplier(config: Config) -> float:
 
 def estimated_composition(config: Config, noise_multiplier: float, trials: int) -> float:
     """Epsilon of `trials` equal trials together, slightly too large and quick: to show."""
-    dp_sgd = (_dp_sgd_sample_rate(config), noise_multiplier, config.private_steps)
+    dp_sgd = (dp_sgd_sample_rate(config), noise_multiplier, config.private_steps)
     mechanisms = _repeated([*_fixed(config), dp_sgd], trials)
     return _epsilon(mechanisms, config.privacy, quick_grid(mechanisms))
 
@@ -283,8 +310,22 @@ def composed_epsilon(plans: Sequence[PrivacyPlan]) -> float:
     )
 
 
-def _dp_sgd_sample_rate(config: Config) -> float:
-    return config.private_training.expected_batch_size / config.dataset.num_examples
+def _terms(config: Config, noise_multiplier: float) -> dict[str, Any]:
+    """All of a plan but what it costs."""
+    privacy = config.privacy
+    return {
+        "num_examples": config.dataset.num_examples,
+        "target_epsilon": privacy.target_epsilon,
+        "delta": privacy.target_delta,
+        "neighboring_relation": privacy.neighboring_relation,
+        "scope": privacy.scope,
+        "public_data": config.dataset.public,
+        "central": central_plan(config),
+        "dp_sgd": dp_sgd_plan(config, noise_multiplier),
+        "score": score_plan(config),
+        "early_metric": config.early_metric,
+        "frequency": frequency_plan(config),
+    }
 
 
 def _epsilon(
@@ -297,14 +338,21 @@ def _epsilon(
     )
 
 
+def _quick(mechanisms: Sequence[Mechanism], terms: PrivacyConfig) -> float:
+    """As `_epsilon` to about 2e-6, in a tenth of the time: to check what was solved before."""
+    return accounting.epsilon_of_mechanisms(
+        tuple(mechanisms), terms.target_delta, terms.neighboring_relation, FINE, of_record=False
+    )
+
+
 def _fixed(config: Config) -> tuple[Mechanism, ...]:
     """What a trial releases beside DP-SGD."""
-    stages = (_central_plan(config), _frequency_plan(config), _score_plan(config))
+    stages = (central_plan(config), frequency_plan(config), score_plan(config))
     return tuple(stage.mechanism for stage in stages if stage is not None)
 
 
 def _solve_within(share: Share, config: Config) -> float:
-    rate = _dp_sgd_sample_rate(config)
+    rate = dp_sgd_sample_rate(config)
     return share.solve_noise_multiplier(_fixed(config), rate, config.private_steps)
 
 
@@ -322,7 +370,7 @@ def _question(
 ) -> tuple[tuple[Mechanism, ...], float, int, float, float, str]:
     """What is spent beside DP-SGD, its sample rate and steps, target, delta, relation."""
     privacy = config.privacy
-    dp_sgd = (_dp_sgd_sample_rate(config), 0.0, config.private_steps)
+    dp_sgd = (dp_sgd_sample_rate(config), 0.0, config.private_steps)
     *fixed, (rate, _, steps) = _repeated([*_fixed(config), dp_sgd], _copies(privacy))
     return (
         tuple(fixed),
@@ -332,49 +380,6 @@ def _question(
         privacy.target_epsilon * (1 - _MIXTURE if privacy.scope == "sweep" else 1),
         privacy.target_delta,
         privacy.neighboring_relation,
-    )
-
-
-def _score_plan(config: Config) -> ScorePlan | None:
-    stddev, early = config.privacy.dp_accuracy_stddev, config.early_scores
-    settings = config.evaluation
-    at_early = len(early.at) if early.metric == "dp_accuracy" else 0
-    by_epoch = len(settings.classifiers) * settings.num_repeats * settings.classifier_epochs
-    by_epoch = by_epoch if settings.epoch_chosen_on == "dp" else 0
-    if stddev is None:
-        if at_early or by_epoch:
-            key = "early_scores.metric" if at_early else "evaluation.epoch_chosen_on"
-            raise ConfigError(
-                f"{key}={'dp_accuracy' if at_early else 'dp'!r} needs its noise: set "
-                "privacy.dp_accuracy_stddev, in images, such as 50"
-            )
-        return None
-    return ScorePlan(stddev, 1 + at_early + by_epoch)
-
-
-def _central_plan(config: Config) -> CentralPlan | None:
-    """None where no step trains on them: what nothing uses is neither made nor charged."""
-    if config.warm_up_steps == config.frequency_steps:
-        return None
-    central, dataset = config.central_images, config.dataset
-    # A pixel in [0, 1] lies at most this far from the public centre; a histogram entry is 0 or 1.
-    reach = max(central.pixel_center, 1 - central.pixel_center) if central.kind == "mean" else 1.0
-    sensitivity = reach * math.sqrt(central.image_size**2 * dataset.channels)
-    return CentralPlan(
-        num_releases=central.per_class,
-        sample_rate=central.expected_batch_size / dataset.num_examples,
-        noise_multiplier=central.noise_multiplier,
-        sensitivity=min(sensitivity, central.max_norm or math.inf),
-        expected_class_count=central.expected_batch_size / dataset.num_classes,
-    )
-
-
-def _frequency_plan(config: Config) -> FrequencyPlan | None:
-    if config.frequency_steps == 0:
-        return None
-    return FrequencyPlan(
-        noise_multiplier=config.frequency.noise_multiplier,
-        expected_class_count=config.dataset.num_examples / config.dataset.num_classes,
     )
 
 

@@ -1,13 +1,17 @@
 """The plan against figures computed independently, and what it must refuse."""
 
+import json
+from dataclasses import replace
+
 import pytest
 from by_library import dp_events, epsilon_of, rdp_epsilon_of, subsampled_gaussian
 from dp_accounting.pld import privacy_loss_distribution
 
 from core.config import Config, load
 from core.errors import ConfigError, InfeasibleError
-from core.privacy.mechanisms import COARSE
-from core.privacy.plan import check_central, composed_epsilon, make_plan
+from core.privacy import accounting
+from core.privacy.mechanisms import COARSE, FINE
+from core.privacy.plan import check_central, composed_epsilon, kept_plan, make_plan
 
 REFERENCE = {
     "dataset.name": "idx",
@@ -97,6 +101,68 @@ def test_sixteen_trials_compose_to_the_golden_figure():
     assert composed_epsilon([plan] * 16) == pytest.approx(63.5, rel=5e-3)
     one = make_plan(reference(privacy__target_epsilon=1.0))
     assert composed_epsilon([one] * 16) == pytest.approx(4.75, rel=5e-3)
+
+
+SCOPES = [
+    {"privacy__dp_accuracy_stddev": 50.0},
+    {"method": "feta_pro"},
+    {"privacy__scope": "sweep", "privacy__num_shares": 4},
+    {"privacy__scope": "sweep", "privacy__num_shares": 4, "privacy__adaptive": False},
+    {"privacy__scope": "selection"},
+    {"method": "non_private"},
+]
+
+
+@pytest.mark.parametrize("changes", SCOPES)
+def test_a_kept_plan_is_taken_as_it_is_and_not_solved_again(changes, monkeypatch):
+    config = reference(**changes)
+    plan = make_plan(config)
+    kept = json.loads(json.dumps(plan.summary()))
+
+    def never(*_: object) -> float:
+        raise AssertionError("solved again")
+
+    monkeypatch.setattr(accounting, "solve_noise_multiplier", never)
+    monkeypatch.setattr("core.privacy.plan._solve", never)
+    monkeypatch.setattr("core.privacy.scopes.Share.solve_noise_multiplier", never)
+    assert kept_plan(config, kept) == plan
+
+
+@pytest.mark.parametrize("changes", SCOPES[:-1])
+def test_a_kept_plan_with_too_little_noise_is_refused(changes):
+    config = reference(**changes)
+    plan = make_plan(config)
+    less = replace(
+        plan, dp_sgd=replace(plan.dp_sgd, noise_multiplier=0.998 * plan.noise_multiplier)
+    )
+    with pytest.raises(ConfigError, match=r"configuration in epsilon: restore .* new run folder"):
+        kept_plan(config, less.summary())
+    spent = accounting.epsilon_of_mechanisms(
+        tuple(less.mechanisms), plan.delta, plan.neighboring_relation, FINE, of_record=False
+    )
+    with pytest.raises(ConfigError, match="configuration in target_epsilon: "):
+        kept_plan(config, replace(less, epsilon=spent).summary())
+
+
+@pytest.mark.parametrize(
+    ("stage", "key", "factor"),
+    [
+        ("dp_sgd", "sample_rate", 0.5),
+        ("dp_sgd", "num_steps", 2),
+        ("dp_sgd", "max_grad_norm", 0.5),
+        ("dp_sgd", "expected_batch_size", 2),
+        ("central", "noise_multiplier", 0.5),
+        ("central", "num_releases", 2),
+        ("central", "sensitivity", 0.5),
+        ("central", "expected_class_count", 2),
+    ],
+)
+def test_a_kept_plan_of_other_numbers_is_refused(stage, key, factor):
+    config = reference()
+    kept = make_plan(config).summary()
+    kept[stage] = {**kept[stage], key: factor * kept[stage][key]}
+    with pytest.raises(ConfigError, match=f"configuration in {stage}: "):
+        kept_plan(config, kept)
 
 
 def test_public_numbers_come_from_the_configuration_alone():
