@@ -117,10 +117,13 @@ def _head() -> Iterator[tuple[str, dict[str, str]]]:
     address = f"127.0.0.1:{gcs}"
     config = yaml.safe_load(_CONFIG.read_text())
     head = config["available_node_types"][config["head_node_type"]]["resources"]
-    config["provider"]["gcs_address"] = address
+    config["provider"] |= {"gcs_address": address, "folder": str(folder)}
     (folder / "autoscaling.yaml").write_text(yaml.safe_dump(config))
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
     environment = os.environ | {"PATH": path, "RAY_USAGE_STATS_ENABLED": "0"}
+    # The autoscaler looks there for own_folders.
+    theirs = os.environ.get("PYTHONPATH")
+    modules = os.pathsep.join([str(_CONFIG.parent), *([theirs] if theirs else [])])
     process = subprocess.Popen(
         [
             *("ray", "start", "--head", "--block"),
@@ -132,6 +135,7 @@ def _head() -> Iterator[tuple[str, dict[str, str]]]:
         cwd=_ROOT,
         env=environment
         | {
+            "PYTHONPATH": modules,
             "AUTOSCALER_UPDATE_INTERVAL_S": "1",
             "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
             "RAY_FAKE_CLUSTER": "1",

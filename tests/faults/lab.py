@@ -106,7 +106,6 @@ class Lab:
         head = (
             *("--head", f"--port={gcs}", f"--dashboard-port={dashboard}"),
             *(f"--ray-client-server-port={client}", "--resources", '{"trial_driver": 8}'),
-            f"--temp-dir={self.folder}/ray",
         )
         self.environment["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{dashboard}"
         for number, arguments in enumerate((head, (f"--address={address}",))):
@@ -114,6 +113,8 @@ class Lab:
             ports = (
                 f"--dashboard-agent-listen-port={listen}",
                 f"--dashboard-agent-grpc-port={grpc}",
+                # In one folder each would unpack submitted code over that of the other, in use.
+                f"--temp-dir={self.folder}/ray{number}",
             )
             command = ("ray", "start", *arguments, *common, *ports)
             with (self.folder / f"node {number}.log").open("w") as log:
@@ -201,11 +202,12 @@ class Lab:
 
 @dataclasses.dataclass
 class Sweep:
-    """One sweep of the lab."""
+    """One sweep of the lab; `job` is what was submitted last."""
 
     lab: Lab
     file: Path
     config: SweepConfig
+    job: str = ""
 
     @property
     def trials(self) -> Path:
@@ -236,6 +238,7 @@ class Sweep:
         settings = ["--runtime-env", str(ROOT / "clusters" / "runtime_env.yaml")]
         command = ["--working-dir", str(ROOT), "--", "python", *self.command()]
         self._ray_job("submit", "--no-wait", "--submission-id", job, *settings, *command)
+        self.job = job
 
     def stop(self, job: str) -> None:
         """Stops a job as a user does."""
@@ -272,11 +275,16 @@ class Sweep:
         return None
 
     def wait_for_trial(self, *but: Path, process: subprocess.Popen | None = None) -> Path:
+        """Waits for the next trial of a driver that runs here, or was submitted last."""
+
         def look() -> Path | None:
-            assert process is None or process.poll() is None, ended(process)
+            if process is not None:
+                assert process.poll() is None, ended(process)
+            elif (state := self.state(self.job)) not in ("PENDING", "RUNNING"):
+                raise AssertionError(f"job {self.job} {state}: {self.printed(self.job)}")
             return self.running_trial(but)
 
-        found = wait_for(look, "trial with a checkpoint")
+        found = wait_for(look, "trial with a checkpoint", every=0.1 if process else 0.5)
         assert isinstance(found, Path)
         return found
 
