@@ -29,6 +29,7 @@ _COMPARED = (
     "sampler.num_steps",
     "seed",
 )
+_CURVES = ("loss", "seconds_per_step")
 SAMPLES, CENTRAL_IMAGES, FREQUENCY = "samples", "central_images", "frequency"
 """Keys of pictures: `samples` over the steps of training, the last of them of the result."""
 
@@ -77,6 +78,11 @@ def compared_figures(sweep: SweepConfig, result: Mapping[str, Any]) -> dict[str,
         "seconds": result["seconds"],
         "gpu_hours": gpus * result["seconds"] / 3600,
     }
+
+
+def curves(report: Mapping[str, Any]) -> dict[str, float]:
+    """What of a step's report is drawn as curves, by stage."""
+    return {f"{report['stage']}/{k}": report[k] for k in _CURVES if k in report}
 
 
 def pictures(run_dir: Path, step: int, finished: bool) -> Iterator[tuple[str, int, Path]]:

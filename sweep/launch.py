@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from core.config import flatten
-from core.early import ENDED_EARLY
 from core.privacy.keys import MasterSecret
 from core.reporting import log_to
 from sweep.claim import claim, driver_lock, release_id
@@ -20,24 +19,14 @@ from sweep.cluster import (
     node_resources,
     wait_for_room,
 )
-from sweep.comparison import charts, compared_figures, public_facts, shared_params
 from sweep.config import SweepConfig
 from sweep.feasibility import with_num_trials
 from sweep.limits import Meter
 from sweep.progress import Progress
-from sweep.results import (
-    Row,
-    best,
-    final_row,
-    load_rows,
-    released_row,
-    stored_result,
-    three_figures,
-    winners,
-    write_card,
-)
+from sweep.recording import Place, record_end, record_start, record_summary, record_sweep
+from sweep.results import Row, best, final_row, load_rows, stored_result
 from sweep.scope import count_trials, final_point, settings_entropy
-from sweep.trial import TRACEBACK, Context, Train, record_result, run_trial
+from sweep.trial import ENDS, TRACEBACK, Context, Train, run_trial
 
 _PATIENCE = 10.0
 """Seconds that the end of a sweep waits for MLflow."""
@@ -100,18 +89,18 @@ def _run(
     if complete and not pending and not _waiting(sweep, rows):
         return Outcome(rows, [], "", True, uri)
     run_id = tracking.Tracker(uri, experiment_id, sweep.name).run_id
+    place = Place(sweep.name, uri, experiment_id, run_id)
     parent = Outbox(sweep.folder, uri, experiment_id, sweep.name)
     tracking.kill_stale(uri, experiment_id, run_id, sweep.name)
     for row in rows:  # What the server had missed when the trial ended.
-        Outbox(row.run_dir, uri, experiment_id, f"{sweep.name}/{row.trial}", run_id).flush()
+        Outbox(row.run_dir, *place.run_of(row.trial)).flush()
     parent.flush()
     pending = tracking.unfinished(uri, experiment_id, sweep.name)
     for row in rows:  # Finished, but the driver was stopped before it could say so.
-        key = f"{sweep.name}/{row.trial}"
-        if row.state in ("finished", "stopped") and key in pending:
-            tracker = tracking.Tracker(uri, experiment_id, key, run_id)
-            record_result(tracker, sweep, row.run_dir, stored_result(row))
-            tracker.finish("FINISHED" if row.state == "finished" else "KILLED")
+        if row.state in ("finished", "stopped") and f"{sweep.name}/{row.trial}" in pending:
+            tracker = tracking.Tracker(*place.run_of(row.trial))
+            record_start(tracker, sweep, row.config)
+            record_end(tracker, sweep, row.run_dir, stored_result(row))
     if complete:
         record_summary(parent, sweep, rows, complete)
         parent.finish("FINISHED")
@@ -119,8 +108,7 @@ def _run(
     record_sweep(parent, run_id, sweep, total)
     status = "KILLED"
     try:
-        context = Context(sweep, token, uri, experiment_id, run_id, train=train)
-        outcome = _search(context, rows, total, verbosity)
+        outcome = _search(Context(sweep, token, train=train), place, rows, total, verbosity)
         record_summary(parent, sweep, outcome.rows, outcome.complete)
         if not outcome.stopped:
             status = "FINISHED"
@@ -144,12 +132,13 @@ def _waiting(sweep: SweepConfig, rows: Sequence[Row]) -> int:
     return sum((folder / OUTBOX).exists() for folder in folders)
 
 
-def _search(context: Context, rows: list[Row], total: int, verbosity: int) -> Outcome:
+def _search(context: Context, place: Place, rows: list[Row], total: int, verbosity: int) -> Outcome:
     import ray
 
+    from sweep.recorder import Recorder
     from sweep.space import FeasibleSearch
 
-    sweep, uri = context.sweep, context.uri
+    sweep, uri = context.sweep, place.uri
     meter = Meter(sweep)
     if meter.tick():
         return Outcome(rows, [], meter.reason, False, uri, limited=True)
@@ -157,6 +146,8 @@ def _search(context: Context, rows: list[Row], total: int, verbosity: int) -> Ou
     secret = sweep.run.privacy.scope == "selection"
     before = sum(_is_done(sweep, row) for row in rows)
     progress = Progress(sweep, total, before, secret, verbosity)
+    recorder = Recorder(sweep, context.launch, place, progress.note)
+    observers = (progress, recorder, meter)
     pruned: list[tuple[dict[str, Any], str]] = []
 
     def on_pruned(point: dict[str, Any], reason: str) -> None:
@@ -181,7 +172,7 @@ def _search(context: Context, rows: list[Row], total: int, verbosity: int) -> Ou
         if total > before:
             concurrent = max_concurrent(sweep, node_resources(), grew)
             finished = _fit(
-                context, progress, meter, total - before, search, scheduler=scheduler,
+                context, observers, meter, total - before, search, scheduler=scheduler,
                 concurrent=concurrent,
             )  # fmt: skip
             stopped = search.gave_up or ("" if finished else "interrupted")
@@ -192,7 +183,8 @@ def _search(context: Context, rows: list[Row], total: int, verbosity: int) -> Ou
             if winner is not None:
                 point = {key: flatten(winner.config)[key] for key in sweep.search_space}
                 last = replace(context, is_final=True, verdicts=None)
-                if not _fit(last, progress, meter, 1, param_space=final_point(point, sweep.final)):
+                given = final_point(point, sweep.final)
+                if not _fit(last, observers, meter, 1, param_space=given):
                     stopped = "interrupted"
     except KeyboardInterrupt:
         stopped = "interrupted"
@@ -200,6 +192,7 @@ def _search(context: Context, rows: list[Row], total: int, verbosity: int) -> Ou
         progress.close()
         meter.note()
         ray.shutdown()
+        recorder.close(_PATIENCE)
     limited = bool(stopped and meter.reason)
     stopped = meter.reason if limited else stopped
     rows = load_rows(sweep)
@@ -208,8 +201,8 @@ def _search(context: Context, rows: list[Row], total: int, verbosity: int) -> Ou
 
 
 def _fit(
-    context: Any,
-    progress: Progress,
+    context: Context,
+    observers: Sequence[Any],
     meter: Meter,
     num_samples: int,
     search_alg: Any = None,
@@ -236,7 +229,7 @@ def _fit(
         run_config=tune.RunConfig(
             name=f"{context.launch}{'-final' if context.is_final else ''}",
             storage_path=str(sweep.folder / "ray" / "tune"),
-            callbacks=[progress.callback(), meter.callback()],
+            callbacks=[observer.callback() for observer in observers],
             stop=meter.stopper(),
             # A trial whose process died; its own failures it reports instead.
             failure_config=tune.FailureConfig(max_failures=sweep.max_failures),
@@ -245,9 +238,8 @@ def _fit(
     )
     results = tuner.fit()
     # A signal makes fit() return as if all were done: trials without score or error were cut off.
-    ends = {"done", ENDED_EARLY}
     whole = all(
-        r.error or "failure" in (r.metrics or {}) or (r.metrics or {}).get("stage") in ends
+        r.error or "failure" in (r.metrics or {}) or (r.metrics or {}).get("stage") in ENDS
         for r in results
     )
     return whole and len(results) >= num_samples
@@ -282,48 +274,3 @@ def _last_traceback(sweep: SweepConfig) -> str:
     paths = (sweep.folder / "trials").glob(f"*/{TRACEBACK}")
     newest = max(paths, key=lambda path: path.stat().st_mtime_ns, default=None)
     return newest.read_text().rstrip() if newest else "the trials left no traceback"
-
-
-def _sweep_params(sweep: SweepConfig, total: int) -> dict[str, Any]:
-    space = {
-        f"search_space.{key}": dimension.model_dump(exclude_defaults=True)
-        for key, dimension in sweep.search_space.items()
-    }
-    secret = sweep.run.privacy.scope == "selection"
-    trials = "secret" if secret else total
-    return {"num_trials": trials, "objective": ", ".join(sweep.metrics), **space}
-
-
-def record_sweep(parent: Any, run_id: str, sweep: SweepConfig, total: int) -> None:
-    """Logs what is known before a sweep begins, and the charts in which to compare its trials."""
-    parent.log_params({**shared_params(sweep), **_sweep_params(sweep, total)})
-    parent.log_dataset(sweep.run.dataset.name, public_facts(sweep.run))
-    parent.log_charts(sweep.name, charts(sweep, run_id))
-    parent.log_file(sweep.folder / "sweep.json")
-
-
-def record_summary(parent: Any, sweep: SweepConfig, rows: list[Row], complete: bool) -> None:
-    """Logs the best trial, the three epsilons and the card; registers what may be published.
-
-    Privacy: before the final run, after a search on public data, there is no card, as there is
-        nothing yet for it to be about.
-    """
-    if (winner := best(sweep, rows)) is None:
-        return
-    result, point = stored_result(winner), flatten(winner.config)
-    searched = {k: point[k] for k in sweep.search_space if isinstance(point[k], int | float)}
-    figures = compared_figures(sweep, result)
-    parent.log_metrics({**searched, **figures})
-    front = ", ".join(row.trial for row in winners(sweep, rows))
-    parent.log_tags({"best_trial": front})
-    parent.log_file(winner.run_dir / "synthetic" / "grid.png", "synthetic")
-    if (released := released_row(sweep, rows)) is None:
-        return
-    card = write_card(sweep, rows, released, complete)
-    parent.log_metrics(three_figures(card))
-    parent.log_tags({"privacy.statement": card["statement"]})
-    for name in ("privacy_card.json", "privacy_card.md"):
-        parent.log_file(sweep.folder / name)
-    if complete and (released.run_dir / "model.pt").exists():  # Its owner may have removed it.
-        scope, statement = card["scope"], card["statement"]
-        parent.register_generator(released.trial, released.run_dir, scope, statement)

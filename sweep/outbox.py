@@ -1,8 +1,8 @@
 """What a tracking server has not received yet: kept in a file, sent when the server answers again.
 
-No trial fails, and no point of a curve is lost, because MLflow is away: what cannot be sent is
-appended to a file beside the trial, in order, and sent before anything newer. What is left when a
-trial ends is sent by the next run of the same command.
+No point of a curve is lost because MLflow is away: what cannot be sent is appended to a file beside
+the trial, in order, and sent before anything newer. What is left when a sweep ends is sent by the
+next run of the same command.
 """
 
 import contextlib
@@ -17,7 +17,23 @@ from sweep.tracking import UNREACHABLE, MlflowException, Tracker, is_temporary
 
 OUTBOX = "mlflow_outbox.jsonl"
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 30.0
-"""Seconds between attempts; each failure doubles the pause."""
+"""Seconds between attempts."""
+
+
+class Backoff:
+    """When a server that did not answer is asked again; one for all that ask the same server."""
+
+    def __init__(self) -> None:
+        self._pause, self.next_attempt = _FIRST_PAUSE, 0.0
+
+    def failed(self) -> None:
+        """No attempt for a while; each failure doubles it."""
+        self.next_attempt = time.monotonic() + self._pause
+        self._pause = min(2 * self._pause, _LONGEST_PAUSE)
+
+    def answered(self) -> None:
+        """The next failure is a first one."""
+        self._pause = _FIRST_PAUSE
 
 
 class Outbox:
@@ -30,15 +46,16 @@ class Outbox:
             earlier process left.
         run: arguments of `Tracker`. The run is found anew after every failure, so that what a
             call had stored whose answer was lost is known and not stored twice.
+        backoff: shared with other outboxes of the server; None: its own.
 
     Privacy: the file holds metrics, some of which are not private; it lies in the run's folder,
         as `metrics.jsonl` does.
     """
 
-    def __init__(self, folder: Path, *run: Any) -> None:
+    def __init__(self, folder: Path, *run: Any, backoff: Backoff | None = None) -> None:
         self._path, self._run = folder / OUTBOX, run
         self._tracker: Tracker | None = None
-        self._pause, self._next_attempt = _FIRST_PAUSE, 0.0
+        self._backoff = backoff or Backoff()
         if self.waiting:  # The process that wrote it may have been killed inside a line.
             whole = [line for line in self._lines() if line.endswith("\n")]
             self._rewrite(whole)
@@ -63,7 +80,7 @@ class Outbox:
         while self.waiting and not self._send_waiting():
             if (now := time.monotonic()) >= deadline:
                 return False
-            time.sleep(max(0.0, min(self._next_attempt, deadline) - now))
+            time.sleep(max(0.0, min(self._backoff.next_attempt, deadline) - now))
         return True
 
     def _call(self, name: str, arguments: tuple[Any, ...]) -> None:
@@ -100,7 +117,7 @@ class Outbox:
         temporary.replace(self._path)
 
     def _attempt(self, name: str, arguments: Any) -> bool:
-        if time.monotonic() < self._next_attempt:
+        if time.monotonic() < self._backoff.next_attempt:
             return False
         try:
             self._tracker = self._tracker or Tracker(*self._run)
@@ -109,10 +126,9 @@ class Outbox:
             if not is_temporary(error):
                 raise
             self._tracker = None
-            self._next_attempt = time.monotonic() + self._pause
-            self._pause = min(2 * self._pause, _LONGEST_PAUSE)
+            self._backoff.failed()
             return False
-        self._pause = _FIRST_PAUSE
+        self._backoff.answered()
         return True
 
 

@@ -44,6 +44,7 @@ from PIL import Image
 
 from core.errors import ConfigError
 from core.reporting import NON_PRIVATE
+from sweep.comparison import curves
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)
 logging.getLogger("alembic").setLevel(logging.WARNING)
@@ -52,7 +53,6 @@ logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # The outbo
 UNREACHABLE = (MlflowException, OSError)
 """What calls raise while the server, its data base or its artifact store does not answer."""
 _TEMPORARY = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED")
-_CURVES = ("loss", "seconds_per_step")
 _KEY = "sweep.key"
 _PARENT = "mlflow.parentRunId"
 _MAX_BATCH = 100
@@ -223,11 +223,6 @@ class Tracker:
     def finish(self, status: str) -> None:
         """Ends the run as FINISHED, FAILED or KILLED."""
         self._client.set_terminated(self.run_id, status)
-
-
-def curves(report: Mapping[str, Any]) -> dict[str, float]:
-    """What of a step's report is drawn as curves, by stage."""
-    return {f"{report['stage']}/{k}": report[k] for k in _CURVES if k in report}
 
 
 def is_temporary(error: BaseException) -> bool:

@@ -1,34 +1,25 @@
 """One trial: a Tune function that runs a Ray Train group of `core.pipeline.run` workers."""
 
-import json
 import threading
 import traceback
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from core.config import Config, nested
-from core.early import ENDED_EARLY, STAGE, STOPPED
+from core.early import ENDED_EARLY
 from core.errors import UserError
 from sweep.claim import newest_launch, require_newest_launch
-from sweep.comparison import (
-    CENTRAL_IMAGES,
-    FREQUENCY,
-    compared_figures,
-    compared_params,
-    pictures,
-    public_facts,
-)
 from sweep.config import SweepConfig, trial_id_of
 from sweep.scope import shares_central_images
 
 Train = Callable[["Context", Config, str], Iterator[dict[str, Any]]]
 TRACEBACK = "traceback.txt"
-_PATIENCE = 10.0
-"""Seconds that a trial which has ended waits for MLflow before it leaves the rest in its outbox."""
+ENDS = ("done", ENDED_EARLY)
+"""Stages of a trial's last report, which holds its result."""
 
 
 class TrialError(Exception):
@@ -52,9 +43,6 @@ class Context:
 
     sweep: SweepConfig
     launch: int
-    uri: str
-    experiment_id: str
-    parent_id: str
     is_final: bool = False
     verdicts: Any = None
     train: "Train | None" = None
@@ -72,48 +60,22 @@ def run_trial(parameters: dict[str, Any], context: Context) -> None:
     """
     from ray import tune
 
-    from sweep.outbox import Outbox
-
     config = context.sweep.trial_config(parameters)
     trial_id = trial_id_of(config)
-    run_dir = context.run_dir(trial_id)
-    key = f"{context.sweep.name}/{trial_id}"
-    tracker = Outbox(run_dir, context.uri, context.experiment_id, key, context.parent_id)
-    record_start(tracker, context.sweep, config)
-    seen: set[Any] = set()
-    status = "FAILED"
+    result: dict[str, Any] | None = None
     try:
-        result: dict[str, Any] | None = None
         for metrics in (context.train or _supervised)(context, config, trial_id):
-            if metrics["stage"] in ("done", ENDED_EARLY):
-                result = metrics
-            elif metrics["stage"] == STAGE:
-                score = {k: v for k, v in metrics.items() if k.startswith("early_")}
-                tracker.log_once(metrics["step"], score)
-                tune.report({**metrics, "trial": trial_id})
+            if metrics["stage"] in ENDS:
+                result = metrics  # Reported when the workers have ended.
             else:
-                record_step(tracker, run_dir, metrics, seen)
                 tune.report({**metrics, "trial": trial_id})
         if result is None:
             raise TrialError("the workers ended without a result")
-        record_result(tracker, context.sweep, run_dir, result)
-        status = "KILLED" if result["stage"] == ENDED_EARLY else "FINISHED"
-        tracker.finish(status)
-        tracker.flush(_PATIENCE)
         tune.report({**result, "trial": trial_id})
-    except SystemExit:  # How Tune stops a trial.
-        status = "KILLED"
-        tracker.finish(status)
-        raise
     except TrialError as error:
         if newest_launch(context.sweep.folder) == context.launch:  # Else it is another's trial.
-            tracker.finish(status)
-            _note_failure(run_dir, error)
-            tracker.flush(_PATIENCE)
+            _note_failure(context.run_dir(trial_id), error)
         tune.report({"failure": str(error), "trial": trial_id})
-    except Exception:  # Tune starts it again.
-        tracker.finish(status)
-        raise
 
 
 def _note_failure(run_dir: Path, error: TrialError) -> None:
@@ -124,47 +86,6 @@ def _note_failure(run_dir: Path, error: TrialError) -> None:
         (run_dir / TRACEBACK).write_text(f"{error.__cause__ or error}\n")
     except OSError:
         pass  # The storage is what failed: the sweep's output says so.
-
-
-def record_start(tracker: Any, sweep: SweepConfig, config: Config) -> None:
-    """Logs what is known before a trial begins: what it is compared by, and its data set."""
-    tracker.log_params(compared_params(sweep, config))
-    tracker.log_dataset(config.dataset.name, public_facts(config))
-
-
-def record_step(tracker: Any, run_dir: Path, metrics: Mapping[str, Any], seen: set[Any]) -> None:
-    """Logs a report of a trial: a point of its curves, and the pictures that are new.
-
-    Args:
-        seen: pictures that were logged earlier; receives the new ones.
-    """
-    from sweep.tracking import curves
-
-    use = {k: v for k, v in metrics.items() if k.startswith("system/")}
-    tracker.log_step(metrics["step"], curves(metrics) | use)
-    for picture in pictures(run_dir, metrics["step"], finished=False):
-        if picture not in seen:
-            seen.add(picture)
-            tracker.log_picture(*picture)
-
-
-def record_result(
-    tracker: Any, sweep: SweepConfig, run_dir: Path, result: Mapping[str, Any]
-) -> None:
-    """Logs what a trial that ended has: scores with their tags, the plan, the pictures."""
-    tracker.log_missing_steps(run_dir / "metrics.jsonl")
-    tracker.log_metrics(compared_figures(sweep, result), result["step"])
-    stopped = result["stage"] == ENDED_EARLY
-    tags = json.loads((run_dir / (STOPPED if stopped else "evaluation.json")).read_text())["tags"]
-    state = {"sweep.state": ENDED_EARLY if stopped else "finished"}
-    tracker.log_tags({f"privacy.{name}": tag for name, tag in tags.items()} | state)
-    for name in ("config.yaml", "privacy.json"):
-        tracker.log_file(run_dir / name)
-    tracker.log_file(run_dir / "synthetic" / "grid.png", "synthetic")
-    for name in (CENTRAL_IMAGES, FREQUENCY):
-        tracker.log_file(run_dir / name / "grid.png", name)
-    for picture in pictures(run_dir, result["step"], finished=not stopped):
-        tracker.log_picture(*picture)
 
 
 def _supervised(context: Context, config: Config, trial_id: str) -> Iterator[dict[str, Any]]:

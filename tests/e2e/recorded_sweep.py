@@ -4,11 +4,16 @@ import json
 from collections.abc import Sequence
 
 from sweep.config import SweepConfig
-from sweep.launch import record_summary, record_sweep
 from sweep.machine import MachineUse
+from sweep.recording import (
+    record_end,
+    record_start,
+    record_step,
+    record_summary,
+    record_sweep,
+)
 from sweep.results import Row, stored_result
 from sweep.tracking import Tracker, open_experiment
-from sweep.trial import record_result, record_start, record_step
 
 
 def record(sweep: SweepConfig, rows: Sequence[Row], uri: str) -> str:
@@ -28,8 +33,7 @@ def record(sweep: SweepConfig, rows: Sequence[Row], uri: str) -> str:
         for metrics in map(json.loads, lines):
             if metrics["stage"] != "done":
                 record_step(tracker, row.run_dir, {**metrics, **use()}, seen)
-        record_result(tracker, sweep, row.run_dir, stored_result(row))
-        tracker.finish("FINISHED")
+        record_end(tracker, sweep, row.run_dir, stored_result(row))
     record_summary(parent, sweep, list(rows), True)
     parent.finish("FINISHED")
     return parent.run_id

@@ -1,12 +1,17 @@
 """Records of a run while the MLflow server is stopped: in a file, sent in order, none twice."""
 
 import pytest
-from lab import Lab
+from lab import RATE, ROOT, Lab, wait_for
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
+from sweep.config import load_sweep
 from sweep.outbox import OUTBOX, Outbox
+from sweep.recorder import Recorder
+from sweep.recording import Place
 from sweep.tracking import open_experiment
+
+QUICKSTART = ROOT / "sweep" / "configs" / "quickstart.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +55,29 @@ def test_what_was_logged_while_the_server_was_away_arrives_once(server: Lab, tmp
     assert [a.path for a in client.list_artifacts(run.info.run_id, "synthetic")] == [
         "synthetic/grid.png"
     ]
+
+
+def test_what_a_trial_left_is_sent_as_soon_as_the_server_answers_again(server: Lab, tmp_path):
+    uri = server.environment["MLFLOW_TRACKING_URI"]
+    experiment = open_experiment(uri, "late", tmp_path)
+    sweep = load_sweep(QUICKSTART, {"storage_path": str(tmp_path), "name": "late"})
+    recorder = Recorder(sweep, 0, Place("late", uri, experiment, ""), print)
+    server.stop_server()
+    recorder.started("one", {RATE: 0.001})
+    recorder.ended("one", {"failure": "out of luck"})
+    recorder.started("two", {RATE: 0.002})
+    outboxes = sweep.folder / "trials"
+    wait_for(lambda: len(list(outboxes.glob(f"*/{OUTBOX}"))) == 2, "outboxes", 60)
+    server.start_server()
+
+    def sent() -> bool:
+        recorder.reported("two", {"stage": "warm_up", "step": 1})
+        return not list(outboxes.glob(f"*/{OUTBOX}"))
+
+    wait_for(sent, "records", 60, every=1)
+    runs = MlflowClient(tracking_uri=uri).search_runs([experiment])
+    assert sorted(run.info.status for run in runs) == ["FAILED", "RUNNING"]
+    recorder.close(0.0)
 
 
 def test_what_the_server_refuses_is_an_error_not_a_delay(server: Lab, tmp_path):

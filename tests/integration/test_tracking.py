@@ -5,9 +5,14 @@ import json
 import zlib
 
 import pytest
+from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from PIL import Image
 
+from core.reporting import write_json
+from sweep.config import load_sweep, trial_id_of
+from sweep.recorder import Recorder
+from sweep.recording import Place
 from sweep.tracking import (
     Tracker,
     how_to_compare,
@@ -74,6 +79,97 @@ def test_runs_are_found_again_and_steps_logged_once(tmp_path, uri):
         [experiment], filter_string=f"tags.`mlflow.parentRunId` = '{parent.run_id}'"
     )
     assert len(children) == 1
+
+
+RATE = "private_training.learning_rate"
+SCORED = {"accuracy": 0.7, "epsilon": 1.0, "noise_multiplier": 2.0, "seconds": 3.0}
+DONE = {"stage": "done", "step": 4, **SCORED}
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    return load_sweep("sweep/configs/quickstart.yaml", {"storage_path": str(tmp_path), "name": "s"})
+
+
+def recorder_of(sweep, uri: str, experiment: str, notes: list[str], launch: int = 0) -> Recorder:
+    parent = Tracker(uri, experiment, "s")
+    return Recorder(sweep, launch, Place("s", uri, experiment, parent.run_id), notes.append)
+
+
+def trains(recorder: Recorder, sweep, rate: float, stage: str = "warm_up") -> str:
+    """Two steps of a trial, during which its process dies once; returns its name."""
+    name = trial_id_of(sweep.trial_config({RATE: rate}))
+    folder = sweep.folder / "trials" / name
+    write_json(folder / "evaluation.json", {"tags": {"accuracy": "non-private"}})
+    for steps in ((2,), (2, 4)):
+        recorder.started(f"tune {rate}", {RATE: rate})
+        for step in steps:
+            report = {"stage": stage, "step": step, "loss": 1 / step, "system/cpu": 0.5}
+            recorder.reported(f"tune {rate}", {**report, "trial": name})
+    (folder / "metrics.jsonl").write_text("")
+    return name
+
+
+def test_the_driver_records_how_each_trial_went(tmp_path, uri, sweep):
+    experiment, notes = open_experiment(uri, "recorder", tmp_path), []
+    recorder = recorder_of(sweep, uri, experiment, notes)
+    ends = (
+        DONE,
+        {**DONE, "failure": "out of luck", "stage": "x"},
+        {},
+        {"stage": "warm_up", "step": 4},
+        None,
+    )
+    names = []
+    for number, last in enumerate(ends, start=1):
+        names.append(trains(recorder, sweep, rate := number / 1000))
+        recorder.reported(f"tune {rate}", last or {"stage": "evaluation", "step": 4})
+        if last is not None:
+            recorder.ended(f"tune {rate}", last)
+    recorder.close(5.0)  # Cuts the last one off.
+    assert notes == []
+    client = MlflowClient(tracking_uri=uri)
+    runs = {run.info.run_name: run for run in client.search_runs([experiment])}
+    assert [runs[name].info.status for name in names] == [
+        *("FINISHED", "FAILED", "FAILED", "KILLED", "KILLED")
+    ]
+    for number, name in enumerate(names, start=1):
+        run = runs[name]
+        assert run.data.params[RATE] == str(number / 1000)
+        assert run.data.metrics["system/cpu"] == 0.5
+        points = client.get_metric_history(run.info.run_id, "warm_up/loss")
+        assert [(point.step, point.value) for point in points] == [(2, 1 / 2), (4, 1 / 4)]
+        assert ("accuracy" in run.data.metrics) == (number == 1)
+    assert runs[names[0]].data.tags["privacy.accuracy"] == "non-private"
+
+
+def test_what_mlflow_refuses_is_told_at_once_and_raised_at_the_end(tmp_path, uri, sweep):
+    experiment, notes = open_experiment(uri, "refused", tmp_path), []
+    recorder = recorder_of(sweep, uri, experiment, notes)
+    refused = trains(recorder, sweep, 0.001, stage="a name with\nbreaks")
+    fine = trains(recorder, sweep, 0.002)
+    recorder.ended("tune 0.002", DONE)
+    with pytest.raises(MlflowException, match="Invalid"):
+        recorder.close(5.0)
+    (note,) = notes
+    assert f"trial {refused} is not recorded whole: MlflowException: " in note
+    runs = {
+        run.info.run_name: run for run in MlflowClient(tracking_uri=uri).search_runs(experiment)
+    }
+    assert runs[fine].info.status == "FINISHED"
+    assert runs[refused].info.status == "KILLED"
+
+
+def test_an_older_driver_records_nothing(tmp_path, uri, sweep):
+    experiment = open_experiment(uri, "older", tmp_path)
+    recorder = recorder_of(sweep, uri, experiment, [], launch=7)
+    sweep.folder.mkdir(exist_ok=True)
+    (sweep.folder / "launch").write_text("8")
+    trains(recorder, sweep, 0.001)
+    recorder.ended("tune 0.001", DONE)
+    recorder.close(0.0)
+    (parent,) = MlflowClient(tracking_uri=uri).search_runs([experiment])
+    assert parent.info.run_name == "s"
 
 
 def test_the_users_server_is_honoured(tmp_path, monkeypatch):

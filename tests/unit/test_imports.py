@@ -149,6 +149,8 @@ def test_a_run_needs_no_package_but_the_required_ones(tmp_path):
             ("run", "launch", "trial", "outbox", "results", "__main__", "core.privacy.spending"),
             {"torch", "dp_accounting"},
         ),
+        # Trials, whose reports the driver records.
+        (("trial",), {"torch", "mlflow"}),
         # Workers whose plan another rank solves.
         (("trial", "core.pipeline"), {"dp_accounting"}),
     ],

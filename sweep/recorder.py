@@ -1,0 +1,159 @@
+"""Tells MLflow what the trials report, from the driver alone and beside the search.
+
+Trials and their workers need neither MLflow nor a way to its server nor the credentials for it. A
+server that is slow or away delays none of them.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from core.config import Config
+from sweep.claim import newest_launch
+from sweep.config import SweepConfig, trial_id_of
+from sweep.outbox import Backoff, Outbox
+from sweep.recording import Place, record_end, record_start, record_step
+from sweep.trial import ENDS
+
+_LOG = logging.getLogger("sweep")
+
+
+@dataclass
+class _Trial:
+    """One that this driver began; `seen` are the pictures that were logged."""
+
+    name: str
+    config: Config
+    run_dir: Path
+    box: Outbox
+    seen: set[Any] = field(default_factory=set[Any])
+
+
+class Recorder:
+    """Records the trials of one driver in the order of their reports, in a thread of its own.
+
+    Args:
+        launch: token of the driver; once a newer one runs, nothing is recorded any more.
+        note: shows a line of text to the user.
+    """
+
+    def __init__(
+        self, sweep: SweepConfig, launch: int, place: Place, note: Callable[[str], None]
+    ) -> None:
+        self._sweep, self._launch, self._place, self._note = sweep, launch, place, note
+        self._backoff = Backoff()
+        self._trials: dict[str, _Trial] = {}
+        self._late: list[Outbox] = []
+        self._refused: Exception | None = None
+        self._thread = ThreadPoolExecutor(1, "mlflow")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune stores its callbacks, but a thread cannot be stored."""
+        return {}
+
+    def started(self, number: str, point: dict[str, Any]) -> None:
+        """A trial begins, or begins again after its process died.
+
+        Args:
+            number: Tune's name of the trial.
+        """
+        if number in self._trials:
+            return
+        config = self._sweep.trial_config(point)
+        name = trial_id_of(config)
+        run_dir = self._sweep.folder / "trials" / name
+        box = Outbox(run_dir, *self._place.run_of(name), backoff=self._backoff)
+        trial = self._trials[number] = _Trial(name, config, run_dir, box)
+        self._record(trial, lambda: record_start(box, self._sweep, config))
+
+    def reported(self, number: str, report: Mapping[str, Any]) -> None:
+        """A trial reports a step or a score; its last report is for `ended`."""
+        if report.get("stage") in (None, *ENDS):
+            return
+        trial = self._trials[number]
+        self._record(trial, lambda: record_step(trial.box, trial.run_dir, report, trial.seen))
+
+    def ended(self, number: str, last: Mapping[str, Any]) -> None:
+        """A trial has ended.
+
+        Args:
+            last: its last report: a result, a failure, or that of a step if it was cut off;
+                empty if its process died more often than is allowed.
+        """
+        trial = self._trials.pop(number)
+        if last.get("stage") in ENDS:
+            self._record(trial, lambda: record_end(trial.box, self._sweep, trial.run_dir, last))
+        else:
+            status = "FAILED" if "failure" in last or not last else "KILLED"
+            self._record(trial, lambda: trial.box.finish(status))
+        self._thread.submit(self._keep, trial.box)
+
+    def close(self, patience: float) -> None:
+        """Ends the runs of trials that were cut off; waits until all is sent, or kept in outboxes.
+
+        Args:
+            patience: seconds in which a server that does not answer is asked again.
+
+        Raises:
+            Exception: the first with which a record was refused, other than by an absent server.
+        """
+        for number in list(self._trials):
+            self.ended(number, {"stage": "interrupted"})
+        self._thread.submit(self._send_late, patience).result()
+        self._thread.shutdown()
+        if self._refused is not None:
+            raise self._refused
+
+    # What follows runs in the thread, but for the submission.
+
+    def _record(self, trial: _Trial, act: Callable[[], None]) -> None:
+        self._thread.submit(self._act, trial, act)
+
+    def _act(self, trial: _Trial, act: Callable[[], None]) -> None:
+        if newest_launch(self._sweep.folder) != self._launch:
+            return
+        try:
+            act()
+        except Exception as error:
+            _LOG.exception("trial %s: not recorded", trial.name)
+            if self._refused is None:
+                reason = f"{type(error).__name__}: {error}"
+                self._note(f"in MLflow trial {trial.name} is not recorded whole: {reason}")
+            self._refused = self._refused or error
+        self._send_late()
+
+    def _keep(self, box: Outbox) -> None:
+        self._late.append(box)
+
+    def _send_late(self, patience: float = 0.0) -> None:
+        """Sends what the server missed of trials that have ended."""
+        deadline = time.monotonic() + patience
+        late = self._late
+        self._late = [b for b in late if not b.flush(max(0.0, deadline - time.monotonic()))]
+
+    def callback(self) -> Any:
+        """What Tune tells about trials."""
+        from ray import tune
+
+        recorder = self
+
+        class Callback(tune.Callback):
+            def on_trial_start(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
+                recorder.started(trial.trial_id, trial.config)
+
+            def on_trial_result(
+                self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **_: Any
+            ) -> None:
+                recorder.reported(trial.trial_id, result)
+
+            def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
+                recorder.ended(trial.trial_id, trial.last_result)
+
+            def on_trial_error(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
+                recorder.ended(trial.trial_id, {})
+
+        return Callback()
