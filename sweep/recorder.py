@@ -6,6 +6,7 @@ server that is slow or away delays none of them.
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -47,7 +48,7 @@ class Recorder:
         self._sweep, self._launch, self._place, self._note = sweep, launch, place, note
         self._backoff = Backoff()
         self._trials: dict[str, _Trial] = {}
-        self._late: list[Outbox] = []
+        self._late: deque[Outbox] = deque()  # Of trials that have ended; some may wait.
         self._refused: Exception | None = None
         self._thread = ThreadPoolExecutor(1, "mlflow")
 
@@ -81,16 +82,23 @@ class Recorder:
         """A trial has ended.
 
         Args:
-            last: its last report: a result, a failure, or that of a step if it was cut off;
-                empty if its process died more often than is allowed.
+            last: its last report: a result, a `failure`, or another one if it was cut off.
         """
         trial = self._trials.pop(number)
-        if last.get("stage") in ENDS:
-            self._record(trial, lambda: record_end(trial.box, self._sweep, trial.run_dir, last))
-        else:
-            status = "FAILED" if "failure" in last or not last else "KILLED"
-            self._record(trial, lambda: trial.box.finish(status))
-        self._thread.submit(self._keep, trial.box)
+
+        def end() -> None:
+            try:
+                if last.get("stage") in ENDS:
+                    record_end(trial.box, self._sweep, trial.run_dir, last)
+                else:
+                    trial.box.finish("FAILED" if "failure" in last else "KILLED")
+            except Exception:
+                trial.box.finish("KILLED")  # The next driver records it again.
+                raise
+            finally:
+                self._late.append(trial.box)
+
+        self._record(trial, end)
 
     def close(self, patience: float) -> None:
         """Ends the runs of trials that were cut off; waits until all is sent, or kept in outboxes.
@@ -102,18 +110,19 @@ class Recorder:
             Exception: the first with which a record was refused, other than by an absent server.
         """
         for number in list(self._trials):
-            self.ended(number, {"stage": "interrupted"})
-        self._thread.submit(self._send_late, patience).result()
+            self.ended(number, {})
         self._thread.shutdown()
+        deadline = time.monotonic() + patience
+        for box in self._late:
+            box.flush(max(0.0, deadline - time.monotonic()))
         if self._refused is not None:
             raise self._refused
-
-    # What follows runs in the thread, but for the submission.
 
     def _record(self, trial: _Trial, act: Callable[[], None]) -> None:
         self._thread.submit(self._act, trial, act)
 
     def _act(self, trial: _Trial, act: Callable[[], None]) -> None:
+        """In the thread: one record; then what the server has missed of trials that ended."""
         if newest_launch(self._sweep.folder) != self._launch:
             return
         try:
@@ -124,16 +133,9 @@ class Recorder:
                 reason = f"{type(error).__name__}: {error}"
                 self._note(f"in MLflow trial {trial.name} is not recorded whole: {reason}")
             self._refused = self._refused or error
-        self._send_late()
-
-    def _keep(self, box: Outbox) -> None:
-        self._late.append(box)
-
-    def _send_late(self, patience: float = 0.0) -> None:
-        """Sends what the server missed of trials that have ended."""
-        deadline = time.monotonic() + patience
-        late = self._late
-        self._late = [b for b in late if not b.flush(max(0.0, deadline - time.monotonic()))]
+        while self._late and self._late[0].flush():
+            self._late.popleft()
+        self._late.rotate(-1)  # What hinders one shall not hinder all.
 
     def callback(self) -> Any:
         """What Tune tells about trials."""
@@ -154,6 +156,6 @@ class Recorder:
                 recorder.ended(trial.trial_id, trial.last_result)
 
             def on_trial_error(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
-                recorder.ended(trial.trial_id, {})
+                recorder.ended(trial.trial_id, {"failure": "its process died too often"})
 
         return Callback()

@@ -29,8 +29,8 @@ from core.privacy.stage_plans import (
 )
 
 _MIXTURE = 1e-3
-_OFF = 1e-5
-"""By how much a kept plan's epsilon may differ from what its mechanisms compose to: rounding."""
+_OFF = 1e-4
+"""By what part a kept plan's epsilon may differ from what its mechanisms quickly compose to."""
 
 
 @dataclass(frozen=True)

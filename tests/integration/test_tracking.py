@@ -131,7 +131,7 @@ def test_the_driver_records_how_each_trial_went(tmp_path, uri, sweep):
     client = MlflowClient(tracking_uri=uri)
     runs = {run.info.run_name: run for run in client.search_runs([experiment])}
     assert [runs[name].info.status for name in names] == [
-        *("FINISHED", "FAILED", "FAILED", "KILLED", "KILLED")
+        *("FINISHED", "FAILED", "KILLED", "KILLED", "KILLED")
     ]
     for number, name in enumerate(names, start=1):
         run = runs[name]
@@ -147,8 +147,10 @@ def test_what_mlflow_refuses_is_told_at_once_and_raised_at_the_end(tmp_path, uri
     experiment, notes = open_experiment(uri, "refused", tmp_path), []
     recorder = recorder_of(sweep, uri, experiment, notes)
     refused = trains(recorder, sweep, 0.001, stage="a name with\nbreaks")
-    fine = trains(recorder, sweep, 0.002)
+    fine, no_result = (trains(recorder, sweep, rate) for rate in (0.002, 0.003))
     recorder.ended("tune 0.002", DONE)
+    (sweep.folder / "trials" / no_result / "evaluation.json").unlink()
+    recorder.ended("tune 0.003", DONE)
     with pytest.raises(MlflowException, match="Invalid"):
         recorder.close(5.0)
     (note,) = notes
@@ -157,7 +159,7 @@ def test_what_mlflow_refuses_is_told_at_once_and_raised_at_the_end(tmp_path, uri
         run.info.run_name: run for run in MlflowClient(tracking_uri=uri).search_runs(experiment)
     }
     assert runs[fine].info.status == "FINISHED"
-    assert runs[refused].info.status == "KILLED"
+    assert runs[refused].info.status == runs[no_result].info.status == "KILLED"
 
 
 def test_an_older_driver_records_nothing(tmp_path, uri, sweep):
