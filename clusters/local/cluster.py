@@ -12,7 +12,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -29,6 +28,8 @@ import ray  # noqa: F401  # Before psutil, which comes with it.
 import yaml
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
 from ray.util.state import list_nodes
+
+from clusters.local.ports import free_ports
 
 import psutil  # isort: skip
 
@@ -113,7 +114,7 @@ class Timeline:
 def _head() -> Iterator[tuple[str, dict[str, str]]]:
     """A head node; yields its dashboard's address and the environment of its clients."""
     folder = Path(tempfile.mkdtemp(prefix="feta-ray-"))  # Short: it holds sockets.
-    gcs, dashboard, agent, client = _free_ports(4)
+    gcs, dashboard, agent, client = free_ports(4)
     address = f"127.0.0.1:{gcs}"
     config = yaml.safe_load(_CONFIG.read_text())
     head = config["available_node_types"][config["head_node_type"]]["resources"]
@@ -121,9 +122,7 @@ def _head() -> Iterator[tuple[str, dict[str, str]]]:
     (folder / "autoscaling.yaml").write_text(yaml.safe_dump(config))
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
     environment = os.environ | {"PATH": path, "RAY_USAGE_STATS_ENABLED": "0"}
-    # The autoscaler looks there for own_folders.
-    theirs = os.environ.get("PYTHONPATH")
-    modules = os.pathsep.join([str(_CONFIG.parent), *([theirs] if theirs else [])])
+    log = (folder / "head.log").open("w")
     process = subprocess.Popen(
         [
             *("ray", "start", "--head", "--block"),
@@ -135,7 +134,6 @@ def _head() -> Iterator[tuple[str, dict[str, str]]]:
         cwd=_ROOT,
         env=environment
         | {
-            "PYTHONPATH": modules,
             "AUTOSCALER_UPDATE_INTERVAL_S": "1",
             "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
             "RAY_FAKE_CLUSTER": "1",
@@ -143,26 +141,26 @@ def _head() -> Iterator[tuple[str, dict[str, str]]]:
             "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID,
             "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID,
         },
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stdout=log,
+        stderr=log,
         start_new_session=True,
     )
+    log.close()
     try:
         url = f"http://127.0.0.1:{dashboard}"
         _wait_until_up(process, url)
         environment |= {"RAY_ADDRESS": address, "RAY_API_SERVER_ADDRESS": url}
         yield url, environment
     finally:
+        died = process.poll()
         _end(process)
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        opened = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in opened:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in opened]
+        if died is None:
+            shutil.rmtree(folder, ignore_errors=True)
+        else:
+            raise SystemExit(
+                f"error: Ray's head ended by itself (exit code {died}): see {folder}/head.log and "
+                "session_latest/logs beside it, then remove the folder"
+            )
 
 
 def _wait_until_up(process: subprocess.Popen, dashboard: str) -> None:
@@ -181,10 +179,7 @@ def _wait_until_up(process: subprocess.Popen, dashboard: str) -> None:
 
 def _end(process: subprocess.Popen) -> None:
     """Ends the head and all that came of it, by process id: other clusters may run here."""
-    try:
-        begun = psutil.Process(process.pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        begun = []
+    begun = _begun(process.pid)
     process.send_signal(signal.SIGTERM)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(_END_SECONDS)
@@ -197,6 +192,22 @@ def _end(process: subprocess.Popen) -> None:
     if process.poll() is None:
         process.kill()
         process.wait()
+
+
+def _begun(head: int) -> list[psutil.Process]:
+    """What the head began, jobs included, or left behind, if it has ended by itself."""
+    begun = [one for one in psutil.process_iter() if one.pid != head and _session(one.pid) == head]
+    with contextlib.suppress(psutil.NoSuchProcess):
+        children = psutil.Process(head).children(recursive=True)
+        begun += [one for one in children if one not in begun]  # Jobs have sessions of their own.
+    return begun
+
+
+def _session(pid: int) -> int:
+    try:
+        return os.getsid(pid)
+    except OSError:  # It has ended.
+        return 0
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Ray's fake nodes of one machine, each with a folder of its own, as real nodes have.
 
 In one folder each node would unpack submitted code over that of the others, while it is in use.
-Ray's autoscaler imports this file from the folder that cluster.py adds to its path.
 """
 
 import functools

@@ -4,7 +4,6 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -16,11 +15,13 @@ from typing import Any
 
 import pytest
 
+from clusters.local.ports import free_ports
+
 
 @contextlib.contextmanager
 def mlflow_server(folder: Path, store: str) -> Iterator[str]:
     """Yields the address of a server that keeps its runs in `store`, its artifacts in `folder`."""
-    port = free_port()
+    (port,) = free_ports(1)
     hosts = f"127.0.0.1:{port}"
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store]
     command += ["--artifacts-destination", str(folder / "artifacts"), "--workers", "1"]
@@ -50,7 +51,7 @@ def postgresql() -> Iterator[str]:
     if os.geteuid() == 0:  # PostgreSQL refuses to run as root.
         user = "nobody"
     with tempfile.TemporaryDirectory(prefix="feta-postgresql-") as folder:
-        data, port = Path(folder) / "data", free_port()
+        data, (port,) = Path(folder) / "data", free_ports(1)
         if user:
             shutil.chown(folder, user)
         quiet = {"user": user, "cwd": folder, "stdout": subprocess.DEVNULL}
@@ -80,13 +81,6 @@ def running(command: list, **options) -> Iterator[subprocess.Popen]:
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-
-
-def free_port() -> int:
-    """A port of this machine on which nothing listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _program(name: str) -> str | None:

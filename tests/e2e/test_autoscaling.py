@@ -2,8 +2,10 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 from leftovers import MARK, assert_none_left
 from mlflow.tracking import MlflowClient
@@ -23,13 +25,19 @@ if {SUBMIT} {RUN}; then exit 11; fi  # Refused.
 """
 
 
+CLUSTER = [sys.executable, ROOT / "clusters" / "local" / "cluster.py", "--", "bash", "-c"]
+# Ray ends a head of which a part has ended, as when another program has taken its port.
+SERVER = "ray.util.client.server --address=[^ ]*:${RAY_ADDRESS#*:} "
+KILL_HEAD = f'pkill -KILL -f "{SERVER}" && sleep 5'
+
+
 def test_a_submitted_sweep_runs_on_workers_that_come_and_go(tmp_path):
     (tmp_path / "sweep.yaml").write_text(SWEEP)
     story = STORY.format(root=ROOT, folder=tmp_path)
     environment = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}
     environment[MARK] = str(tmp_path)
     ended = subprocess.run(
-        [sys.executable, ROOT / "clusters" / "local" / "cluster.py", "--", "bash", "-c", story],
+        [*CLUSTER, story],
         cwd=tmp_path,
         env=environment,
         capture_output=True,
@@ -61,3 +69,22 @@ def test_a_submitted_sweep_runs_on_workers_that_come_and_go(tmp_path):
     entries = Ledger.at(ledger).summary()["entries"]
     assert [entry["state"] for entry in entries] == ["committed"] * 2
     assert_none_left(str(tmp_path), 0)
+
+
+def test_a_head_that_ended_by_itself_is_told_and_leaves_its_logs_alone(tmp_path):
+    ended = subprocess.run(
+        [*CLUSTER, KILL_HEAD],
+        env=os.environ | {MARK: str(tmp_path), "TMPDIR": "/tmp"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert ended.returncode == 1, ended.stdout + ended.stderr
+    *_, told = ended.stderr.splitlines()
+    found = re.fullmatch(r"error: Ray's head ended by itself \(exit code \d+\): see (\S+) .*", told)
+    assert found, told
+    log = Path(found[1])
+    assert "ray_client_server" in log.read_text()
+    assert (log.parent / "session_latest" / "logs").is_dir()
+    shutil.rmtree(log.parent)
+    assert_none_left(str(tmp_path), 30)

@@ -10,7 +10,6 @@ import json
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ import torch
 from leftovers import MARK, marked_processes
 from ray.job_submission import JobSubmissionClient
 
+from clusters.local.ports import free_ports
 from core.config import load, nested
 from core.pipeline import run
 from core.privacy.keys import MasterSecret
@@ -69,14 +69,6 @@ def wait_for(
         assert time.monotonic() < deadline, f"no {name} within {seconds:g} s"
         time.sleep(every)
     return value
-
-
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        opened = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in opened:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in opened]
 
 
 @dataclasses.dataclass

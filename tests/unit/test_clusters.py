@@ -7,6 +7,7 @@ import copy
 import gzip
 import json
 import re
+import socket
 import subprocess
 import tomllib
 from pathlib import Path
@@ -18,6 +19,7 @@ import yaml
 from ray.autoscaler._private import _azure, util
 
 from clusters import spot
+from clusters.local.ports import free_ports
 from core.privacy.keys import SECRET_FILE_VARIABLE
 from core.yaml_subset import parse
 from sweep.launch import DRIVER_RESOURCE
@@ -264,3 +266,15 @@ def test_ten_commands_lead_to_a_finished_sweep(title):
     named = re.findall(r"clusters/[\w./-]+\w", block[0])
     assert named
     assert all((ROOT / path).exists() for path in named if "*" not in path)
+
+
+def test_ports_are_free_different_and_none_that_the_system_gives_out():
+    with socket.socket() as taken:
+        (port,) = free_ports(1)
+        taken.bind(("127.0.0.1", port))
+        taken.listen()
+        ports = free_ports(2_000)
+        assert len(set(ports)) == 2_000
+        assert port not in free_ports(11_000)
+    assert 20_000 <= min(ports) <= max(ports) < 32_000 < 32_768
+    assert free_ports(1) != free_ports(1)
