@@ -31,6 +31,7 @@ REDUCE = """        if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(flat, op=dist.ReduceOp.SUM)
 """
 SCOPES = "core/privacy/scopes.py"
+KEPT = ("tests/unit/test_plan.py",)
 SPENDING = ("tests/integration/test_scope_spending.py",)
 EARLY = ("tests/integration/test_early_scores.py",)
 EPOCHS = ("tests/integration/test_epoch_chosen_privately.py",)
@@ -119,6 +120,15 @@ MUTANTS = (
         "stages = (central_plan(config), score_plan(config))",
     ),
     Mutant("half of the steps charged", STAGE_PLANS, DP_SGD_EVENT, f"{DP_SGD_EVENT} // 2"),
+    Mutant("a kept plan above the target taken", PLAN, "if used > 1 + _OFF", "if used > 2", KEPT),
+    Mutant("a kept plan's epsilon believed", PLAN, "rel_tol=_OFF", "rel_tol=1", KEPT),
+    Mutant(
+        "a kept plan of other numbers taken",
+        PLAN,
+        "if getattr(plan, name) != value",
+        "if False",
+        KEPT,
+    ),
     Mutant("sensitivity halved", STAGE_PLANS, "sensitivity = reach *", "sensitivity = reach / 2 *"),
     Mutant(
         "norm clipped at twice the bound", CENTRAL, "(max_norm / norms)", "(2 * max_norm / norms)"
