@@ -334,7 +334,14 @@ def _has_begun(run_dir: Path, config: Config) -> bool:
 def _plan_of(run_dir: Path, config: Config, begun: bool) -> PrivacyPlan:
     if not begun:
         return make_plan(config)
-    return kept_plan(config, json.loads((run_dir / "privacy.json").read_text()))
+    path = run_dir / "privacy.json"
+    try:
+        return kept_plan(config, PrivacyPlan.restored(json.loads(path.read_text())))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ConfigError(
+            f"'{path}' cannot be read ({reason}): restore it, or choose a new run folder"
+        ) from error
 
 
 def _claim(run_dir: Path, config: Config, plan: PrivacyPlan) -> None:

@@ -77,7 +77,7 @@ def _run(
     sweep: SweepConfig, total: int, token: int, verbosity: int, train: Train | None
 ) -> Outcome:
     from sweep import tracking
-    from sweep.outbox import Outbox
+    from sweep.outbox import Backoff, Outbox
 
     rows = load_rows(sweep)
     storage = Path(sweep.storage_path)
@@ -91,10 +91,11 @@ def _run(
     run_id = tracking.Tracker(uri, experiment_id, sweep.name).run_id
     place = Place(sweep.name, uri, experiment_id, run_id)
     parent = Outbox(sweep.folder, uri, experiment_id, sweep.name)
-    tracking.kill_stale(uri, experiment_id, run_id, sweep.name)
+    backoff = Backoff()
     for row in rows:  # What the server had missed when the trial ended.
-        Outbox(row.run_dir, *place.run_of(row.trial)).flush()
+        Outbox(row.run_dir, *place.run_of(row.trial), backoff=backoff).flush()
     parent.flush()
+    tracking.kill_stale(uri, experiment_id, run_id, sweep.name)  # Who sends, opens the run again.
     pending = tracking.unfinished(uri, experiment_id, sweep.name)
     for row in rows:  # Finished, but the driver was stopped before it could say so.
         if row.state in ("finished", "stopped") and f"{sweep.name}/{row.trial}" in pending:

@@ -8,12 +8,13 @@ next run of the same command.
 import contextlib
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sweep.tracking import UNREACHABLE, MlflowException, Tracker, is_temporary
+from sweep.tracking import UNREACHABLE, Tracker, is_temporary
 
 OUTBOX = "mlflow_outbox.jsonl"
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 30.0
@@ -28,8 +29,12 @@ class Backoff:
 
     def failed(self) -> None:
         """No attempt for a while; each failure doubles it."""
-        self.next_attempt = time.monotonic() + self._pause
+        self.next_attempt = max(self.next_attempt, time.monotonic() + self._pause)
         self._pause = min(2 * self._pause, _LONGEST_PAUSE)
+
+    def give_up(self) -> None:
+        """No attempt any more: what is not sent yet stays for the next run of the command."""
+        self.next_attempt = math.inf
 
     def answered(self) -> None:
         """The next failure is a first one."""
@@ -95,11 +100,12 @@ class Outbox:
     def _send_waiting(self) -> bool:
         lines = self._lines()
         for number, line in enumerate(lines):
-            name, arguments = json.loads(line)
             try:
+                name, arguments = json.loads(line)
                 sent = self._attempt(name, [_restored(each) for each in arguments])
-            except MlflowException as error:  # Would be refused again: the rest must not wait.
-                logging.getLogger(__name__).warning(f"{self._path}: {name} was refused: {error}")
+            except Exception as error:  # Would fail again: the rest must not wait.
+                text = f"{self._path}: {line[:60].rstrip()} was refused: {error}"
+                logging.getLogger(__name__).warning(text)
                 continue
             if not sent:
                 if number:

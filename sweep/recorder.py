@@ -21,6 +21,8 @@ from sweep.recording import Place, record_end, record_start, record_step
 from sweep.trial import ENDS
 
 _LOG = logging.getLogger("sweep")
+_LONGEST_CLOSE = 300.0
+"""Seconds in which a server that answers may catch up at the end; then the rest is kept."""
 
 
 @dataclass
@@ -111,10 +113,14 @@ class Recorder:
         """
         for number in list(self._trials):
             self.ended(number, {})
-        self._thread.shutdown()
-        deadline = time.monotonic() + patience
-        for box in self._late:
-            box.flush(max(0.0, deadline - time.monotonic()))
+        try:
+            self._thread.submit(self._send_late, patience).result(_LONGEST_CLOSE)
+        except (TimeoutError, KeyboardInterrupt) as error:
+            self._backoff.give_up()  # The rest goes to the outboxes, which takes no time.
+            if isinstance(error, KeyboardInterrupt):
+                raise
+        finally:
+            self._thread.shutdown()
         if self._refused is not None:
             raise self._refused
 
@@ -123,19 +129,24 @@ class Recorder:
 
     def _act(self, trial: _Trial, act: Callable[[], None]) -> None:
         """In the thread: one record; then what the server has missed of trials that ended."""
-        if newest_launch(self._sweep.folder) != self._launch:
-            return
         try:
+            if newest_launch(self._sweep.folder) != self._launch:
+                return
             act()
+            while self._late and self._late[0].flush():
+                self._late.popleft()
+            self._late.rotate(-1)  # What hinders one shall not hinder all.
         except Exception as error:
             _LOG.exception("trial %s: not recorded", trial.name)
             if self._refused is None:
                 reason = f"{type(error).__name__}: {error}"
                 self._note(f"in MLflow trial {trial.name} is not recorded whole: {reason}")
             self._refused = self._refused or error
-        while self._late and self._late[0].flush():
-            self._late.popleft()
-        self._late.rotate(-1)  # What hinders one shall not hinder all.
+
+    def _send_late(self, patience: float) -> None:
+        deadline = time.monotonic() + patience
+        for box in self._late:
+            box.flush(max(0.0, deadline - time.monotonic()))
 
     def callback(self) -> Any:
         """What Tune tells about trials."""
@@ -156,6 +167,7 @@ class Recorder:
                 recorder.ended(trial.trial_id, trial.last_result)
 
             def on_trial_error(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
+                recorder.started(trial.trial_id, trial.config)  # It may have died before.
                 recorder.ended(trial.trial_id, {"failure": "its process died too often"})
 
         return Callback()

@@ -40,7 +40,7 @@ from mlflow.entities import (
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from mlflow.utils.time import get_current_time_millis
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from core.errors import ConfigError
 from core.reporting import NON_PRIVATE
@@ -226,7 +226,9 @@ class Tracker:
 
 
 def is_temporary(error: BaseException) -> bool:
-    """Whether the same call may succeed later; False where the server refused its content."""
+    """Whether the same call may succeed later; False where its content is refused or not there."""
+    if isinstance(error, FileNotFoundError | UnidentifiedImageError):  # Here, not at the server.
+        return False
     return not isinstance(error, MlflowException) or error.error_code in _TEMPORARY
 
 

@@ -120,8 +120,10 @@ MUTANTS = (
         "stages = (central_plan(config), score_plan(config))",
     ),
     Mutant("half of the steps charged", STAGE_PLANS, DP_SGD_EVENT, f"{DP_SGD_EVENT} // 2"),
-    Mutant("a kept plan above the target taken", PLAN, "if used > 1 + _OFF", "if used > 2", KEPT),
-    Mutant("a kept plan's epsilon believed", PLAN, "rel_tol=_OFF", "rel_tol=1", KEPT),
+    Mutant(
+        "a kept plan above the target taken", PLAN, "if used > 1 + _ROUNDING", "if used > 2", KEPT
+    ),
+    Mutant("a kept plan's epsilon believed", PLAN, "rel_tol=_ROUNDING", "rel_tol=1", KEPT),
     Mutant(
         "a kept plan of other numbers taken",
         PLAN,

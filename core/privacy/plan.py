@@ -13,7 +13,7 @@ from typing import Any
 
 from core.config import Config, PrivacyConfig
 from core.errors import ConfigError, InfeasibleError
-from core.privacy import accounting
+from core.privacy import accounting, renyi
 from core.privacy.mechanisms import FINE, Mechanism, discretization_for, grouped, quick_grid
 from core.privacy.scopes import Share, share_of
 from core.privacy.stage_plans import (
@@ -29,8 +29,8 @@ from core.privacy.stage_plans import (
 )
 
 _MIXTURE = 1e-3
-_OFF = 1e-4
-"""By what part a kept plan's epsilon may differ from what its mechanisms quickly compose to."""
+_ROUNDING = 1e-6
+"""By how much another version's accountant may find another epsilon for a kept plan."""
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,8 @@ def make_plan(config: Config) -> PrivacyPlan:
     Raises:
         InfeasibleError: the budget cannot pay; says which stage is too dear and the remedy.
     """
-    epsilon_central, epsilon_frequency = check_central(config), check_frequency(config)
+    check_central(config)
+    check_frequency(config)
     privacy, total = config.privacy, None
     if config.method == "non_private":
         noise_multiplier, total = 0.0, math.inf
@@ -227,21 +228,11 @@ def make_plan(config: Config) -> PrivacyPlan:
     else:
         noise_multiplier, of_all = _solve(*_question(config))
         total = of_all if privacy.scope != "sweep" else None
-    terms = _terms(config, noise_multiplier)
-    central, frequency, dp_sgd = terms["central"], terms["frequency"], terms["dp_sgd"]
-    stages = [stage.mechanism for stage in (central, frequency, dp_sgd) if stage is not None]
-    total = total or _epsilon([*_fixed(config), dp_sgd.mechanism], privacy)
-    return PrivacyPlan(
-        **terms,
-        epsilon=total,
-        epsilon_central=epsilon_central,
-        epsilon_score=0.0 if terms["score"] is None else total - _epsilon(stages, privacy),
-        epsilon_frequency=epsilon_frequency,
-    )
+    return _plan_with(config, noise_multiplier, total)
 
 
-def kept_plan(config: Config, summary: Mapping[str, Any]) -> PrivacyPlan:
-    """The plan that a run began with: checked by composing it once, not solved again.
+def kept_plan(config: Config, plan: PrivacyPlan) -> PrivacyPlan:
+    """The plan that a run began with: checked by composing it anew, but not solved again.
 
     A newer accountant may solve a noise multiplier that differs in its last digits; a run goes on
     with the one that it was charged for.
@@ -250,26 +241,55 @@ def kept_plan(config: Config, summary: Mapping[str, Any]) -> PrivacyPlan:
         ConfigError: it is not a plan of the configuration, states a wrong epsilon, or exceeds the
             target.
     """
-    plan, privacy = PrivacyPlan.restored(summary), config.privacy
-    terms = _terms(config, plan.noise_multiplier)
-    changed = [name for name, value in terms.items() if getattr(plan, name) != value]
-    if not changed and not math.isclose(
-        _quick(plan.mechanisms, privacy), plan.epsilon, rel_tol=_OFF
-    ):
-        changed = ["epsilon"]
-    if not changed and plan.is_private:
-        if (share := share_of(privacy)) is not None:
-            used = share.used(plan.mechanisms)
-        else:
-            paid = _repeated(plan.mechanisms, _copies(privacy))
-            used = _quick(paid, privacy) / privacy.target_epsilon
-        changed = ["target_epsilon"] if used > 1 + _OFF else []
-    if changed:
+    if changed := _disagreements(config, plan):
         raise ConfigError(
             f"the kept privacy plan does not agree with the configuration in {', '.join(changed)}: "
             "restore the run's privacy.json, or choose a new run folder"
         )
     return plan
+
+
+def _disagreements(config: Config, plan: PrivacyPlan) -> list[str]:
+    privacy, private = config.privacy, config.method != "non_private"
+    terms = _terms(config, plan.noise_multiplier)
+    if changed := [name for name, value in terms.items() if getattr(plan, name) != value]:
+        return changed
+    if private:
+        if not 0 < plan.noise_multiplier < math.inf:
+            return ["noise_multiplier"]
+        # Renyi DP first: it is cheap where far too little noise would fill the memory.
+        if renyi.epsilon(plan.mechanisms, plan.delta) > 3 * privacy.target_epsilon:
+            return ["target_epsilon"]
+    elif plan.noise_multiplier:
+        return ["noise_multiplier"]
+    found = _plan_with(config, plan.noise_multiplier, None if private else math.inf)
+    for name in ("epsilon", "epsilon_central", "epsilon_frequency", "epsilon_score"):
+        stated, value = getattr(plan, name), getattr(found, name)
+        if not math.isclose(stated, value, rel_tol=_ROUNDING, abs_tol=_ROUNDING):
+            changed.append(name)
+    if private and not changed:
+        if (share := share_of(privacy)) is not None:
+            used = share.used(plan.mechanisms)
+        else:
+            paid = _repeated(plan.mechanisms, _copies(privacy))
+            used = _epsilon(paid, privacy) / privacy.target_epsilon
+        changed += ["target_epsilon"] if used > 1 + _ROUNDING else []
+    return changed
+
+
+def _plan_with(config: Config, noise_multiplier: float, total: float | None) -> PrivacyPlan:
+    """The plan at a noise multiplier; `total` is its epsilon, if that is known."""
+    privacy, terms = config.privacy, _terms(config, noise_multiplier)
+    central, frequency, dp_sgd = terms["central"], terms["frequency"], terms["dp_sgd"]
+    stages = [stage.mechanism for stage in (central, frequency, dp_sgd) if stage is not None]
+    total = total or _epsilon([*_fixed(config), dp_sgd.mechanism], privacy)
+    return PrivacyPlan(
+        **terms,
+        epsilon=total,
+        epsilon_central=check_central(config),
+        epsilon_score=0.0 if terms["score"] is None else total - _epsilon(stages, privacy),
+        epsilon_frequency=check_frequency(config),
+    )
 
 
 def estimated_noise_multiplier(config: Config) -> float:
@@ -335,13 +355,6 @@ def _epsilon(
 ) -> float:
     return accounting.epsilon_of_mechanisms(
         tuple(mechanisms), terms.target_delta, terms.neighboring_relation, discretization
-    )
-
-
-def _quick(mechanisms: Sequence[Mechanism], terms: PrivacyConfig) -> float:
-    """As `_epsilon` to about 2e-6, in a tenth of the time: to check what was solved before."""
-    return accounting.epsilon_of_mechanisms(
-        tuple(mechanisms), terms.target_delta, terms.neighboring_relation, FINE, of_record=False
     )
 
 

@@ -2,7 +2,9 @@
 
 import base64
 import json
+import time
 import zlib
+from types import SimpleNamespace
 
 import pytest
 from mlflow.exceptions import MlflowException
@@ -11,6 +13,7 @@ from PIL import Image
 
 from core.reporting import write_json
 from sweep.config import load_sweep, trial_id_of
+from sweep.outbox import OUTBOX, Outbox
 from sweep.recorder import Recorder
 from sweep.recording import Place
 from sweep.tracking import (
@@ -160,6 +163,49 @@ def test_what_mlflow_refuses_is_told_at_once_and_raised_at_the_end(tmp_path, uri
     }
     assert runs[fine].info.status == "FINISHED"
     assert runs[refused].info.status == runs[no_result].info.status == "KILLED"
+
+
+def test_a_trial_whose_process_died_before_it_started_is_recorded_as_failed(tmp_path, uri, sweep):
+    experiment = open_experiment(uri, "unborn", tmp_path)
+    recorder = recorder_of(sweep, uri, experiment, [])
+    trial = SimpleNamespace(trial_id="tune", config={RATE: 0.001})
+    recorder.callback().on_trial_error(1, [trial], trial)
+    recorder.close(5.0)
+    runs = MlflowClient(tracking_uri=uri).search_runs([experiment])
+    assert sorted(run.info.status for run in runs) == ["FAILED", "RUNNING"]
+
+
+def test_a_slow_server_holds_up_the_end_only_so_long(tmp_path, uri, sweep, monkeypatch):
+    experiment = open_experiment(uri, "slow", tmp_path)
+    recorder = recorder_of(sweep, uri, experiment, [])
+    trains(recorder, sweep, 0.001)
+
+    def slow(self: Tracker, step: int, metrics: dict) -> None:
+        time.sleep(0.1)
+
+    monkeypatch.setattr(Tracker, "log_step", slow)
+    monkeypatch.setattr("sweep.recorder._LONGEST_CLOSE", 0.3)
+    for step in range(10, 500):
+        recorder.reported("tune 0.001", {"stage": "warm_up", "step": step})
+    began = time.monotonic()
+    recorder.close(0.0)
+    assert time.monotonic() - began < 25  # Sent, it would take 49 seconds.
+    (outbox,) = sweep.folder.glob("trials/*/mlflow_outbox.jsonl")
+    *steps, end = outbox.read_text().splitlines()
+    name, (step, _) = json.loads(steps[-1])
+    assert (name, step) == ("log_step", 499)
+    assert json.loads(end) == ["finish", ["KILLED"]]
+
+
+def test_a_line_that_cannot_be_sent_hinders_no_other(tmp_path, uri):
+    experiment = open_experiment(uri, "lines", tmp_path)
+    lines = (["log_missing_steps", [{"path": f"{tmp_path}/gone"}]], ["finish", ["FINISHED"]])
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / OUTBOX).write_text(f"{{torn\n{text}")
+    box = Outbox(tmp_path, uri, experiment, "s/t")
+    assert box.flush(5.0)
+    (run,) = MlflowClient(tracking_uri=uri).search_runs([experiment])
+    assert run.info.status == "FINISHED"
 
 
 def test_an_older_driver_records_nothing(tmp_path, uri, sweep):

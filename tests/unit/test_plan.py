@@ -1,6 +1,7 @@
 """The plan against figures computed independently, and what it must refuse."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,7 @@ from core.config import Config, load
 from core.errors import ConfigError, InfeasibleError
 from core.privacy import accounting
 from core.privacy.mechanisms import COARSE, FINE
-from core.privacy.plan import check_central, composed_epsilon, kept_plan, make_plan
+from core.privacy.plan import PrivacyPlan, check_central, composed_epsilon, kept_plan, make_plan
 
 REFERENCE = {
     "dataset.name": "idx",
@@ -125,7 +126,7 @@ def test_a_kept_plan_is_taken_as_it_is_and_not_solved_again(changes, monkeypatch
     monkeypatch.setattr(accounting, "solve_noise_multiplier", never)
     monkeypatch.setattr("core.privacy.plan._solve", never)
     monkeypatch.setattr("core.privacy.scopes.Share.solve_noise_multiplier", never)
-    assert kept_plan(config, kept) == plan
+    assert kept_plan(config, PrivacyPlan.restored(kept)) == plan
 
 
 @pytest.mark.parametrize("changes", SCOPES[:-1])
@@ -136,12 +137,12 @@ def test_a_kept_plan_with_too_little_noise_is_refused(changes):
         plan, dp_sgd=replace(plan.dp_sgd, noise_multiplier=0.998 * plan.noise_multiplier)
     )
     with pytest.raises(ConfigError, match=r"configuration in epsilon: restore .* new run folder"):
-        kept_plan(config, less.summary())
+        kept_plan(config, less)
     spent = accounting.epsilon_of_mechanisms(
-        tuple(less.mechanisms), plan.delta, plan.neighboring_relation, FINE, of_record=False
+        tuple(less.mechanisms), plan.delta, plan.neighboring_relation, FINE
     )
     with pytest.raises(ConfigError, match="configuration in target_epsilon: "):
-        kept_plan(config, replace(less, epsilon=spent).summary())
+        kept_plan(config, replace(less, epsilon=spent))
 
 
 @pytest.mark.parametrize(
@@ -162,7 +163,38 @@ def test_a_kept_plan_of_other_numbers_is_refused(stage, key, factor):
     kept = make_plan(config).summary()
     kept[stage] = {**kept[stage], key: factor * kept[stage][key]}
     with pytest.raises(ConfigError, match=f"configuration in {stage}: "):
-        kept_plan(config, kept)
+        kept_plan(config, PrivacyPlan.restored(kept))
+
+
+@pytest.mark.parametrize(
+    ("noise_multiplier", "stated", "key"),
+    [
+        (0.0, {"epsilon": math.inf}, "noise_multiplier"),
+        (math.inf, {"epsilon": 0.0}, "noise_multiplier"),
+        (math.nan, {}, "noise_multiplier"),
+        (-1.0, {}, "noise_multiplier"),
+        (0.01, {}, "target_epsilon"),
+        (None, {"epsilon_central": 1e-9}, "epsilon_central"),
+        (None, {"epsilon_score": 0.0}, "epsilon_score"),
+        (None, {"epsilon": 9.0}, "epsilon: "),
+    ],
+)
+def test_a_private_run_never_takes_a_plan_without_its_noise_or_its_epsilons(
+    noise_multiplier, stated, key
+):
+    config = reference(privacy__dp_accuracy_stddev=50.0)
+    plan = replace(make_plan(config), **stated)
+    if noise_multiplier is not None:
+        plan = replace(plan, dp_sgd=replace(plan.dp_sgd, noise_multiplier=noise_multiplier))
+    with pytest.raises(ConfigError, match="configuration in " + key):
+        kept_plan(config, plan)
+
+
+@pytest.mark.parametrize("delta", [1e-9, 1e-12])
+def test_a_kept_plan_of_a_small_delta_is_taken(delta):
+    config = reference(privacy__target_delta=delta, privacy__target_epsilon=10.0)
+    plan = make_plan(config)
+    assert kept_plan(config, plan) is plan
 
 
 def test_public_numbers_come_from_the_configuration_alone():
