@@ -14,6 +14,7 @@ from core.config import Config
 from core.data import Split
 from core.device import config_device
 from core.diffusion.unet import group_norm
+from core.errors import NotFiniteError
 from core.privacy.frequency import FourierFeatures
 from core.seeds import public_seed
 
@@ -57,6 +58,9 @@ def fitted_images(config: Config, features: FourierFeatures, released: torch.Ten
     Returns:
         uint8 `[frequency.num_images, C, H, W]`, image i of class `i % num_classes`.
 
+    Raises:
+        NotFiniteError: the generator diverged.
+
     Privacy: post-processing of the release; on one machine a function of it and the public seed.
     """
     device, dataset, settings = config_device(config), config.dataset, config.frequency
@@ -88,6 +92,11 @@ def fitted_images(config: Config, features: FourierFeatures, released: torch.Ten
     with torch.no_grad():
         for number, part in enumerate(labels.split(settings.batch_size)):
             drawn = generator(latents(settings.num_steps + number, len(part)), part.to(device))
+            if not drawn.isfinite().all():
+                raise NotFiniteError(
+                    "the generator of the frequency stage diverged: its images are not finite; "
+                    f"start anew with frequency.learning_rate below {settings.learning_rate:g}"
+                )
             parts.append((drawn * 255).round().to(torch.uint8).cpu())
     return Split(torch.cat(parts), labels)
 

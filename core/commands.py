@@ -27,7 +27,7 @@ from core.privacy.ledger import Ledger
 from core.privacy.plan import PrivacyPlan
 from core.privacy.spending import require_same_data
 from core.release import release_card, verify_release, write_release
-from core.reporting import Console
+from core.reporting import Console, to_json
 
 
 def run(options: argparse.Namespace) -> None:
@@ -193,4 +193,4 @@ def evaluate(options: argparse.Namespace) -> None:
     scores = score(config, synthetic, dataset, config_device(config))
     tag = "public" if config.dataset.public else "non-private"
     print("  ".join(f"{name} {value:.4g}" for name, value in scores.values.items()) + f"  ({tag})")
-    print(json.dumps(scores.record, indent=2))
+    print(to_json(scores.record, indent=2))

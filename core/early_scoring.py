@@ -21,6 +21,7 @@ from core.evaluation.metrics import (
     dp_accuracy,
     likeness,
 )
+from core.evaluation.scoring import require_finite
 from core.generate import generate
 from core.privacy.keys import KeyedStream
 from core.privacy.plan import PrivacyPlan
@@ -65,6 +66,7 @@ class EarlyScores:
 
         Raises:
             StoppedEarlyError: the run shall not go on.
+            NotFiniteError: the score is NaN or infinite.
         """
         if self._resumed is None:
             self._resumed = step  # The log still holds what was told up to here.
@@ -76,19 +78,20 @@ class EarlyScores:
             if not known and point < step:
                 continue  # Its model is gone.
             if not known:
-                self._kept[point] = self._score(model, place)
+                score = self._score(model, place)
+                require_finite({self._name: score})
+                self._kept[point] = score
                 distributed.on_rank_0(self._store)
             tell = self._report if known and point <= self._resumed else self._logged
-            score = {self._name: self._kept[point]}
-            tell({"step": point, "stage": STAGE, PROGRESS: share, **score})
+            tell({"step": point, "stage": STAGE, PROGRESS: share, **self.at(point)})
             if point == step and not distributed.on_rank_0(
                 lambda share=share: self._goes_on(share)
             ):
                 raise StoppedEarlyError(step)
 
-    def last(self) -> dict[str, float]:
-        """The last score by its name."""
-        return {self._name: self._kept[max(self._kept)]}
+    def at(self, step: int) -> dict[str, float]:
+        """The score at a step by its name; a resumed run may have kept those of later steps."""
+        return {self._name: self._kept[step]}
 
     def _load(self) -> dict[int, float]:
         kept = json.loads(self._path.read_text()) if self._path.exists() else {}

@@ -25,6 +25,11 @@ class StorageError(UserError):
     """The folder of a run is full, gone or cannot be written: nothing is trained unsaved."""
 
 
+class NotFiniteError(UserError):
+    """Training, drawing or scoring gave a number that is not finite, as it would again: the run has
+    failed for good."""
+
+
 class StoppedError(UserError):
     """A run reached its time limit and left a checkpoint; its argument says where."""
 

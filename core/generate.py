@@ -12,7 +12,7 @@ from core import distributed
 from core.config import Config
 from core.data import Split, from_model_range
 from core.diffusion.sampler import sample
-from core.errors import StoppedError, stored
+from core.errors import NotFiniteError, StoppedError, stored
 from core.pictures import write_grid
 
 _SEEDS = 1_000_003
@@ -86,6 +86,9 @@ def draw_images(
         seed: public, at least 0.
         number: of the chunk, in [0, 1,000,003); each has random numbers of its own.
 
+    Raises:
+        NotFiniteError: a pixel is NaN or infinite, which would be shown as black.
+
     Privacy: post-processing of a private model.
     """
     dataset = config.dataset
@@ -94,6 +97,11 @@ def draw_images(
     images = sample(
         denoiser, labels.to(device), shape, config.sampler, dataset.num_classes, generator
     )
+    if not images.isfinite().all():
+        raise NotFiniteError(
+            "the network draws images that are not finite, so nothing of it can be used: train "
+            "anew with a lower learning rate, or with sampler settings nearer to the defaults"
+        )
     return (from_model_range(images) * 255).round().to(torch.uint8).cpu()
 
 
@@ -115,8 +123,11 @@ def sample_pictures(
     labels = classes.repeat_interleave(_PICTURE_COLUMNS)
 
     def draw(step: int) -> None:
-        if step in steps and distributed.rank() == 0:
-            images = draw_images(denoiser, labels, config, config.seed, _SEEDS - 1, device)
-            write_grid(folder / f"{step:08d}.png", images, labels)
+        images = draw_images(denoiser, labels, config, config.seed, _SEEDS - 1, device)
+        write_grid(folder / f"{step:08d}.png", images, labels)
 
-    return draw
+    def draw_if_due(step: int) -> None:
+        if step in steps:
+            distributed.on_rank_0(lambda: draw(step))  # Its errors are everyone's.
+
+    return draw_if_due

@@ -17,7 +17,7 @@ from core import yaml_subset
 from core.config import Config, load, load_yaml, merge, nested
 from core.device import config_device
 from core.diffusion.denoiser import build_denoiser
-from core.errors import ConfigError
+from core.errors import ConfigError, NotFiniteError
 from core.generate import draw_images
 
 GENERATOR = "generator"
@@ -69,9 +69,17 @@ class Generator:
 
 
 def load_denoiser(config: Config, weights: Path, device: str) -> nn.Module:
-    """The averaged model of a finished run."""
+    """The averaged model of a finished run.
+
+    Raises:
+        NotFiniteError: a weight is NaN or infinite.
+    """
     denoiser = build_denoiser(config).to(device).eval()
     denoiser.load_state_dict(torch.load(weights, map_location=device, weights_only=True))
+    if not all(parameter.isfinite().all() for parameter in denoiser.parameters()):
+        raise NotFiniteError(
+            f"'{weights}' holds weights that are not finite: train anew with a lower learning rate"
+        )
     return denoiser
 
 

@@ -6,8 +6,8 @@ import math
 import platform
 import shutil
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from core.easy_stage import (
     trajectory_of,
     warm_up,
 )
-from core.errors import ConfigError, stored
+from core.errors import ConfigError, NotFiniteError, stored
 from core.evaluation.features import find_weights
 from core.evaluation.scoring import score
 from core.generate import generate, sample_pictures
@@ -44,7 +44,7 @@ from core.privacy.keys import KeyedStream, MasterSecret
 from core.privacy.plan import PrivacyPlan, kept_plan, make_plan
 from core.privacy.spending import Spending, require_same_data, steps_begun
 from core.private_scores import PrivateScores
-from core.reporting import MetricsLog, Report, log_to, report_line, write_json
+from core.reporting import FAILED, MetricsLog, Report, log_to, numbers, report_line, write_json
 from core.storage import require_space
 from core.training import Lesson, non_private_stage, private_stage, train
 
@@ -69,8 +69,9 @@ def run(
 ) -> dict[str, Any]:
     """Trains, generates and scores one model; call it on every rank of a process group.
 
-    A finished run returns its stored result; an interrupted one goes on from its checkpoint,
-    replaying the same masks and noise, so it releases nothing new.
+    A finished run returns its stored result, one that failed for good raises its error again; an
+    interrupted one goes on from its checkpoint, replaying the same masks and noise, so it releases
+    nothing new.
 
     Args:
         run_dir: folder that all ranks see; receives everything the run writes.
@@ -90,6 +91,8 @@ def run(
         InfeasibleError: the budget of the trial or of the data set cannot pay; nothing ran.
         ConfigError: the folder holds a run of another configuration, or another process runs it.
         DataError: the data set is missing, malformed or not what the configuration states.
+        NotFiniteError: the training diverged, or its images or scores are not finite; what ran is
+            settled, and nothing of it is a result.
     """
     with ExitStack() as stack:
         # In a sweep the holder is a worker of the same trial that was given up.
@@ -102,7 +105,7 @@ def run(
 
         distributed.on_rank_0(enter)
         charged = charged or run_dir / "charged"
-        return _run(config, run_dir, master, name, report, lease, charged, shared, goes_on)
+        return _run(config, run_dir, master, name, report, lease, charged, shared, goes_on, stack)
 
 
 def _run(
@@ -115,6 +118,7 @@ def _run(
     charged: Path,
     shared: Path | None,
     goes_on: GoesOn,
+    stack: ExitStack,
 ) -> dict[str, Any]:
     began = time.monotonic()
     deadline = began + (config.runtime.max_seconds or math.inf)
@@ -150,6 +154,11 @@ def _run(
         reservation = distributed.on_rank_0(
             lambda: spending.reserve(fingerprint, identity, central_identity)
         )
+    stack.enter_context(
+        _failure_noted(
+            run_dir, identity, lambda: reservation and spending.settle(fingerprint, reservation)
+        )
+    )
     dataset = dataset or distributed.together(lambda: load_dataset(config.dataset, cache))
     found = dataset.fingerprint
     distributed.together(lambda: require_same_data(fingerprint, found, config))
@@ -188,7 +197,7 @@ def _run(
             result = {
                 "step": end.step,
                 "stage": ENDED_EARLY,
-                **early.last(),
+                **early.at(end.step),
                 "epsilon": plan.epsilon_after(steps_begun(counted)),
                 "noise_multiplier": plan.noise_multiplier,
                 "seconds": time.monotonic() - began,
@@ -363,13 +372,29 @@ def _claim(run_dir: Path, config: Config, plan: PrivacyPlan) -> None:
     temporary.replace(path)
 
 
+@contextmanager
+def _failure_noted(run_dir: Path, identity: str, settle: Callable[[], object]) -> Iterator[None]:
+    """Settles what ran, then notes that the run has failed for good."""
+    try:
+        yield
+    except NotFiniteError as error:
+        if distributed.rank() == 0:
+            settle()
+            write_json(run_dir / FAILED, {"identity": identity, "error": str(error)})
+        raise
+
+
 def _finished(run_dir: Path, identity: str) -> dict[str, Any] | None:
-    ends = [run_dir / name for name in ("evaluation.json", STOPPED) if (run_dir / name).exists()]
+    """The stored end of the run, if it has one; raises on all ranks what it failed with."""
+    names = ("evaluation.json", STOPPED, FAILED)
+    ends = [run_dir / name for name in names if (run_dir / name).exists()]
     stored = json.loads(ends[0].read_text()) if ends else None
     found = distributed.broadcast_object(stored)
     if found is None or found["identity"] != identity:
         return None
-    return {key: value for key, value in found.items() if key not in _ORIGIN}
+    if "error" in found:
+        raise NotFiniteError(found["error"])
+    return numbers({key: value for key, value in found.items() if key not in _ORIGIN})
 
 
 def _logged(report: Report, run_dir: Path, checkpoints: Checkpoints, config: Config) -> Report:

@@ -16,6 +16,8 @@ NON_PRIVATE = "non_private"
 hold it."""
 SELECTED = "selected.json"
 """What a complete sweep leaves in the folder of its best trial: the objective that chose it."""
+FAILED = "failed.json"
+"""What a run leaves that met numbers that are not finite, and would meet them again: the error."""
 Report = Callable[[dict[str, Any]], None]
 
 
@@ -30,7 +32,7 @@ class MetricsLog:
 
     def __call__(self, metrics: Mapping[str, Any]) -> None:
         """Appends one line."""
-        self._file.write(json.dumps(dict(metrics)) + "\n")
+        self._file.write(to_json(metrics) + "\n")
         self._file.flush()
 
 
@@ -135,9 +137,32 @@ def report_line(metrics: Mapping[str, Any], total_steps: int) -> str:
     return "  ".join(parts)
 
 
+def to_json(content: Any, indent: int | None = None) -> str:
+    """Strict JSON (RFC 8259), which knows no number that is not finite.
+
+    Such numbers, as the epsilon of a run without privacy, are written as the texts "NaN",
+    "Infinity" and "-Infinity", as in the JSON form of Protocol Buffers; `numbers` reads them.
+    """
+    return json.dumps(_strict(content), indent=indent, allow_nan=False)
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, Mapping):
+        return {key: _strict(each) for key, each in value.items()}
+    return [_strict(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def numbers(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """A mapping that `to_json` wrote, whose texts are no names, with its numbers as they were."""
+    texts = ("NaN", "Infinity", "-Infinity")
+    return {key: float(value) if value in texts else value for key, value in stored.items()}
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes indented JSON so that a reader never sees half a file, nor after a power cut."""
-    text = json.dumps(content, indent=2) + "\n"
+    """Writes indented, strict JSON so that nobody ever reads half a file, nor after a power cut."""
+    text = to_json(content, indent=2) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w") as file:

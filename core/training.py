@@ -25,7 +25,7 @@ from core.device import config_device
 from core.diffusion.denoiser import Denoiser
 from core.diffusion.ema import Ema
 from core.diffusion.loss import draw, edm_loss
-from core.errors import StoppedError
+from core.errors import NotFiniteError, StoppedError
 from core.physical_batch import PhysicalBatches
 from core.privacy.adam_bc import DpAdamBc
 from core.privacy.dp_sgd import DpSgdOptimizer
@@ -46,12 +46,15 @@ class Stage:
     Attributes:
         step: takes the number of the step within the stage, returns the mean loss of the batch
             over all ranks as a tensor.
+        public_loss: of what the step has released, on public input, `[1]`; None where the loss of
+            the step itself may decide whether the run goes on.
     """
 
     name: str
     num_steps: int
     step: Callable[[int], torch.Tensor]
     optimizer: torch.optim.Optimizer
+    public_loss: Callable[[int], torch.Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,7 @@ def train(
 
     Raises:
         StoppedError: the deadline has passed; the state is kept.
+        NotFiniteError: see `_require_finite`; the state is neither kept nor shown.
     """
     start = 0
     state = distributed.on_rank_0(checkpoints.load)
@@ -98,12 +102,22 @@ def train(
         denoiser.load_state_dict(state["denoiser"])
         ema.load_state_dict(state["ema"])
         stage.optimizer.load_state_dict(state["optimizer"])
-    after_step(offset + start, ema.module)
+
+    def after(done: int) -> None:
+        try:
+            after_step(offset + done, ema.module)
+        except NotFiniteError as error:  # Of a picture or a score.
+            raise NotFiniteError(f"{_place(stage, done)} {error}") from error
+
+    _require_finite(stage, start, denoiser, ema)
+    after(start)
     runtime, began = config.runtime, time.monotonic()
     for number in range(start, stage.num_steps):
         loss = stage.step(number)
         ema.update(denoiser)
         done = number + 1
+        decides = loss if stage.public_loss is None else stage.public_loss(number)
+        _require_finite(stage, done, denoiser, ema, decides)
         last = done == stage.num_steps
         late = deadline < math.inf and distributed.on_rank_0(lambda: time.monotonic() > deadline)
         if done % runtime.log_every == 0 or last or done == start + 1:
@@ -120,10 +134,45 @@ def train(
         if done % runtime.checkpoint_every == 0 or last or late:
             _save(checkpoints, stage, done, denoiser, ema)
         scoring = time.monotonic()
-        after_step(offset + done, ema.module)
+        after(done)
         began += time.monotonic() - scoring  # Not a part of the step.
         if late and not last:
-            raise StoppedError(f"in {stage.name} at step {done} of {stage.num_steps}")
+            raise StoppedError(_place(stage, done))
+
+
+def _place(stage: Stage, done: int) -> str:
+    return f"in {stage.name} at step {done} of {stage.num_steps}"
+
+
+def _require_finite(
+    stage: Stage, done: int, denoiser: Denoiser, ema: Ema, *losses: torch.Tensor
+) -> None:
+    """Refuses, on all ranks alike, a state that every later step would only spend budget on.
+
+    Args:
+        done: steps of the stage.
+        losses: that may decide.
+
+    Raises:
+        NotFiniteError: a parameter, an average, a moment of the optimizer or a loss is NaN or
+            infinite.
+
+    Privacy: reads what the steps have released; after DP-SGD no gradient, no loss of a private
+        image.
+    """
+    state = [*denoiser.parameters(), *ema.module.parameters(), *losses]
+    state += [] if ema.power is None else [ema.power.values]
+    for moments in stage.optimizer.state.values():
+        state += [each for each in moments.values() if torch.is_tensor(each) and each.ndim]
+    largest = nn.utils.get_total_norm([each.detach() for each in state], math.inf)
+    if distributed.sum_over_ranks((~largest.isfinite()).float()):
+        section = "warm_up" if stage.name == "warm_up" else "private_training"
+        rate = stage.optimizer.param_groups[0]["lr"]
+        raise NotFiniteError(
+            f"{_place(stage, done)} the training diverged: its loss or parameters are not finite, "
+            "so the run has failed and nothing of it can be used; start anew with "
+            f"{section}.learning_rate below {rate:g}"
+        )
 
 
 def _save(checkpoints: Checkpoints, stage: Stage, step: int, denoiser: Denoiser, ema: Ema) -> None:
@@ -191,7 +240,7 @@ def private_stage(
 
     Privacy: one global Poisson mask a step; per-example gradients averaged over K noise draws,
     clipped over all parameters, summed over ranks and noised once. The reported loss is not
-    private.
+    private and decides nothing: that of a grey image, under the network that a step released, does.
     """
     device, settings = config_device(config), config.private_training
     adam = torch.optim.Adam(denoiser.parameters(), lr=settings.learning_rate)
@@ -229,7 +278,14 @@ def private_stage(
         total = distributed.sum_over_ranks(total)
         return total[0] / total[1].clamp(min=1)
 
-    return Stage("private_training", plan.num_steps, step, adam)
+    @torch.no_grad()
+    def public_loss(number: int) -> torch.Tensor:
+        first = torch.zeros(1, dtype=torch.long)
+        grey = torch.zeros((1, *train_split.images.shape[1:]), device=device)
+        draws = draw(stream, number, first, settings.noise_multiplicity, grey.shape[1:], device)
+        return _loss(config, per_example, grey, first.to(device), draws)
+
+    return Stage("private_training", plan.num_steps, step, adam, public_loss)
 
 
 def non_private_stage(

@@ -4,7 +4,6 @@ Scores that these commands show are computed from real images and are not privat
 """
 
 import argparse
-import json
 import logging
 import signal
 import sys
@@ -20,7 +19,7 @@ from core import yaml_subset
 from core.config import nested
 from core.errors import ConfigError, UserError
 from core.privacy.ledger_file import LedgerError
-from core.reporting import SELECTED
+from core.reporting import SELECTED, to_json
 from sweep.config import SweepConfig, load_sweep
 from sweep.driver import running_driver, stop_driver
 from sweep.records import differences, export, record
@@ -231,7 +230,7 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _print_json(content: Any) -> None:
-    print(json.dumps(content, indent=2))
+    print(to_json(content, indent=2))
 
 
 def _print_table(records: Sequence[Mapping[str, Any]], digits: int = 4) -> None:

@@ -247,11 +247,12 @@ def _fit(
 
 
 def _is_done(sweep: SweepConfig, row: Row) -> bool:
-    """Whether a trial is not tried again; a failed draw of a selection has the worst score."""
+    """Whether a trial is not tried again; a failed draw of a selection has the worst score, and
+    one that failed for good would do so again."""
     if final_row(sweep, [row]) is not None:
         return False
     return row.state in ("finished", "stopped") or (
-        row.state == "failed" and row.config.privacy.scope == "selection"
+        row.state == "failed" and (row.for_good or row.config.privacy.scope == "selection")
     )
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from core.reporting import to_json
 from sweep.tracking import UNREACHABLE, Tracker, is_temporary
 
 OUTBOX = "mlflow_outbox.jsonl"
@@ -90,7 +91,7 @@ class Outbox:
 
     def _call(self, name: str, arguments: tuple[Any, ...]) -> None:
         if not (self.flush() and self._attempt(name, arguments)):
-            record = json.dumps([name, [_plain(each) for each in arguments]])
+            record = to_json([name, [_plain(each) for each in arguments]])
             # A full disk stops the workers, who say so; records are not what it should fail for.
             with contextlib.suppress(OSError):
                 self._path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,5 @@
 """A trial as one flat record: for scripts, tables of other programs, and comparisons."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from core.config import flatten
 from core.errors import ConfigError
 from core.evaluation.names import DIRECTIONS
+from core.reporting import to_json
 from sweep.results import Row
 
 FORMATS = (".csv", ".json", ".parquet")
@@ -54,7 +54,7 @@ def export(rows: Sequence[Row], path: Path) -> None:
     records = [record(row) for row in rows]
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".json":
-        path.write_text(json.dumps(records, indent=2) + "\n")
+        path.write_text(to_json(records, indent=2) + "\n")
         return
     import pandas
 

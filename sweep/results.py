@@ -17,7 +17,7 @@ from core.evaluation.names import DIRECTIONS, HEADLINES
 from core.privacy.card import card_markdown, make_card, three_epsilons
 from core.privacy.ledger import Ledger, ledger_path
 from core.privacy.plan import PrivacyPlan, composed_epsilon
-from core.reporting import SELECTED, write_json
+from core.reporting import FAILED, SELECTED, write_json
 from sweep.config import SweepConfig
 from sweep.scope import SEED
 
@@ -30,6 +30,7 @@ class Row:
         state: `finished`, `stopped` (early, by the scheduler), `failed` or `unfinished`.
         scores: metrics by name; empty unless finished.
         error: why it has no scores.
+        for_good: whether it failed as it would fail again.
         early_score: the last one of a stopped trial.
         spent: epsilon of a stopped trial's steps.
     """
@@ -44,6 +45,7 @@ class Row:
     error: str
     early_score: float | None = None
     spent: float | None = None
+    for_good: bool = False
 
     @property
     def epsilon(self) -> float:
@@ -62,7 +64,7 @@ def _row(folder: Path) -> Row:
     config = load(load_yaml(folder / "config.yaml"))
     plan = PrivacyPlan.restored(json.loads((folder / "privacy.json").read_text()))
     evaluation, error = folder / "evaluation.json", folder / "error.txt"
-    stopped = folder / STOPPED
+    stopped, failed = folder / STOPPED, folder / FAILED
     result: dict[str, Any] = {}
     state, reason, spent, early = "unfinished", "", None, None
     if evaluation.exists():
@@ -71,6 +73,8 @@ def _row(folder: Path) -> Row:
         result, state = json.loads(stopped.read_text()), "stopped"
         spent, early = result["epsilon"], result[plan.early_metric]
         reason = f"stopped at step {result['step']}: {plan.early_metric} {early:.4g}"
+    elif failed.exists():
+        state, reason = "failed", json.loads(failed.read_text())["error"]
     elif error.exists():
         state, reason = "failed", error.read_text().strip()
     return Row(
@@ -84,6 +88,7 @@ def _row(folder: Path) -> Row:
         error=reason,
         early_score=early,
         spent=spent,
+        for_good=state == "failed" and failed.exists(),
     )
 
 

@@ -1,6 +1,8 @@
 """All scores of a run, shared among ranks, with what must be equal for them to compare."""
 
+import math
 import statistics
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 from core import distributed
 from core.config import Config
 from core.data import Dataset, Split
+from core.errors import NotFiniteError
 from core.evaluation.metrics import downstream_accuracy, downstream_classifier, likeness
 from core.evaluation.networks import NETWORKS
 from core.private_scores import PrivateScores
@@ -47,6 +50,9 @@ def score(
     Args:
         private: gives the first classifier's `dp_accuracy` and, where the configuration says so,
             chooses all classifiers' epochs.
+
+    Raises:
+        NotFiniteError: a score is NaN or infinite.
 
     Privacy: all but `dp_accuracy` are computed from real images without protection.
     """
@@ -99,8 +105,10 @@ def score(
     classifiers = {
         name: {"network": NETWORKS[name].what, "accuracies": each} for name, each in single.items()
     }
+    values |= likenesses
+    require_finite(values)
     return Scores(
-        {**values, **likenesses},
+        values,
         {
             "classifiers": classifiers,
             "epoch_chosen_on": _CHOSEN_ON[settings.epoch_chosen_on],
@@ -108,3 +116,19 @@ def score(
             **record,
         },
     )
+
+
+def require_finite(scores: Mapping[str, float]) -> None:
+    """Refuses scores that nothing can be compared with.
+
+    Raises:
+        NotFiniteError: names the first score that is NaN or infinite.
+
+    Privacy: of finite features each score is finite, in float64, whatever the images.
+    """
+    for name, value in scores.items():
+        if not math.isfinite(value):
+            raise NotFiniteError(
+                f"the score {name} is {value}, so the run has failed and no score of it is kept: "
+                "look at its images, and start anew with another evaluation.fid_extractor or seed"
+            )

@@ -27,6 +27,7 @@ from core.privacy.stage_plans import (
     frequency_plan,
     score_plan,
 )
+from core.reporting import numbers
 
 _MIXTURE = 1e-3
 _ROUNDING = 1e-6
@@ -135,10 +136,10 @@ class PrivacyPlan:
         kept = summary.get("frequency")  # Older summaries have none.
         frequency = FrequencyPlan(**kept) if kept else None
         score = ScorePlan(**summary["score"]) if summary["score"] else None
-        dp_sgd = DpSgdPlan(**summary["dp_sgd"])
+        dp_sgd = DpSgdPlan(**numbers(summary["dp_sgd"]))
         names = {field.name for field in fields(cls)} - {"central", "frequency", "dp_sgd", "score"}
-        numbers = {name: summary[name] for name in names if name in summary}
-        return cls(central=central, frequency=frequency, dp_sgd=dp_sgd, score=score, **numbers)
+        rest = numbers({name: summary[name] for name in names if name in summary})
+        return cls(central=central, frequency=frequency, dp_sgd=dp_sgd, score=score, **rest)
 
     def summary(self) -> dict[str, Any]:
         """Plain data for privacy.json."""

@@ -25,6 +25,7 @@ def curves(rows: Sequence[Row], winner: Row | None) -> Figure | None:
         for stage, part in groupby(points, key=lambda line: line["stage"]):
             name = f"{'best trial' if best else 'other trials'}, {_STAGES[stage]}"
             lines = list(part)
+            losses = [line["loss"] for line in lines]
             traces.append(
                 {
                     "type": "scatter",
@@ -33,7 +34,9 @@ def curves(rows: Sequence[Row], winner: Row | None) -> Figure | None:
                     "legendgroup": name,
                     "showlegend": name not in named,
                     "x": [line["step"] for line in lines],
-                    "y": [line["loss"] for line in lines],
+                    # A loss that is not finite is a text, and so a gap.
+                    # A loss that is not finite is kept as a text, and drawn as a gap.
+                    "y": [None if isinstance(each, str) else each for each in losses],
                     "line": {
                         "dash": "dot" if stage == "warm_up" else "solid",
                         "width": 3 if best else 1.3,

@@ -1,6 +1,5 @@
 """Gathers what the report says and fills the page."""
 
-import json
 import time
 from collections.abc import Sequence
 from importlib import resources
@@ -14,6 +13,7 @@ from core import yaml_subset
 from core.config import nested
 from core.errors import UserError
 from core.privacy.card import three_epsilons
+from core.reporting import to_json
 from sweep.comparison import CENTRAL_IMAGES, FREQUENCY
 from sweep.config import SweepConfig
 from sweep.report.affordable_map import affordable_map
@@ -77,7 +77,7 @@ def write_report(sweep: SweepConfig, out: Path) -> None:
         "classes": CLASSES,
         "gallery": _gallery(sweep, finished),
         "configuration": yaml_subset.dump(nested(winner.config)) if winner else "",
-        "figure_data": json.dumps(
+        "figure_data": to_json(
             [{"id": each.id, "data": each.data, "layout": each.layout} for each in figures]
         ).replace("</", "<\\/"),
         "plotly": get_plotlyjs(),
