@@ -7,7 +7,7 @@ import pytest
 import torch
 from two_ranks import tiny_run
 
-from core import identity
+from core import early_scoring, identity
 from core.config import load
 from core.errors import ConfigError
 from core.evaluation import metrics
@@ -105,6 +105,24 @@ def test_a_stopped_run_pays_for_the_steps_that_it_ran(tmp_path, share, executed)
     # It is over: a worker that is started again tells the same and computes nothing.
     assert tiny_run(tmp_path, goes_on=goes_on, **EARLY) == [last]
     assert entry_of(tmp_path) == entry
+
+
+def test_the_score_of_the_step_where_it_stopped_counts(tmp_path, monkeypatch):
+    """A run that is resumed from before a later score, and is stopped there this time."""
+    drawn = iter([0.1, 0.2, 0.3])
+    monkeypatch.setattr(early_scoring, "downstream_accuracy", lambda *_: next(drawn))
+    settings = EARLY | {"runtime.checkpoint_every": 500}  # So that the last is the warm-up's.
+
+    def kill(report: dict) -> None:
+        if report["stage"] == "early_score" and report["step"] == 12:
+            raise KillError
+
+    with pytest.raises(KillError):
+        tiny_run(tmp_path, kill, **settings)
+    last = tiny_run(tmp_path, goes_on=lambda share: share < 0.5, **settings)[-1]
+    assert (last["stage"], last["step"], last["early_accuracy"]) == ("stopped", 8, 0.2)
+    assert json.loads((tmp_path / "stopped.json").read_text())["early_accuracy"] == 0.2
+    assert tiny_run(tmp_path, **settings) == [last]
 
 
 def test_private_scores_are_paid_by_the_plan_and_drawn_apart(tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from core.diffusion.loss import draw, edm_loss
 from core.errors import ConfigError, StoppedError
 from core.privacy.keys import KeyedStream
 from core.privacy.ledger import Ledger
-from core.privacy.plan import composed_epsilon, make_plan
+from core.privacy.plan import PrivacyPlan, composed_epsilon, make_plan
 from core.training import non_private_stage
 from sweep.config import load_sweep
 
@@ -53,10 +53,13 @@ def test_a_ceiling_says_that_it_is_not_private_and_enters_no_ledger(ceiling, cap
     assert result["epsilon"] == math.inf
     assert result["noise_multiplier"] == 0
     plan = json.loads((folder / "run" / "privacy.json").read_text())
-    assert plan["epsilon"] == math.inf
+    assert plan["epsilon"] == plan["dp_sgd"]["max_grad_norm"] == "Infinity"  # Strict JSON.
+    assert PrivacyPlan.restored(plan) == make_plan(load(folder / "run" / "config.yaml"))
     assert "NOT private" in plan["statement"]
     stored = json.loads((folder / "run" / "evaluation.json").read_text())
     assert set(stored["tags"].values()) == {"non-private"}
+    assert stored["epsilon"] == "Infinity"
+    assert tiny_run(folder / "run", method="non_private") == [result]  # As it was when it ended.
     assert not list(folder.rglob("*.jsonl.head")) + list(
         (folder / "run" / "ledger").glob("*.jsonl")
     )

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from core.pictures import encode_png, write_grid
-from core.reporting import MetricsLog, write_json
+from core.reporting import MetricsLog, numbers, to_json, write_json
 
 
 def decoded(content: bytes) -> tuple[str, torch.Tensor]:
@@ -114,3 +114,26 @@ def test_json_is_replaced_as_a_whole(tmp_path):
         write_json(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": 1, "b": [0.5, None]}
     assert [file.name for file in path.parent.iterdir()] == ["file.json"]
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_json_is_strict_and_numbers_that_are_not_finite_come_back(indent):
+    metrics = {"loss": math.nan, "epsilon": math.inf, "least": -math.inf, "step": 3, "tag": "a"}
+    text = to_json({**metrics, "parts": [math.inf, ({"x": math.nan},)]}, indent)
+
+    def refuse(constant: str) -> None:
+        pytest.fail(f"{constant} is no JSON")
+
+    stored = json.loads(text, parse_constant=refuse)
+    assert stored["parts"] == ["Infinity", [{"x": "NaN"}]]
+    again = numbers(stored)
+    assert math.isnan(again.pop("loss"))
+    expected = {key: value for key, value in metrics.items() if key != "loss"}
+    assert again == {**expected, "parts": stored["parts"]}
+
+
+def test_a_log_with_a_loss_that_is_not_finite_goes_on(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for step in (1, 2):
+        MetricsLog(path, step - 1)({"step": step, "stage": "private_training", "loss": math.nan})
+    assert [line.count('"loss": "NaN"') for line in path.read_text().splitlines()] == [1, 1]
