@@ -109,7 +109,7 @@ def train(
         except NotFiniteError as error:  # Of a picture or a score.
             raise NotFiniteError(f"{_place(stage, done)} {error}") from error
 
-    _require_finite(stage, start, denoiser, ema)
+    _require_finite(stage, start, _kept(stage, denoiser, ema))
     after(start)
     runtime, began = config.runtime, time.monotonic()
     for number in range(start, stage.num_steps):
@@ -117,7 +117,7 @@ def train(
         ema.update(denoiser)
         done = number + 1
         decides = loss if stage.public_loss is None else stage.public_loss(number)
-        _require_finite(stage, done, denoiser, ema, decides)
+        _require_finite(stage, done, [*denoiser.parameters(), decides])
         last = done == stage.num_steps
         late = deadline < math.inf and distributed.on_rank_0(lambda: time.monotonic() > deadline)
         if done % runtime.log_every == 0 or last or done == start + 1:
@@ -132,6 +132,7 @@ def train(
             )
         # After the report: killed in between, a run reports again rather than never.
         if done % runtime.checkpoint_every == 0 or last or late:
+            _require_finite(stage, done, _kept(stage, denoiser, ema))
             _save(checkpoints, stage, done, denoiser, ema)
         scoring = time.monotonic()
         after(done)
@@ -144,26 +145,25 @@ def _place(stage: Stage, done: int) -> str:
     return f"in {stage.name} at step {done} of {stage.num_steps}"
 
 
-def _require_finite(
-    stage: Stage, done: int, denoiser: Denoiser, ema: Ema, *losses: torch.Tensor
-) -> None:
-    """Refuses, on all ranks alike, a state that every later step would only spend budget on.
-
-    Args:
-        done: steps of the stage.
-        losses: that may decide.
-
-    Raises:
-        NotFiniteError: a parameter, an average, a moment of the optimizer or a loss is NaN or
-            infinite.
-
-    Privacy: reads what the steps have released; after DP-SGD no gradient, no loss of a private
-        image.
-    """
-    state = [*denoiser.parameters(), *ema.module.parameters(), *losses]
+def _kept(stage: Stage, denoiser: Denoiser, ema: Ema) -> list[torch.Tensor]:
+    """Parameters, averages and moments: what a checkpoint holds."""
+    state = [*denoiser.parameters(), *ema.module.parameters()]
     state += [] if ema.power is None else [ema.power.values]
     for moments in stage.optimizer.state.values():
         state += [each for each in moments.values() if torch.is_tensor(each) and each.ndim]
+    return state
+
+
+def _require_finite(stage: Stage, done: int, state: Sequence[torch.Tensor]) -> None:
+    """Refuses, on all ranks alike, a state on which every later step would only spend budget.
+
+    Args:
+        done: steps of the stage.
+        state: what may decide: what was released, or follows from it; no private loss or gradient.
+
+    Raises:
+        NotFiniteError: a number of it is NaN or infinite.
+    """
     largest = nn.utils.get_total_norm([each.detach() for each in state], math.inf)
     if distributed.sum_over_ranks((~largest.isfinite()).float()):
         section = "warm_up" if stage.name == "warm_up" else "private_training"

@@ -37,6 +37,7 @@ EARLY = ("tests/integration/test_early_scores.py",)
 EPOCHS = ("tests/integration/test_epoch_chosen_privately.py",)
 SHARED = ("tests/integration/test_shared_warm_up.py",)
 LOSSES, LOSS_TESTS = "core/privacy/loss_distribution.py", ("tests/unit/test_loss_distribution.py",)
+DIVERGING = ("tests/integration/test_diverging_runs.py",)
 DP_SGD_EVENT = "self.sample_rate, self.noise_multiplier, self.num_steps"
 
 
@@ -77,6 +78,27 @@ MUTANTS = (
         DP_SGD,
         "finite = torch.isfinite(norms)",
         "finite = torch.isfinite(norms); self.expected_batch_size = max(len(norms), 1)",
+    ),
+    Mutant(
+        "DP-SGD spends on where the network is no longer finite",
+        "core/training.py",
+        "_require_finite(stage, done, [*denoiser.parameters(), decides])",
+        "stage.public_loss or _require_finite(stage, done, [*denoiser.parameters(), decides])",
+        DIVERGING,
+    ),
+    Mutant(
+        "a private loss decides whether training goes on",
+        "core/training.py",
+        "loss if stage.public_loss is None else stage.public_loss(number)",
+        "loss",
+        DIVERGING,
+    ),
+    Mutant(
+        "one record's gradient can end the training",
+        DP_SGD,
+        "finite = torch.isfinite(norms)",
+        "finite = torch.isfinite(norms); assert finite.all()",
+        DIVERGING,
     ),
     Mutant(
         "sample rate doubled",

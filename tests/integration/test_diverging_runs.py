@@ -215,7 +215,7 @@ class Sound:
         self.ema = Ema(self.model, 0.9, posthoc=True)
         self.optimizer = torch.optim.Adam(self.model.parameters())
         self.spoilt, self.rank = spoilt, rank
-        self.config = load({}, TINY | {"runtime.checkpoint_every": 1})
+        self.config = load({}, TINY | {"runtime.checkpoint_every": 1, "runtime.device": "cpu"})
         self.checkpoints = Checkpoints(folder, "identity")
 
     def step(self, number: int) -> torch.Tensor:

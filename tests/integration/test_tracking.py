@@ -2,6 +2,7 @@
 
 import base64
 import json
+import math
 import time
 import zlib
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from PIL import Image
 
-from core.reporting import write_json
+from core.reporting import to_json, write_json
 from sweep.config import load_sweep, trial_id_of
 from sweep.outbox import OUTBOX, Outbox
 from sweep.recorder import Recorder
@@ -288,3 +289,21 @@ def test_a_password_is_never_shown(uri):
         text = how_to_compare(uri, "e", "s")
         assert "word" not in text
         assert "does not answer" in text
+
+
+def test_a_loss_that_is_not_finite_arrives_as_it_was(tmp_path, uri, monkeypatch):
+    """It is kept as a text, as JSON has no such number; also where MLflow was away."""
+    experiment = open_experiment(uri, "not finite", tmp_path)
+    box = Outbox(tmp_path, uri, experiment, "s/t")
+    with monkeypatch.context() as away:
+        away.setattr(Outbox, "_attempt", lambda *_: False)
+        box.log_step(1, {"loss": math.nan})
+    assert json.loads((tmp_path / OUTBOX).read_text())[1][1] == {"mapping": {"loss": "NaN"}}
+    assert box.flush()
+    report = {"step": 2, "stage": "private_training", "loss": math.inf}
+    (tmp_path / "metrics.jsonl").write_text(f"{to_json(report)}\n")
+    tracker = Tracker(uri, experiment, "s/t")
+    tracker.log_missing_steps(tmp_path / "metrics.jsonl")
+    found = MlflowClient(tracking_uri=uri).get_run(tracker.run_id).data.metrics
+    assert math.isnan(found["loss"])
+    assert found["private_training/loss"] > 1e300  # The data base holds its largest number.

@@ -9,6 +9,7 @@ import pytest
 from core.config import load
 from core.errors import InfeasibleError
 from core.privacy.plan import PrivacyPlan
+from core.reporting import MetricsLog
 from sweep.config import load_sweep
 from sweep.report import effects
 from sweep.report.affordable_map import affordable_map
@@ -133,6 +134,15 @@ def test_there_is_no_edge_without_both_intervals(sweep):
     del space["central_images.noise_multiplier"]
     narrow = sweep.model_copy(update={"search_space": space})
     assert effects.affordable(narrow, load("core/configs/digits.yaml")) is None
+
+
+def test_a_loss_that_is_not_finite_is_a_gap(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl", 0)
+    for step, loss in enumerate((0.5, float("nan"), 0.25)):
+        log({"step": step, "stage": "private_training", "loss": loss})
+    figure = curves([row("a", 0.5, 9, tmp_path)], None)
+    assert figure is not None
+    assert figure.data[0]["y"] == [0.5, None, 0.25]
 
 
 def test_curves_survive_a_torn_line(tmp_path):
