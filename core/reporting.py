@@ -155,7 +155,11 @@ def _strict(value: Any) -> Any:
 
 
 def numbers(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """A mapping that `to_json` wrote, whose texts are no names, with its numbers as they were."""
+    """A flat mapping that `to_json` wrote, with its numbers as they were.
+
+    Args:
+        stored: holds no text that a user chose, such as a name, which might be "NaN".
+    """
     texts = ("NaN", "Infinity", "-Infinity")
     return {key: float(value) if value in texts else value for key, value in stored.items()}
 
