@@ -11,17 +11,17 @@ PARQUET = "data/train-00000-of-00001.parquet"
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (10**6, "100K<n<1M"))
 
 
-def parquet_metadata(num_classes: int) -> dict[str, str]:
+def parquet_metadata(class_names: Sequence[str]) -> dict[str, str]:
     """Schema metadata by which `datasets` reads the columns as `Image` and `ClassLabel`."""
-    names = [str(label) for label in range(num_classes)]
-    features = {"image": {"_type": "Image"}, "label": {"names": names, "_type": "ClassLabel"}}
+    label = {"names": list(class_names), "_type": "ClassLabel"}
+    features = {"image": {"_type": "Image"}, "label": label}
     return {"huggingface": json.dumps({"info": {"features": features}})}
 
 
 def dataset_card(
     card: Mapping[str, Any],
     num_images: int,
-    num_classes: int,
+    class_names: Sequence[str],
     formats: Sequence[str],
     license_id: str,
 ) -> str:
@@ -29,6 +29,7 @@ def dataset_card(
 
     Args:
         card: the privacy card.
+        class_names: of the labels 0, 1, ...; public.
         formats: what the bundle holds; only with `parquet` is there something to load.
         license_id: identifier of the Hub, such as `cc-by-4.0`; `unknown` leaves it open.
     """
@@ -59,13 +60,16 @@ def dataset_card(
             "    dtype:",
             "      class_label:",
             "        names:",
-            *(f"          '{label}': '{label}'" for label in range(num_classes)),
+            *(
+                f"          '{label}': {json.dumps(name, ensure_ascii=False)}"  # Quoted as in YAML.
+                for label, name in enumerate(class_names)
+            ),
         ]
     lines = ["---", *front, "---", "", "# Synthetic images", ""]
     lines += [
-        f"{num_images:,} synthetic images of {num_classes} classes, drawn from a diffusion model "
-        "that was trained with differential privacy. They are drawn, not taken from the data that "
-        "the model learned from.",
+        f"{num_images:,} synthetic images of {len(class_names)} classes, drawn from a diffusion "
+        "model that was trained with differential privacy. They are drawn, not taken from the data "
+        "that the model learned from.",
         "",
         "## Privacy",
         "",
@@ -83,8 +87,10 @@ def dataset_card(
         "",
         "## Use",
         "",
-        "Labels are numbers of classes, in the order of the data set. The images are not real: "
-        "rare cases may be missing, and conclusions about people need real data.",
+        "The images are not real: rare cases may be missing, and conclusions about people need "
+        "real data. Labels mean:",
+        "",
+        *(f"- {label}: {name}" for label, name in enumerate(class_names)),
         "",
     ]
     if "parquet" in formats:

@@ -1,5 +1,6 @@
 """The errors a user can cause, each one clear sentence: value, allowed range, remedy."""
 
+import unicodedata
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -7,6 +8,9 @@ from pathlib import Path
 
 class UserError(Exception):
     """Base of every error whose text is meant for the user; printed without a traceback."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class ConfigError(UserError):
@@ -35,6 +39,13 @@ class StoppedError(UserError):
 
     def __str__(self) -> str:
         return f"runtime.max_seconds is over {self.args[0]}: the same command goes on from there"
+
+
+def printable(text: str) -> str:
+    """One line that every terminal takes: line ends, control characters and undecodable bytes,
+    as names of files may hold them, are written as escapes."""
+    unsafe = ("Cc", "Cs", "Zl", "Zp")
+    return "".join(ascii(c)[1:-1] if unicodedata.category(c) in unsafe else c for c in text)
 
 
 @contextmanager

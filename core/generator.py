@@ -1,11 +1,11 @@
 """A trained generator in a folder of its own: labels in, images out.
 
-The folder holds the averaged weights and what drawing needs of the configuration: no optimizer, no
-key, no ledger, no path. Bundles hold one, and so does MLflow's model, which loads it by
-`_load_pyfunc`, without a line of MLflow here.
+The folder holds the averaged weights, the names of the classes and what drawing needs of the
+configuration: no optimizer, no key, no ledger, no path. Bundles hold one, and so does MLflow's
+model, which loads it by `_load_pyfunc`, without a line of MLflow here.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from core.device import config_device
 from core.diffusion.denoiser import build_denoiser
 from core.errors import ConfigError, NotFiniteError
 from core.generate import draw_images
+from core.reporting import write_class_names
 
 GENERATOR = "generator"
 """Folder of a bundle that holds the weights."""
@@ -83,8 +84,10 @@ def load_denoiser(config: Config, weights: Path, device: str) -> nn.Module:
     return denoiser
 
 
-def write_generator(folder: Path, weights: Path, config: Config) -> None:
-    """Writes a run's weights and the settings that drawing from them needs, nothing else of it.
+def write_generator(
+    folder: Path, weights: Path, config: Config, class_names: Sequence[str]
+) -> None:
+    """Writes a run's weights, what drawing from them needs and what labels mean, nothing else.
 
     On the CPU: a run on GPUs may be handed on by a machine without one.
 
@@ -99,6 +102,7 @@ def write_generator(folder: Path, weights: Path, config: Config) -> None:
     for section, names in _PARTS.items():
         kept[section] = {name: settings[section][name] for name in names}
     (folder / "config.yaml").write_text(yaml_subset.dump(kept))
+    write_class_names(folder, class_names)
 
 
 def load_generator(

@@ -44,7 +44,16 @@ from core.privacy.keys import KeyedStream, MasterSecret
 from core.privacy.plan import PrivacyPlan, kept_plan, make_plan
 from core.privacy.spending import Spending, require_same_data, steps_begun
 from core.private_scores import PrivateScores
-from core.reporting import FAILED, MetricsLog, Report, log_to, numbers, report_line, write_json
+from core.reporting import (
+    FAILED,
+    MetricsLog,
+    Report,
+    log_to,
+    numbers,
+    report_line,
+    write_class_names,
+    write_json,
+)
 from core.storage import require_space
 from core.training import Lesson, non_private_stage, private_stage, train
 
@@ -160,8 +169,9 @@ def _run(
         )
     )
     dataset = dataset or distributed.together(lambda: load_dataset(config.dataset, cache))
-    found = dataset.fingerprint
+    found, names = dataset.fingerprint, dataset.class_names
     distributed.together(lambda: require_same_data(fingerprint, found, config))
+    distributed.on_rank_0(stored(run_dir)(lambda: write_class_names(run_dir, names)))
     distributed.on_rank_0(lambda: spending.remember(fingerprint))
 
     def stream(stage: str, purpose: str) -> KeyedStream:

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from core.data.published import CLASSES, digests_of, torchvision_class
+from core.config import DatasetConfig
+from core.data.published import CELEBA_TABLES, CLASSES, digests_of, torchvision_class
+from core.data.tables import celeba
 from core.errors import ConfigError, DataError
 
 
@@ -31,7 +33,7 @@ class Origin:
 
 
 _IDX = "train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz, t10k-images-idx3-ubyte.gz, "
-_IDX += "t10k-labels-idx1-ubyte.gz (gzipped or not)"
+_IDX += "t10k-labels-idx1-ubyte.gz (gzipped or not, also named .idx3-ubyte)"
 ORIGINS = {
     "mnist": Origin(
         "MNIST (LeCun et al. 1998): 60,000 + 10,000 grey digits of 28x28",
@@ -77,7 +79,8 @@ ORIGINS = {
         "CelebA (Liu et al. 2015): 162,770 + 19,962 aligned faces of 178x218",
         "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html (Google Drive, 1.4 GB)",
         ".",
-        "celeba/img_align_celeba/*.jpg, or the archive of these, and the text files beside it",
+        "celeba/img_align_celeba/*.jpg, or the archive of these, and beside it "
+        "list_attr_celeba.txt and list_eval_partition.txt, or Kaggle's copies of both (.csv)",
         "celeba",
         "celeba_32",
     ),
@@ -110,7 +113,10 @@ def prepare(options: argparse.Namespace) -> None:
     for file, md5 in _digests(name).items():
         print(f"       MD5 {md5}  {out / file}")
     try:
-        _fetch_camelyon(origin, out) if name == "camelyon17" else _fetch(name, out)
+        if name == "camelyon17":
+            _fetch_camelyon(origin, out)
+        elif name != "celeba" or not _has_celeba(out):
+            _fetch(name, out)
     except Exception as error:  # Networks and archives fail in many ways.
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise DataError(
@@ -140,8 +146,31 @@ def _fetch(name: str, out: Path) -> None:
     kind: Any = torchvision_class(name)
     assert name in CLASSES
     _refuse_damaged(name, out)
-    kind(str(out), download=True)
+    _fetch_celeba(out / "celeba") if name == "celeba" else kind(str(out), download=True)
     _refuse_damaged(name, out)
+
+
+def _has_celeba(out: Path) -> bool:
+    """Whether what is read of CelebA lies there, in whichever layout its reader takes."""
+    try:
+        celeba(DatasetConfig(name="celeba", path=str(out), channels=3, num_classes=2))
+    except DataError:
+        return False
+    return True
+
+
+def _fetch_celeba(folder: Path) -> None:
+    """What is missing of the pictures and of the tables that are read; torchvision fetches all."""
+    from torchvision.datasets import celeba as published
+    from torchvision.datasets.utils import extract_archive
+
+    archive = folder / "img_align_celeba.zip"
+    for number, md5, file in published.CelebA.file_list:
+        place = folder / "img_align_celeba" if file == archive.name else folder / file
+        if file in (*CELEBA_TABLES, archive.name) and not place.exists():
+            published.download_file_from_google_drive(number, str(folder), file, md5)
+    if not (folder / "img_align_celeba").exists():
+        extract_archive(str(archive))
 
 
 def _refuse_damaged(name: str, out: Path) -> None:

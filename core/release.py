@@ -21,7 +21,7 @@ from core.pictures import encode_png, write_grid
 from core.privacy.card import card_markdown, make_card
 from core.privacy.ledger import Ledger, ledger_path
 from core.privacy.plan import PrivacyPlan
-from core.reporting import NON_PRIVATE, SELECTED, write_json
+from core.reporting import NON_PRIVATE, SELECTED, class_names, write_json
 
 FORMATS = ("folder", "npz", "parquet", "generator")
 DIGESTS = "digests.json"
@@ -83,20 +83,20 @@ def write_release(
     temporary.mkdir(parents=True)
     with np.load(stored) as arrays:
         synthetic = Split(torch.from_numpy(arrays["images"]), torch.from_numpy(arrays["labels"]))
-    classes = config.dataset.num_classes
+    classes = class_names(run_dir, config.dataset.num_classes)
     if "folder" in formats:
-        _write_folder(temporary, synthetic)
+        _write_folder(temporary, synthetic, classes)
     if "npz" in formats:
         _write_npz(temporary, synthetic)
     if "parquet" in formats:
         _write_parquet(temporary, synthetic, classes)
     if "generator" in formats:
-        write_generator(temporary / GENERATOR, run_dir / "model.pt", config)
+        write_generator(temporary / GENERATOR, run_dir / "model.pt", config, classes)
     write_grid(temporary / "grid.png", synthetic.images, synthetic.labels)
     write_json(temporary / "privacy_card.json", card)
     (temporary / "privacy_card.md").write_text(card_markdown(card))
     text = dataset_card(card, len(synthetic.labels), classes, formats, license_id)
-    (temporary / "README.md").write_text(text)
+    (temporary / "README.md").write_text(text, encoding="utf-8")
     write_json(temporary / DIGESTS, _digests(temporary))
     if out.exists():
         out.rmdir()
@@ -157,17 +157,18 @@ def verify_release(folder: Path) -> int:
     return len(found)
 
 
-def _write_folder(out: Path, synthetic: Split) -> None:
+def _write_folder(out: Path, synthetic: Split, classes: Sequence[str]) -> None:
     width = len(str(len(synthetic.labels) - 1))
     with _open_new(out / "images" / "labels.csv") as file:
         table = csv.writer(file)
-        table.writerow(("file", "label"))
+        table.writerow(("file", "label", "class"))
         pairs = zip(synthetic.images, synthetic.labels.tolist(), strict=True)
         for number, (image, label) in enumerate(pairs):
             path = out / "images" / str(label) / f"{number:0{width}d}.png"
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(encode_png(image))
-            table.writerow((path.relative_to(out / "images").as_posix(), label))
+            name = path.relative_to(out / "images").as_posix()
+            table.writerow((name, label, classes[label]))
 
 
 def _write_npz(out: Path, synthetic: Split) -> None:
@@ -175,7 +176,7 @@ def _write_npz(out: Path, synthetic: Split) -> None:
     np.savez_compressed(out / "images.npz", images=images, labels=labels)
 
 
-def _write_parquet(out: Path, synthetic: Split, num_classes: int) -> None:
+def _write_parquet(out: Path, synthetic: Split, classes: Sequence[str]) -> None:
     import pyarrow
     from pyarrow import parquet
 
@@ -190,12 +191,12 @@ def _write_parquet(out: Path, synthetic: Split, num_classes: int) -> None:
         }
     )
     (out / PARQUET).parent.mkdir()
-    parquet.write_table(table.replace_schema_metadata(parquet_metadata(num_classes)), out / PARQUET)
+    parquet.write_table(table.replace_schema_metadata(parquet_metadata(classes)), out / PARQUET)
 
 
 def _open_new(path: Path) -> Any:
     path.parent.mkdir(parents=True)
-    return path.open("w", newline="")
+    return path.open("w", newline="", encoding="utf-8")
 
 
 def _digests(folder: Path) -> dict[str, str]:

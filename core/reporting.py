@@ -6,7 +6,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ SELECTED = "selected.json"
 """What a complete sweep leaves in the folder of its best trial: the objective that chose it."""
 FAILED = "failed.json"
 """What a run leaves that met numbers that are not finite, and would meet them again: the error."""
+CLASSES = "classes.json"
+"""What a run and whatever holds its generator say of their labels: the names, in order."""
 Report = Callable[[dict[str, Any]], None]
 
 
@@ -162,6 +164,19 @@ def numbers(stored: Mapping[str, Any]) -> dict[str, Any]:
     """
     texts = ("NaN", "Infinity", "-Infinity")
     return {key: float(value) if value in texts else value for key, value in stored.items()}
+
+
+def write_class_names(folder: Path, names: Sequence[str]) -> None:
+    """Writes what the labels 0, 1, ... mean. The list of classes is a public constant."""
+    write_json(folder / CLASSES, {"class_names": list(names)})
+
+
+def class_names(folder: Path, num_classes: int) -> list[str]:
+    """What the labels mean; numbers where the run is older than the file."""
+    path = folder / CLASSES
+    if not path.exists():
+        return [str(label) for label in range(num_classes)]
+    return json.loads(path.read_text())["class_names"]
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

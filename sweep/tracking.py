@@ -299,9 +299,11 @@ def _save_model(run_dir: Path, folder: Path, model_id: str) -> None:
     import core
     from core.config import load
     from core.generator import write_generator
+    from core.reporting import class_names
 
     config = load(run_dir / "config.yaml")
-    write_generator(folder / "generator", run_dir / "model.pt", config)
+    names = class_names(run_dir, config.dataset.num_classes)
+    write_generator(folder / "generator", run_dir / "model.pt", config, names)
     image = (config.dataset.channels, config.dataset.image_size, config.dataset.image_size)
     packages = {p.__name__: p.__version__.split("+")[0] for p in (torch, numpy, pydantic)}
     with warnings.catch_warnings(action="ignore"):  # That there is no example of an input.
@@ -311,6 +313,7 @@ def _save_model(run_dir: Path, folder: Path, model_id: str) -> None:
             data_path=str(folder / "generator"),
             code_paths=[str(Path(core.__file__).parent)],
             mlflow_model=Model(model_id=model_id),
+            metadata={"class_names": names},
             signature=ModelSignature(
                 Schema([TensorSpec(numpy.dtype("int64"), (-1,))]),
                 Schema([TensorSpec(numpy.dtype("uint8"), (-1, *image))]),

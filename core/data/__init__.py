@@ -1,5 +1,6 @@
 """Data sets as uint8 tensors, each checked against what the configuration states."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,11 +9,12 @@ import torch
 from core.config import DatasetConfig
 from core.data.cache import decoded, decoded_once
 from core.data.digits import digits
-from core.data.folders import camelyon17, celeba, eurosat, image_folder
+from core.data.folders import eurosat, image_folder
 from core.data.idx import idx
 from core.data.parquet import parquet
 from core.data.published import cifar
 from core.data.records import Dataset, Source, Split
+from core.data.tables import camelyon17, celeba
 from core.errors import DataError
 
 __all__ = [
@@ -24,6 +26,7 @@ __all__ = [
     "to_model_range",
 ]
 
+_LOG = logging.getLogger("core")
 READERS: dict[str, Callable[[DatasetConfig], Source]] = {
     "digits": digits,
     "idx": idx,
@@ -50,15 +53,24 @@ def load_dataset(config: DatasetConfig, cache: Path | None = None) -> Dataset:
 
     Privacy: opens the private data; call only after the plan has been made.
     """
-    source = READERS[config.name](config)
-    dataset = decoded_once(source, config, cache) if cache else decoded(source, config)
+    try:
+        source = READERS[config.name](config)
+        dataset = decoded_once(source, config, cache) if cache else decoded(source, config)
+    except OSError as error:
+        raise DataError(
+            f"'{error.filename or config.path}' cannot be read ({error.strerror or error}): "
+            "correct its permissions, or dataset.path"
+        ) from None
     labels = dataset.train.labels
+    unread = f" ({source.left_out} left out)" if source.left_out else ""
     if len(labels) != config.num_examples:
         raise DataError(
             f"dataset.num_examples={config.num_examples}, but '{config.path or config.name}' holds "
-            f"{len(labels)} training images: N is a public constant that every privacy "
+            f"{len(labels)} training images{unread}: N is a public constant that every privacy "
             "figure rests on, so state it or choose the right data"
         )
+    if unread:
+        _LOG.warning("'%s' is read without some of its files%s", config.path, unread)
     missing = sorted(set(range(config.num_classes)) - set(labels.unique().tolist()))
     if missing:
         raise DataError(

@@ -12,12 +12,13 @@ import numpy as np
 import torch
 
 from core.config import DatasetConfig, flatten
-from core.data.records import Dataset, Records, Source, Split, fingerprint_of_labels, fitted
+from core.data.records import Dataset, Parts, Source, Split, fingerprint_of_labels, fitted
 from core.errors import DataError
 from core.locks import held
 
-_VERSION = 1
-"""Raised whenever cropping, resizing or the files' layout change, so that no old one is taken."""
+_VERSION = 2
+"""Raised whenever the choice of files, the order of classes, the decoding or the layout changes, so
+that no old one is taken."""
 _NO_TRANSFORM = ("path", "num_examples", "public")
 _FEW = 64
 """Up to so many files are known by their content, which is quickly read; more by the time of
@@ -30,7 +31,8 @@ def decoded(source: Source, config: DatasetConfig) -> Dataset:
     Raises:
         DataError: a file is missing or damaged, or a split is empty.
     """
-    train, test = _read(source, config)
+    parts = _read(source, config)
+    train, test = parts.train, parts.test
     digest = fingerprint_of_labels(train.labels)
     images = [
         np.stack(list(fitted(train, config, "training", digest))),
@@ -40,7 +42,7 @@ def decoded(source: Source, config: DatasetConfig) -> Dataset:
         Split(torch.from_numpy(array), torch.from_numpy(records.labels))
         for array, records in zip(images, (train, test), strict=True)
     ]
-    return Dataset(splits[0], splits[1], digest.hexdigest())
+    return Dataset(splits[0], splits[1], digest.hexdigest(), parts.class_names)
 
 
 def decoded_once(source: Source, config: DatasetConfig, cache: Path) -> Dataset:
@@ -85,9 +87,9 @@ def _key(source: Source, config: DatasetConfig) -> str:
     return digest.hexdigest()[:32]
 
 
-def _read(source: Source, config: DatasetConfig) -> tuple[Records, Records]:
+def _read(source: Source, config: DatasetConfig) -> Parts:
     parts = source.read()
-    for records, split in zip(parts, ("training", "test"), strict=True):
+    for records, split in ((parts.train, "training"), (parts.test, "test")):
         if len(records.labels) == 0:
             raise DataError(
                 f"'{config.path or config.name}' holds no {split} image: add some, or choose "
@@ -97,7 +99,8 @@ def _read(source: Source, config: DatasetConfig) -> tuple[Records, Records]:
 
 
 def _write(source: Source, config: DatasetConfig, folder: Path) -> None:
-    train, test = _read(source, config)
+    parts = _read(source, config)
+    train, test = parts.train, parts.test
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(mode=0o700)
@@ -112,6 +115,7 @@ def _write(source: Source, config: DatasetConfig, folder: Path) -> None:
                     file.write(image.tobytes())
                 file.flush()
                 os.fsync(file.fileno())
+        (temporary / "class_names").write_text(json.dumps(parts.class_names))
         (temporary / "fingerprint").write_text(digest.hexdigest())
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
@@ -123,11 +127,14 @@ def _mapped(folder: Path, config: DatasetConfig) -> Dataset | None:
     """What lies in the folder; None where there is nothing, or a damaged file."""
     try:
         train, test = (_split(folder, name) for name in ("training", "test"))
+        class_names = tuple(json.loads((folder / "class_names").read_text()))
         fingerprint = (folder / "fingerprint").read_text()
     except (FileNotFoundError, ValueError, EOFError):
         return None
     complete = all(len(split.images) == len(split.labels) for split in (train, test))
-    return Dataset(train, test, fingerprint) if complete and len(fingerprint) == 64 else None
+    if not complete or len(fingerprint) != 64:
+        return None
+    return Dataset(train, test, fingerprint, class_names)
 
 
 def _split(folder: Path, name: str) -> Split:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from core.config import DatasetConfig
-from core.data.records import Records, Source, checked_labels
+from core.data.records import Parts, Records, Source, checked_labels, names_of
 from core.errors import DataError
 
 
@@ -27,7 +27,7 @@ def digits(config: DatasetConfig) -> Source:
     return Source((path,), lambda: _read(path, config))
 
 
-def _read(path: Path, config: DatasetConfig) -> tuple[Records, Records]:
+def _read(path: Path, config: DatasetConfig) -> Parts:
     try:
         table = np.loadtxt(path, delimiter=",")
     except (OSError, ValueError) as error:
@@ -35,7 +35,8 @@ def _read(path: Path, config: DatasetConfig) -> tuple[Records, Records]:
     pixels = np.rint(table[:, :64] * (255 / 16)).astype(np.uint8).reshape(-1, 1, 8, 8)
     labels = checked_labels(path, table[:, 64].astype(np.int64), config)
     test = np.arange(len(labels)) % 5 == 0
-    return (
+    return Parts(
         Records(labels[~test], lambda: iter(pixels[~test])),
         Records(labels[test], lambda: iter(pixels[test])),
+        names_of((), config),
     )

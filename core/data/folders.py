@@ -1,41 +1,68 @@
-"""Data sets of one file for each image: a folder of classes, EuroSAT, CelebA, Camelyon17."""
+"""Data sets of one file for each image: a folder of classes, an archive's index, EuroSAT."""
 
-import csv
 import hashlib
+import json
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from core.config import DatasetConfig
 from core.data.images import SUFFIXES, decoded
-from core.data.published import digests_of, read_published
-from core.data.records import Records, Source, checked_labels, existing, folder_of
+from core.data.layout import FOLDER, in_words, is_hidden, listing, plain, split_named, suffixes
+from core.data.records import (
+    Parts,
+    Records,
+    Source,
+    checked_labels,
+    existing,
+    first_label,
+    folder_of,
+    names_of,
+)
 from core.errors import DataError
 
 Items = Sequence[tuple[Path, int]]
+INDEX = "dataset.json"
 _EUROSAT_TEST, _EUROSAT = 4000, 27000
-_CAMELYON_TEST_CENTER, _CAMELYON_VALIDATION_CENTER = 2, 1
+
+
+@dataclass(frozen=True)
+class _Listing:
+    """Pictures and labels of a folder.
+
+    Attributes:
+        class_names: of label 0, 1, ...; none where numbers alone are known.
+        unread: numbers of files that lie among them, by suffix.
+        tables: files that decide the labels.
+    """
+
+    items: Items
+    class_names: tuple[str, ...]
+    unread: Counter[str]
+    tables: tuple[Path, ...] = ()
 
 
 def image_folder(config: DatasetConfig) -> Source:
-    """`class/name.png`, below `train/` and `test/` or with a fixed fifth, by name, as test."""
+    """`class/name.png`, or the pictures that `dataset.json` lists with their labels.
+
+    Both below a folder for training and one for test or, where that has no labels or there is
+    none, validation, in all usual names; else a fixed fifth, by name, tests.
+    """
     folder = folder_of(config)
-    if (folder / "train").is_dir() and (folder / "test").is_dir():
-        train, test = (
-            _list_classes(folder / "train", config),
-            _list_classes(folder / "test", config),
-        )
-        names = [{path.parent.name for path, _ in items} for items in (train, test)]
-        if odd := sorted(names[0] ^ names[1]):
-            raise DataError(
-                f"class folder '{odd[0]}' of '{folder}' is not in both train and test: give both "
-                "the same classes"
-            )
+    if (splits := _splits(folder)) is None:
+        whole = _listed(folder, config)
+        train, test = _parted(whole, [_digest(folder, p) % 5 == 0 for p, _ in whole.items])
     else:
-        everything = _list_classes(folder, config)
-        held_out = [_digest_of_name(folder, path) % 5 == 0 for path, _ in everything]
-        train, test = _parted(everything, held_out)
+        train, test = (_listed(split, config) for split in splits)
+        if odd := sorted({*train.class_names} ^ {*test.class_names}):
+            raise DataError(
+                f"class '{odd[0]}' of '{folder}' is not in both {splits[0].name} and "
+                f"{splits[1].name}: give both the same classes"
+            )
     return _source(train, test, folder, config)
 
 
@@ -46,90 +73,130 @@ def eurosat(config: DatasetConfig) -> Source:
     test, the other 23,000 train, as many as in DPImageBench (Gong et al. 2025).
     """
     folder = existing(folder_of(config) / "eurosat" / "2750", config)
-    everything = _list_classes(folder, config)
-    ranks = np.argsort(np.argsort([f"{_digest_of_name(folder, p):064x}" for p, _ in everything]))
-    num_test = len(everything) * _EUROSAT_TEST // _EUROSAT
-    train, test = _parted(everything, [rank < num_test for rank in ranks.tolist()])
+    whole = _class_folders(folder, config)
+    ranks = np.argsort(np.argsort([f"{_digest(folder, p):064x}" for p, _ in whole.items]))
+    num_test = len(whole.items) * _EUROSAT_TEST // _EUROSAT
+    train, test = _parted(whole, [rank < num_test for rank in ranks.tolist()])
     return _source(train, test, folder, config)
 
 
-def celeba(config: DatasetConfig) -> Source:
-    """The aligned faces of CelebA (Liu et al. 2015) in its own split; label 1 is `Male`."""
-    folder = folder_of(config)
-    pictures = existing(folder / "celeba" / "img_align_celeba", config)
-    tables = [existing(folder / name, config) for name in digests_of(config.name)]
-
-    def records(name: str) -> Records:
-        part = read_published(config, folder, split=name)
-        labels = part.attr[:, part.attr_names.index("Male")].tolist()
-        items = [(pictures / f, label) for f, label in zip(part.filename, labels, strict=True)]
-        return _records(items, pictures, config)
-
-    files = (*tables, *sorted(pictures.glob("*.jpg")))
-    return Source(files, lambda: (records("train"), records("test")))
-
-
-def camelyon17(config: DatasetConfig) -> Source:
-    """The 96x96 patches of Camelyon17-WILDS (Koh et al. 2021) in its official split.
-
-    Label 1 is tumour tissue in the central 32x32 pixels. As in the package `wilds`, the split
-    column holds for all hospitals but the two that are held out, of which number 2 tests.
-    """
-    folder = folder_of(config)
-    table = existing(folder / "metadata.csv", config)
-    train: list[tuple[Path, int]] = []
-    test: list[tuple[Path, int]] = []
-    with table.open(newline="") as file:
-        for number, row in enumerate(csv.DictReader(file), start=2):
-            try:
-                place = f"patient_{row['patient']}_node_{row['node']}"
-                name = f"patch_{place}_x_{row['x_coord']}_y_{row['y_coord']}.png"
-                item = (folder / "patches" / place / name, int(row["tumor"]))
-                center, split = int(row["center"]), int(float(row["split"]))
-            except (KeyError, TypeError, ValueError) as error:
-                raise DataError(
-                    f"line {number} of '{table}' cannot be read ({error!r}): fetch it again"
-                ) from None
-            if center == _CAMELYON_TEST_CENTER:
-                test.append(item)
-            elif center != _CAMELYON_VALIDATION_CENTER and split == 0:
-                train.append(item)
-    return _source(train, test, table, config, (table,))
-
-
-def _source(
-    train: Items, test: Items, where: Path, config: DatasetConfig, tables: tuple[Path, ...] = ()
-) -> Source:
-    files = (*tables, *(path for path, _ in (*train, *test)))
-    return Source(files, lambda: (_records(train, where, config), _records(test, where, config)))
-
-
-def _records(items: Items, where: Path, config: DatasetConfig) -> Records:
+def records(items: Items, where: Path, config: DatasetConfig, first: int = 0) -> Records:
+    """Records of single files; `first` is the lowest label."""
     labels = np.array([label for _, label in items], dtype=np.int64)
     files = [(path, None) for path, _ in items]
-    return Records(checked_labels(where, labels, config), lambda: decoded(files, config))
+    return Records(checked_labels(where, labels, config, first), lambda: decoded(files, config))
 
 
-def _parted(items: Items, held_out: Sequence[bool]) -> tuple[Items, Items]:
-    pairs = list(zip(items, held_out, strict=True))
-    return [item for item, test in pairs if not test], [item for item, test in pairs if test]
+def _source(train: _Listing, test: _Listing, where: Path, config: DatasetConfig) -> Source:
+    def read() -> Parts:
+        numbers = np.array([label for _, label in train.items])
+        first = 0 if train.class_names else first_label(numbers, config)
+        return Parts(
+            records(train.items, where, config, first),
+            records(test.items, where, config, first),
+            names_of(train.class_names, config, first),
+        )
+
+    tables = {*train.tables, *test.tables}
+    files = (*sorted(tables), *(path for path, _ in (*train.items, *test.items)))
+    return Source(files, read, in_words(train.unread + test.unread))
 
 
-def _digest_of_name(folder: Path, path: Path) -> int:
-    return int(hashlib.sha256(path.relative_to(folder).as_posix().encode()).hexdigest(), 16)
+def _parted(whole: _Listing, held_out: Sequence[bool]) -> tuple[_Listing, _Listing]:
+    pairs = list(zip(whole.items, held_out, strict=True))
+    train, test = ([item for item, out in pairs if out == flag] for flag in (False, True))
+    return (
+        _Listing(train, whole.class_names, whole.unread, whole.tables),
+        _Listing(test, whole.class_names, Counter(), whole.tables),
+    )
 
 
-def _list_classes(folder: Path, config: DatasetConfig) -> list[tuple[Path, int]]:
-    classes = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+def _digest(folder: Path, path: Path) -> int:
+    name = plain(path.relative_to(folder).as_posix()).encode("utf-8", "surrogateescape")
+    return int(hashlib.sha256(name).hexdigest(), 16)
+
+
+def _splits(folder: Path) -> tuple[Path, Path] | None:
+    """Folders of training and test images; None where none has the name of a split."""
+    if (folder / INDEX).is_file():
+        return None
+    found: dict[str, Path] = {}
+    for path in listing(folder)[0]:
+        if (split := split_named(path.name)) is None:
+            continue
+        if split in found:
+            raise DataError(
+                f"'{found[split]}' and '{path}' both look like the {split} split: rename one"
+            )
+        found[split] = path
+    if not found:
+        return None
+    held_out = [found[name] for name in ("test", "validation") if name in found]
+    if "train" not in found or not held_out:
+        wanted = "for testing" if "train" in found else "for training"
+        raise DataError(
+            f"'{next(iter(found.values()))}' has the name of a split, but no folder {wanted} "
+            "stands beside it: add that; rename the folder if it is a class; or, to hold a fifth "
+            "of its images out, let dataset.path name it"
+        )
+    has_labels = [(path / INDEX).is_file() or bool(listing(path)[0]) for path in held_out]
+    return found["train"], held_out[has_labels.index(True) if any(has_labels) else 0]
+
+
+def _listed(folder: Path, config: DatasetConfig) -> _Listing:
+    index = folder / INDEX
+    return _indexed(index) if index.is_file() else _class_folders(folder, config)
+
+
+def _class_folders(folder: Path, config: DatasetConfig) -> _Listing:
+    classes, beside = listing(folder)
     if len(classes) != config.num_classes:
+        held = [f"'{path.name}'" for path in classes[:3]] + ["..."] * (len(classes) > 3)
+        held += filter(None, [in_words(suffixes(beside))])
         raise DataError(
             f"'{folder}' holds {len(classes)} class folders, not dataset.num_classes="
-            f"{config.num_classes}: correct dataset.num_classes or dataset.path"
+            f"{config.num_classes}: correct dataset.num_classes or dataset.path (in it: "
+            f"{', '.join(held) or 'nothing'})"
         )
     items: list[tuple[Path, int]] = []
+    unread = suffixes(path for path in beside if path.suffix.lower() in SUFFIXES)
     for label, path in enumerate(classes):
-        files = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
-        if not files:
-            raise DataError(f"class folder '{path}' holds no image: remove it or fill it")
-        items.extend((file, label) for file in files)
-    return items
+        folders, files = listing(path)
+        images = [file for file in files if file.suffix.lower() in SUFFIXES]
+        odd = suffixes(file for file in files if file.suffix.lower() not in SUFFIXES)
+        odd[FOLDER] += len(folders)
+        if not images:
+            held = f" (in it: {in_words(odd)})" if odd.total() else ""
+            raise DataError(f"class folder '{path}' holds no image: remove it or fill it{held}")
+        items.extend((file, label) for file in images)
+        unread += odd
+    return _Listing(items, tuple(plain(path.name) for path in classes), unread)
+
+
+def _indexed(index: Path) -> _Listing:
+    """The pictures that the `dataset.json` of EDM, StyleGAN or DPImageBench lists with labels."""
+    there = {
+        plain(path.relative_to(index.parent).as_posix()): path
+        for path in index.parent.rglob("*")
+        if path.suffix.lower() in SUFFIXES
+        and not any(map(is_hidden, path.relative_to(index.parent).parts))
+    }
+    items: list[tuple[Path, int]] = []
+    try:
+        pairs: list[Any] = json.loads(index.read_text("utf-8"))["labels"]
+        for name, label in pairs:
+            if type(label) is not int:
+                raise TypeError(f"label {label!r}")
+            items.append((there.pop(plain(name)), label))
+    except KeyError as error:
+        raise DataError(
+            f"'{index}' names {error}, which is not there or there twice: repair it, or remove it "
+            "if the folders are the classes"
+        ) from None
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(
+            f"'{index}' holds no list `labels` of [name, number] ({error}): repair it, or remove "
+            "it if the folders are the classes"
+        ) from None
+    items.sort(key=lambda item: plain(str(item[0])))
+    return _Listing(items, (), suffixes(there.values()), (index,))

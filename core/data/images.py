@@ -11,7 +11,12 @@ import numpy as np
 from core.config import DatasetConfig
 from core.errors import DataError
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
+SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".webp", ".tif", ".tiff", ".gif"),
+    *(".ppm", ".pgm", ".pbm", ".pnm"),
+)
+_FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "GIF", "PPM")
+_REMEDY = "convert it to one frame of 8-bit grey or RGB without transparency"
 
 
 def decoded(
@@ -19,12 +24,16 @@ def decoded(
 ) -> Iterator[np.ndarray]:
     """Yields each image as uint8 `[C, H, W]`, C as `dataset.channels` says.
 
+    One rule for all data sets of encoded images: turned as its EXIF orientation says; bits and
+    palettes become the grey or the colours they stand for (a palette without colours is either);
+    colour profiles are not applied; several frames, more than 8 bits, transparency and other
+    colour spaces are refused.
+
     Args:
         items: name of each image, and its encoded bytes unless the name is a file's.
 
     Raises:
-        DataError: an image is damaged, has transparency or an odd pixel format, or grey and colour
-            mix; names it.
+        DataError: an image is damaged or refused, or grey and colour mix; names it.
     """
     if importlib.util.find_spec("PIL") is None:
         raise DataError(f"dataset.name={config.name} needs Pillow: pip install pillow")
@@ -36,21 +45,26 @@ def decoded(
 def _decode(
     name: str | Path, content: bytes | None, config: DatasetConfig, kinds: dict[int, str | Path]
 ) -> np.ndarray:
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     try:
-        with Image.open(Path(name) if content is None else io.BytesIO(content)) as file:
+        file: Any
+        where = Path(name) if content is None else io.BytesIO(content)
+        with Image.open(where, formats=_FORMATS) as file:
+            frames, deep = getattr(file, "n_frames", 1), _is_deep(file)
             file.load()
-            image: Any = file.copy()
+            # All of GIF's are palettes, of which Pillow calls some grey.
+            has_palette = file.mode == "P" or file.format == "GIF"
+            image = ImageOps.exif_transpose(file)
     except Exception as error:  # A decoder may raise anything on a damaged file.
         raise DataError(f"'{name}' is no readable image ({error}): repair or remove it") from None
-    if image.mode not in ("1", "L", "RGB", "P") or "transparency" in image.info:
-        alpha = " with transparency" if "transparency" in image.info else ""
-        raise DataError(
-            f"'{name}' has pixel format {image.mode}{alpha}: convert it to 8-bit grey or RGB "
-            "without transparency"
-        )
-    kinds.setdefault(1 if image.mode in ("1", "L") else 3, name)
+    if frames > 1:
+        raise DataError(f"'{name}' has {frames} frames: {_REMEDY}")
+    if deep or image.mode not in ("1", "L", "RGB", "P") or "transparency" in image.info:
+        more = " of 16 bits" if deep else " with transparency" * ("transparency" in image.info)
+        raise DataError(f"'{name}' has pixel format {image.mode}{more}: {_REMEDY}")
+    grey = _is_grey(image)
+    kinds.setdefault(config.channels if grey and has_palette else 1 if grey else 3, name)
     if len(kinds) > 1:
         raise DataError(
             f"'{kinds[1]}' is grey and '{kinds[3]}' is in colour: convert the files to one kind"
@@ -63,3 +77,21 @@ def _decode(
         )
     array = np.array(image.convert("L" if config.channels == 1 else "RGB"))
     return array.reshape(image.height, image.width, -1).transpose(2, 0, 1)
+
+
+def _is_deep(file: Any) -> bool:
+    """Whether the decoder would cut colours of more than 8 bits without a word."""
+    for codec, _, _, arguments in file.tile[:1]:
+        parts = arguments if isinstance(arguments, tuple) else (arguments,)
+        raw = str(parts[0])
+        if codec.startswith("ppm"):
+            return parts[-1] > 255
+        return ";16" in raw and not raw.startswith("BGR")  # Which BMP packs into 16 bits.
+    return False
+
+
+def _is_grey(image: Any) -> bool:
+    if image.mode != "P":
+        return image.mode in ("1", "L")
+    palette = np.array(image.getpalette("RGB")).reshape(-1, 3)
+    return bool((palette == palette[:, :1]).all())

@@ -1,4 +1,4 @@
-"""CIFAR and CelebA as torchvision stores them, each file checked against its published digest."""
+"""CIFAR as torchvision stores it, and the published digests of all that torchvision knows."""
 
 import importlib
 import importlib.util
@@ -8,7 +8,15 @@ from typing import Any
 import numpy as np
 
 from core.config import DatasetConfig
-from core.data.records import Records, Source, checked_labels, existing, folder_of
+from core.data.records import (
+    Parts,
+    Records,
+    Source,
+    checked_labels,
+    existing,
+    folder_of,
+    names_of,
+)
 from core.errors import DataError
 
 CLASSES = {
@@ -20,6 +28,7 @@ CLASSES = {
     "celeba": "CelebA",
 }
 """Name here of the torchvision class."""
+CELEBA_TABLES = ("list_attr_celeba.txt", "list_eval_partition.txt")
 
 
 def torchvision_class(name: str) -> Any:
@@ -34,10 +43,10 @@ def torchvision_class(name: str) -> Any:
 
 
 def digests_of(name: str) -> dict[str, str]:
-    """Published MD5 of each file below `dataset.path`, archives left out."""
+    """Published MD5 of each file that is read below `dataset.path`, archives left out."""
     kind = torchvision_class(name)
     if name == "celeba":
-        pairs = [(file, md5) for _, md5, file in kind.file_list if not file.endswith(".zip")]
+        pairs = [(file, md5) for _, md5, file in kind.file_list if file in CELEBA_TABLES]
     else:
         pairs = [*kind.train_list, *kind.test_list, (kind.meta["filename"], kind.meta["md5"])]
     return {f"{kind.base_folder}/{file}": md5 for file, md5 in pairs}
@@ -67,14 +76,14 @@ def cifar(config: DatasetConfig) -> Source:
     """CIFAR-10, or CIFAR-100 with its fine labels (Krizhevsky 2009), in the Python version."""
     folder = folder_of(config)
 
-    def read() -> tuple[Records, Records]:
-        train, test = (_records(config, folder, train=flag) for flag in (True, False))
-        return train, test
+    def read() -> Parts:
+        train, test = (read_published(config, folder, train=flag) for flag in (True, False))
+        names = names_of(train.classes, config)
+        return Parts(_records(config, folder, train), _records(config, folder, test), names)
 
     return Source(tuple(existing(folder / f, config) for f in digests_of(config.name)), read)
 
 
-def _records(config: DatasetConfig, folder: Path, train: bool) -> Records:
-    part = read_published(config, folder, train=train)
+def _records(config: DatasetConfig, folder: Path, part: Any) -> Records:
     labels = checked_labels(folder, np.array(part.targets, dtype=np.int64), config)
     return Records(labels, lambda: (image.transpose(2, 0, 1) for image in part.data))

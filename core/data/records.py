@@ -1,7 +1,7 @@
 """What every reader of a data set hands over, and what each image goes through on the way."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from core.config import DatasetConfig
-from core.errors import DataError
+from core.errors import DataError, printable
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,13 @@ class Dataset:
         fingerprint: SHA-256 of the training records as they are stored, before any cropping or
             resizing: the ledger is theirs, however they are used. Hexadecimal digits; enters
             every key. Whoever knows all records but one can test for that one: never publish it.
+        class_names: of label 0, 1, ...; public, as the list of classes is a public constant.
     """
 
     train: Split
     test: Split
     fingerprint: str
+    class_names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -59,16 +61,27 @@ class Records:
 
 
 @dataclass(frozen=True)
+class Parts:
+    """The records of both splits, and the public names of the labels 0, 1, ..."""
+
+    train: Records
+    test: Records
+    class_names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Source:
     """Where a data set lies, and how it is read.
 
     Attributes:
         files: all files that decide its content.
-        read: opens them; training and test records.
+        read: opens them.
+        left_out: in words, what lies among the images and is not read; empty if nothing does.
     """
 
     files: tuple[Path, ...]
-    read: Callable[[], tuple[Records, Records]]
+    read: Callable[[], Parts]
+    left_out: str = ""
 
 
 def fingerprint_of_labels(labels: np.ndarray) -> Any:
@@ -117,15 +130,33 @@ def _fit(image: torch.Tensor, size: int) -> torch.Tensor:
     return resized[0].round().clamp(0, 255).to(torch.uint8)
 
 
-def checked_labels(path: Path, labels: np.ndarray, config: DatasetConfig) -> np.ndarray:
-    """The labels, if all lie among the stated classes."""
+def first_label(train: np.ndarray, config: DatasetConfig) -> int:
+    """1 where the training labels run from 1 to the number of classes, as EMNIST's; else 0."""
+    from_1 = len(train) > 0 and (train.min(), train.max()) == (1, config.num_classes)
+    return int(from_1)
+
+
+def checked_labels(
+    path: Path, labels: np.ndarray, config: DatasetConfig, first: int = 0
+) -> np.ndarray:
+    """The labels, counted from 0, if all lie among the stated classes; `first` is the lowest."""
+    last = first + config.num_classes - 1
     for label in (labels.min(), labels.max()) if len(labels) else ():
-        if not 0 <= label < config.num_classes:
+        if not first <= label <= last:
             raise DataError(
-                f"'{path}' holds label {label}, which must lie in [0, dataset.num_classes="
-                f"{config.num_classes}): raise dataset.num_classes, or repair the labels"
+                f"'{path}' holds label {label}, which must lie in [{first}, {last}], as "
+                f"dataset.num_classes={config.num_classes}: correct it, or repair the labels"
             )
-    return labels.astype(np.int64)
+    return labels.astype(np.int64) - first
+
+
+def names_of(known: Sequence[str], config: DatasetConfig, first: int = 0) -> tuple[str, ...]:
+    """One name for each class: the known ones in order; of labels without one, the number."""
+    numbers = [str(first + label) for label in range(config.num_classes)]
+    names = (*known[: config.num_classes], *numbers[len(known) :])
+    if odd := next((name for name in names if printable(name) != name), None):
+        raise DataError(f"class name '{odd}' holds control characters or odd bytes: rename it")
+    return names
 
 
 def folder_of(config: DatasetConfig) -> Path:
@@ -133,6 +164,10 @@ def folder_of(config: DatasetConfig) -> Path:
     if not config.path:
         raise DataError(f"dataset.name={config.name} needs a folder: set dataset.path=FOLDER")
     folder = Path(config.path).expanduser()
+    if folder.is_file():
+        raise DataError(
+            f"dataset.path='{folder}' is a file: unpack it, and name the folder of what it held"
+        )
     if not folder.is_dir():
         raise DataError(f"no folder at dataset.path='{folder}': correct the path")
     return folder

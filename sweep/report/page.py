@@ -13,7 +13,7 @@ from core import yaml_subset
 from core.config import nested
 from core.errors import UserError
 from core.privacy.card import three_epsilons
-from core.reporting import to_json
+from core.reporting import class_names, to_json
 from sweep.comparison import CENTRAL_IMAGES, FREQUENCY
 from sweep.config import SweepConfig
 from sweep.report.affordable_map import affordable_map
@@ -75,6 +75,7 @@ def write_report(sweep: SweepConfig, out: Path) -> None:
         "tables": all_tables(sweep, rows, winner, metrics, pruned, total),
         "pictures": _winner_pictures(winner),
         "classes": CLASSES,
+        "class_names": _class_names(winner),
         "gallery": _gallery(sweep, finished),
         "configuration": yaml_subset.dump(nested(winner.config)) if winner else "",
         "figure_data": to_json(
@@ -147,6 +148,13 @@ def _winner_pictures(winner: Row | None) -> dict[str, Picture | None]:
     if found[FREQUENCY] is None:  # A stage of one method.
         del found[FREQUENCY]
     return found
+
+
+def _class_names(winner: Row | None) -> list[str]:
+    """Of the rows of a grid that are shown."""
+    if winner is None:
+        return []
+    return class_names(winner.run_dir, winner.config.dataset.num_classes)[:CLASSES]
 
 
 def _gallery(sweep: SweepConfig, finished: Sequence[Row]) -> list[tuple[Row, Picture | None]]:

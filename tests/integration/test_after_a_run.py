@@ -85,7 +85,8 @@ def test_a_generator_of_many_classes_and_few_pixels_loads(tmp_path):
     }
     config = load({}, changes)
     torch.save(build_denoiser(config).state_dict(), tmp_path / "model.pt")
-    write_generator(tmp_path / GENERATOR, tmp_path / "model.pt", config)
+    names = [str(label) for label in range(700)]
+    write_generator(tmp_path / GENERATOR, tmp_path / "model.pt", config, names)
     again, denoiser = load_generator(tmp_path / GENERATOR, {"runtime.device": "cpu"})
     assert again.dataset.num_classes == 700
     assert not denoiser.training

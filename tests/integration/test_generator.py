@@ -1,5 +1,6 @@
 """A trained generator leaves as a model that draws the run's own images, and holds no more."""
 
+import json
 import os
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from two_ranks import tiny_run
 from core.config import load
 from core.errors import ConfigError
 from core.generator import Generator, load_generator, write_generator
+from core.reporting import CLASSES, class_names
 from sweep.tracking import Tracker, open_experiment
 
 
@@ -25,14 +27,15 @@ def finished(tmp_path_factory):
 
 def written(run_dir: Path, folder: Path) -> Generator:
     config = load(run_dir / "config.yaml")
-    write_generator(folder, run_dir / "model.pt", config)
+    write_generator(folder, run_dir / "model.pt", config, class_names(run_dir, 10))
     config, denoiser = load_generator(folder)
     return Generator(denoiser, config)
 
 
 def test_it_draws_the_images_that_the_run_was_scored_with(finished, tmp_path):
     generator = written(finished, tmp_path / "generator")
-    assert {p.name for p in (tmp_path / "generator").iterdir()} == {"config.yaml", "weights.pt"}
+    files = {p.name for p in (tmp_path / "generator").iterdir()}
+    assert files == {"classes.json", "config.yaml", "weights.pt"}
     text = (tmp_path / "generator" / "config.yaml").read_text()
     for folder in (str(finished), os.environ["FETA_SWEEP_TEST_CACHE"]):
         assert folder not in text
@@ -46,7 +49,7 @@ def test_it_draws_the_images_that_the_run_was_scored_with(finished, tmp_path):
 
 def test_a_machine_without_gpu_hands_on_what_a_gpu_trained(finished, tmp_path):
     config = load(finished / "config.yaml", {"runtime.device": "cuda"})
-    write_generator(tmp_path / "generator", finished / "model.pt", config)
+    write_generator(tmp_path / "generator", finished / "model.pt", config, list("0123456789"))
     assert load_generator(tmp_path / "generator")[0].runtime.device == "auto"
 
 
@@ -81,6 +84,8 @@ def test_the_registered_model_is_the_same_and_registered_once(finished, tmp_path
     labels = np.arange(40) % 10
     with np.load(finished / "synthetic" / "images.npz") as stored:
         assert np.array_equal(model.predict(labels), stored["images"])
+    names = json.loads((finished / CLASSES).read_text())
+    assert model.metadata.metadata == names == {"class_names": list("0123456789")}
     signature = model.metadata.signature
     assert signature.outputs.inputs[0].shape == (-1, 1, 8, 8)
     assert signature.params.params[0].default == 5
