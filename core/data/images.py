@@ -56,6 +56,8 @@ def _decode(
             # All of GIF's are palettes, of which Pillow calls some grey.
             has_palette = file.mode == "P" or file.format == "GIF"
             image = ImageOps.exif_transpose(file)
+    except FileNotFoundError:
+        raise DataError(f"'{name}' is missing: fetch it, or take it from its list") from None
     except Exception as error:  # A decoder may raise anything on a damaged file.
         raise DataError(f"'{name}' is no readable image ({error}): repair or remove it") from None
     if frames > 1:

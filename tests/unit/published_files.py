@@ -1,6 +1,7 @@
 """Writes small data sets in the formats in which the large ones are published."""
 
 import hashlib
+import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,13 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 from torchvision import datasets
+
+from core.config import DatasetConfig
+
+
+def published(name: str, folder: Path, **changes: Any) -> DatasetConfig:
+    facts = {"image_size": 32, "channels": 3, "num_classes": 2}
+    return DatasetConfig(name=name, path=str(folder), **(facts | changes))  # type: ignore[arg-type]
 
 
 def save(path: Path, pixels: np.ndarray, **options: Any) -> None:
@@ -67,17 +75,6 @@ def write_celeba(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             "5_o_Clock_Shadow Male Young ",
             *(f"{name} -1 {sign:2}  1" for name, sign in zip(names, male, strict=True)),
         ],
-        "identity_CelebA.txt": [f"{name} 7" for name in names],
-        "list_bbox_celeba.txt": [
-            str(len(names)),
-            "image_id x_1 y_1 width height",
-            *(f"{name}    95  71 226 313" for name in names),
-        ],
-        "list_landmarks_align_celeba.txt": [
-            str(len(names)),
-            "lefteye_x lefteye_y righteye_x righteye_y ",
-            *(f"{name} 69  109  106  113" for name in names),
-        ],
         "list_eval_partition.txt": [f"{n} {part}" for n, part in zip(names, parts, strict=True)],
     }
     published = []
@@ -104,15 +101,28 @@ def write_camelyon17(root: Path) -> None:
 
 
 def write_parquet(
-    path: Path, labels: list[Any], image: str = "image", label: str = "label"
+    path: Path,
+    labels: list[Any] | None,
+    image: str = "image",
+    label: str = "label",
+    names: list[str] | None = None,
 ) -> None:
-    """As `datasets` writes it: encoded bytes in a struct; image i is all of value i."""
+    """As `datasets` writes it: encoded bytes in a struct; image i is all of value i.
+
+    Four images without labels if there are none.
+    """
+    numbers = range(4 if labels is None else len(labels))
     path.parent.mkdir(parents=True, exist_ok=True)
     encoded = []
-    for number in range(len(labels)):
+    for number in numbers:
         save(path.with_suffix(".png"), np.full((8, 8, 3), number))
         encoded.append({"bytes": path.with_suffix(".png").read_bytes(), "path": None})
     kind = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
-    table = pyarrow.table({image: pyarrow.array(encoded, kind), label: pyarrow.array(labels)})
+    columns = {image: pyarrow.array(encoded, kind)}
+    table = pyarrow.table(columns if labels is None else {**columns, label: pyarrow.array(labels)})
+    if names is not None:
+        features = {label: {"names": names, "_type": "ClassLabel"}}
+        stored = json.dumps({"info": {"features": features}})
+        table = table.replace_schema_metadata({"huggingface": stored})
     parquet.write_table(table, path, row_group_size=4)
     path.with_suffix(".png").unlink()

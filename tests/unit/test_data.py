@@ -164,6 +164,46 @@ def test_stated_channels_must_be_those_of_the_data(tmp_path):
     refuses(config(tmp_path, channels=3), tmp_path, "(1, 6, 6), not (3, 6, 6)", "dataset.channels")
 
 
+@pytest.mark.parametrize("layout", ["dots", "folders", "capitals", "emnist"])
+def test_usual_names_of_idx_files_are_taken(tmp_path, layout):
+    write_idx(tmp_path / "plain")
+    found = load_dataset(config(tmp_path / "plain"))
+    write_idx(tmp_path / "other", zipped=layout == "emnist")
+    for path in list((tmp_path / "other").iterdir()):
+        name = path.name
+        if layout == "dots":  # As 7-Zip names them, beside empty folders as Kaggle has them.
+            path.rename(path.with_name(name.replace("-idx", ".idx")))
+            path.mkdir()
+        elif layout == "folders":
+            path.rename(tmp_path / name)
+            path.mkdir()
+            (tmp_path / name).rename(path / name)
+        elif layout == "capitals":
+            path.rename(path.with_name(name.upper()))
+        else:
+            path.rename(path.with_name("emnist-digits-" + name.replace("t10k", "test")))
+    (tmp_path / "other" / f"._{TRAIN_IMAGES}").write_bytes(b"no data")
+    assert load_dataset(config(tmp_path / "other")).fingerprint == found.fingerprint
+
+
+def test_several_sets_in_one_folder_are_refused(tmp_path):
+    write_idx(tmp_path)
+    for path in list(tmp_path.iterdir()):
+        shutil.copy(path, tmp_path / f"emnist-letters-{path.name}")
+    refuses(config(tmp_path), tmp_path, "several data sets", "'emnist-letters-'", "its own")
+
+
+def test_labels_that_count_from_1_are_taken(tmp_path):
+    labels = {"train_labels": 1 + np.arange(30) % 3, "test_labels": 1 + np.arange(12) % 3}
+    write_idx(tmp_path, **labels)
+    dataset = load_dataset(config(tmp_path))
+    assert dataset.train.labels.tolist() == [i % 3 for i in range(30)]
+    assert dataset.test.labels.tolist() == [i % 3 for i in range(12)]
+    assert dataset.class_names == ("1", "2", "3")
+    write_idx(tmp_path, **labels | {"test_labels": np.arange(12) % 3})
+    refuses(config(tmp_path), tmp_path / TEST_LABELS, "label 0, which must lie in [1, 3]")
+
+
 def test_digits_have_every_class():
     dataset = load_dataset(DatasetConfig())
     assert dataset.train.images.shape == (1437, 1, 8, 8)

@@ -2,35 +2,21 @@
 
 import re
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from picture_files import refuses
+from published_files import published as config
 from published_files import (
     save,
     write_camelyon17,
     write_celeba,
     write_cifar,
     write_eurosat,
-    write_parquet,
 )
 
 from core.__main__ import main
-from core.config import DatasetConfig
 from core.data import load_dataset
-from core.errors import DataError
-
-
-def config(name: str, folder: Path, **changes: Any) -> DatasetConfig:
-    facts = {"image_size": 32, "channels": 3, "num_classes": 2}
-    return DatasetConfig(name=name, path=str(folder), **(facts | changes))  # type: ignore[arg-type]
-
-
-def refuses(settings: DatasetConfig, *parts: str | Path) -> None:
-    pattern = ".*".join(re.escape(str(part)) for part in parts)
-    with pytest.raises(DataError, match=pattern) as caught:
-        load_dataset(settings)
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("name", "count"), [("cifar10", 50), ("cifar100", 10)])
@@ -70,87 +56,6 @@ def test_eurosat_is_split_23_to_4_by_name(tmp_path):
     for split in (dataset.train, dataset.test):
         means = split.images.float().mean((1, 2, 3))
         assert ((means > 60).long() == split.labels).all()
-
-
-@pytest.mark.parametrize("size", [32, 64, 128])
-def test_celeba_has_its_own_split_and_the_gender_label(tmp_path, monkeypatch, size):
-    write_celeba(tmp_path, monkeypatch)
-    dataset = load_dataset(config("celeba", tmp_path, num_examples=6, image_size=size))
-    assert dataset.train.labels.tolist() == [0, 1, 0, 1, 0, 1]
-    assert dataset.test.labels.tolist() == [0, 1, 0]
-    assert dataset.train.images.shape == (6, 3, size, size)
-    assert dataset.train.images[:, 0, 0, 0].tolist() == [20 * i for i in range(6)]
-    assert dataset.test.images[:, 2, -1, -1].tolist() == [160, 180, 200]
-
-
-def test_damaged_celeba_files_are_named(tmp_path, monkeypatch):
-    write_celeba(tmp_path, monkeypatch)
-    face = tmp_path / "celeba" / "img_align_celeba" / "000003.jpg"
-    whole = face.read_bytes()
-    face.write_bytes(whole[: len(whole) // 2])
-    settings = config("celeba", tmp_path, num_examples=6)
-    refuses(settings, face, "repair or remove it")
-    table = tmp_path / "celeba" / "list_eval_partition.txt"
-    table.write_text(table.read_text().replace("000001.jpg 0", "000001.jpg 2"))
-    refuses(settings, table, "MD5")
-
-
-def test_camelyon17_holds_two_hospitals_out(tmp_path):
-    write_camelyon17(tmp_path)
-    dataset = load_dataset(config("camelyon17", tmp_path, num_examples=5))
-    assert dataset.train.images[:, 0, 0, 0].tolist() == [0, 1, 120, 121, 160]
-    assert dataset.train.labels.tolist() == [0, 1, 0, 1, 0]
-    assert dataset.test.images[:, 0, 9, 9].tolist() == [80, 81]
-    assert dataset.test.images.shape == (2, 3, 32, 32)
-
-
-def test_damaged_camelyon17_files_are_named(tmp_path):
-    write_camelyon17(tmp_path)
-    patch = tmp_path / "patches" / "patient_003_node_1" / "patch_patient_003_node_1_x_30_y_15.png"
-    patch.write_bytes(patch.read_bytes()[:40])
-    settings = config("camelyon17", tmp_path, num_examples=5)
-    refuses(settings, patch, "repair or remove it")
-    table = tmp_path / "metadata.csv"
-    table.write_text(table.read_text().replace("tumor", "tumour", 1))
-    refuses(settings, table, "no column 'tumor'", "commas, or fetch it again")
-    table.unlink()
-    refuses(settings, table, "is missing", "prepare --dataset camelyon17")
-
-
-def test_parquet_of_several_files(tmp_path):
-    write_parquet(tmp_path / "data" / "train-00000-of-00002.parquet", [0, 1, 0, 1, 1])
-    write_parquet(tmp_path / "data" / "train-00001-of-00002.parquet", [1, 0])
-    write_parquet(tmp_path / "data" / "test-00000-of-00001.parquet", [1, 0, 0])
-    dataset = load_dataset(config("parquet", tmp_path, num_examples=7, image_size=8))
-    assert dataset.train.labels.tolist() == [0, 1, 0, 1, 1, 1, 0]
-    assert dataset.train.images[:, 1, 3, 3].tolist() == [0, 1, 2, 3, 4, 0, 1]
-    assert dataset.test.labels.tolist() == [1, 0, 0]
-
-
-def test_parquet_columns_have_other_names(tmp_path):
-    for name in ("train", "validation"):
-        write_parquet(tmp_path / f"{name}.parquet", [0, 1, 1, 0], "img", "fine_label")
-    settings = config("parquet", tmp_path, num_examples=4, image_size=8)
-    refuses(settings, "no column 'label'", "dataset.label_column", "img, fine_label")
-    settings = settings.model_copy(update={"label_column": "fine_label"})
-    refuses(settings, "no column 'image'", "dataset.image_column", "img, fine_label")
-    settings = settings.model_copy(update={"image_column": "img"})
-    assert load_dataset(settings).train.labels.tolist() == [0, 1, 1, 0]
-
-
-def test_damaged_parquet_files_are_named(tmp_path):
-    for name in ("train", "test"):
-        write_parquet(tmp_path / f"{name}.parquet", [0, 1])
-    settings = config("parquet", tmp_path, num_examples=4, image_size=8)
-    train = tmp_path / "train.parquet"
-    write_parquet(train, [0, None])
-    refuses(settings, "column 'label'", train, "not an integer in each row")
-    write_parquet(train, [0, -1])
-    refuses(settings, train, "label -1")
-    train.write_bytes(train.read_bytes()[:-9])
-    refuses(settings, train, "no readable parquet file", "fetch it again")
-    train.unlink()
-    refuses(settings, tmp_path, "no train*.parquet")
 
 
 def place(name: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
