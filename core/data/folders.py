@@ -133,11 +133,12 @@ def _splits(folder: Path) -> tuple[Path, Path] | None:
         return None
     held_out = [found[name] for name in ("test", "validation") if name in found]
     if "train" not in found or not held_out:
-        wanted = "for testing" if "train" in found else "for training"
+        wanted, instead = "training", ""
+        if "train" in found:
+            wanted, instead = "testing", ", or let dataset.path name it to hold a fifth of it out"
         raise DataError(
-            f"'{next(iter(found.values()))}' has the name of a split, but no folder {wanted} "
-            "stands beside it: add that; rename the folder if it is a class; or, to hold a fifth "
-            "of its images out, let dataset.path name it"
+            f"'{next(iter(found.values()))}' has the name of a split, but no folder for {wanted} "
+            f"stands beside it: add that, rename it if it is a class{instead}"
         )
     has_labels = [(path / INDEX).is_file() or bool(listing(path)[0]) for path in held_out]
     return found["train"], held_out[has_labels.index(True) if any(has_labels) else 0]

@@ -39,7 +39,7 @@ def idx(config: DatasetConfig) -> Source:
     """The four files of MNIST and its kin (LeCun et al. 1998), plain or, failing that, gzipped.
 
     Named as published, also with `.idx3`, with `emnist-letters-` or the like before, or each in a
-    folder of its own name, as some archivers unpack them.
+    folder of its own name, as some archivers unpack them. EMNIST's stay transposed, as stored.
     """
     folder = folder_of(config)
     found = _found(folder)

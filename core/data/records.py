@@ -1,6 +1,7 @@
 """What every reader of a data set hands over, and what each image goes through on the way."""
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,7 +164,7 @@ def folder_of(config: DatasetConfig) -> Path:
     """The folder at `dataset.path`."""
     if not config.path:
         raise DataError(f"dataset.name={config.name} needs a folder: set dataset.path=FOLDER")
-    folder = Path(config.path).expanduser()
+    folder = Path(os.path.expanduser(config.path))  # Which leaves the unknown user of `~user`.
     if folder.is_file():
         raise DataError(
             f"dataset.path='{folder}' is a file: unpack it, and name the folder of what it held"

@@ -90,6 +90,7 @@ def test_pictures_are_there_and_described(view):
         "[...document.images].map(i => [i.complete && i.naturalWidth > 0, i.alt, i.clientWidth])"
     )
     assert len(pictures) == 2 + 12
+    assert "a row is a class, from the top: 0, 1, 2, 3" in page.locator("main").inner_text()
     for loaded, alt, width in pictures:
         assert loaded
         assert alt.startswith(("Central images of trial", "Synthetic images of trial"))

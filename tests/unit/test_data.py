@@ -3,6 +3,7 @@
 import gzip
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -69,6 +70,8 @@ def test_missing_path(path):
 
 def test_missing_folder(tmp_path):
     refuses(config(tmp_path / "nowhere"), tmp_path / "nowhere", "correct the path")
+    refuses(config(Path("~nobody-of-that-name/data")), "~nobody-of-that-name", "correct the path")
+    refuses(config(Path("x" * 300)), "xxx", "too long", "dataset.path")
 
 
 @pytest.mark.parametrize("name", [TRAIN_IMAGES, TRAIN_LABELS, TEST_IMAGES, TEST_LABELS])

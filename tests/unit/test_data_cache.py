@@ -87,6 +87,15 @@ def test_another_source_or_transform_is_decoded_anew(tmp_path, decoded):
     assert (load_dataset(config(tmp_path / "elsewhere"), cache).train.images == 1).all()
 
 
+def test_images_decoded_by_other_rules_are_decoded_anew(tmp_path, decoded, monkeypatch):
+    """As when the order of classes changed: the paths are the same, the labels are not."""
+    write_idx(tmp_path / "data")
+    for version in (1, data_cache._VERSION):
+        monkeypatch.setattr(data_cache, "_VERSION", version)
+        load_dataset(config(tmp_path / "data"), tmp_path / "cache")
+    assert len(set(decoded)) == len(decoded) == 2
+
+
 def test_many_files_are_known_by_their_last_change(tmp_path, decoded):
     write_eurosat(tmp_path / "data", each=54)
     facts = {"name": "eurosat", "image_size": 8, "channels": 3, "num_classes": 2}
@@ -100,7 +109,7 @@ def test_many_files_are_known_by_their_last_change(tmp_path, decoded):
     assert len(decoded) == 2
 
 
-@pytest.mark.parametrize("harm", ["truncated", "missing", "labels"])
+@pytest.mark.parametrize("harm", ["truncated", "missing", "labels", "names"])
 def test_a_damaged_cache_is_made_anew(tmp_path, decoded, harm):
     write_idx(tmp_path / "data")
     cache = tmp_path / "cache"
@@ -112,6 +121,8 @@ def test_a_damaged_cache_is_made_anew(tmp_path, decoded, harm):
         path.write_bytes(path.read_bytes()[:-5])
     elif harm == "missing":
         (folder / "fingerprint").unlink()
+    elif harm == "names":
+        (folder / "class_names").write_text('["0", ')
     else:
         np.save(folder / "training_labels.npy", np.zeros(3, np.int64))
     assert torch.equal(load_dataset(config(tmp_path / "data"), cache).train.images, kept)

@@ -148,6 +148,7 @@ def tiff16() -> bytes:
         (b"P6 6 6 65535\n" + bytes(216), "ppm"),
         (b"P6 6 6 1023\n" + bytes(216), "ppm"),
     ],
+    ids=["png", "tiff", "ppm", "ppm of 10 bits"],
 )
 def test_colours_of_16_bits_are_refused(tmp_path, content, suffix):
     path = place(tmp_path, content, suffix)

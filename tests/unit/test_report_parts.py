@@ -9,12 +9,13 @@ import pytest
 from core.config import load
 from core.errors import InfeasibleError
 from core.privacy.plan import PrivacyPlan
-from core.reporting import MetricsLog
+from core.reporting import MetricsLog, write_class_names
 from sweep.config import load_sweep
 from sweep.report import effects
 from sweep.report.affordable_map import affordable_map
 from sweep.report.curves import curves
 from sweep.report.figures import pareto_front, scatter, slices
+from sweep.report.page import _class_names
 from sweep.results import Row, results_table
 
 PLAN = PrivacyPlan.restored(
@@ -50,6 +51,14 @@ def row(name: str, accuracy: float, fid: float, folder: Path = Path(), **changes
 @pytest.fixture
 def sweep():
     return load_sweep("sweep/configs/quickstart.yaml", {})
+
+
+def test_rows_of_pictures_have_the_names_of_their_classes(tmp_path):
+    winner = row("a", 0.5, 9, tmp_path, dataset__num_classes=10)
+    assert _class_names(None) == []
+    assert _class_names(winner) == list("0123456789")
+    write_class_names(tmp_path, [f"class {label}" for label in range(12)])
+    assert _class_names(winner) == [f"class {label}" for label in range(10)]
 
 
 def test_front_holds_what_no_other_trial_beats():
