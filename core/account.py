@@ -11,6 +11,7 @@ from core.privacy.plan import (
     estimated_noise_multiplier,
     make_plan,
 )
+from core.privacy.rounding import upward
 
 _TRIALS = 16
 _FACTORS = (0.25, 1.0, 4.0)
@@ -23,19 +24,19 @@ def account(options: argparse.Namespace) -> None:
     config = load(options.config, parse_overrides(options.overrides))
     privacy = config.privacy
     print(
-        f"N={config.dataset.num_examples}, epsilon {privacy.target_epsilon:g}, delta "
-        f"{privacy.target_delta:g}, {privacy.neighboring_relation}, scope {privacy.scope} "
+        f"N={config.dataset.num_examples}, epsilon {upward(privacy.target_epsilon)}, delta "
+        f"{upward(privacy.target_delta, 6)}, {privacy.neighboring_relation}, scope {privacy.scope} "
         f"({accountant_of(privacy)})"
     )
     plan = make_plan(config)
     print(plan.statement)
     if not plan.is_private:
         return
-    print(f"central images     epsilon {plan.epsilon_central:.4g} alone")
+    print(f"central images     epsilon {upward(plan.epsilon_central)} alone")
     if plan.frequency is not None:
-        print(f"frequency          epsilon {plan.epsilon_frequency:.4g} alone")
+        print(f"frequency          epsilon {upward(plan.epsilon_frequency)} alone")
     if plan.score is not None:
-        print(f"dp_accuracy        epsilon +{plan.epsilon_score:.2g}")
+        print(f"dp_accuracy        epsilon +{upward(plan.epsilon_score, 2)}")
     print(
         f"DP-SGD             noise multiplier {plan.noise_multiplier:g}, sample rate "
         f"{plan.dp_sgd.sample_rate:.4g}, {plan.dp_sgd.num_steps} steps"
@@ -50,8 +51,10 @@ def _print_scopes(config: Config, plan: PrivacyPlan) -> None:
     trial = _under(config, scope="trial")
     alone = plan.noise_multiplier if plan.scope == "trial" else estimated_noise_multiplier(trial)
     together = estimated_composition(trial, alone, _TRIALS)
-    print("\n" + _LINE.format("scope", "DP-SGD noise", f"what epsilon {target:g} then covers"))
-    text = f"one trial; {_TRIALS} trials and the choice among them: {together:.3g}"
+    print(
+        "\n" + _LINE.format("scope", "DP-SGD noise", f"what epsilon {upward(target)} then covers")
+    )
+    text = f"one trial; {_TRIALS} trials and the choice among them: {upward(together, 3)}"
     print(_LINE.format("trial", f"{alone:.3f}", text))
     print(_LINE.format("public", f"{alone:.3f}", "the one run on this data, tuned on public data"))
     rows: list[tuple[str, dict[str, object], str]] = []

@@ -25,6 +25,7 @@ from core.privacy.card import ledger_text
 from core.privacy.keys import MasterSecret
 from core.privacy.ledger import Ledger
 from core.privacy.plan import PrivacyPlan
+from core.privacy.rounding import figure, upward
 from core.privacy.spending import require_same_data
 from core.release import release_card, verify_release, write_release
 from core.reporting import Console, to_json
@@ -44,7 +45,7 @@ def run(options: argparse.Namespace) -> None:
     print("Scores are computed from real images and are not private:")
     for name, value in result.items():
         if isinstance(value, float):
-            print(f"  {name:<18} {value:.4g}")
+            print(f"  {name:<18} {figure(name, value)}")
     print(f"samples: {run_dir / 'synthetic' / 'grid.png'}")
 
 
@@ -71,7 +72,7 @@ def compare(options: argparse.Namespace) -> None:
     for each, run_dir, result in rows:
         print(
             f"{each.stage_split:>11g} {each.training.num_steps:>6} {each.private_steps:>13} "
-            f"{result['epsilon']:>8.4g} {result['noise_multiplier']:>17.4f} "
+            f"{upward(result['epsilon']):>8} {result['noise_multiplier']:>17.4f} "
             f"{result['accuracy']:>9.4f} {result[metric]:>8.4g} {result['seconds']:>8.0f}  "
             f"{run_dir / 'synthetic' / 'grid.png'}"
         )
@@ -97,7 +98,8 @@ def ledger(options: argparse.Namespace) -> None:
     for path in files:
         ledger = Ledger.at(path)
         if options.action == "verify":
-            print(f"{path}: {ledger.verify()} lines, unbroken")
+            ledger.verify()
+            print(f"{path}: unbroken")  # How many lines would tell of a selection's trials.
         else:
             print(ledger_text(ledger.summary()))
 

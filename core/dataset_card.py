@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from core.privacy.card import three_epsilons
+from core.privacy.rounding import upward
 
 PARQUET = "data/train-00000-of-00001.parquet"
 """Where Hugging Face's `datasets` looks for the split `train`."""
@@ -78,7 +79,7 @@ def dataset_card(
         "| | |",
         "| --- | --- |",
         *(f"| {name} | {value} |" for name, value in three_epsilons(card)),
-        f"| delta | {card['delta']:g} |",
+        f"| delta | {upward(card['delta'], 6)} |",
         f"| unit of protection | {card['unit']} |",
         f"| neighbouring data sets | {card['neighboring_relation_in_words']} |",
         "",

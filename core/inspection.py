@@ -17,6 +17,7 @@ from core.evaluation.neighbors import Neighbors, Space, nearest, pixels
 from core.evaluation.reference import real_reference
 from core.pictures import encode_png
 from core.privacy.plan import PrivacyPlan
+from core.privacy.rounding import upward
 from core.reporting import NON_PRIVATE, write_json
 
 _SHOWN = 24
@@ -165,7 +166,8 @@ def _membership(found: Mapping[str, Any]) -> str:
         (f"true positives at nominally {found['nominal_fpr']:.0%} false ones", share("tpr")),
         ("false positives measured there", share("fpr")),
         (
-            f"true positives that epsilon {found['epsilon']:.4g}, delta {found['delta']:g} allows",
+            f"true positives that epsilon {upward(found['epsilon'])}, delta "
+            f"{upward(found['delta'], 6)} allows",
             f"{found['tpr_bound_at_nominal_fpr']:.4f} at {found['nominal_fpr']:.0%} false positives"
             f", {bound:.4f} at {found['fpr_interval'][1]:.4f}",
         ),

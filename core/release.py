@@ -21,6 +21,7 @@ from core.pictures import encode_png, write_grid
 from core.privacy.card import card_markdown, make_card
 from core.privacy.ledger import Ledger, ledger_path
 from core.privacy.plan import PrivacyPlan
+from core.privacy.rounding import upward
 from core.reporting import NON_PRIVATE, SELECTED, class_names, write_json
 
 FORMATS = ("folder", "npz", "parquet", "generator")
@@ -66,12 +67,13 @@ def write_release(
     if "parquet" in formats and importlib.util.find_spec("pyarrow") is None:
         raise ConfigError("parquet needs pyarrow: pip install pyarrow, or leave parquet out")
     target = config.privacy.target_epsilon
-    released = "epsilon_trial" if card["scope"] == "trial" else "epsilon_released_with_selection"
-    claimed = card[released]
+    by_trial = card["scope"] == "trial"
+    claimed = card["epsilon_released_trial" if by_trial else "epsilon_released_with_selection"]
     if claimed > target * (1 + 1e-9):
         raise ConfigError(
-            f"this release spends epsilon {claimed:.6g} of the target {target:g}: nothing "
-            "is written; raise privacy.target_epsilon before a run, never after it"
+            f"this release spends epsilon {upward(claimed, 6)} of the target "
+            f"{upward(target, 6)}: nothing is written; raise privacy.target_epsilon before a run, "
+            "never after it"
         )
     for path in (run_dir, out):
         if NON_PRIVATE in path.resolve().parts:

@@ -14,6 +14,7 @@ import torch
 from core.commands import run_dir_of, train
 from core.config import Config, load, parse_overrides, short_digest
 from core.errors import ConfigError, StoppedError
+from core.privacy.rounding import upward
 from core.reporting import write_json
 from core.training import config_device
 
@@ -96,8 +97,8 @@ def row_of(
     cells = (
         preset,
         config.method if config.warm_up_steps or config.method != "dp_feta" else "dpdm",
-        f"{result['epsilon']:.4g}",
-        f"{config.privacy.target_delta:g}",
+        upward(result["epsilon"]),
+        upward(config.privacy.target_delta, 6),
         f"{100 * result['accuracy']:.1f} %",
         f"{metric} {result[metric]:.4g}",
         f"{seconds / 3600:.2f}",

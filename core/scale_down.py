@@ -14,6 +14,7 @@ from core.errors import ConfigError
 from core.privacy import accounting
 from core.privacy.mechanisms import quick_grid
 from core.privacy.plan import make_plan
+from core.privacy.rounding import upward
 
 BATCH, TARGET = "private_training.expected_batch_size", "privacy.target_epsilon"
 _SCOPES = ("trial", "public")
@@ -64,10 +65,10 @@ def scale_down(options: argparse.Namespace) -> None:
     print(
         f"{options.out}: {BATCH} {small.private_training.expected_batch_size} for "
         f"{config.private_training.expected_batch_size}, same steps and same noise over batch; one "
-        f"run truly spends epsilon {small.privacy.target_epsilon:.4g}, on public data"
+        f"run truly spends epsilon {upward(small.privacy.target_epsilon)}, on public data"
     )
     print(
         "a sweep of it under privacy.scope=public takes back under final: "
         f"{BATCH}: {config.private_training.expected_batch_size}, "
-        f"{TARGET}: {config.privacy.target_epsilon:g}"
+        f"{TARGET}: {config.privacy.target_epsilon}"
     )

@@ -19,12 +19,13 @@ from core import yaml_subset
 from core.config import nested
 from core.errors import ConfigError, UserError
 from core.privacy.ledger_file import LedgerError
+from core.privacy.rounding import figure
 from core.reporting import SELECTED, to_json
 from sweep.config import SweepConfig, load_sweep
 from sweep.driver import running_driver, stop_driver
 from sweep.records import differences, export, record
 from sweep.results import Row, best, load_rows, print_results, sweep_epsilon, winners
-from sweep.scope import DEFAULT_NUM_TRIALS
+from sweep.scope import DEFAULT_NUM_TRIALS, inside
 from sweep.stored import find_trial, open_sweep, sweep_names
 from sweep.study import pruned_points
 
@@ -78,9 +79,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _list(options: argparse.Namespace) -> None:
-    sweeps = [_overview(open_sweep(options.storage, n)) for n in sweep_names(options.storage)]
+    opened = [open_sweep(options.storage, name) for name in sweep_names(options.storage)]
+    sweeps = [_overview(sweep) for sweep in opened]
     if not sweeps:
         raise ConfigError(f"'{options.storage}' holds no sweep: name its folder with --storage")
+    _warn(options, *opened)
     if options.json:
         _print_json(sweeps)
     else:
@@ -147,6 +150,7 @@ def _show(options: argparse.Namespace) -> None:
     rows = load_rows(sweep)
     if options.json:
         total = sweep_epsilon(sweep, rows)
+        _warn(options, sweep)
         _print_json([{**record(row), "epsilon_sweep": total} for row in rows])
         return
     from sweep.tracking import how_to_compare, tracking_uri
@@ -187,9 +191,10 @@ def _best(options: argparse.Namespace) -> None:
 
 
 def _diff(options: argparse.Namespace) -> None:
-    (_, first), (_, second) = (
+    (one, first), (other, second) = (
         find_trial(options.storage, name) for name in (options.first, options.second)
     )
+    _warn(options, one, other)
     found = differences(first, second)
     if options.json:
         _print_json({key: list(values) for key, values in found.items()})
@@ -212,8 +217,10 @@ def _stop(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    rows = load_rows(open_sweep(options.storage, options.name))
+    sweep = open_sweep(options.storage, options.name)
+    rows = load_rows(sweep)
     export(rows, options.out)
+    print(inside([sweep]), end="")
     print(f"{len(rows)} trials: {options.out} (scores are not private)")
 
 
@@ -229,6 +236,11 @@ def _report(options: argparse.Namespace) -> None:
     print(f"{path} ({path.stat().st_size / 1e6:.1f} MB; holds scores, which are not private)")
 
 
+def _warn(options: argparse.Namespace, *sweeps: SweepConfig) -> None:
+    """Says what must stay inside: above a table, and beside JSON, which programs read."""
+    print(inside(sweeps), end="", file=sys.stderr if options.json else sys.stdout)
+
+
 def _print_json(content: Any) -> None:
     print(to_json(content, indent=2))
 
@@ -238,16 +250,15 @@ def _print_table(records: Sequence[Mapping[str, Any]], digits: int = 4) -> None:
     for name, value in records[0].items():
         table.add_column(name, justify="left" if isinstance(value, str) else "right")
     for each in records:
-        table.add_row(*(_cell(value, digits) for value in each.values()))
+        # A line about one key has its name in its first cell.
+        table.add_row(*(_cell(each.get("key", name), v, digits) for name, v in each.items()))
     natural = Console(width=1000).measure(table).maximum
     # A narrow terminal wraps, rather than hides, figures.
     Console(width=max(Console().width, natural)).print(table)
 
 
-def _cell(value: Any, digits: int) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.{digits}g}" if isinstance(value, float) else str(value)
+def _cell(name: str, value: Any, digits: int) -> str:
+    return "-" if value is None else figure(name, value, digits)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from core.errors import ConfigError
 from core.locks import held
+from core.privacy.spending import RELEASE_ID
 from core.reporting import write_json
 from sweep.config import SweepConfig, dump_sweep, flat
 from sweep.driver import LOCK
@@ -89,8 +90,14 @@ def claim(sweep: SweepConfig) -> None:
 
 
 def release_id(sweep: SweepConfig) -> str:
-    """Random and kept: a sweep begun anew draws another secret number and other settings."""
-    path = sweep.folder / "release_id"
+    """Random and kept: a sweep begun anew draws another secret number and other settings.
+
+    The ledger tells by it that a selection begun anew is another release.
+    """
+    path = sweep.folder / "charged" / RELEASE_ID
     if not path.exists():
-        path.write_text(secrets.token_hex(16))
+        path.parent.mkdir(exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(secrets.token_hex(16))
+        temporary.replace(path)
     return path.read_text()

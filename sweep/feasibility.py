@@ -13,6 +13,7 @@ from core.config import flatten
 from core.errors import ConfigError, InfeasibleError
 from core.privacy.card import accountant_of
 from core.privacy.plan import check_feasible, composed_epsilon, make_plan
+from core.privacy.rounding import figure, upward
 from core.reporting import ProgressLine
 from sweep.config import Dimension, SweepConfig, is_integer
 from sweep.costs import print_costs
@@ -86,7 +87,7 @@ def print_plan(sweep: SweepConfig, probe: bool = False) -> None:
     print(
         f"sweep {sweep.name}: {trials} of {sweep.workers_per_trial} workers each, "
         f"{config.training.num_steps} steps, scope {privacy.scope} at epsilon "
-        f"{privacy.target_epsilon:g}, delta {privacy.target_delta:g}, "
+        f"{upward(privacy.target_epsilon)}, delta {upward(privacy.target_delta, 6)}, "
         f"N={config.dataset.num_examples}"
     )
     for key, dimension in sweep.search_space.items():
@@ -103,13 +104,13 @@ def print_plan(sweep: SweepConfig, probe: bool = False) -> None:
     except InfeasibleError as error:
         print(f"the middle of the space cannot be paid: {error}")
         return
-    print(f"epsilon of one trial in the middle of the space: {plan.epsilon:.4g}")
+    print(f"epsilon of one trial in the middle of the space: {upward(plan.epsilon)}")
     if privacy.scope == "trial":
         together = composed_epsilon([plan] * total)
-        print(f"epsilon of all {total} together, and so of choosing among them: {together:.4g}")
+        print(f"epsilon of all {total} together, and so of choosing among them: {upward(together)}")
     else:
         print(
-            f"epsilon that scope {privacy.scope} claims: {privacy.target_epsilon:g}, by "
+            f"epsilon that scope {privacy.scope} claims: {upward(privacy.target_epsilon)}, by "
             f"{accountant_of(privacy)}"
         )
     print_costs(sweep, config, privacy.selection_mean if secret else total, probe)
@@ -128,10 +129,10 @@ def _print_grid(sweep: SweepConfig, middle: dict[str, Any]) -> None:
     table = Table(box=box.SIMPLE)
     table.add_column(" \\ ".join(labels.get(key, key) for key in keys), justify="right")
     for value in columns:
-        table.add_column(_cell(value), justify="right")
+        table.add_column(figure(keys[1], value, 3), justify="right")
     line, done = ProgressLine(), 0
     for row in rows:
-        cells = [_cell(row)]
+        cells = [figure(keys[0], row, 3)]
         for column in columns:
             line.show(f"solving {done}/{len(rows) * len(columns)}")
             done += 1
@@ -147,10 +148,6 @@ def _print_grid(sweep: SweepConfig, middle: dict[str, Any]) -> None:
         "where - cannot be paid:"
     )
     Console().print(table)
-
-
-def _cell(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _grid(key: str, dimension: Dimension, points: int) -> list[Any]:

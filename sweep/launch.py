@@ -24,7 +24,7 @@ from sweep.feasibility import with_num_trials
 from sweep.limits import Meter
 from sweep.progress import Progress
 from sweep.recording import Place, record_end, record_start, record_summary, record_sweep
-from sweep.results import Row, best, final_row, load_rows, stored_result
+from sweep.results import Row, best, final_row, load_rows, released_row, stored_result
 from sweep.scope import count_trials, final_point, settings_entropy
 from sweep.trial import ENDS, TRACEBACK, Context, Train, run_trial
 
@@ -103,14 +103,14 @@ def _run(
             record_start(tracker, sweep, row.config)
             record_end(tracker, sweep, row.run_dir, stored_result(row))
     if complete:
-        record_summary(parent, sweep, rows, complete)
+        _record_summary(parent, place, sweep, rows, complete)
         parent.finish("FINISHED")
         return Outcome(rows, [], "", True, uri)
     record_sweep(parent, run_id, sweep, total)
     status = "KILLED"
     try:
         outcome = _search(Context(sweep, token, train=train), place, rows, total, verbosity)
-        record_summary(parent, sweep, outcome.rows, outcome.complete)
+        _record_summary(parent, place, sweep, outcome.rows, outcome.complete)
         if not outcome.stopped:
             status = "FINISHED"
         return outcome
@@ -123,6 +123,25 @@ def _run(
                 "folder; the same command sends them when it does",
                 file=sys.stderr,
             )
+
+
+def _record_summary(
+    parent: Any, place: Place, sweep: SweepConfig, rows: Sequence[Row], complete: bool
+) -> None:
+    """The summary; of a selection first the one trial that leaves, as if it had been the only one.
+
+    Privacy: of a selection that is not complete MLflow is told nothing.
+    """
+    from sweep.outbox import Outbox
+
+    if sweep.run.privacy.scope == "selection":
+        if not complete:
+            return
+        if (released := released_row(sweep, rows)) is not None:
+            box = Outbox(released.run_dir, *place.run_of(released.trial))
+            record_start(box, sweep, released.config)
+            record_end(box, sweep, released.run_dir, stored_result(released))
+    record_summary(parent, sweep, rows, complete)
 
 
 def _waiting(sweep: SweepConfig, rows: Sequence[Row]) -> int:
@@ -148,7 +167,8 @@ def _search(context: Context, place: Place, rows: list[Row], total: int, verbosi
     before = sum(_is_done(sweep, row) for row in rows)
     progress = Progress(sweep, total, before, secret, verbosity)
     recorder = Recorder(sweep, context.launch, place, progress.note)
-    observers = (progress, recorder, meter)
+    # Of a selection MLflow is told at the end, of the one trial that leaves.
+    observers = (progress, meter) if secret else (progress, recorder, meter)
     pruned: list[tuple[dict[str, Any], str]] = []
 
     def on_pruned(point: dict[str, Any], reason: str) -> None:

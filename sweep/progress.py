@@ -12,6 +12,8 @@ from rich.live import Live
 from rich.table import Table
 
 from core.early import ENDED_EARLY
+from core.privacy.rounding import figure
+from core.privacy.scopes import STAYS_INSIDE
 from core.reporting import ProgressLine
 from sweep.config import SweepConfig, trial_id_of
 
@@ -45,7 +47,7 @@ class Progress:
 
     Args:
         total: trials of the sweep, `before` of them done earlier.
-        secret: whether the total is not shown.
+        secret: whether the total is not shown, and what is shown must stay inside.
         verbosity: -1 shows nothing, 0 a table or sparse lines, 1 a line for each report.
     """
 
@@ -68,6 +70,8 @@ class Progress:
                 transient=True,
             )
             self._live.start()
+        if secret:
+            self.note(STAYS_INSIDE)
         if before:
             self.note(f"{before} of {self._of} trials had finished before")
 
@@ -203,7 +207,4 @@ def _short_time(seconds: float) -> str:
 
 def _short(point: dict[str, Any]) -> str:
     """A point in one line."""
-    return ", ".join(
-        f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}"
-        for key, value in point.items()
-    )
+    return ", ".join(f"{key}={figure(key, value)}" for key, value in point.items())

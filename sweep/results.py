@@ -14,12 +14,13 @@ from core.account import COUNT, NOISE
 from core.config import Config, flatten, load, load_yaml
 from core.early import STOPPED
 from core.evaluation.names import DIRECTIONS, HEADLINES
-from core.privacy.card import card_markdown, make_card, three_epsilons
+from core.privacy.card import all_on_this_data_set, card_markdown, make_card, three_epsilons
 from core.privacy.ledger import Ledger, ledger_path
 from core.privacy.plan import PrivacyPlan, composed_epsilon
+from core.privacy.rounding import figure, upward
 from core.reporting import FAILED, SELECTED, write_json
 from sweep.config import SweepConfig
-from sweep.scope import SEED
+from sweep.scope import SEED, inside
 
 
 @dataclass(frozen=True)
@@ -195,6 +196,19 @@ def released_row(sweep: SweepConfig, rows: Sequence[Row]) -> Row | None:
     return last if last is not None and last.state == "finished" else None
 
 
+def claimed_row(sweep: SweepConfig, rows: Sequence[Row]) -> tuple[Row | None, str]:
+    """What a claim can be made about: what may be published, or None and why there is none yet.
+
+    Privacy: the best trial so far of a selection that is not complete is not the one that leaves.
+    """
+    released = released_row(sweep, rows)
+    if sweep.run.privacy.scope == "selection" and not any(
+        (row.run_dir / SELECTED).exists() for row in rows
+    ):
+        return None, "selection: not complete, so nothing is claimed yet"
+    return released, "final run: not finished, so nothing is claimed yet"
+
+
 def _objective(sweep: SweepConfig, rows: Sequence[Row]) -> str:
     winner = best(sweep, rows)
     assert winner is not None
@@ -219,8 +233,9 @@ def shown_metrics(sweep: SweepConfig, rows: Sequence[Row]) -> list[str]:
 
 def print_results(sweep: SweepConfig, rows: list[Row], pruned: int, ui: str) -> None:
     """Prints the table, the best trial, the epsilons and where to look next."""
-    winner, released = best(sweep, rows), released_row(sweep, rows)
+    winner = best(sweep, rows)
     metrics = shown_metrics(sweep, rows)
+    print(inside([sweep]), end="")
     print(f"sweep {sweep.name}: {len(rows)} trials, {pruned} points pruned without compute")
     total = sweep_epsilon(sweep, rows)
     front = winners(sweep, rows)
@@ -240,8 +255,9 @@ def print_results(sweep: SweepConfig, rows: list[Row], pruned: int, ui: str) -> 
     title = "best trial: " if len(sweep.objectives) == 1 else "  "
     for row in front:
         print(f"{title}{row.trial} ({_scores(row)})")
+    released, none_yet = claimed_row(sweep, rows)
     if released is None:
-        print("final run: not finished, so nothing is claimed yet; the same command goes on")
+        print(f"{none_yet}; the same command goes on")
     else:
         _print_released(sweep, rows, released, total)
     print(f"compare: {ui}")
@@ -254,8 +270,8 @@ def _print_released(sweep: SweepConfig, rows: Sequence[Row], released: Row, tota
     print(f"privacy: {card['statement']}")
     for name, value in three_epsilons({**card, "epsilon_computed": total}):
         print(f"  {name}: {value}")
-    spent = _ledger(released).summary()["epsilon_committed_and_reserved"]
-    print(f"  epsilon of all runs on this data set: {spent:.4g} (python -m core ledger show)")
+    spent = all_on_this_data_set(card)
+    print(f"  epsilon of all runs on this data set: {spent} (python -m core ledger show)")
     print(f"card: {sweep.folder / 'privacy_card.md'}")
     print(f"samples: {released.run_dir / 'synthetic' / 'grid.png'}")
 
@@ -304,8 +320,8 @@ def results_table(
             f"{flat['central_images.noise_multiplier']:.3g}" if row.plan.central else "-",
             f"{flat['stage_split']:.2f}",
         ]
-        cells += [f"{flat[k]:.3g}" if isinstance(flat[k], float) else str(flat[k]) for k in others]
-        cells += [f"{row.plan.noise_multiplier:.4f}", f"{row.epsilon:.4g}", f"{total:.4g}"]
+        cells += [figure(key, flat[key], 3) for key in others]
+        cells += [f"{row.plan.noise_multiplier:.4f}", upward(row.epsilon), upward(total)]
         cells += [
             f"{row.scores[m]:.4g}" if m in row.scores else row.state for m in metrics or ["state"]
         ][: len(metrics)]

@@ -8,7 +8,7 @@ from core.config import Config, load
 from core.errors import ConfigError
 from core.evaluation.names import LIKENESS, SUFFIXES
 from core.privacy.keys import KeyedStream, MasterSecret
-from core.privacy.scopes import num_trials_at
+from core.privacy.scopes import STAYS_INSIDE, num_trials_at
 
 DEFAULT_NUM_TRIALS = 8
 EARLY_AT = "early_scores.at"
@@ -200,6 +200,12 @@ def _check_final(base: Config, final: dict[str, Any]) -> None:
 def final_point(point: Mapping[str, Any], final: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters of the final run: those of a trial of the search, and the keys of `final`."""
     return {**point, "dataset.public": False, EARLY_AT: [], **final}
+
+
+def inside(sweeps: Sequence[Any]) -> str:
+    """What stands above all that tells of the trials of sweeps; a line if one is a selection."""
+    secret = any(sweep.run.privacy.scope == "selection" for sweep in sweeps)
+    return f"{STAYS_INSIDE}\n" if secret else ""
 
 
 def count_trials(

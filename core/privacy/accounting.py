@@ -10,6 +10,7 @@ from functools import lru_cache
 from core.errors import InfeasibleError
 from core.privacy import renyi
 from core.privacy.mechanisms import FEW, FINE, Mechanism, quick_grid
+from core.privacy.rounding import upward
 
 _MOST_SECANTS = 6
 MAX_NOISE_MULTIPLIER = 1e4
@@ -60,7 +61,7 @@ def check_room(
     """
     cheapest = (*spent, (sample_rate, MAX_NOISE_MULTIPLIER, num_steps))
     if epsilon_of_mechanisms(cheapest, delta, relation, quick_grid(cheapest)) > target_epsilon:
-        raise InfeasibleError(too_little(f"epsilon {target_epsilon:g}"))
+        raise InfeasibleError(too_little(f"epsilon {upward(target_epsilon)}"))
 
 
 def solve_noise_multiplier(
@@ -114,7 +115,7 @@ def solve_noise_multiplier(
         step = max((epsilon - target_epsilon) / -slope, 10.0**-_DECIMALS)
         noise_multiplier = math.ceil((noise_multiplier + step) * 10**_DECIMALS) / 10**_DECIMALS
         if noise_multiplier > MAX_NOISE_MULTIPLIER:
-            raise InfeasibleError(too_little(f"epsilon {target_epsilon:g}"))
+            raise InfeasibleError(too_little(f"epsilon {upward(target_epsilon)}"))
 
 
 def estimated_noise_multiplier(
@@ -167,13 +168,13 @@ def _bracket(
     while excess(high) > 0:
         low, high = high, 2 * high
         if high > MAX_NOISE_MULTIPLIER:
-            raise InfeasibleError(too_little(f"epsilon {target_epsilon:g}"))
+            raise InfeasibleError(too_little(f"epsilon {upward(target_epsilon)}"))
     while excess(low) < 0:
         low, high = low / 2, low
         if low < 1e-3:
             raise InfeasibleError(
-                f"epsilon {target_epsilon:g} is so large that DP-SGD would need no noise; lower "
-                "privacy.target_epsilon"
+                f"epsilon {upward(target_epsilon)} is so large that DP-SGD would need no noise; "
+                "lower privacy.target_epsilon"
             )
     return low, high
 

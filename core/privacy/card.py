@@ -1,13 +1,13 @@
 """What people read of the ledger: its summary, and the privacy card of a publication."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from core.config import PrivacyConfig
 from core.privacy.ledger import Ledger
 from core.privacy.plan import PrivacyPlan
-from core.privacy.scopes import share_of
+from core.privacy.rounding import odds, upward
+from core.privacy.scopes import STAYS_INSIDE, share_of
 
 RELATIONS = {
     "zero_out": "a record is replaced by an empty one; the number of records N is public",
@@ -39,9 +39,13 @@ ALONE = (
     "This one run, with settings given beforehand, is ({trial}, {delta})-differentially private."
 )
 AMONG_OTHERS = (
-    "This run alone is ({trial}, {delta})-differentially private. It is one of {runs} trials on "
-    "this data set, which together come to {everything}: that is the guarantee if their results "
-    "had a part in choosing this one."
+    "This run alone is ({trial}, {delta})-differentially private. It is one of {runs} releases on "
+    "this data set, which together are ({everything}, {delta_of_all})-differentially private: that "
+    "is the guarantee if their results had a part in choosing this one."
+)
+SUMMED = (
+    "; each selection (here {count}) counts as the one release that it claims, whose epsilon and "
+    "delta are added"
 )
 STOPPING = (
     " Trials could also be stopped early by their scores during training ({metric}: {tag}); one "
@@ -81,8 +85,12 @@ def make_card(
         objective: the metric that chose it among several trials, with its tag.
 
     Returns:
-        Plain data, ready for JSON. Under scope `selection` it says nothing of the other trials,
-        and `epsilon_computed` is None, as it would tell their number.
+        Plain data, ready for JSON. `epsilon_trial` is the largest of the run's trials,
+        `epsilon_released_trial` that of the released one. Under scope `selection` nothing is said
+        of the other trials, and `epsilon_computed` is None, as it would tell their number.
+        Everything holds at `delta` but what has a delta of its own.
+
+    Privacy: the same whatever the number of trials of a selection is, of this run or of others.
 
     Raises:
         ValueError: the ledger has no entry of this trial; there is nothing to state.
@@ -91,38 +99,43 @@ def make_card(
     entries = [entry for entry in summary["entries"] if entry["run"] == run]
     if identity not in {entry["trial"] for entry in entries}:
         raise ValueError(f"the ledger holds no entry of trial {identity[:16]} of {run}")
-    trials, secret = len(entries), privacy.scope == "selection"
-    everything = summary["epsilon_committed_and_reserved"]
-    computed = ledger.epsilon_of_run(run)
-    others = len(summary["entries"]) - trials
-    released = {
-        "trial": computed if trials > 1 else everything if others else plan.epsilon,
-        "public": plan.epsilon,
-    }.get(privacy.scope, privacy.target_epsilon)
+    secret = privacy.scope == "selection"
     if secret:
         entries = [entry for entry in entries if entry["trial"] == identity]
+    trials = len(entries)
+    everything = summary["epsilon_committed_and_reserved"]
+    delta, delta_of_all = summary["delta"], summary["delta_committed_and_reserved"]
+    computed = 0.0 if secret else ledger.epsilon_of_run(run)
+    largest = plan.epsilon if trials == 1 else max(plan.epsilon, ledger.largest_epsilon(run))
+    others = summary["num_releases"] - trials
+    by_all = trials == 1 and others > 0 and privacy.scope == "trial"
+    released = {
+        "trial": everything if by_all else plan.epsilon if trials == 1 else computed,
+        "public": plan.epsilon,
+    }.get(privacy.scope, privacy.target_epsilon)
     sentence = SCOPES[privacy.scope]
     stopping = ""
-    if plan.early_metric and trials > 1:
+    if plan.early_metric and trials > 1:  # Never of a selection.
         tag = plan.tag(plan.early_metric)
         stopping = STOPPING.format(metric=plan.early_metric, tag=tag)
     if trials == 1 and privacy.scope == "trial":
         sentence = AMONG_OTHERS if others else ALONE
     # Several runs one by one are a search too, and nobody knows of which; a sweep knows.
-    candidates = trials if trials > 1 else trials + others
+    among = f"{trials} trials" if trials > 1 else f"{trials + others} releases on this data set"
     chosen = {
         "selection": f"at random; of their secret number the best by {objective}",
         "public": f"on public data, by {objective}",
-    }.get(privacy.scope, f"the best of {candidates} trials by {objective}")
+    }.get(privacy.scope, f"the best of {among} by {objective}")
     return {
         "statement": sentence.format(
-            trial=f"{plan.epsilon:.4g}",
-            computed=f"{computed:.4g}",
-            target=f"{privacy.target_epsilon:.4g}",
-            delta=f"{summary['delta']:g}",
+            trial=upward(largest),
+            computed=upward(computed),
+            target=upward(privacy.target_epsilon),
+            delta=upward(delta, 6),
             trials=trials,
             runs=trials + others,
-            everything=f"{everything:.4g}",
+            everything=upward(everything),
+            delta_of_all=upward(delta_of_all, 6),
             objective=objective,
             law=privacy.selection_law,
             mean=privacy.selection_mean,
@@ -133,22 +146,25 @@ def make_card(
         "neighboring_relation": summary["neighboring_relation"],
         "neighboring_relation_in_words": RELATIONS[summary["neighboring_relation"]],
         "num_examples": summary["num_examples"],
-        "delta": summary["delta"],
+        "delta": delta,
         "target_epsilon": privacy.target_epsilon,
-        "epsilon_trial": plan.epsilon,
+        "epsilon_trial": largest,
+        "epsilon_released_trial": plan.epsilon,
         "epsilon_computed": None if secret else computed,
         "epsilon_released_with_selection": released,
-        "epsilon_all_on_this_data_set": None if secret else everything,
+        "delta_released_with_selection": delta_of_all if by_all else delta,
+        "epsilon_all_on_this_data_set": everything,
+        "delta_all_on_this_data_set": delta_of_all,
         "odds": {
             name: odds(epsilon)
             for name, epsilon in (
-                ("epsilon_trial", plan.epsilon),
+                ("epsilon_trial", largest),
                 ("epsilon_released_with_selection", released),
             )
         },
-        # The ledger's own grid depends on how many trials it holds.
         "accountant": plan.summary()["accountant"] if secret else summary["accountant"],
         "accountant_of_the_scope": accountant_of(privacy),
+        "accountant_of_all_on_this_data_set": _accountant_of_all(summary),
         "events": [
             {"trial": entry["trial"], "state": entry["state"], **event}
             for entry in entries
@@ -176,32 +192,35 @@ def accountant_of(privacy: PrivacyConfig) -> str:
     return f"Renyi DP at order {orders} ({theorem})"
 
 
-def odds(epsilon: float) -> str:
-    """Epsilon in words (Nanayakkara et al. 2023): how much more likely any outcome may become."""
-    times = math.exp(epsilon)
-    figure = f"{times:.2f}" if times < 100 else f"{times:,.0f}" if times < 1e6 else f"{times:.2g}"
-    return (
-        f"whatever somebody concludes from the release, they are at most {figure} times as likely "
-        "to conclude it because one record was in the data"
-    )
+def _accountant_of_all(summary: Mapping[str, Any]) -> str:
+    """What bounds the epsilon of all runs on a data set, in words."""
+    count = len(summary["selections"])
+    return summary["accountant"] + (SUMMED.format(count=count) if count else "")
 
 
 def three_epsilons(card: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Name and figure of the epsilons that are always stated together."""
     return [
-        ("epsilon of one trial", _figure(card["epsilon_trial"])),
+        ("epsilon of one trial", upward(card["epsilon_trial"])),
         ("epsilon of all that was computed", _figure(card["epsilon_computed"])),
-        (
-            "epsilon of the release with its selection",
-            _figure(card["epsilon_released_with_selection"]),
-        ),
+        ("epsilon of the release with its selection", _at(card, "released_with_selection")),
     ]
 
 
+def all_on_this_data_set(card: Mapping[str, Any]) -> str:
+    """Epsilon of all runs on the data set, with its delta if that is not the card's."""
+    return _at(card, "all_on_this_data_set")
+
+
+def _at(card: Mapping[str, Any], name: str) -> str:
+    epsilon, delta = card[f"epsilon_{name}"], card[f"delta_{name}"]
+    return upward(epsilon) + ("" if delta == card["delta"] else f" at delta {upward(delta, 6)}")
+
+
 def _figure(epsilon: float | None) -> str:
-    return (
-        "not told: it would give the number of trials away" if epsilon is None else f"{epsilon:.4g}"
-    )
+    if epsilon is None:
+        return "not told: it would give the number of trials away"
+    return upward(epsilon)
 
 
 def card_markdown(card: Mapping[str, Any]) -> str:
@@ -217,18 +236,18 @@ def card_markdown(card: Mapping[str, Any]) -> str:
         f"| neighbouring data sets | {card['neighboring_relation_in_words']} |",
         f"| number of records N | {card['num_examples']} |",
         f"| data declared public | {'yes' if card['data_set_declared_public'] else 'no'} |",
-        f"| delta | {card['delta']:g} |",
+        f"| delta | {upward(card['delta'], 6)} |",
         *(f"| {name} | {value} |" for name, value in three_epsilons(card)),
-        "| epsilon of all runs on this data set | "
-        f"{_figure(card['epsilon_all_on_this_data_set'])} |",
-        f"| target epsilon, scope | {card['target_epsilon']:g}, {card['scope']} |",
+        f"| epsilon of all runs on this data set | {all_on_this_data_set(card)} |",
+        f"| target epsilon, scope | {upward(card['target_epsilon'])}, {card['scope']} |",
         f"| accountant of a trial | {card['accountant']} |",
         f"| accountant of the scope | {card['accountant_of_the_scope']} |",
+        f"| accountant of all runs | {card['accountant_of_all_on_this_data_set']} |",
         f"| hyperparameters | {card['hyperparameters_chosen_by']} |",
         "",
         "In words, for the release with its selection: "
         f"{card['odds']['epsilon_released_with_selection']}, up to a probability of "
-        f"{card['delta']:g}.",
+        f"{upward(card['delta_released_with_selection'], 6)}.",
         "",
         "## Releases",
         "",
@@ -247,12 +266,16 @@ def card_markdown(card: Mapping[str, Any]) -> str:
 
 def ledger_text(summary: dict[str, Any]) -> str:
     """`Ledger.summary()` as text for a terminal, one line for each key."""
-    budget = "without a cap" if summary["budget"] is None else f"of {summary['budget']:g}"
-    lines = [
+    budget = "without a cap"
+    if summary["budget"] is not None:
+        budget = f"of {upward(summary['budget'])}"
+    lines = [STAYS_INSIDE] if summary["selections"] else []
+    lines += [
         f"data set {summary['fingerprint'][:16]}: N={summary['num_examples']} (public), delta "
-        f"{summary['delta']:g}, {summary['neighboring_relation']}, unit {summary['unit']}",
-        f"epsilon {summary['epsilon_committed_and_reserved']:.4g} {budget}, of which "
-        f"{summary['epsilon_committed']:.4g} is settled ({summary['accountant']})",
+        f"{upward(summary['delta'], 6)}, {summary['neighboring_relation']}, unit "
+        f"{summary['unit']}",
+        f"epsilon {_at(summary, 'committed_and_reserved')} {budget}, of which "
+        f"{upward(summary['epsilon_committed'])} is settled ({_accountant_of_all(summary)})",
         f"{'state':<10} {'steps':>13} {'epsilon':>8}  run, trial, stage, note",
     ]
     for entry in summary["entries"]:
@@ -260,7 +283,7 @@ def ledger_text(summary: dict[str, Any]) -> str:
         executed = "-" if entry["executed_steps"] is None else entry["executed_steps"]
         names = [entry["run"], entry["trial"][:16], entry["stage"], entry["note"]]
         lines.append(
-            f"{entry['state']:<10} {f'{executed}/{planned}':>13} {entry['epsilon']:>8.4g}  "
+            f"{entry['state']:<10} {f'{executed}/{planned}':>13} {upward(entry['epsilon']):>8}  "
             + ", ".join(name for name in names if name)
         )
     return "\n".join(lines)

@@ -6,8 +6,9 @@ grouped, an upper bound at any discretisation. `ledger_file` stores, locks and d
 """
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
+from decimal import Decimal
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,14 @@ from core.privacy.ledger_book import (
     stated_terms,
 )
 from core.privacy.ledger_file import Chain, Event, Key, LedgerError, Terms, locked, require
-from core.privacy.mechanisms import COARSE, Mechanism, discretization_for, grouped
+from core.privacy.mechanisms import COARSE, FINE, Mechanism, discretization_for, grouped
 from core.privacy.plan import PrivacyPlan
+from core.privacy.rounding import upward
 from core.privacy.scopes import RunBudget
 
 UNIT = "one image with its label"
+_QUICK_ERROR = 1e-5
+"""More than what figures that are not of record may be too small by."""
 
 
 class BudgetExceededError(InfeasibleError):
@@ -201,6 +205,15 @@ class Ledger:
         counted = [event for charge in charges for event in charge.counted]
         return self._epsilon(counted, self._discretization(counted))
 
+    def largest_epsilon(self, run: str) -> float:
+        """The largest epsilon that the plan of one trial of a run spends alone; 0 without any."""
+        with locked(self.path) as chain:
+            plans = {charge.reserved for charge in self._book(chain).of_run(run)}
+        quick = {plan: self._epsilon(plan, FINE, of_record=False) for plan in plans}
+        # Of record, which takes seconds, only what may be the largest.
+        near = [plan for plan in plans if quick[plan] > max(quick.values()) - _QUICK_ERROR]
+        return max((self._epsilon(plan, FINE) for plan in near), default=0.0)
+
     def verify(self) -> int:
         """Checks every line, the head and the terms; returns the number of lines."""
         with locked(self.path) as chain:
@@ -212,15 +225,19 @@ class Ledger:
 
         Returns:
             The terms and the unit; `epsilon_committed` (settled steps), a part of
-            `epsilon_committed_and_reserved` (all that counts against the budget); `accountant`;
-            and `entries`: for each key its state, events and the `epsilon` of it alone, to about
-            2e-6.
+            `epsilon_committed_and_reserved` (all that counts against the budget), which holds at
+            `delta_committed_and_reserved`; `num_releases`, in which a selection is one;
+            `accountant`; `selections`, the runs that are one; and `entries`: for each key its
+            state, events and the `epsilon` of it alone, to about 2e-6.
+
+        Privacy: all but the entries is the same whatever the number of a selection's trials.
         """
         with locked(self.path) as chain:
-            charges = self._book(chain).charges
-        counted = [event for charge in charges.values() for event in charge.counted]
-        settled = [event for charge in charges.values() for event in charge.settled]
-        grid = self._discretization(counted)  # One for all figures, so that they compare.
+            book = self._book(chain)
+        # One for all figures, so that they compare.
+        grid = self._discretization([event for charge in book.apart for event in charge.counted])
+        committed, _ = self._together(book, lambda charge: charge.settled, grid)
+        everything, delta = self._together(book, lambda charge: charge.counted, grid)
         entries = [
             {
                 **asdict(key),
@@ -231,14 +248,17 @@ class Ledger:
                 "note": charge.note,
                 "time": charge.time,
             }
-            for key, charge in charges.items()
+            for key, charge in book.charges.items()
         ]
         return {
             **asdict(self.terms),
             "unit": UNIT,
-            "epsilon_committed": self._epsilon(settled, grid),
-            "epsilon_committed_and_reserved": self._epsilon(counted, grid),
+            "epsilon_committed": committed,
+            "epsilon_committed_and_reserved": everything,
+            "delta_committed_and_reserved": delta,
+            "num_releases": len(book.apart) + len(book.selections),
             "accountant": _accountant(grid),
+            "selections": list(book.selections),
             "entries": entries,
         }
 
@@ -271,9 +291,10 @@ class Ledger:
             if charge.within != within:
                 raise LedgerError(
                     f"run {run} was begun within {charge.within}, not {within}, which never "
-                    "changes: restore privacy.scope and its settings, or choose another name"
+                    "changes: restore privacy.scope, its settings and the sweep's folder, or "
+                    "choose another name"
                 )
-        if within is None:
+        if within is None or within.selection:
             return
         before = [key.run for key, charge in book.charges.items() if charge.counted]
         if within.alone and (others := {*before} - {run}):
@@ -286,10 +307,11 @@ class Ledger:
         total = self._total_within(within, [*others, Charge(asked.events, "", "")])
         if total > within.epsilon * (1 + 1e-9):
             raise BudgetExceededError(
-                f"trial {asked.key.trial[:16]} would bring run {run} to epsilon {total:.6g} of its "
-                f"budget {within.epsilon:g}, of which {len(others)} trials have "
-                f"{self._total_within(within, others):.6g}: it pays for privacy.num_shares trials, "
-                "which were set before the first (scope public: for one)"
+                f"trial {asked.key.trial[:16]} would bring run {run} to epsilon "
+                f"{upward(total, 6)} of its budget {upward(within.epsilon, 6)}, of which "
+                f"{len(others)} trials have {upward(self._total_within(within, others), 6)}: it "
+                "pays for privacy.num_shares trials, which were set before the first (scope "
+                "public: for one)"
             )
 
     def _total_within(self, within: RunBudget, charges: Sequence[Charge]) -> float:
@@ -311,12 +333,30 @@ class Ledger:
         spent = [event for charge in book.charges.values() for event in charge.settled]
         held = [event for charge in others if charge.open for event in charge.events]
         raise BudgetExceededError(
-            f"reserving epsilon {self._epsilon(asked.events, grid):.6g} for {asked.key} would "
-            f"bring data set {self.terms.fingerprint[:6]} to {total:.6g} of its budget "
-            f"{budget:g} (spent {self._epsilon(spent, grid):.6g}, reserved "
-            f"{self._epsilon(held, grid):.6g}): plan fewer steps, more noise or fewer trials, as "
-            "a budget is never raised"
+            f"reserving epsilon {upward(self._epsilon(asked.events, grid), 6)} for {asked.key} "
+            f"would bring data set {self.terms.fingerprint[:6]} to {upward(total, 6)} of its "
+            f"budget {upward(budget, 6)} (spent {upward(self._epsilon(spent, grid), 6)}, reserved "
+            f"{upward(self._epsilon(held, grid), 6)}): plan fewer steps, more noise or fewer "
+            "trials, as a budget is never raised"
         )
+
+    def _together(
+        self, book: Book, part: Callable[[Charge], tuple[Event, ...]], grid: float
+    ) -> tuple[float, float]:
+        """Epsilon and delta of all releases together, of the `part` of each charge that counts.
+
+        Privacy: what is charged by its mechanisms is composed by PLD at the ledger's delta. A
+            selection, of which nothing but the best trial leaves, is (target, delta)-private as a
+            whole, and its epsilon and delta are added (basic composition, Dwork et al. 2006, valid
+            for adaptive choices too): the sum of both deltas bounds what exceeds the sum of both
+            epsilons, whatever the number of its trials was.
+        """
+        events = [event for charge in book.apart for event in part(charge)]
+        selections = book.selections.values()
+        targets = [charges[0].target for charges in selections if any(map(part, charges))]
+        count = max(1, bool(events) + len(targets))
+        delta = float(count * Decimal(repr(self.terms.delta)))  # 3e-05, not 3.0000000000000004e-05.
+        return self._epsilon(events, grid) + sum(targets), delta
 
     def _discretization(self, events: Iterable[Event]) -> float:
         scale = self.terms.budget or self._epsilon(events, COARSE)

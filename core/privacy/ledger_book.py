@@ -43,6 +43,11 @@ class Charge:
         return self.events if self.counted else ()
 
     @property
+    def target(self) -> float:
+        """Epsilon of the selection whose trial it is, of which only the best leaves; else 0."""
+        return self.within.epsilon if self.within is not None and self.within.selection else 0.0
+
+    @property
     def state(self) -> str:
         """`reserved`, `committed` or `void`."""
         if self.open:
@@ -60,6 +65,20 @@ class Book:
     def of_run(self, run: str) -> list[Charge]:
         """The charges of one run."""
         return [charge for key, charge in self.charges.items() if key.run == run]
+
+    @property
+    def apart(self) -> list[Charge]:
+        """The charges that are releases each; those of a selection are one together."""
+        return [charge for charge in self.charges.values() if not charge.target]
+
+    @property
+    def selections(self) -> dict[str, list[Charge]]:
+        """The charges of each run that is a selection.
+
+        Privacy: how many there are of a run is for the owner alone.
+        """
+        runs = {key.run: None for key, charge in self.charges.items() if charge.target}
+        return {run: self.of_run(run) for run in runs}
 
     def charge(self, reservation: Reservation) -> Charge:
         """The charge that `reserve` made for this reservation."""

@@ -15,6 +15,7 @@ from core.config import Config, PrivacyConfig
 from core.errors import ConfigError, InfeasibleError
 from core.privacy import accounting, renyi
 from core.privacy.mechanisms import FINE, Mechanism, discretization_for, grouped, quick_grid
+from core.privacy.rounding import upward
 from core.privacy.scopes import Share, share_of
 from core.privacy.stage_plans import (
     CentralPlan,
@@ -89,7 +90,7 @@ class PrivacyPlan:
     def tag(self, metric: str) -> str:
         """How private a metric is: `public`, `dp(...)` with its cost, or `non-private`."""
         if metric in ("dp_accuracy", "early_dp_accuracy"):
-            return f"dp(epsilon +{self.epsilon_score:.2g})"
+            return f"dp(epsilon +{upward(self.epsilon_score, 2)})"
         return "public" if self.public_data else "non-private"
 
     @property
@@ -105,8 +106,9 @@ class PrivacyPlan:
             "replace_one": "replacing one image and its label by any other",
         }[self.neighboring_relation]
         return (
-            f"This trial alone is ({self.epsilon:.4g}, {self.delta:g})-differentially private "
-            f"for {unit}; the public facts are the configuration, with N={self.num_examples}."
+            f"This trial alone is ({upward(self.epsilon)}, {upward(self.delta, 6)})-differentially "
+            f"private for {unit}; the public facts are the configuration, with "
+            f"N={self.num_examples}."
         )
 
     @property
@@ -191,9 +193,10 @@ def _check_alone(
     else:
         paid = _repeated([plan.mechanism], _copies(privacy))
         alone = _epsilon(paid, privacy, discretization)
-        too_dear = f"alone spend epsilon {alone:.4g} of" if alone >= privacy.target_epsilon else ""
+        too_dear = f"alone spend epsilon {upward(alone)} of"
+        too_dear = too_dear if alone >= privacy.target_epsilon else ""
     if too_dear:
-        raise InfeasibleError(f"the {name} {too_dear} {privacy.target_epsilon:g}: {remedy}")
+        raise InfeasibleError(f"the {name} {too_dear} {upward(privacy.target_epsilon)}: {remedy}")
     return epsilon
 
 

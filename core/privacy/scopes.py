@@ -14,8 +14,14 @@ from core.config import Config, PrivacyConfig
 from core.errors import InfeasibleError
 from core.privacy import accounting, renyi
 from core.privacy.mechanisms import Mechanism, discretization_for, grouped
+from core.privacy.rounding import upward
 
 _LEAST_NOISE, _DECIMALS = 0.05, 4
+STAYS_INSIDE = (
+    "For the owner of the data alone, to stay inside: this tells of a selection's trials, whose "
+    "number must be secret for its guarantee to hold."
+)
+"""Stands above whatever gives the number of a selection's trials away."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +99,7 @@ def _selection_share(privacy: PrivacyConfig) -> Share:
     if mu_squared(*orders) <= 0:
         raise InfeasibleError(
             f"selecting among {mean:g} trials on average takes all of epsilon "
-            f"{privacy.target_epsilon:g}: raise privacy.target_epsilon or lower "
+            f"{upward(privacy.target_epsilon)}: raise privacy.target_epsilon or lower "
             "privacy.selection_mean"
         )
     return Share(orders, math.sqrt(mu_squared(*orders)))
@@ -101,7 +107,7 @@ def _selection_share(privacy: PrivacyConfig) -> Share:
 
 @dataclass(frozen=True)
 class RunBudget:
-    """What all trials of one run may spend together, under the scopes `sweep` and `public`.
+    """What all trials of one run may spend together, or of a selection what its one release is.
 
     Attributes:
         epsilon: the target.
@@ -109,11 +115,14 @@ class RunBudget:
             executed is added up by the filter at one fixed order; if not, all that was ever
             reserved is composed by PLD, as the theorem covers no stopping by results.
         alone: whether no other run may have used the data before.
+        selection: identity of the selection that the run is; empty under the other scopes. Its
+            trials together are one (epsilon, delta)-private release and have no budget.
     """
 
     epsilon: float
     adaptive: bool
     alone: bool = False
+    selection: str = ""
 
     def total(
         self,
@@ -136,13 +145,18 @@ class RunBudget:
         return renyi.divergence(executed, order) + renyi.offset(order, delta)
 
 
-def run_budget(config: Config) -> RunBudget | None:
-    """The budget of a run; None under the scopes that cap each trial alone.
+def run_budget(config: Config, selection: str = "") -> RunBudget | None:
+    """The budget of a run; None under scope `trial`, which caps each trial alone.
 
     The one run that `public` allows has no second trial to adapt, and no run before it; its search
     on public data has no budget.
+
+    Args:
+        selection: identity of the sweep's release, under scope `selection`.
     """
     privacy = config.privacy
+    if privacy.scope == "selection":
+        return RunBudget(privacy.target_epsilon, adaptive=False, selection=selection)
     if privacy.scope == "sweep":
         return RunBudget(privacy.target_epsilon, privacy.adaptive)
     if privacy.scope == "public" and not config.dataset.public:

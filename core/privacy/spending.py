@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from core.config import Config, flatten
-from core.errors import DataError, stored
+from core.errors import ConfigError, DataError, stored
 from core.privacy.ledger import Ledger, Reservation, events_of
 from core.privacy.ledger_file import Key, Terms
 from core.privacy.plan import PrivacyPlan
 from core.privacy.scopes import run_budget
 
+RELEASE_ID = "release_id"
+"""File in the folder `charged` with the identity of the one release that a selection is."""
 _SOURCES = "sources.json"
 _BLOCK = 25
 """Steps that are noted together; a stopped run pays for at most so many too many."""
@@ -60,6 +62,7 @@ class Spending:
         Raises:
             BudgetExceededError: the data set's budget cannot pay; nothing was opened or changed.
         """
+        within = run_budget(self.config, self._selection())
         ledger = self._ledger(fingerprint)
         if self.lease is not None:
             ledger.take_over(self.run, f"{socket.gethostname()}:{os.getpid()}", self.lease)
@@ -67,7 +70,7 @@ class Spending:
             self._key(identity),
             events_of(self.plan, central),
             note=f"scope {self.config.privacy.scope}",
-            within=run_budget(self.config),
+            within=within,
         )
         self._mark(fingerprint).parent.mkdir(parents=True, exist_ok=True)
         self._mark(fingerprint).touch()
@@ -143,6 +146,22 @@ class Spending:
         was_charged = self.begun.exists() or self._mark(fingerprint).exists()
         opened = Ledger.open_existing if was_charged else Ledger.open
         return opened(self.folder, terms, self.lease)
+
+    def _selection(self) -> str:
+        """Identity of the selection: one begun anew under the same name is another release.
+
+        Raises:
+            ConfigError: the sweep's folder does not hold it.
+        """
+        path = self.charged / RELEASE_ID
+        if self.config.privacy.scope != "selection":
+            return ""
+        if not path.exists():
+            raise ConfigError(
+                f"'{path}' is missing, which tells this selection from others: restore it, or "
+                "begin the sweep under another name"
+            )
+        return path.read_text()
 
     def _mark(self, fingerprint: str) -> Path:
         return self.charged / fingerprint[:16]

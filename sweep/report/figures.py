@@ -6,6 +6,7 @@ from typing import Any
 
 from core.account import COUNT, NOISE
 from core.config import flatten
+from core.privacy.rounding import upward
 from sweep.config import SweepConfig
 from sweep.results import Row
 
@@ -203,7 +204,9 @@ def budget_bars(rows: Sequence[Row], winner: Row | None) -> Figure:
             "x": values,
             "y": names,
             "marker": marker,
-            "hovertemplate": f"%{{y}}: {name} %{{x:.3g}}<extra></extra>",
+            "text": [upward(value, 3) for value in values],
+            "textposition": "none",  # But on hovering.
+            "hovertemplate": f"%{{y}}: {name} %{{text}}<extra></extra>",
         }
 
     central = [row.plan.epsilon_central for row in ordered]
@@ -212,8 +215,8 @@ def budget_bars(rows: Sequence[Row], winner: Row | None) -> Figure:
     return Figure(
         id="budget",
         title="Epsilon of each trial by stage",
-        alt=f"Of the target epsilon {target:g}, central images take between {min(central):.3g} and "
-        f"{max(central):.3g}; what follows takes the rest.",
+        alt=f"Of the target epsilon {upward(target)}, central images take between "
+        f"{upward(min(central), 3)} and {upward(max(central), 3)}; what follows takes the rest.",
         data=[
             bar("central images alone", central, {"color": "--best"}),
             bar("added by what follows", rest, {"color": "--trial", "pattern": hatched}),

@@ -13,6 +13,7 @@ from core import yaml_subset
 from core.config import nested
 from core.errors import UserError
 from core.privacy.card import three_epsilons
+from core.privacy.rounding import upward
 from core.reporting import class_names, to_json
 from sweep.comparison import CENTRAL_IMAGES, FREQUENCY
 from sweep.config import SweepConfig
@@ -26,13 +27,14 @@ from sweep.report.tables import all_tables
 from sweep.results import (
     Row,
     best,
+    claimed_row,
     load_rows,
     planned_epsilon,
-    released_row,
     shown_metrics,
     sweep_card,
     sweep_epsilon,
 )
+from sweep.scope import inside
 from sweep.study import pruned_points
 
 GALLERY_BYTES = 2_000_000
@@ -58,6 +60,8 @@ def write_report(sweep: SweepConfig, out: Path) -> None:
     epsilons = three_epsilons({**card, "epsilon_computed": total}) if card else []
     content = {
         "sweep": sweep,
+        "inside": inside([sweep]),
+        "upward": upward,
         "made": time.strftime("%Y-%m-%d %H:%M"),
         "rows": rows,
         "winner": winner,
@@ -123,17 +127,17 @@ def _card(
     """Privacy card and epsilon of the sweep; or no card, and what can be said without a ledger."""
     total = planned_epsilon(rows)
     if winner is None:
-        text = f"What ran so far spends epsilon {total:.4g}, by the plans of its trials."
+        text = f"What ran so far spends epsilon {upward(total)}, by the plans of its trials."
         return None, total, text
-    if (released := released_row(sweep, rows)) is None:
-        text = "The final run on the sensitive data has not finished, so nothing is claimed yet."
-        return None, total, text
+    released, none_yet = claimed_row(sweep, rows)
+    if released is None:
+        return None, total, f"{none_yet.capitalize()}."
     try:
         return sweep_card(sweep, rows, released), sweep_epsilon(sweep, rows), ""
     except UserError as error:
         text = (
             f"The ledger could not be read: {error}. By the trials' own plans, the best one alone "
-            f"spends epsilon {winner.plan.epsilon:.4g} and all together {total:.4g}."
+            f"spends epsilon {upward(winner.plan.epsilon)} and all together {upward(total)}."
         )
         return None, total, text
 

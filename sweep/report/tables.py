@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from core.privacy.rounding import figure, upward
 from sweep.config import SweepConfig
 from sweep.feasibility import describe_dimension
 from sweep.report.figures import pareto_front
@@ -63,9 +64,9 @@ def all_tables(
             [
                 [
                     row.trial,
-                    _cell(row.plan.epsilon_central),
-                    _cell(row.plan.epsilon - row.plan.epsilon_central),
-                    _cell(row.plan.epsilon),
+                    upward(row.plan.epsilon_central),
+                    upward(row.plan.epsilon - row.plan.epsilon_central),
+                    upward(row.plan.epsilon),
                 ]
                 for row in rows
             ],
@@ -74,7 +75,7 @@ def all_tables(
             f"Points that were never trained ({len(pruned)})",
             list(sweep.search_space),
             [
-                [_cell(point.get(key)) for key in sweep.search_space]
+                [figure(key, point.get(key)) for key in sweep.search_space]
                 for point in pruned[:_MAX_PRUNED]
             ],
         ),
@@ -85,7 +86,7 @@ def all_tables(
             "The Pareto front; scores are not private.",
             ["trial", "accuracy", fid],
             [
-                [row.trial, _cell(row.scores["accuracy"]), _cell(row.scores[fid])]
+                [row.trial, *(figure(name, row.scores[name]) for name in ("accuracy", fid))]
                 for row in pareto_front(finished, fid)
             ],
         )
@@ -117,7 +118,3 @@ def _environment(rows: Sequence[Row]) -> list[list[str]]:
         for name, value in facts.items():
             values.setdefault(name, {})[str(value)] = None
     return [[name, ", ".join(found)] for name, found in values.items()]
-
-
-def _cell(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -5,6 +5,7 @@ The final run of scope `public` differs in its configuration alone, so trials ar
 
 import json
 import re
+from pathlib import Path
 from shutil import rmtree
 
 import pytest
@@ -14,16 +15,22 @@ from test_sweep import HEAD, start
 from tiny_sweep import sweep_text
 
 from core.__main__ import main
+from core.privacy.keys import MasterSecret
 from core.privacy.ledger import Ledger
+from core.privacy.scopes import STAYS_INSIDE
+from core.privacy.spending import RELEASE_ID
 from sweep.__main__ import main as sweep_main
+from sweep.config import load_sweep
 from sweep.launch import Outcome
-from sweep.results import load_rows
+from sweep.results import best, load_rows
 from sweep.run import main as run_main
+from sweep.scope import count_trials
 from sweep.stored import open_sweep
 
 TINY = sweep_text("tiny", f"{HEAD}\nworkers_per_trial: 1\nmax_concurrent_trials: 1")
 # Of 800 images, or where a score is private too, epsilon 1 does not pay for clearer ones.
-DIM = "central_images.noise_multiplier=20"
+NOISE = "central_images.noise_multiplier"
+DIM = f"{NOISE}=20"
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +61,7 @@ def test_only_the_selected_trial_leaves_and_nothing_tells_how_many_there_were(se
     card = json.loads((folder / "runs" / "tiny" / "privacy_card.json").read_text())
     assert card["scope"] == "selection"
     assert card["epsilon_computed"] is None
-    assert card["epsilon_all_on_this_data_set"] is None
+    assert card["epsilon_all_on_this_data_set"] == 1.0  # One release, whatever the number.
     assert card["epsilon_released_with_selection"] == 1.0
     assert card["epsilon_trial"] < 1.0
     assert {event["kind"] for event in card["events"]} >= {"dp_sgd", "dp_accuracy"}
@@ -75,6 +82,79 @@ def test_only_the_selected_trial_leaves_and_nothing_tells_how_many_there_were(se
     assert parent.data.params["num_trials"] == "secret"
     assert "epsilon_sweep" not in parent.data.metrics
     assert "must stay inside" in parent.data.tags["privacy.statement"]
+
+
+def test_mlflow_is_told_of_one_trial_and_all_else_says_that_it_stays_inside(
+    tmp_path, joined, capsys
+):
+    """Of four trials one; and what is not complete claims nothing."""
+    (tmp_path / "sweep.yaml").write_text(TINY)
+    overrides = {
+        NOISE: 20,
+        "privacy.scope": "selection",
+        "dataset.public": True,
+        "sampler": "random",
+        "num_trials": None,
+        "max_same_error": 1,
+    }
+    sweep = load_sweep(
+        tmp_path / "sweep.yaml", overrides | {"storage_path": str(tmp_path / "runs")}
+    )
+    master, ids = MasterSecret.load(), (f"{number:032x}" for number in range(1000))
+    kept = next(each for each in ids if count_trials(sweep.run, None, master, each) == 4)
+    (sweep.folder / "charged").mkdir(parents=True)
+    (sweep.folder / "charged" / RELEASE_ID).write_text(kept)
+    settings = [f"{key}={'null' if v is None else v}" for key, v in overrides.items()]
+    out, err = drive(tmp_path, TINY, joined, *settings)
+    assert len(load_rows(sweep)) == 4
+    assert out.startswith(STAYS_INSIDE)
+    assert STAYS_INSIDE in err
+    assert STAYS_INSIDE in (sweep.folder / "sweep.log").read_text().splitlines()[0]
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/runs/mlflow.db")
+    experiment = client.get_experiment_by_name("feta-sweep")
+    runs = client.search_runs([experiment.experiment_id])
+    by_key = {run.data.tags["sweep.key"]: run for run in runs}
+    winner = best(sweep, load_rows(sweep))
+    assert by_key.keys() == {"tiny", f"tiny/{winner.trial}"}
+    child, parent = by_key[f"tiny/{winner.trial}"], by_key["tiny"]
+    assert [run.info.status for run in (child, parent)] == ["FINISHED", "FINISHED"]
+    assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
+    assert child.data.metrics["accuracy"] == winner.scores["accuracy"]
+    assert parent.data.tags["best_trial"] == winner.trial
+    for name in parent.data.metrics:
+        assert len(client.get_metric_history(parent.info.run_id, name)) == 1, name
+    others = [row.trial for row in load_rows(sweep) if row.trial != winner.trial]
+    told = json.dumps([run.to_dictionary() for run in runs])
+    for file in Path(client.download_artifacts(parent.info.run_id, "")).rglob("*.*"):
+        told += file.read_bytes().decode(errors="ignore")
+    assert winner.trial in told
+    assert not [trial for trial in others if trial in told]
+
+    trials = [f"tiny/{row.trial}" for row in load_rows(sweep)[:2]]
+    for command in (["ls"], ["show", "tiny"], ["diff", *trials]):
+        where = [*command, "--storage", str(tmp_path / "runs")]
+        capsys.readouterr()
+        assert sweep_main(where) == 0
+        assert capsys.readouterr().out.startswith(STAYS_INSIDE)
+        assert sweep_main([*where, "--json"]) == 0
+        shown = capsys.readouterr()
+        json.loads(shown.out)
+        assert shown.err.startswith(STAYS_INSIDE)
+    where = ["--storage", str(tmp_path / "runs"), "--out"]
+    assert sweep_main(["report", "--name", "tiny", *where, str(tmp_path / "page")]) == 0
+    assert STAYS_INSIDE.replace("'", "&#39;") in (tmp_path / "page").read_text()
+    assert sweep_main(["export", "tiny", *where, str(tmp_path / "all.csv")]) == 0
+    assert STAYS_INSIDE in capsys.readouterr().out
+    ledgers = str(tmp_path / "runs" / "ledger")
+    assert main(["ledger", "show", "--folder", ledgers]) == 0
+    assert capsys.readouterr().out.startswith(STAYS_INSIDE)
+
+    (sweep.folder / "trials" / winner.trial / "selected.json").unlink()  # As before its end.
+    assert sweep_main(["show", "tiny", "--storage", str(tmp_path / "runs")]) == 0
+    told = capsys.readouterr().out
+    assert "selection: not complete, so nothing is claimed yet" in told
+    assert "privacy:" not in told
 
 
 def test_settings_found_on_public_data_run_once_on_the_sensitive_data(
@@ -115,4 +195,6 @@ def test_settings_found_on_public_data_run_once_on_the_sensitive_data(
         assert "final run: not finished, so nothing is claimed yet" in told
         assert "privacy:" not in told
         assert sweep_main(["report", "--name", "tiny", "--storage", "runs", "--out", "page"]) == 0
-        assert "has not finished, so nothing is claimed yet" in (tmp_path / "page").read_text()
+        assert (
+            "Final run: not finished, so nothing is claimed yet." in (tmp_path / "page").read_text()
+        )

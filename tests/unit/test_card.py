@@ -20,7 +20,10 @@ def plan():
 
 @pytest.mark.parametrize(
     ("run", "chosen"),
-    [("sweep", "the best of 3 trials by accuracy"), ("alone", "the best of 4 trials by accuracy")],
+    [
+        ("sweep", "the best of 3 trials by accuracy"),
+        ("alone", "the best of 4 releases on this data set by accuracy"),
+    ],
 )
 def test_a_sweep_counts_its_trials_and_a_single_run_all_that_ran(
     plan, tmp_path: Path, run: str, chosen: str

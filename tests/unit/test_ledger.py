@@ -28,6 +28,7 @@ from core.privacy.ledger_file import (
 )
 from core.privacy.mechanisms import FINE
 from core.privacy.plan import CentralPlan, DpSgdPlan, PrivacyPlan, ScorePlan
+from core.privacy.rounding import upward
 
 TERMS = Terms("ab" * 32, 1_000, 1e-5, "zero_out", None)
 CENTRAL = Event("central_images", 0.1, 5.0, 5)
@@ -148,11 +149,17 @@ def test_a_reservation_over_the_budget_changes_nothing(tmp_path):
     before = ledger.path.read_bytes()
     with pytest.raises(BudgetExceededError) as refused:
         ledger.reserve(key("c", 1), [replace(DP_SGD, count=1)])
-    one, total = epsilon(*EVENTS), epsilon(replace(CENTRAL, count=10), replace(DP_SGD, count=201))
+    figures = (
+        epsilon(replace(DP_SGD, count=1)),
+        epsilon(replace(CENTRAL, count=10), replace(DP_SGD, count=201)),
+        budget,
+        epsilon(*EVENTS),
+    )
+    step, total, most, one = (upward(each, 6) for each in figures)
     text = str(refused.value)
-    assert text.startswith(f"reserving epsilon {epsilon(replace(DP_SGD, count=1)):.6g} for trial c")
-    assert f"would bring data set ababab to {total:.6g} of its budget {budget:g}" in text
-    assert f"(spent {one:.6g}, reserved {one:.6g})" in text
+    assert text.startswith(f"reserving epsilon {step} for trial c")
+    assert f"would bring data set ababab to {total} of its budget {most}" in text
+    assert f"(spent {one}, reserved {one})" in text
     assert isinstance(refused.value, InfeasibleError)
     assert ledger.path.read_bytes() == before
     less = replace(TERMS, fingerprint="cd" * 32, budget=math.nextafter(budget, 0))

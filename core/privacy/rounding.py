@@ -1,0 +1,35 @@
+"""Epsilons and deltas as text: rounded up, so that no text claims more than what holds."""
+
+import math
+from decimal import ROUND_CEILING, Context, Decimal
+
+
+def upward(bound: float, digits: int = 4) -> str:
+    """An epsilon or delta, rounded up to `digits` significant digits.
+
+    What the float's shortest text says is rounded: 1.1 stays 1.1, but 10.00001 becomes 10.01.
+    """
+    exact = Decimal(repr(float(bound)))
+    return f"{float(Context(prec=digits, rounding=ROUND_CEILING).plus(exact)):.{digits}g}"
+
+
+def figure(name: str, value: object, digits: int = 4) -> str:
+    """A value of any kind by its name: epsilons and deltas are rounded up, other floats nearest."""
+    if not isinstance(value, float):
+        return str(value)
+    bounds = name.startswith("eps") or "epsilon" in name or "delta" in name
+    return upward(value, digits) if bounds else f"{value:.{digits}g}"
+
+
+def odds(epsilon: float) -> str:
+    """Epsilon in words (Nanayakkara et al. 2023): how much more likely any outcome may become."""
+    if epsilon > 700:  # Beyond the largest float.
+        times = f"e^{upward(epsilon)}"
+    elif (factor := math.exp(epsilon)) < 100:
+        times = f"{math.ceil(100 * factor) / 100:.2f}"
+    else:
+        times = f"{math.ceil(factor):,}" if factor < 1e6 else upward(factor, 2)
+    return (
+        f"whatever somebody concludes from the release, they are at most {times} times as likely "
+        "to conclude it because one record was in the data"
+    )
