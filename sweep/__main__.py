@@ -108,7 +108,7 @@ def _overview(sweep: SweepConfig) -> dict[str, Any]:
         "best_trials": front,
         "objective": ", ".join(sweep.metrics),
         "best_score": winner.scores[metric] if winner else None,
-        "epsilon_trial": winner.plan.epsilon if winner else None,
+        "epsilon_trial": max(row.plan.epsilon for row in rows) if winner else None,
         "epsilon_sweep": _recorded_epsilon(sweep, rows),
     }
 

@@ -173,7 +173,15 @@ def sweep_card(sweep: SweepConfig, rows: Sequence[Row], released: Row) -> dict[s
 def write_card(
     sweep: SweepConfig, rows: Sequence[Row], released: Row, complete: bool
 ) -> dict[str, Any]:
-    """Writes the card into the sweep's folder; a complete sweep marks what may be released."""
+    """Writes the card into the sweep's folder; a complete sweep marks what may be released.
+
+    Of a selection only a complete one has a card; its ledger notes the trial for good.
+
+    Raises:
+        LedgerError: the ledger is missing or damaged, or notes another trial of the selection.
+    """
+    if released.config.privacy.scope == "selection":
+        _ledger(released).select(sweep.name, stored_result(released)["identity"])
     card = sweep_card(sweep, rows, released)
     write_json(sweep.folder / "privacy_card.json", card)
     (sweep.folder / "privacy_card.md").write_text(card_markdown(card))

@@ -36,6 +36,7 @@ SPENDING = ("tests/integration/test_scope_spending.py",)
 EARLY = ("tests/integration/test_early_scores.py",)
 EPOCHS = ("tests/integration/test_epoch_chosen_privately.py",)
 SHARED = ("tests/integration/test_shared_warm_up.py",)
+SECRET = ("tests/integration/test_secret_number.py",)
 LOSSES, LOSS_TESTS = "core/privacy/loss_distribution.py", ("tests/unit/test_loss_distribution.py",)
 DIVERGING = ("tests/integration/test_diverging_runs.py",)
 DP_SGD_EVENT = "self.sample_rate, self.noise_multiplier, self.num_steps"
@@ -227,6 +228,55 @@ MUTANTS = (
         'self._total_within(within, [*others, Charge(asked.events, "", "")])',
         'self._total_within(within, [Charge(asked.events, "", "")])',
         SPENDING,
+    ),
+    Mutant(
+        "a selection's trials counted one by one elsewhere",
+        "core/privacy/ledger_book.py",
+        "return self.within.epsilon if self.within is not None and self.within.selection else 0.0",
+        "return 0.0",
+        SECRET,
+    ),
+    Mutant(
+        "the delta of a selection not added",
+        "core/privacy/ledger.py",
+        "bool(events) + len(targets)",
+        "bool(events)",
+        SECRET,
+    ),
+    Mutant(
+        "a selection begun anew taken for the same release",
+        "core/privacy/spending.py",
+        "run_budget(self.config, self._selection())",
+        'run_budget(self.config, "the same")',
+        SECRET,
+    ),
+    Mutant(
+        "a second trial of a selection leaves",
+        "core/privacy/ledger.py",
+        "elif noted != trial:",
+        "elif not noted:",
+        SECRET,
+    ),
+    Mutant(
+        "MLflow told of all trials of a selection",
+        "sweep/launch.py",
+        "(progress, meter) if secret else",
+        "(progress, recorder, meter) if secret else",
+        ("tests/e2e/test_scopes_in_sweeps.py",),
+    ),
+    Mutant(
+        "the released trial's epsilon stated for each",
+        "core/privacy/card.py",
+        "max(plan.epsilon, ledger.largest_epsilon(run))",
+        "plan.epsilon",
+        SECRET,
+    ),
+    Mutant(
+        "epsilons rounded to the nearest",
+        "core/privacy/rounding.py",
+        "rounding=ROUND_CEILING",
+        'rounding="ROUND_HALF_EVEN"',
+        ("tests/unit/test_rounding.py",),
     ),
     Mutant(
         "lines verified before are trusted, whatever they are now",

@@ -5,6 +5,7 @@ from typing import Any
 
 from core.config import PrivacyConfig
 from core.privacy.ledger import Ledger
+from core.privacy.ledger_file import LedgerError
 from core.privacy.plan import PrivacyPlan
 from core.privacy.rounding import odds, upward
 from core.privacy.scopes import STAYS_INSIDE, share_of
@@ -94,6 +95,7 @@ def make_card(
 
     Raises:
         ValueError: the ledger has no entry of this trial; there is nothing to state.
+        LedgerError: of its selection another trial leaves, or none yet.
     """
     summary = ledger.summary()
     entries = [entry for entry in summary["entries"] if entry["run"] == run]
@@ -101,6 +103,11 @@ def make_card(
         raise ValueError(f"the ledger holds no entry of trial {identity[:16]} of {run}")
     secret = privacy.scope == "selection"
     if secret:
+        if ledger.selected(run) != identity:
+            raise LedgerError(
+                f"trial {identity[:16]} is not the one that selection {run} ended with, so nothing "
+                "can be claimed about it: release the selected one, once all trials have ended"
+            )
         entries = [entry for entry in entries if entry["trial"] == identity]
     trials = len(entries)
     everything = summary["epsilon_committed_and_reserved"]

@@ -192,6 +192,26 @@ class Ledger:
             if charge.open:
                 chain.append("void", {"key": asdict(key)})
 
+    def select(self, run: str, trial: str) -> None:
+        """Notes the one trial of a selection that leaves, before anything of it does.
+
+        Raises:
+            LedgerError: another trial of it was noted before.
+
+        Privacy: that the others never leave is why the selection counts as one release.
+        """
+        with locked(self.path) as chain:
+            noted = self._book(chain).selected.get(run)
+            if noted is None:
+                chain.append("select", {"run": run, "trial": trial})
+            elif noted != trial:
+                raise LedgerError(_selected_before(run, noted))
+
+    def selected(self, run: str) -> str | None:
+        """The trial of a selection that may leave; None before its end, or where it is none."""
+        with locked(self.path) as chain:
+            return self._book(chain).selected.get(run)
+
     def epsilon_of_run(self, run: str) -> float:
         """Epsilon of all that one run, such as a sweep, has reserved or settled.
 
@@ -294,6 +314,8 @@ class Ledger:
                     "changes: restore privacy.scope, its settings and the sweep's folder, or "
                     "choose another name"
                 )
+        if (noted := book.selected.get(run)) is not None:
+            raise LedgerError(_selected_before(run, noted))
         if within is None or within.selection:
             return
         before = [key.run for key, charge in book.charges.items() if charge.counted]
@@ -375,6 +397,13 @@ def _taken_over(run: str, owner: str, token: int, mine: int | None) -> str:
     return (
         f"another sweep took over run {run} ({owner} holds token {token}, this process "
         f"{mine or 'none'}): stop this process, or resume the run in it"
+    )
+
+
+def _selected_before(run: str, noted: str) -> str:
+    return (
+        f"selection {run} has ended with trial {noted[:16]}, the only one of it that may leave: "
+        "release that, or choose another name for another selection"
     )
 
 

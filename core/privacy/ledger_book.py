@@ -57,10 +57,13 @@ class Charge:
 
 @dataclass
 class Book:
-    """What the lines add up to: charges by key; for each run its last token and owner."""
+    """What the lines add up to: charges by key; for each run its last token and owner; the trial
+    of each selection that leaves.
+    """
 
     charges: dict[Key, Charge] = field(default_factory=dict[Key, Charge])
     leases: dict[str, tuple[int, str]] = field(default_factory=dict[str, tuple[int, str]])
+    selected: dict[str, str] = field(default_factory=dict[str, str])
 
     def of_run(self, run: str) -> list[Charge]:
         """The charges of one run."""
@@ -126,6 +129,9 @@ def add_up(path: Path, chain: Chain) -> Book:
 def _enter(book: Book, entry: Entry) -> None:
     if entry["kind"] == "lease":
         book.leases[entry["run"]] = (entry["token"], entry["owner"])
+        return
+    if entry["kind"] == "select":
+        book.selected[entry["run"]] = entry["trial"]
         return
     key = Key(**entry["key"])
     if entry["kind"] == "reserve":

@@ -14,6 +14,7 @@ from core.__main__ import main
 from core.config import Config, load, nested
 from core.diffusion.denoiser import build_denoiser
 from core.errors import ConfigError
+from core.privacy.card import make_card
 from core.privacy.ledger import Ledger, events_of, ledger_path
 from core.privacy.ledger_file import Key, LedgerError, Terms
 from core.privacy.mechanisms import COARSE
@@ -58,6 +59,7 @@ def select(ledger: Ledger, plan: PrivacyPlan, number: int, run: str = "best") ->
     within = run_budget(SELECTION, f"release of {run}")
     for trial in range(number):
         charge(ledger, plan, run, f"{run} {trial}", done=trial < max(1, number - 1), within=within)
+    ledger.select(run, f"{run} 0")
 
 
 def finished(folder: Path, config: Config, plan: PrivacyPlan, name: str, trial: str) -> Path:
@@ -233,6 +235,31 @@ def test_a_selection_begun_anew_is_another_release(plans, tmp_path):
     assert [len(summary["entries"]), summary["num_releases"]] == [4, 2]
     assert summary["epsilon_committed_and_reserved"] == 2 * TARGET
     assert summary["delta_committed_and_reserved"] == 2e-5
+
+
+def test_only_one_trial_of_a_selection_ever_leaves(plans, tmp_path):
+    """Whatever is made of its folder: else it would be more than one release."""
+    plan, ledger = plans["selection"], ledger_in(tmp_path, plans["selection"])
+    within = run_budget(SELECTION, "release of best")
+    for trial in ("a", "b"):
+        charge(ledger, plan, "best", trial, within=within)
+    with pytest.raises(LedgerError, match="not the one that selection best ended with"):
+        make_card(ledger, "best", plan, SELECTION.privacy, "a", "dp_accuracy")
+    ledger.select("best", "a")
+    before = ledger.path.read_bytes()
+    ledger.select("best", "a")
+    charge(ledger, plan, "best", "b", within=within)  # As a finished run that is started again.
+    for refused in (
+        lambda: ledger.select("best", "b"),
+        lambda: charge(ledger, plan, "best", "c", within=within),
+    ):
+        with pytest.raises(LedgerError, match="ended with trial a, the only one of it that may"):
+            refused()
+    with pytest.raises(LedgerError, match="not the one that selection best ended with"):
+        make_card(ledger, "best", plan, SELECTION.privacy, "b", "dp_accuracy")
+    assert ledger.path.read_bytes() == before
+    card = make_card(ledger, "best", plan, SELECTION.privacy, "a", "dp_accuracy")
+    assert card["epsilon_released_with_selection"] == TARGET
 
 
 def test_no_budget_of_a_data_set_depends_on_a_selection(plans, tmp_path):
