@@ -14,6 +14,7 @@ from tiny_sweep import ROOT
 
 from core.__main__ import main as core_main
 from core.config import load
+from core.privacy.rounding import upward
 from sweep.__main__ import main
 from sweep.driver import running_driver
 from sweep.stored import open_sweep
@@ -79,7 +80,7 @@ def test_best_writes_a_configuration_that_the_core_accepts(ask, tmp_path, capsys
     assert best["config"] == str(path)
     assert load(path).stage_split == best["stage_split"]
     assert core_main(["account", "--config", str(path)]) == 0
-    assert f"({best['epsilon']:.4g}, 1e-05)" in capsys.readouterr().out
+    assert f"({upward(best['epsilon'])}, 1e-05)" in capsys.readouterr().out
 
 
 def test_diff_names_keys_and_scores_that_differ(ask):

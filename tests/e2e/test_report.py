@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from core.privacy.plan import composed_epsilon
+from core.privacy.rounding import upward
 from sweep.__main__ import main
 from sweep.results import best, load_rows
 from sweep.stored import open_sweep
@@ -77,9 +78,9 @@ def test_the_answer_comes_first(view, sweep):
     assert heading.inner_text() == f"Best trial: {winner.trial}"
     answer = page.locator("#answer").inner_text()
     assert f"{winner.scores['accuracy']:.4g}\nnon-private" in answer
-    assert f"epsilon of one trial\n{winner.plan.epsilon:.4g}" in answer
     trained = [row.plan for row in rows if row.state == "finished"]
-    assert f"\n{composed_epsilon(trained):.4g}" in answer
+    assert f"epsilon of one trial\n{upward(max(plan.epsilon for plan in trained))}" in answer
+    assert f"\n{upward(composed_epsilon(trained))}" in answer
     assert "differentially private. The choice among" in answer
     assert "This page is not private." in page.locator("header").inner_text()
 

@@ -82,6 +82,8 @@ def test_only_the_selected_trial_leaves_and_nothing_tells_how_many_there_were(se
     assert parent.data.params["num_trials"] == "secret"
     assert "epsilon_sweep" not in parent.data.metrics
     assert "must stay inside" in parent.data.tags["privacy.statement"]
+    model = client.get_model_version_by_alias("tiny", "best")
+    assert model.tags["trial"] == chosen.parent.name
 
 
 def test_mlflow_is_told_of_one_trial_and_all_else_says_that_it_stays_inside(

@@ -11,7 +11,7 @@ DIGITS = ["--config", "core/configs/digits.yaml"]
 def test_overrides_may_stand_on_both_sides_of_flags(capsys):
     before = ["account", "privacy.target_epsilon=0.5", *DIGITS, "central_images.per_class=50"]
     assert main(before) == 2
-    assert "spend epsilon 2.955 of 0.5" in capsys.readouterr().err
+    assert "spend epsilon 2.956 of 0.5" in capsys.readouterr().err
     sweep = ["num_trials=0", "--config", "sweep/configs/quickstart.yaml", "--plan", "name=x"]
     assert sweep_main(sweep) == 2
     assert "num_trials=0" in capsys.readouterr().err
