@@ -275,7 +275,7 @@ MUTANTS = (
         "epsilons rounded to the nearest",
         "core/privacy/rounding.py",
         "rounding=ROUND_CEILING",
-        'rounding="ROUND_HALF_EVEN"',
+        "rounding=None",
         ("tests/unit/test_rounding.py",),
     ),
     Mutant(
