@@ -6,6 +6,7 @@ from typing import Any
 
 from core.config import PrivacyConfig
 from core.privacy.ledger import Ledger
+from core.privacy.ledger_file import LedgerError
 from core.privacy.plan import PrivacyPlan
 from core.privacy.scopes import share_of
 
@@ -52,6 +53,8 @@ NOT_COVERED = (
     "floating-point attacks on the noise, which is drawn in float64 and rounded to float32",
     "side channels such as timing, memory use and logs of the machines that trained",
     "other releases of the same data: those in this ledger add their epsilon, others are unknown",
+    "other data sets with the same records: this card knows only runs on exactly this content, in "
+    "this order, format and numbering of classes, or on what shares its dataset.family",
     "compositions over trials whose noise was chosen by earlier results: PLD, which gives the "
     "figure, is proven for noise fixed beforehand (scope sweep is proven for both)",
     "facts about groups of records, which the guarantee covers only at a multiple of epsilon",
@@ -85,12 +88,15 @@ def make_card(
         and `epsilon_computed` is None, as it would tell their number.
 
     Raises:
-        ValueError: the ledger has no entry of this trial; there is nothing to state.
+        LedgerError: it has no entry of this trial, as after a loss; there is nothing to state.
     """
     summary = ledger.summary()
     entries = [entry for entry in summary["entries"] if entry["run"] == run]
     if identity not in {entry["trial"] for entry in entries}:
-        raise ValueError(f"the ledger holds no entry of trial {identity[:16]} of {run}")
+        raise LedgerError(
+            f"the ledger '{ledger.path}' holds no entry of trial {identity[:16]} of {run}: restore "
+            "the ledger that it was charged to, as nothing can be stated without it"
+        )
     trials, secret = len(entries), privacy.scope == "selection"
     everything = summary["epsilon_committed_and_reserved"]
     computed = ledger.epsilon_of_run(run)
@@ -127,12 +133,14 @@ def make_card(
             law=privacy.selection_law,
             mean=privacy.selection_mean,
         )
-        + stopping,
+        + stopping
+        + _of_family(summary)
+        + _of_losses(summary),
         "scope": privacy.scope,
         "unit": summary["unit"],
         "neighboring_relation": summary["neighboring_relation"],
         "neighboring_relation_in_words": RELATIONS[summary["neighboring_relation"]],
-        "num_examples": summary["num_examples"],
+        "num_examples": plan.num_examples,
         "delta": summary["delta"],
         "target_epsilon": privacy.target_epsilon,
         "epsilon_trial": plan.epsilon,
@@ -161,6 +169,23 @@ def make_card(
         "not_covered": list(NOT_COVERED),
         "data_set_declared_public": plan.public_data,
     }
+
+
+def _of_family(summary: Mapping[str, Any]) -> str:
+    if not summary["family"]:
+        return ""
+    return (
+        f" The data sets of family {summary['family']} are charged together: an epsilon of several "
+        "runs covers a record that lies in each of them."
+    )
+
+
+def _of_losses(summary: Mapping[str, Any]) -> str:
+    return "".join(
+        f" Records of what was spent before {loss['time']} were lost and that is not included; the "
+        f"owner's reason: {loss['reason']}"
+        for loss in summary["losses"]
+    )
 
 
 def accountant_of(privacy: PrivacyConfig) -> str:
@@ -249,10 +274,12 @@ def ledger_text(summary: dict[str, Any]) -> str:
     """`Ledger.summary()` as text for a terminal, one line for each key."""
     budget = "without a cap" if summary["budget"] is None else f"of {summary['budget']:g}"
     lines = [
+        *([f"family {summary['family']}"] if summary["family"] else []),
         f"data set {summary['fingerprint'][:16]}: N={summary['num_examples']} (public), delta "
         f"{summary['delta']:g}, {summary['neighboring_relation']}, unit {summary['unit']}",
         f"epsilon {summary['epsilon_committed_and_reserved']:.4g} {budget}, of which "
         f"{summary['epsilon_committed']:.4g} is settled ({summary['accountant']})",
+        *(f"LOST before {each['time']}: {each['reason']}" for each in summary["losses"]),
         f"{'state':<10} {'steps':>13} {'epsilon':>8}  run, trial, stage, note",
     ]
     for entry in summary["entries"]:
