@@ -182,8 +182,8 @@ def _of_family(summary: Mapping[str, Any]) -> str:
 
 def _of_losses(summary: Mapping[str, Any]) -> str:
     return "".join(
-        f" Records of what was spent before {loss['time']} were lost and that is not included; the "
-        f"owner's reason: {loss['reason']}"
+        f" Records of what was spent on the data before {loss['time']} were lost and are not "
+        f"included; the owner's reason: {loss['reason']}"
         for loss in summary["losses"]
     )
 
