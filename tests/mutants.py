@@ -289,6 +289,13 @@ MUTANTS = (
     Mutant(
         "a lost ledger that its lock knows of is begun anew",
         "core/privacy/ledger_file.py",
+        "if absent and (witnesses or not create):",
+        "if absent and (known or not create):",
+        LOSSES_OF_LEDGERS,
+    ),
+    Mutant(
+        "a ledger cut to its first line, without its head, is accepted",
+        "core/privacy/ledger_file.py",
         "begun = os.fstat(descriptor).st_size > 0",
         "begun = False",
         LOSSES_OF_LEDGERS,

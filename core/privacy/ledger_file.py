@@ -7,8 +7,9 @@ returns. There is no secret: whoever rewrites the file together with its head is
 
 A process killed inside an append leaves one of two states, both repaired by the next reader: a
 last line without its newline (dropped: its append never returned) or one whole line more than
-the head names (kept, the head follows). The lock file says from the second use on that there is a
-ledger. All must lie where flock works: a local disk, or a shared one that passes locks on.
+the head names (kept, the head follows). The lock is made after the file, so a lock alone tells of a
+loss, and from the second use on it says that there was a head. All must lie where flock works: a
+local disk, or a shared one that passes locks between hosts.
 """
 
 import fcntl
@@ -187,9 +188,11 @@ def locked(
             edited, truncated, or shorter or another than noted; or it cannot be read or written.
     """
     known = [place for place in (beside_secret(path), *notes) if os.path.exists(place)]
-    if (known or not create) and not path.exists() and not _head(path).exists():
-        raise _missing(path, known)
-    with _lock(path) as descriptor:
+    witnesses = [*known, *filter(Path.exists, [path.with_suffix(".lock")])]
+    absent = not path.exists() and not _head(path).exists()
+    if absent and (witnesses or not create):
+        raise _missing(path, witnesses)
+    with _lock(path, create=absent) as descriptor:
         begun = os.fstat(descriptor).st_size > 0
         if begun and not _head(path).exists():
             raise _damaged(path, "its head is gone") if path.exists() else _missing(path, known)
@@ -205,9 +208,11 @@ def locked(
 
 
 @contextmanager
-def _lock(path: Path) -> Generator[int, None, None]:
+def _lock(path: Path, create: bool) -> Generator[int, None, None]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if create:  # Before the lock, which without a ledger then tells that one was lost.
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))
         descriptor = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)  # The kernel frees it when the process dies.
@@ -237,7 +242,7 @@ def accept_loss(path: Path, reason: str) -> int:
     require(bool(reason), "--reason", reason, "a sentence, which every privacy card will quote")
     is_name = path.suffix == ".jsonl" and len(path.stem) == 16
     require(is_name, "--file", str(path), "a ledger, such as FOLDER/0123456789abcdef.jsonl")
-    with _lock(path):
+    with _lock(path, create=False):
         content = path.read_bytes() if path.exists() else b""
         entries: list[Entry] = []
         for line in content.split(b"\n")[:-1]:

@@ -170,8 +170,8 @@ class Spending:
         if not path.exists() and beside_cache.exists():
             raise LedgerError(
                 f"this data set has a ledger '{beside_cache}', where earlier versions kept it: set "
-                f"runtime.ledger='{beside_cache.parent}', or move that folder's files to "
-                f"'{self.folder}'"
+                f"runtime.ledger='{beside_cache.parent}', or move '{beside_cache.stem}.*' from "
+                f"there to '{self.folder}'"
             )
         return Ledger.open(self.folder, terms, self.lease, [*notes], known)
 

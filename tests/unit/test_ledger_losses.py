@@ -50,9 +50,13 @@ def forget_all_but(ledger: Ledger, note: Path, kept: str) -> None:
 
 
 @pytest.mark.parametrize("witness", ["note beside the secret", "note of a run", "lock", "head"])
-def test_whatever_knows_of_a_lost_ledger_keeps_it_from_being_begun_anew(tmp_path, witness):
+@pytest.mark.parametrize("version", ["this", "an older one"])
+def test_whatever_knows_of_a_lost_ledger_keeps_it_from_being_begun_anew(tmp_path, witness, version):
     note = tmp_path / "run" / "note"
     ledger = begun(tmp_path / "ledger", note)
+    if version != "this":  # Which left lock and run's note empty.
+        for path in (ledger.path.with_suffix(".lock"), note):
+            path.write_bytes(b"")
     forget_all_but(ledger, note, witness)
     with pytest.raises(LedgerError, match=r"no ledger at|0 whole lines of 3") as refused:
         Ledger.open(tmp_path / "ledger", TERMS, notes=[note])
