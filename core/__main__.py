@@ -133,8 +133,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     ledger = commands.add_parser("ledger", help="what was spent on each data set")
     ledger.set_defaults(command="core.commands:ledger")
-    ledger.add_argument("action", choices=("show", "verify"))
-    ledger.add_argument("--folder", type=Path, default=Path("runs/ledger"), help="runtime.ledger")
+    ledger.add_argument("action", choices=("show", "verify", "accept-loss"))
+    ledger.add_argument("--folder", type=Path, help="runtime.ledger; its default if not given")
+    ledger.add_argument("--file", type=Path, help="accept-loss: the lost or damaged ledger")
+    ledger.add_argument(
+        "--reason", default="", help="accept-loss: one sentence, quoted by every later privacy card"
+    )
     release = commands.add_parser("release", help="write or verify the bundle to publish")
     release.set_defaults(command="core.commands:release")
     release.add_argument("--run-dir", type=Path, help="folder of a finished run")

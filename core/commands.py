@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from core.config import Config, load, nested, parse_overrides, short_digest
+from core.config import Config, default_ledger, load, nested, parse_overrides, short_digest
 from core.data import Split, load_dataset
 from core.device import config_device
 from core.diffusion.posthoc_ema import FOLDER as SNAPSHOTS
@@ -24,8 +24,10 @@ from core.pipeline import run as run_pipeline
 from core.privacy.card import ledger_text
 from core.privacy.keys import MasterSecret
 from core.privacy.ledger import Ledger
+from core.privacy.ledger_file import LedgerError, accept_loss
 from core.privacy.plan import PrivacyPlan
 from core.privacy.rounding import figure, upward
+from core.privacy.sources import Sources
 from core.privacy.spending import require_same_data
 from core.release import release_card, verify_release, write_release
 from core.reporting import Console, to_json
@@ -91,17 +93,35 @@ def run_dir_of(path: str, config: Config) -> Path:
 
 
 def ledger(options: argparse.Namespace) -> None:
-    """Shows or verifies the ledgers of a folder."""
-    files = sorted(options.folder.glob("*.jsonl"))
+    """Shows or verifies the ledgers of a folder, or accepts that lines of one are lost."""
+    if options.action == "accept-loss":
+        if options.file is None:
+            raise ConfigError("name the lost or damaged ledger with --file")
+        kept = accept_loss(options.file, options.reason)
+        print(f"{options.file}: {kept} lines kept; every card made from it now states the loss")
+        return
+    folder = options.folder or Path(default_ledger())
+    files = sorted(folder.glob("*.jsonl"))
     if not files:
-        raise ConfigError(f"'{options.folder}' holds no ledger: name its folder with --folder")
+        raise ConfigError(f"'{folder}' holds no ledger: name its folder with --folder")
+    problems: list[str] = []
     for path in files:
-        ledger = Ledger.at(path)
-        if options.action == "verify":
-            ledger.verify()
-            print(f"{path}: unbroken")  # How many lines would tell of a selection's trials.
-        else:
-            print(ledger_text(ledger.summary()))
+        try:
+            ledger = Ledger.at(path)
+            if options.action == "verify":
+                ledger.verify()
+                print(f"{path}: unbroken")  # How many lines would tell of a selection's trials.
+            else:
+                print(ledger_text(ledger.summary()))
+        except LedgerError as error:  # The others are told nevertheless.
+            problems.append(str(error))
+    for path in Sources(folder).shared_paths():
+        print(
+            f"warning: '{path}' was read as several data sets with a ledger each, whose epsilons "
+            "do not add up: if they hold the same records, give all of them one dataset.family"
+        )
+    if problems:
+        raise LedgerError("; ".join(problems))
 
 
 def release(options: argparse.Namespace) -> None:

@@ -6,6 +6,7 @@ YAML, the command line, the search space and MLflow params share: `load(base, fl
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -65,6 +66,9 @@ class DatasetConfig(Section):
     """Public number N of private training images; refused when the data disagrees."""
     public: bool = False
     """Whether the images are public, so that scores on them are: a stand-in to tune on."""
+    family: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-]{0,63}$")] | None = None
+    """Public name that data sets with records in common share: all charge one ledger and budget.
+    Null: a data set of this very content, order, format and numbering of classes has its own."""
 
 
 class PrivacyConfig(Section):
@@ -139,6 +143,13 @@ class EarlyScoresConfig(Section):
     num_images: Annotated[int, Field(ge=2)] = 500
 
 
+def default_ledger() -> str:
+    """`feta-sweep/ledger` in the user's data folder: the same wherever a command is typed."""
+    home = os.environ.get("XDG_DATA_HOME", "")
+    home = home if os.path.isabs(home) else os.path.expanduser("~/.local/share")
+    return os.path.join(home, "feta-sweep", "ledger")
+
+
 class RuntimeConfig(Section):
     """Where and how verbosely; no value here changes the result."""
 
@@ -154,8 +165,9 @@ class RuntimeConfig(Section):
     the frequency stage's generator, a chunk of images and the scoring are never cut."""
     cache: str = "runs/cache"
     """Folder of what depends on real images alone, such as FID's real side; not to be released."""
-    ledger: str = "runs/ledger"
-    """Folder of the privacy ledgers; one for all runs on the same data."""
+    ledger: str = Field(default_factory=default_ledger)
+    """Folder of the privacy ledgers; one for all runs on the same data. If it is not given,
+    `feta-sweep/ledger` in the user's data folder, ~/.local/share or $XDG_DATA_HOME."""
 
 
 class Config(Section):
@@ -182,7 +194,7 @@ class Config(Section):
     sampler: SamplerConfig = SamplerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     early_scores: EarlyScoresConfig = EarlyScoresConfig()
-    runtime: RuntimeConfig = RuntimeConfig()
+    runtime: RuntimeConfig = Field(default_factory=RuntimeConfig)
 
     @property
     def warm_up_steps(self) -> int:

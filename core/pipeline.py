@@ -42,7 +42,7 @@ from core.locks import held
 from core.pictures import write_grid
 from core.privacy.keys import KeyedStream, MasterSecret
 from core.privacy.plan import PrivacyPlan, kept_plan, make_plan
-from core.privacy.spending import Spending, require_same_data, steps_begun
+from core.privacy.spending import Spending, require_same_data
 from core.private_scores import PrivateScores
 from core.reporting import (
     FAILED,
@@ -137,8 +137,7 @@ def _run(
         distributed.on_rank_0(lambda: find_weights(config.evaluation.inception_weights))
     if not begun:
         distributed.on_rank_0(stored(run_dir)(lambda: _claim(run_dir, config, plan)))
-    counted = run_dir / "checkpoints" / "steps_begun"
-    spending = Spending(config, plan, Path(config.runtime.ledger), name, counted, charged, lease)
+    spending = Spending(config, plan, Path(config.runtime.ledger), name, run_dir, charged, lease)
     dataset, cache = None, Path(config.runtime.cache)
     if (fingerprint := distributed.on_rank_0(spending.known_fingerprint)) is None:
         dataset = distributed.together(lambda: load_dataset(config.dataset, cache))
@@ -161,7 +160,9 @@ def _run(
     reservation = None
     if plan.is_private:
         reservation = distributed.on_rank_0(
-            lambda: spending.reserve(fingerprint, identity, central_identity)
+            lambda: spending.reserve(
+                fingerprint, identity, central_identity, _private_steps(checkpoints)
+            )
         )
     stack.enter_context(
         _failure_noted(
@@ -202,13 +203,12 @@ def _run(
         """Pays for what ran; a run that was stopped never goes on."""
         result = None
         if distributed.rank() == 0:
-            if reservation is not None:
-                spending.settle(fingerprint, reservation)
+            steps = spending.settle(fingerprint, reservation) if reservation is not None else 0
             result = {
                 "step": end.step,
                 "stage": ENDED_EARLY,
                 **early.at(end.step),
-                "epsilon": plan.epsilon_after(steps_begun(counted)),
+                "epsilon": plan.epsilon_after(steps),
                 "noise_multiplier": plan.noise_multiplier,
                 "seconds": time.monotonic() - began,
             }
@@ -429,6 +429,12 @@ def _logged(report: Report, run_dir: Path, checkpoints: Checkpoints, config: Con
 def _is_past_warm_up(checkpoints: Checkpoints) -> bool:
     state = distributed.on_rank_0(checkpoints.load)
     return state is not None and state["stage"] == "private_training"
+
+
+def _private_steps(checkpoints: Checkpoints) -> int:
+    """DP-SGD steps whose outcome the checkpoint holds."""
+    state = checkpoints.load()
+    return state["step"] if state is not None and state["stage"] == "private_training" else 0
 
 
 def _store(run_dir: Path, synthetic: Split, ema: Ema, result: dict[str, Any]) -> None:

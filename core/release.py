@@ -19,9 +19,9 @@ from core.errors import ConfigError
 from core.generator import GENERATOR, write_generator
 from core.pictures import encode_png, write_grid
 from core.privacy.card import card_markdown, make_card
-from core.privacy.ledger import Ledger, ledger_path
 from core.privacy.plan import PrivacyPlan
 from core.privacy.rounding import upward
+from core.privacy.spending import ledger_of_run
 from core.reporting import NON_PRIVATE, SELECTED, class_names, write_json
 
 FORMATS = ("folder", "npz", "parquet", "generator")
@@ -131,7 +131,7 @@ def release_card(config: Config, run_dir: Path) -> dict[str, Any]:
             "only the best of all trials may leave, so finish the sweep and release that one"
         )
     return make_card(
-        Ledger.at(ledger_path(Path(config.runtime.ledger), result["fingerprint"])),
+        ledger_of_run(config, run_dir, result["fingerprint"]),
         result["name"],
         PrivacyPlan.restored(json.loads((run_dir / "privacy.json").read_text())),
         config.privacy,

@@ -4,6 +4,7 @@ On the command line and in the file, keys of the sweep and dotted keys of the ru
 side; a key that is not the sweep's own is a key of the run and holds for every trial.
 """
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -16,6 +17,7 @@ from core.config import (
     Positive,
     PositiveInt,
     Section,
+    default_ledger,
     flatten,
     load,
     load_yaml,
@@ -313,6 +315,10 @@ def load_sweep(path: str | Path, overrides: Mapping[str, Any]) -> SweepConfig:
     # Absolute, as Ray gives trials and workers another working directory.
     sweep = sweep.model_copy(update={"storage_path": str(Path(sweep.storage_path).absolute())})
     _check_run(sweep, fixed)
+    if os.environ.get("RAY_ADDRESS") and sweep.run.runtime.ledger == default_ledger():
+        # All machines of a cluster see the storage folder, not the one of the user's data.
+        ledger = str(Path(sweep.storage_path) / "ledger")
+        sweep = sweep.model_copy(update={"fixed": {**sweep.fixed, "runtime.ledger": ledger}})
     sweep = _scoped(sweep)
     _check_run(sweep, {})
     return sweep

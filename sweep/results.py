@@ -15,9 +15,10 @@ from core.config import Config, flatten, load, load_yaml
 from core.early import STOPPED
 from core.evaluation.names import DIRECTIONS, HEADLINES
 from core.privacy.card import all_on_this_data_set, card_markdown, make_card, three_epsilons
-from core.privacy.ledger import Ledger, ledger_path
+from core.privacy.ledger import Ledger
 from core.privacy.plan import PrivacyPlan, composed_epsilon
 from core.privacy.rounding import figure, upward
+from core.privacy.spending import ledger_of_run
 from core.reporting import FAILED, SELECTED, write_json
 from sweep.config import SweepConfig
 from sweep.scope import SEED, inside
@@ -299,9 +300,7 @@ def stored_result(row: Row) -> dict[str, Any]:
 
 
 def _ledger(row: Row) -> Ledger:
-    return Ledger.at(
-        ledger_path(Path(row.config.runtime.ledger), stored_result(row)["fingerprint"])
-    )
+    return ledger_of_run(row.config, row.run_dir, stored_result(row)["fingerprint"])
 
 
 def results_table(

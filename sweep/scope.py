@@ -151,6 +151,7 @@ def check_searched(base: Config, keys: Sequence[str]) -> None:
     never = (
         "runtime.",
         "early_scores.",
+        "dataset.family",
         *(f"privacy.{key}" for key in ("scope", "num_", "adaptive", "selection_")),
     )
     shared = ("privacy.", "dataset.") if base.privacy.scope != "trial" else ()

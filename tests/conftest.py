@@ -44,5 +44,6 @@ def _private_folders(tmp_path_factory: pytest.TempPathFactory):
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.getbasetemp()
         patch.setenv("FETA_SWEEP_SECRET_FILE", str(folder / "secret" / "master.secret"))
+        patch.setenv("XDG_DATA_HOME", str(folder / "data"))
         patch.setenv("FETA_SWEEP_TEST_CACHE", str(folder / "cache"))
         yield

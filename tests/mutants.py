@@ -32,6 +32,8 @@ REDUCE = """        if dist.is_initialized() and dist.get_world_size() > 1:
 """
 SCOPES = "core/privacy/scopes.py"
 KEPT = ("tests/unit/test_plan.py",)
+SPENDING_CODE, CHARGES = "core/privacy/spending.py", ("tests/unit/test_run_and_ledger.py",)
+LOSSES_OF_LEDGERS = ("tests/unit/test_ledger_losses.py",)
 SPENDING = ("tests/integration/test_scope_spending.py",)
 EARLY = ("tests/integration/test_early_scores.py",)
 EPOCHS = ("tests/integration/test_epoch_chosen_privately.py",)
@@ -291,6 +293,76 @@ MUTANTS = (
         'count > len(chain.entries) or chain.entries[count - 1]["hash"] != last',
         "count > len(chain.entries)",
         ("tests/unit/test_ledger.py",),
+    ),
+    Mutant(
+        "a lost count of an open run is taken for none",
+        SPENDING_CODE,
+        "    except (FileNotFoundError, ValueError):\n        return None",
+        "    except (FileNotFoundError, ValueError):\n        return 0",
+        CHARGES,
+    ),
+    Mutant(
+        "a count older than the checkpoint is believed",
+        SPENDING_CODE,
+        "max(settled, resumed) <= begun",
+        "settled <= begun",
+        CHARGES,
+    ),
+    Mutant(
+        "what the ledger has settled is forgotten when a run goes on",
+        SPENDING_CODE,
+        "_read_count(self._counter) if is_open else settled",
+        "_read_count(self._counter) if is_open else 0",
+        CHARGES,
+    ),
+    Mutant(
+        "a stopped run tells fewer steps than its ledger counts",
+        "core/pipeline.py",
+        "plan.epsilon_after(steps)",
+        "plan.epsilon_after(end.step - config.warm_up_steps)",
+        EARLY,
+    ),
+    Mutant(
+        "a ledger shorter than noted is accepted",
+        "core/privacy/ledger_notes.py",
+        "if 0 <= number < len(entries) and",
+        "if number >= len(entries) or",
+        LOSSES_OF_LEDGERS,
+    ),
+    Mutant(
+        "a lost ledger that a note knows of is begun anew",
+        "core/privacy/ledger_file.py",
+        "for place in (beside_secret(path), *notes) if os.path.exists(place)]",
+        "for place in () if os.path.exists(place)]",
+        LOSSES_OF_LEDGERS,
+    ),
+    Mutant(
+        "a lost ledger that its lock knows of is begun anew",
+        "core/privacy/ledger_file.py",
+        "if absent and (witnesses or not create):",
+        "if absent and (known or not create):",
+        LOSSES_OF_LEDGERS,
+    ),
+    Mutant(
+        "a ledger cut to its first line, without its head, is accepted",
+        "core/privacy/ledger_file.py",
+        "begun = os.fstat(descriptor).st_size > 0",
+        "begun = False",
+        LOSSES_OF_LEDGERS,
+    ),
+    Mutant(
+        "a lost ledger that the sources know of is begun anew",
+        SPENDING_CODE,
+        "Ledger.open(self.folder, terms, self.lease, [*notes], known)",
+        "Ledger.open(self.folder, terms, self.lease, [*notes])",
+        CHARGES,
+    ),
+    Mutant(
+        "data sets of a family have a budget each",
+        "core/privacy/ledger.py",
+        "hexdigest() if family else fingerprint",
+        "hexdigest() if family is None else fingerprint",
+        CHARGES,
     ),
     Mutant(
         "one release of each mechanism counted",

@@ -19,7 +19,7 @@ from core.locks import held
 _VERSION = 2
 """Raised whenever the choice of files, the order of classes, the decoding or the layout changes, so
 that no old one is taken."""
-_NO_TRANSFORM = ("path", "num_examples", "public")
+_NO_TRANSFORM = ("path", "num_examples", "public", "family")
 _FEW = 64
 """Up to so many files are known by their content, which is quickly read; more by the time of
 their last change."""

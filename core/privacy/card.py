@@ -57,6 +57,8 @@ NOT_COVERED = (
     "floating-point attacks on the noise, which is drawn in float64 and rounded to float32",
     "side channels such as timing, memory use and logs of the machines that trained",
     "other releases of the same data: those in this ledger add their epsilon, others are unknown",
+    "other data sets with the same records: this card knows only runs on exactly this content, in "
+    "this order, format and numbering of classes, or on what shares its dataset.family",
     "compositions over trials whose noise was chosen by earlier results: PLD, which gives the "
     "figure, is proven for noise fixed beforehand (scope sweep is proven for both)",
     "facts about groups of records, which the guarantee covers only at a multiple of epsilon",
@@ -94,13 +96,16 @@ def make_card(
     Privacy: the same whatever the number of trials of a selection is, of this run or of others.
 
     Raises:
-        ValueError: the ledger has no entry of this trial; there is nothing to state.
-        LedgerError: of its selection another trial leaves, or none yet.
+        LedgerError: it has no entry of this trial, as after a loss, or of its selection another
+            trial leaves, or none yet: there is nothing to state.
     """
     summary = ledger.summary()
     entries = [entry for entry in summary["entries"] if entry["run"] == run]
     if identity not in {entry["trial"] for entry in entries}:
-        raise ValueError(f"the ledger holds no entry of trial {identity[:16]} of {run}")
+        raise LedgerError(
+            f"the ledger '{ledger.path}' holds no entry of trial {identity[:16]} of {run}: restore "
+            "the ledger that it was charged to, as nothing can be stated without it"
+        )
     secret = privacy.scope == "selection"
     if secret:
         if ledger.selected(run) != identity:
@@ -147,12 +152,14 @@ def make_card(
             law=privacy.selection_law,
             mean=privacy.selection_mean,
         )
-        + stopping,
+        + stopping
+        + _of_family(summary)
+        + _of_losses(summary),
         "scope": privacy.scope,
         "unit": summary["unit"],
         "neighboring_relation": summary["neighboring_relation"],
         "neighboring_relation_in_words": RELATIONS[summary["neighboring_relation"]],
-        "num_examples": summary["num_examples"],
+        "num_examples": plan.num_examples,
         "delta": delta,
         "target_epsilon": privacy.target_epsilon,
         "epsilon_trial": largest,
@@ -184,6 +191,23 @@ def make_card(
         "not_covered": list(NOT_COVERED),
         "data_set_declared_public": plan.public_data,
     }
+
+
+def _of_family(summary: Mapping[str, Any]) -> str:
+    if not summary["family"]:
+        return ""
+    return (
+        f" The data sets of family {summary['family']} are charged together: an epsilon of several "
+        "runs covers a record that lies in each of them."
+    )
+
+
+def _of_losses(summary: Mapping[str, Any]) -> str:
+    return "".join(
+        f" Records of what was spent on the data before {loss['time']} were lost and are not "
+        f"included; the owner's reason: {loss['reason']}"
+        for loss in summary["losses"]
+    )
 
 
 def accountant_of(privacy: PrivacyConfig) -> str:
@@ -277,12 +301,14 @@ def ledger_text(summary: dict[str, Any]) -> str:
     if summary["budget"] is not None:
         budget = f"of {upward(summary['budget'])}"
     lines = [STAYS_INSIDE] if summary["selections"] else []
+    lines += [f"family {summary['family']}"] if summary["family"] else []
     lines += [
         f"data set {summary['fingerprint'][:16]}: N={summary['num_examples']} (public), delta "
         f"{upward(summary['delta'], 6)}, {summary['neighboring_relation']}, unit "
         f"{summary['unit']}",
         f"epsilon {_at(summary, 'committed_and_reserved')} {budget}, of which "
         f"{upward(summary['epsilon_committed'])} is settled ({_accountant_of_all(summary)})",
+        *(f"LOST before {each['time']}: {each['reason']}" for each in summary["losses"]),
         f"{'state':<10} {'steps':>13} {'epsilon':>8}  run, trial, stage, note",
     ]
     for entry in summary["entries"]:

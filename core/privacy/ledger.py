@@ -5,8 +5,10 @@ there is one, bounds everything that counts. Charges are composed by PLD with eq
 grouped, an upper bound at any discretisation. `ledger_file` stores, locks and detects edits.
 """
 
+import hashlib
 import operator
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from decimal import Decimal
 from importlib import metadata
@@ -48,41 +50,58 @@ class Ledger:
     Privacy: holds no data and no secret.
     """
 
-    def __init__(self, path: Path, terms: Terms, lease: int | None = None) -> None:
+    def __init__(
+        self, path: Path, terms: Terms, lease: int | None = None, notes: Sequence[Path] = ()
+    ) -> None:
         self.path = path
         self.terms = terms
         self.lease = lease
+        self.notes = notes
 
     @classmethod
-    def open(cls, folder: Path, terms: Terms, lease: int | None = None) -> "Ledger":
+    def open(
+        cls,
+        folder: Path,
+        terms: Terms,
+        lease: int | None = None,
+        notes: Sequence[Path] = (),
+        known: bool = False,
+    ) -> "Ledger":
         """Opens the ledger of a data set, or begins it.
 
+        Args:
+            notes: files that note its last line; where one exists, so must the ledger.
+            known: whether anything else tells that the ledger was begun: it must then be there.
+
         Raises:
-            LedgerError: it was begun with other terms.
+            LedgerError: it is lost, another than noted, or was begun with other terms.
         """
-        ledger = cls(ledger_path(folder, terms.fingerprint), terms, lease)
-        with locked(ledger.path, create=True) as chain:
-            if not chain.entries:
-                chain.append("open", {**asdict(terms), "unit": UNIT})
+        ledger = cls(ledger_path(folder, terms.fingerprint), terms, lease, notes)
+        with ledger._locked(create=not known) as chain:
+            if all(entry["kind"] == "loss" for entry in chain.entries):
+                body = {name: value for name, value in asdict(terms).items() if name != "family"}
+                family = {"family": terms.family} if terms.family else {}
+                chain.append("open", {**body, **family, "unit": UNIT})
             ledger._book(chain)
         return ledger
 
     @classmethod
     def open_existing(cls, folder: Path, terms: Terms, lease: int | None = None) -> "Ledger":
-        """Opens the ledger that must be there, as when a run is resumed; never begins one.
+        """Opens the ledger that must be there; never begins one.
 
         Raises:
             LedgerError: there is none, or it was begun with other terms.
         """
-        ledger = cls(ledger_path(folder, terms.fingerprint), terms, lease)
-        ledger.verify()
-        return ledger
+        return cls.open(folder, terms, lease, known=True)
 
     @classmethod
-    def at(cls, path: Path) -> "Ledger":
+    def at(cls, path: Path, notes: Sequence[Path] = ()) -> "Ledger":
         """Opens an existing file on the terms that it states, to show or to verify it."""
-        with locked(path) as chain:
-            return cls(path, stated_terms(path, chain))
+        with locked(path, notes=notes) as chain:
+            return cls(path, stated_terms(path, chain), notes=notes)
+
+    def _locked(self, create: bool = False) -> AbstractContextManager[Chain]:
+        return locked(self.path, create, self.notes)
 
     def take_over(self, run: str, owner: str, token: int) -> None:
         """Makes the holders of `token` the writers of `run`; those of older tokens are refused.
@@ -95,7 +114,7 @@ class Ledger:
         Raises:
             LedgerError: a larger token took the run over.
         """
-        with locked(self.path) as chain:
+        with self._locked() as chain:
             current, by = self._book(chain).leases.get(run, (0, ""))
             require(token > 0, "token", token, "positive")
             if token < current:
@@ -132,7 +151,7 @@ class Ledger:
         """
         asked = Reservation(key, tuple(events))
         _check_request(asked)
-        with locked(self.path) as chain:
+        with self._locked() as chain:
             book = self._writable_book(chain, key)
             earlier = book.charges.get(key)
             if earlier is not None and earlier.events != asked.events:
@@ -149,6 +168,12 @@ class Ledger:
                 chain.append("reserve", body)
         return asked
 
+    def begun(self, key: Key) -> tuple[int, bool]:
+        """DP-SGD steps of a key that were settled, and whether it is open: more may have run."""
+        with self._locked() as chain:
+            charge = self._book(chain).charges.get(key)
+        return (charge.committed or 0, charge.open) if charge else (0, False)
+
     def commit(self, reservation: Reservation, executed_steps: int) -> None:
         """Settles a reservation: of its DP-SGD steps only the executed ones count from now on.
 
@@ -163,7 +188,7 @@ class Ledger:
             LedgerError: never reserved, out of that range, or another process took over.
         """
         key = reservation.key
-        with locked(self.path) as chain:
+        with self._locked() as chain:
             charge = self._writable_book(chain, key).charge(reservation)
             least, most = charge.committed or 0, dp_sgd_steps(charge.events)
             allowed = f"in [{least}, {most}], from what was committed to what was reserved"
@@ -182,7 +207,7 @@ class Ledger:
             LedgerError: never reserved, committed before, or another process took over.
         """
         key = reservation.key
-        with locked(self.path) as chain:
+        with self._locked() as chain:
             charge = self._writable_book(chain, key).charge(reservation)
             if charge.committed is not None:
                 raise LedgerError(
@@ -200,7 +225,7 @@ class Ledger:
 
         Privacy: that the others never leave is why the selection counts as one release.
         """
-        with locked(self.path) as chain:
+        with self._locked() as chain:
             noted = self._book(chain).selected.get(run)
             if noted is None:
                 chain.append("select", {"run": run, "trial": trial})
@@ -209,7 +234,7 @@ class Ledger:
 
     def selected(self, run: str) -> str | None:
         """The trial of a selection that may leave; None before its end, or where it is none."""
-        with locked(self.path) as chain:
+        with self._locked() as chain:
             return self._book(chain).selected.get(run)
 
     def epsilon_of_run(self, run: str) -> float:
@@ -217,7 +242,7 @@ class Ledger:
 
         Within a budget that its trials share, as that adds up; else the composition by PLD.
         """
-        with locked(self.path) as chain:
+        with self._locked() as chain:
             charges = self._book(chain).of_run(run)
         within = charges[0].within if charges else None
         if within is not None:
@@ -227,7 +252,7 @@ class Ledger:
 
     def largest_epsilon(self, run: str) -> float:
         """The largest epsilon that the plan of one trial of a run spends alone; 0 without any."""
-        with locked(self.path) as chain:
+        with self._locked() as chain:
             plans = {charge.reserved for charge in self._book(chain).of_run(run)}
         quick = {plan: self._epsilon(plan, FINE, of_record=False) for plan in plans}
         # Of record, which takes seconds, only what may be the largest.
@@ -236,7 +261,7 @@ class Ledger:
 
     def verify(self) -> int:
         """Checks every line, the head and the terms; returns the number of lines."""
-        with locked(self.path) as chain:
+        with self._locked() as chain:
             self._book(chain)
             return len(chain.entries)
 
@@ -247,12 +272,13 @@ class Ledger:
             The terms and the unit; `epsilon_committed` (settled steps), a part of
             `epsilon_committed_and_reserved` (all that counts against the budget), which holds at
             `delta_committed_and_reserved`; `num_releases`, in which a selection is one;
-            `accountant`; `selections`, the runs that are one; and `entries`: for each key its
-            state, events and the `epsilon` of it alone, to about 2e-6.
+            `accountant`; `selections`, the runs that are one; `entries`: for each key its
+            state, events and the `epsilon` of it alone, to about 2e-6; and `losses`: time and
+            reason of each loss of lines that the owner accepted.
 
         Privacy: all but the entries is the same whatever the number of a selection's trials.
         """
-        with locked(self.path) as chain:
+        with self._locked() as chain:
             book = self._book(chain)
         # One for all figures, so that they compare.
         grid = self._discretization([event for charge in book.apart for event in charge.counted])
@@ -280,11 +306,14 @@ class Ledger:
             "accountant": _accountant(grid),
             "selections": list(book.selections),
             "entries": entries,
+            "losses": [*book.losses],
         }
 
     def _book(self, chain: Chain) -> Book:
         """Adds up the lines, after the first has shown that they are of these terms."""
         stated, asked = asdict(stated_terms(self.path, chain)), asdict(self.terms)
+        if self.terms.family:  # Its data sets differ in size; all else is shared.
+            stated.pop("num_examples")
         for name, value in stated.items():
             if asked[name] != value:
                 raise LedgerError(
@@ -408,8 +437,17 @@ def _selected_before(run: str, noted: str) -> str:
 
 
 def ledger_path(folder: Path, fingerprint: str) -> Path:
-    """Where the ledger of a data set lies."""
+    """Where the ledger of a data set, or of a family of them, lies."""
     return folder / f"{fingerprint[:16]}.jsonl"
+
+
+def charged_to(fingerprint: str, family: str | None) -> str:
+    """What names the ledger of a data set: its own fingerprint, or the digest of its family's name.
+
+    Privacy: all charges of a family are composed, which bounds what they tell together of a record
+        that lies in every one of its data sets.
+    """
+    return hashlib.sha256(f"family {family}".encode()).hexdigest() if family else fingerprint
 
 
 def events_of(plan: PrivacyPlan, central: str = "") -> tuple[Event, ...]:

@@ -1,7 +1,7 @@
 """What the lines of a ledger add up to: a charge for each key, the writers of each run."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from core.privacy.ledger_file import Chain, Entry, Event, Key, LedgerError, Terms
@@ -57,13 +57,20 @@ class Charge:
 
 @dataclass
 class Book:
-    """What the lines add up to: charges by key; for each run its last token and owner; the trial
-    of each selection that leaves.
+    """What the lines add up to.
+
+    Attributes:
+        charges: by key.
+        leases: for each run its last token and owner.
+        selected: for each selection the trial of it that leaves.
+        losses: time and reason of each loss of lines that the owner accepted.
     """
 
     charges: dict[Key, Charge] = field(default_factory=dict[Key, Charge])
     leases: dict[str, tuple[int, str]] = field(default_factory=dict[str, tuple[int, str]])
     selected: dict[str, str] = field(default_factory=dict[str, str])
+    losses: list[dict[str, str]] = field(default_factory=list[dict[str, str]])
+    begun: bool = False
 
     def of_run(self, run: str) -> list[Charge]:
         """The charges of one run."""
@@ -95,12 +102,18 @@ class Book:
 
 
 def stated_terms(path: Path, chain: Chain) -> Terms:
-    """The terms in the first line."""
-    first = chain.entries[0]
+    """The terms in the first line, or in that after an accepted loss of all lines."""
+    number = next((i for i, e in enumerate(chain.entries) if e.get("kind") != "loss"), None)
+    if number is None:
+        raise LedgerError(
+            f"the ledger '{path}' holds an accepted loss alone: the next run on this data begins it"
+        )
+    first = chain.entries[number]
+    names = ("fingerprint", "num_examples", "delta", "neighboring_relation", "budget")
     try:
-        return Terms(**{each.name: first[each.name] for each in fields(Terms)})
+        return Terms(**{name: first[name] for name in names}, family=first.get("family"))
     except (KeyError, TypeError):
-        raise _unknown(path, 1) from None
+        raise _unknown(path, number + 1) from None
 
 
 _added_up: dict[Path, tuple[int, str, Book]] = {}
@@ -108,12 +121,12 @@ _added_up: dict[Path, tuple[int, str, Book]] = {}
 
 
 def add_up(path: Path, chain: Chain) -> Book:
-    """Reads all lines after the first, in order; the book is to be read while the lock is held.
+    """Reads all lines, in order; the book is to be read while the lock is held.
 
     Lines whose hash, and so all before them, this process has added up before are not added up
     again, so that a call does not take longer with every trial.
     """
-    afresh = (1, chain.entries[0]["hash"], Book())
+    afresh = (0, "", Book())
     count, last, book = _added_up.pop(path, afresh)
     if count > len(chain.entries) or chain.entries[count - 1]["hash"] != last:
         count, last, book = afresh
@@ -132,6 +145,12 @@ def _enter(book: Book, entry: Entry) -> None:
         return
     if entry["kind"] == "select":
         book.selected[entry["run"]] = entry["trial"]
+        return
+    if entry["kind"] == "loss":
+        book.losses.append({"time": entry["time"], "reason": entry["reason"]})
+        return
+    if entry["kind"] == "open" and not book.begun:
+        book.begun = True
         return
     key = Key(**entry["key"])
     if entry["kind"] == "reserve":

@@ -7,8 +7,9 @@ returns. There is no secret: whoever rewrites the file together with its head is
 
 A process killed inside an append leaves one of two states, both repaired by the next reader: a
 last line without its newline (dropped: its append never returned) or one whole line more than
-the head names (kept, the head follows). The files must lie where flock works: a local disk, or a
-shared one that passes locks between hosts.
+the head names (kept, the head follows). The lock is made after the file, so a lock alone tells of a
+loss, and from the second use on it says that there was a head. All must lie where flock works: a
+local disk, or a shared one that passes locks between hosts.
 """
 
 import fcntl
@@ -17,7 +18,7 @@ import json
 import math
 import operator
 import os
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -25,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import UserError
+from core.privacy.durable import replace_durably, sync_folder, write_and_sync
+from core.privacy.ledger_notes import beside_secret, contradiction, write_notes
 from core.privacy.mechanisms import RELATIONS
 
 Entry = dict[str, Any]
@@ -50,11 +53,12 @@ class Terms:
     """What a ledger states in its first line and never changes.
 
     Attributes:
-        fingerprint: SHA-256 of the data set, 64 hexadecimal digits.
-        num_examples: public N, at least 1.
+        fingerprint: SHA-256 of the data set, 64 hexadecimal digits; of a family, that of its name.
+        num_examples: public N, at least 1; of a family, that of the data set that began it.
         delta: in (0, 1/N).
         neighboring_relation: `zero_out` or `replace_one`.
         budget: total epsilon of all that is ever computed on the data, or None for no cap.
+        family: public name of several data sets that charge together; None for a single one.
     """
 
     fingerprint: str
@@ -62,6 +66,7 @@ class Terms:
     delta: float
     neighboring_relation: str
     budget: float | None = None
+    family: str | None = None
 
     def __post_init__(self) -> None:
         digits, count, relation = self.fingerprint, self.num_examples, self.neighboring_relation
@@ -137,12 +142,12 @@ class Chain:
         entries: all lines, oldest first.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self.entries = _read_and_repair(path)
+    def __init__(self, path: Path, entries: list[Entry], notes: Sequence[Path] = ()) -> None:
+        self._path, self._notes = path, notes
+        self.entries = entries
 
     def append(self, kind: str, body: Mapping[str, Any]) -> None:
-        """Adds one line; when this returns, line and head have reached the disk.
+        """Adds one line; when this returns, line, head and notes have reached the disk.
 
         Args:
             kind: what the line is.
@@ -160,35 +165,58 @@ class Chain:
         }
         entry["hash"] = _digest(entry)
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
-        _write_and_sync(os.open(self._path, flags, 0o644), _canonical(entry) + b"\n")
-        _sync_folder(self._path)
+        write_and_sync(os.open(self._path, flags, 0o600), _canonical(entry) + b"\n")
+        sync_folder(self._path)
         _write_head(self._path, entry)
+        write_notes(self._path, self._notes, entry)
         self.entries.append(entry)
 
 
 @contextmanager
-def locked(path: Path, create: bool = False) -> Generator[Chain, None, None]:
+def locked(
+    path: Path, create: bool = False, notes: Sequence[Path] = ()
+) -> Generator[Chain, None, None]:
     """Holds the exclusive lock of the ledger at `path` and gives its verified lines.
 
     Args:
         path: the `.jsonl` file; head and lock lie beside it.
         create: also where there is no ledger yet; its folder is made, the chain is empty.
+        notes: files that note its last line, beside that of the master secret.
 
     Raises:
-        LedgerError: the file is missing, edited or truncated, or cannot be read or written.
+        LedgerError: the file is missing though it is to be there or anything knows of it; it is
+            edited, truncated, or shorter or another than noted; or it cannot be read or written.
     """
+    known = [place for place in (beside_secret(path), *notes) if os.path.exists(place)]
+    witnesses = [*known, *filter(Path.exists, [path.with_suffix(".lock")])]
+    absent = not path.exists() and not _head(path).exists()
+    if absent and (witnesses or not create):
+        raise _missing(path, witnesses)
+    with _lock(path, create=absent) as descriptor:
+        begun = os.fstat(descriptor).st_size > 0
+        if begun and not _head(path).exists():
+            raise _damaged(path, "its head is gone") if path.exists() else _missing(path, known)
+        entries = _read_and_repair(path)
+        if not entries and (known or not create):
+            raise _missing(path, known)
+        for finding in (contradiction(place, entries) for place in known):
+            if finding:
+                raise _damaged(path, finding)
+        if entries and not begun:
+            os.write(descriptor, b"begun\n")
+        yield Chain(path, entries, notes)
+
+
+@contextmanager
+def _lock(path: Path, create: bool) -> Generator[int, None, None]:
     try:
-        if create:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        elif not path.exists() and not _head(path).exists():
-            raise _missing(path)
-        descriptor = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o644)
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if create:  # Before the lock, which without a ledger then tells that one was lost.
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))
+        descriptor = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)  # The kernel frees it when the process dies.
-            chain = Chain(path)
-            if not chain.entries and not create:
-                raise _missing(path)
-            yield chain
+            yield descriptor
         finally:
             os.close(descriptor)
     except OSError as error:
@@ -196,6 +224,43 @@ def locked(path: Path, create: bool = False) -> Generator[Chain, None, None]:
             f"the ledger '{path}' cannot be used ({error.strerror}): it needs a folder that this "
             "user may write to, with space left"
         ) from None
+
+
+def accept_loss(path: Path, reason: str) -> int:
+    """Goes on with the lines that still verify, and a new one that says that others were lost.
+
+    A file with other lines, or none, is kept aside. What was spent in lost lines counts no more:
+    the new line stays, for every card that is made from the ledger.
+
+    Returns:
+        How many lines are left.
+
+    Raises:
+        LedgerError: no reason is given, or `path` is no name of a ledger.
+    """
+    reason = " ".join(reason.split())
+    require(bool(reason), "--reason", reason, "a sentence, which every privacy card will quote")
+    is_name = path.suffix == ".jsonl" and len(path.stem) == 16
+    require(is_name, "--file", str(path), "a ledger, such as FOLDER/0123456789abcdef.jsonl")
+    with _lock(path, create=False):
+        content = path.read_bytes() if path.exists() else b""
+        entries: list[Entry] = []
+        for line in content.split(b"\n")[:-1]:
+            try:
+                entries.append(_verified(path, line, entries))
+            except LedgerError:
+                break
+        whole = b"".join(_canonical(entry) + b"\n" for entry in entries)
+        if content != whole:
+            replace_durably(path.with_suffix(f".lost-{len(content)}"), content)
+            replace_durably(path, whole)
+        if entries:
+            _write_head(path, entries[-1])
+        else:
+            _head(path).unlink(missing_ok=True)
+        kept = len(entries)
+        Chain(path, entries).append("loss", {"reason": reason, "kept": kept})
+        return kept
 
 
 def _read_and_repair(path: Path) -> list[Entry]:
@@ -212,10 +277,10 @@ def _read_and_repair(path: Path) -> list[Entry]:
         raise _damaged(path, f"line {len(entries) + 1} is incomplete")
     if torn:
         os.truncate(path, len(content) - len(torn))
-        _write_and_sync(os.open(path, os.O_WRONLY), b"")
+        write_and_sync(os.open(path, os.O_WRONLY), b"")
     elif len(entries) > known:
         # Whoever wrote it may have died before it was on the disk.
-        _write_and_sync(os.open(path, os.O_WRONLY), b"")
+        write_and_sync(os.open(path, os.O_WRONLY), b"")
         _write_head(path, entries[-1])
     return entries
 
@@ -274,31 +339,12 @@ def _read_head(path: Path) -> tuple[int, str]:
 
 
 def _write_head(path: Path, entry: Entry) -> None:
-    temporary = path.with_suffix(".head.tmp")
     head = {"sequence": entry["sequence"], "hash": entry["hash"]}
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
-    _write_and_sync(os.open(temporary, flags, 0o644), _canonical(head) + b"\n")
-    os.replace(temporary, _head(path))
-    _sync_folder(path)
+    replace_durably(_head(path), _canonical(head) + b"\n")
 
 
 def _head(path: Path) -> Path:
     return path.with_suffix(".head")
-
-
-def _write_and_sync(descriptor: int, content: bytes) -> None:
-    """Writes all of `content`, forces it to the disk and closes the descriptor."""
-    try:
-        while content:
-            content = content[os.write(descriptor, content) :]
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sync_folder(path: Path) -> None:
-    """Makes the names in a folder durable: without it a new file can vanish with the power."""
-    _write_and_sync(os.open(path.parent, os.O_RDONLY), b"")
 
 
 def _canonical(value: Entry) -> bytes:
@@ -310,15 +356,21 @@ def _digest(entry: Entry) -> str:
     return hashlib.sha256(_canonical(content)).hexdigest()
 
 
-def _missing(path: Path) -> LedgerError:
+_ACCEPT = "or accept the loss: python -m core ledger accept-loss --file '{}' --reason '...'"
+
+
+def _missing(path: Path, known: Sequence[Path] = ()) -> LedgerError:
+    witness = f" ('{known[0]}' knows of it)" if known else ""
     return LedgerError(
-        f"no ledger at '{path}': it must hold what was spent on this data set so far, so restore "
-        "the file and its head, or name the folder in which they are"
+        f"no ledger at '{path}'{witness}: it must hold what was spent on this data set so far, so "
+        "restore the file and its head, or name the folder in which they are, "
+        + _ACCEPT.format(path)
     )
 
 
 def _damaged(path: Path, finding: str) -> LedgerError:
     return LedgerError(
         f"the ledger '{path}' was edited or truncated: {finding}; nothing more can be spent on "
-        "this data set until the file and its head are restored from a copy"
+        "this data set until the file and its head are restored from a copy, "
+        + _ACCEPT.format(path)
     )

@@ -3,22 +3,26 @@
 
 import hashlib
 import json
+import logging
 import os
 import socket
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from core.config import Config, flatten
 from core.errors import ConfigError, DataError, stored
-from core.privacy.ledger import Ledger, Reservation, events_of
-from core.privacy.ledger_file import Key, Terms
+from core.privacy.durable import replace_durably
+from core.privacy.ledger import Ledger, Reservation, charged_to, events_of, ledger_path
+from core.privacy.ledger_file import Key, LedgerError, Terms
 from core.privacy.plan import PrivacyPlan
 from core.privacy.scopes import run_budget
+from core.privacy.sources import Source, Sources
 
 RELEASE_ID = "release_id"
 """File in the folder `charged` with the identity of the one release that a selection is."""
-_SOURCES = "sources.json"
+_LOG = logging.getLogger("core")
+_CHARGED = "charged"
 _BLOCK = 25
 """Steps that are noted together; a stopped run pays for at most so many too many."""
 
@@ -30,11 +34,15 @@ class Spending:
     The ledger of a data set is named by the fingerprint of its content, which is known without
     opening the data from the second run on: the folder remembers which source had which content.
 
+    The DP-SGD steps that ever began are counted beside the ledger while the reservation is open;
+    before and after, the ledger itself knows them. So no lost, restored or emptied folder of a run
+    makes them fewer, and where the count is lost, all steps count.
+
     Args:
         folder: of the ledgers, `runtime.ledger`.
         run: name of the sweep or of the single run.
-        begun: file in the run's folder that counts the DP-SGD steps that ever began.
-        charged: folder in which the runs of a sweep note the data sets that they were charged to.
+        run_dir: folder of the run, which notes the last line of its data set's ledger.
+        charged: folder in which the runs of a sweep note the same together.
         lease: token of the sweep's driver, which takes the run over from older ones.
     """
 
@@ -42,45 +50,63 @@ class Spending:
     plan: PrivacyPlan
     folder: Path
     run: str
-    begun: Path
+    run_dir: Path
     charged: Path
     lease: int | None = None
     _counted: bool = field(default=False, init=False)
+    _counter: Path = field(default=Path(), init=False)
+    _begun: int = field(default=0, init=False)
 
     def known_fingerprint(self) -> str | None:
         """Fingerprint that this source had when a run opened it last."""
-        return self._sources().get(self._source())
+        source = self._sources.read().get(_source(self.config))
+        return source.fingerprint if source else None
 
-    def reserve(self, fingerprint: str, identity: str, central: str = "") -> Reservation:
+    def reserve(
+        self, fingerprint: str, identity: str, central: str = "", resumed: int = 0
+    ) -> Reservation:
         """Charges the whole plan, or finds that this run has done so before.
 
         Args:
             fingerprint: of the data set's content.
             identity: of the trial; masks and noise are drawn from it.
             central: identity of central images that trials of the sweep share; else empty.
+            resumed: DP-SGD steps of the checkpoint from which the run goes on.
 
         Raises:
             BudgetExceededError: the data set's budget cannot pay; nothing was opened or changed.
+            LedgerError: the ledger is lost, damaged or another than this run or its folder knows.
         """
         within = run_budget(self.config, self._selection())
         ledger = self._ledger(fingerprint)
         if self.lease is not None:
             ledger.take_over(self.run, f"{socket.gethostname()}:{os.getpid()}", self.lease)
+        key = Key(self.run, identity, "all", 0, self.plan.dp_sgd.num_steps)
+        settled, is_open = ledger.begun(key)
         reservation = ledger.reserve(
-            self._key(identity),
+            key,
             events_of(self.plan, central),
             note=f"scope {self.config.privacy.scope}",
             within=within,
         )
-        self._mark(fingerprint).parent.mkdir(parents=True, exist_ok=True)
-        self._mark(fingerprint).touch()
-        if not self.begun.exists():
-            self._write_begun(0)
+        name = hashlib.sha256(json.dumps(asdict(key)).encode()).hexdigest()[:16]
+        self._counter = ledger.path.with_name(f"{ledger.path.stem}-{name}.begun")
+        begun = _read_count(self._counter) if is_open else settled
+        if begun is None or not max(settled, resumed) <= begun <= key.end_step:
+            _LOG.warning("how many steps began is not known any more: all %d count", key.end_step)
+            begun = key.end_step
+        self._write_count(begun)
         return reservation
 
-    def settle(self, fingerprint: str, reservation: Reservation) -> None:
-        """Settles what ran: all steps that ever began, by this process or one before it."""
-        self._ledger(fingerprint).commit(reservation, steps_begun(self.begun))
+    def settle(self, fingerprint: str, reservation: Reservation) -> int:
+        """Settles what ran: all steps that ever began, by this process or one before it.
+
+        Returns:
+            How many they are.
+        """
+        self._ledger(fingerprint).commit(reservation, self._begun)
+        self._counter.unlink(missing_ok=True)
+        return self._begun
 
     def begins_block(self, step: int) -> bool:
         """Whether `count` must be called before this step: the same on all ranks."""
@@ -101,51 +127,56 @@ class Spending:
         # Where the run may be stopped, no later step is noted: it would be paid in vain.
         ends = [end for end in self._ends if end > step]
         end = min(step - step % _BLOCK + _BLOCK, self.plan.dp_sgd.num_steps, *ends)
-        if steps_begun(self.begun) < end:
-            with stored(self.begun.parent):
-                self._write_begun(end)
+        if self._begun < end:
+            self._write_count(end)
 
-    def _write_begun(self, steps: int) -> None:
-        self.begun.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.begun.with_suffix(".tmp")
-        with temporary.open("w") as file:
-            file.write(str(steps))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self.begun)
+    def _write_count(self, steps: int) -> None:
+        with stored(self._counter.parent):
+            replace_durably(self._counter, str(steps).encode())
+        self._begun = steps
 
     def remember(self, fingerprint: str) -> None:
         """Notes the source's fingerprint, so that the next run is refused before it opens it."""
-        sources = self._sources()
-        if sources.get(self._source()) != fingerprint:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            temporary = self.folder / f"{_SOURCES}.{os.getpid()}.tmp"
-            temporary.write_text(json.dumps({**sources, self._source(): fingerprint}, indent=1))
-            temporary.replace(self.folder / _SOURCES)
+        dataset = self.config.dataset
+        path = _absolute(dataset.path)
+        source = Source(fingerprint, path, dataset.family, self.plan.is_private)
+        self._sources.remember(_source(self.config), source)
 
-    def _sources(self) -> dict[str, str]:
-        path = self.folder / _SOURCES
-        return json.loads(path.read_text()) if path.exists() else {}
-
-    def _source(self) -> str:
-        settings: dict[str, Any] = flatten(self.config.dataset)
-        if self.config.dataset.path is not None:
-            settings["path"] = str(Path(self.config.dataset.path).expanduser().resolve())
-        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    @property
+    def _sources(self) -> Sources:
+        return Sources(self.folder)
 
     def _ledger(self, fingerprint: str) -> Ledger:
-        privacy = self.config.privacy
+        privacy, dataset = self.config.privacy, self.config.dataset
+        account = charged_to(fingerprint, dataset.family)
         terms = Terms(
-            fingerprint,
-            self.config.dataset.num_examples,
+            account,
+            dataset.num_examples,
             privacy.target_delta,
             privacy.neighboring_relation,
             privacy.data_set_budget,
+            dataset.family,
         )
+        charged = [s for s in self._sources.read().values() if s.charged]
+        for source in charged:
+            if source.fingerprint == fingerprint and source.family != dataset.family:
+                raise LedgerError(
+                    f"dataset.family={dataset.family!r}, but this data set was charged with "
+                    f"{source.family!r} before, where its charges are: restore that; a family is "
+                    "named before its first run"
+                )
         # A run or sweep that has begun must find the ledger that it was charged to, not a new one.
-        was_charged = self.begun.exists() or self._mark(fingerprint).exists()
-        opened = Ledger.open_existing if was_charged else Ledger.open
-        return opened(self.folder, terms, self.lease)
+        notes = dict.fromkeys([_note(self.charged, account), _note_of(self.run_dir, account)])
+        known = any(charged_to(s.fingerprint, s.family) == account for s in charged)
+        path = ledger_path(self.folder, account)
+        beside_cache = ledger_path(Path(self.config.runtime.cache).parent / "ledger", account)
+        if not path.exists() and beside_cache.exists():
+            raise LedgerError(
+                f"this data set has a ledger '{beside_cache}', where earlier versions kept it: set "
+                f"runtime.ledger='{beside_cache.parent}', or move '{beside_cache.stem}.*' from "
+                f"there to '{self.folder}'"
+            )
+        return Ledger.open(self.folder, terms, self.lease, [*notes], known)
 
     def _selection(self) -> str:
         """Identity of the selection: one begun anew under the same name is another release.
@@ -163,16 +194,48 @@ class Spending:
             )
         return path.read_text()
 
-    def _mark(self, fingerprint: str) -> Path:
-        return self.charged / fingerprint[:16]
 
-    def _key(self, identity: str) -> Key:
-        return Key(self.run, identity, "all", 0, self.plan.dp_sgd.num_steps)
+def ledger_of_run(config: Config, run_dir: Path, fingerprint: str) -> Ledger:
+    """The ledger that a run was charged to.
+
+    Args:
+        fingerprint: of the data set's content, as the run's result states it.
+
+    Raises:
+        LedgerError: it is missing, damaged, or another than the run's folder or the owner noted.
+    """
+    account = charged_to(fingerprint, config.dataset.family)
+    path = ledger_path(Path(config.runtime.ledger), account)
+    return Ledger.at(path, [_note_of(run_dir, account)])
 
 
-def steps_begun(path: Path) -> int:
-    """DP-SGD steps of a run that ever began; 0 where none did."""
-    return int(path.read_text()) if path.exists() else 0
+def _note(folder: Path, account: str) -> Path:
+    return folder / account[:16]
+
+
+def _note_of(run_dir: Path, account: str) -> Path:
+    return _note(run_dir / _CHARGED, account)
+
+
+def _source(config: Config) -> str:
+    """Digest of all that says where a data set lies and how it is read."""
+    settings: dict[str, Any] = flatten(config.dataset)
+    del settings["family"]  # Which decides nothing of its content.
+    if config.dataset.path is not None:
+        settings["path"] = _absolute(config.dataset.path)
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def _absolute(path: str | None) -> str | None:
+    return None if path is None else str(Path(path).expanduser().resolve())
+
+
+def _read_count(path: Path) -> int | None:
+    """What the file counts; None where it is missing or says no number."""
+    try:
+        return int(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def require_same_data(stated: str, found: str, config: Config) -> None:

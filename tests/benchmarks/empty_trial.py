@@ -24,6 +24,7 @@ name: empty
 base: {ROOT}/core/configs/digits.yaml
 fixed:
   training.num_steps: 2
+  runtime.ledger: runs/ledger
   privacy.target_epsilon: 1.0
   private_training.expected_batch_size: 60
   private_training.noise_multiplicity: 1

@@ -39,6 +39,7 @@ fixed:
   evaluation.classifier_epochs: 4
   evaluation.extractor_epochs: 1
   runtime.log_every: 1
+  runtime.ledger: runs/ledger
 search_space:
   central_images.per_class:
     low: 1

@@ -60,8 +60,8 @@ def stand_in(context: Any, config: Config, trial_id: str) -> Iterator[dict[str, 
 
     run_dir, plan = context.run_dir(trial_id), make_plan(config)
     folder = Path(config.runtime.ledger)
-    charged, begun = context.sweep.folder / "charged", run_dir / "checkpoints" / "steps_begun"
-    spending = Spending(config, plan, folder, context.sweep.name, begun, charged, context.launch)
+    charged = context.sweep.folder / "charged"
+    spending = Spending(config, plan, folder, context.sweep.name, run_dir, charged, context.launch)
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "config.yaml").write_text(yaml_subset.dump(nested(config)))
     write_json(run_dir / "privacy.json", plan.summary())

@@ -24,6 +24,7 @@ fixed:
   evaluation.num_images: 60
   evaluation.classifier_epochs: 1
   evaluation.extractor_epochs: 1
+  runtime.ledger: runs/ledger
   runtime.checkpoint_every: 5
   runtime.log_every: 5
 search_space:

@@ -53,6 +53,7 @@ fixed:
   runtime.checkpoint_every: 5
   runtime.log_every: 5
   runtime.num_pictures: 0
+  runtime.ledger: runs/ledger
   runtime.device: cpu
 search_space:
   {rate}:

@@ -30,6 +30,7 @@ fixed:
   stage_split: 0.0
   privacy.target_epsilon: 1.0
   training.num_steps: 4
+  runtime.ledger: runs/ledger
 search_space:
   private_training.learning_rate:
     low: 1e-5

@@ -129,15 +129,14 @@ def test_a_checkpoint_that_is_not_finite_is_not_trained_on(tmp_path, monkeypatch
 
     with pytest.raises(KillError):
         tiny_run(tmp_path, stop, **LONG)
-    counted = tmp_path / "checkpoints" / "steps_begun"
-    before = counted.read_text()
+    before = entry_of(tmp_path)
     path = tmp_path / "checkpoints" / "last.pt"
     state = torch.load(path, weights_only=True)
     next(iter(state["denoiser"].values())).view(-1)[0] = math.nan
     torch.save(state, path)
     with pytest.raises(NotFiniteError, match="in private_training at step 1 of 40 the training"):
         tiny_run(tmp_path, **LONG)
-    assert counted.read_text() == before
+    assert entry_of(tmp_path) == before
 
 
 def test_images_that_are_not_finite_are_no_result(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Scores during training: they change nothing of it, are paid for, and may end a run early."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from core.errors import ConfigError
 from core.evaluation import metrics
 from core.privacy.ledger import Ledger
 from core.privacy.plan import make_plan
+from core.privacy.spending import Spending
 
 EARLY = {
     "early_scores.at": [0.25, 0.5, 0.75],
@@ -123,6 +125,26 @@ def test_the_score_of_the_step_where_it_stopped_counts(tmp_path, monkeypatch):
     assert (last["stage"], last["step"], last["early_accuracy"]) == ("stopped", 8, 0.2)
     assert json.loads((tmp_path / "stopped.json").read_text())["early_accuracy"] == 0.2
     assert tiny_run(tmp_path, **settings) == [last]
+
+
+def test_a_stopped_run_whose_count_was_lost_tells_what_the_ledger_counts(tmp_path, monkeypatch):
+    def die(report: dict) -> None:
+        if report["step"] == 13:
+            raise KillError
+
+    with monkeypatch.context() as killed:
+        killed.setattr(Spending, "settle", lambda *_: 0)
+        with pytest.raises(KillError):
+            tiny_run(tmp_path, die, **EARLY)
+    shutil.rmtree(tmp_path / "checkpoints")
+    (counter,) = (tmp_path / "ledger").glob("*.begun")
+    counter.unlink()
+    last = tiny_run(tmp_path, goes_on=lambda _: False, **EARLY)[-1]
+    assert (last["stage"], last["step"]) == ("stopped", 4)
+    entry = entry_of(tmp_path)
+    assert entry["executed_steps"] == entry["end_step"] == 8
+    assert entry["epsilon"] == pytest.approx(last["epsilon"], rel=1e-3)
+    assert last["epsilon"] > 0.99  # Of all steps, not of none.
 
 
 def test_private_scores_are_paid_by_the_plan_and_drawn_apart(tmp_path, monkeypatch):

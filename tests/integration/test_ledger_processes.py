@@ -163,7 +163,8 @@ def test_a_death_at_any_point_never_counts_short(tmp_path, act):
     }[act]
     assert states(Ledger.open_existing(outlived, TERMS)) == after
     lines = Ledger.open_existing(outlived, TERMS).verify()
-    assert len(deaths) == 7  # Line, its fsync, folder, head, its fsync, rename, folder.
+    # Line, its fsync, folder; head and note, each with its fsync, rename and folder.
+    assert len(deaths) == 11
     found: list[tuple[bool, int]] = []
     for place in deaths:
         torn = not next(place.glob("*.jsonl")).read_bytes().endswith(b"\n")
@@ -177,7 +178,7 @@ def test_a_death_at_any_point_never_counts_short(tmp_path, act):
         assert ledger.verify() == lines
     # Only a torn line is lost: it never returned, so nothing can have run on it.
     whole = lines if act != "open" else 1
-    assert found == [(True, lines - 1 if act != "open" else 1), *[(False, whole)] * 6]
+    assert found == [(True, lines - 1 if act != "open" else 1), *[(False, whole)] * 10]
 
 
 # What is killed from outside: whatever it was told to be reserved is in the ledger.

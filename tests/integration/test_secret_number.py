@@ -216,8 +216,8 @@ def test_a_selection_begun_anew_is_another_release(plans, tmp_path):
     plan = plans["selection"]
 
     def spending(name: str) -> Spending:
-        begun, charged = tmp_path / "run" / "begun", tmp_path / "charged"
-        return Spending(SELECTION, plan, tmp_path / "ledger", name, begun, charged)
+        run_dir, charged = tmp_path / "run", tmp_path / "charged"
+        return Spending(SELECTION, plan, tmp_path / "ledger", name, run_dir, charged)
 
     with pytest.raises(ConfigError, match="which tells this selection from others"):
         spending("best").reserve(FINGERPRINT, "a")
@@ -271,7 +271,7 @@ def test_no_budget_of_a_data_set_depends_on_a_selection(plans, tmp_path):
     Ledger.open(tmp_path / "ledger", terms)
     (tmp_path / "charged").mkdir()
     (tmp_path / "charged" / RELEASE_ID).write_text("first")
-    begun, charged = tmp_path / "begun", tmp_path / "charged"
-    one = Spending(SELECTION, plan, tmp_path / "ledger", "best", begun, charged)
+    run_dir, charged = tmp_path / "run", tmp_path / "charged"
+    one = Spending(SELECTION, plan, tmp_path / "ledger", "best", run_dir, charged)
     with pytest.raises(LedgerError, match="was begun with"):
         one.reserve(FINGERPRINT, "a")

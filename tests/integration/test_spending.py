@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +15,12 @@ from two_ranks import tiny_run
 
 from core import pipeline
 from core.__main__ import main
+from core.config import load
 from core.data import Dataset, load_dataset
 from core.errors import DataError, InfeasibleError
 from core.privacy.ledger import Ledger
 from core.privacy.ledger_file import LedgerError
+from core.privacy.spending import Spending
 
 
 def summary_of(folder: Path) -> dict:
@@ -116,6 +120,63 @@ def test_a_stopped_run_pays_for_the_steps_that_began_and_needs_its_ledger(tmp_pa
     (entry,) = summary_of(tmp_path / "ledger")["entries"]
     assert entry["executed_steps"] == 31
     assert entry["epsilon"] == pytest.approx(reports[-1]["epsilon"], rel=4e-6)
+
+
+def test_a_run_that_lost_its_checkpoints_pays_for_the_steps_before(tmp_path, monkeypatch):
+    where = {"training.num_steps": 60, "stage_split": 0.0, "runtime.log_every": 1}
+
+    def stop_at(step: int) -> Callable[[dict], None]:
+        def stop(metrics: dict) -> None:
+            if metrics["step"] == step:
+                raise StopRunError
+
+        return stop
+
+    with monkeypatch.context() as killed:
+        killed.setattr(Spending, "settle", lambda *_: 0)
+        with pytest.raises(StopRunError):
+            tiny_run(tmp_path, stop_at(40), **where)
+    shutil.rmtree(tmp_path / "checkpoints", ignore_errors=True)
+    with pytest.raises(StopRunError):
+        tiny_run(tmp_path, stop_at(5), **where)
+    (entry,) = summary_of(tmp_path / "ledger")["entries"]
+    assert (entry["state"], entry["executed_steps"]) == ("committed", 50)
+
+
+def test_a_lost_ledger_is_accepted_by_command_and_every_card_states_it(finished, tmp_path, capsys):
+    shutil.copytree(finished[0], tmp_path / "copy")
+    run, ledger = tmp_path / "copy" / "run", tmp_path / "copy" / "ledger"
+    where = {"runtime.ledger": str(ledger)}
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace(str(finished[0]), str(tmp_path / "copy")))
+    (path,) = ledger.glob("*.jsonl")
+    path.unlink()
+    path.with_suffix(".head").unlink()
+    with pytest.raises(LedgerError, match="no ledger at"):
+        tiny_run(tmp_path / "copy" / "second", seed=1, **where)
+    assert main(["ledger", "accept-loss", "--file", str(path), "--reason", "disk failure"]) == 0
+    tiny_run(tmp_path / "copy" / "second", seed=1, **where)
+    out = tmp_path / "bundle"
+    assert main(["release", "--run-dir", str(run), "--out", str(out)]) == 2  # Its charge is lost.
+    assert "holds no entry of trial" in capsys.readouterr().err
+    second = str(tmp_path / "copy" / "second")
+    assert main(["release", "--run-dir", second, "--out", str(out)]) == 0
+    card = json.loads((out / "privacy_card.json").read_text())
+    assert "were lost and are not included" in card["statement"]
+    assert "disk failure" in card["statement"]
+    assert "disk failure" in (out / "privacy_card.md").read_text()
+    assert any("exactly this content" in item for item in card["not_covered"])
+
+
+def test_the_default_ledger_is_the_same_in_every_working_directory(tmp_path, monkeypatch):
+    found = set()
+    for folder in (tmp_path, tmp_path.parent):
+        monkeypatch.chdir(folder)
+        found.add(load({}).runtime.ledger)
+    assert found == {str(Path(os.environ["XDG_DATA_HOME"]) / "feta-sweep" / "ledger")}
+    monkeypatch.setenv("XDG_DATA_HOME", "relative")  # Which its specification ignores.
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load({}).runtime.ledger == str(tmp_path / ".local/share/feta-sweep/ledger")
 
 
 def test_the_release_holds_synthetic_images_card_and_digests_alone(finished, tmp_path, capsys):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from core.errors import InfeasibleError, UserError
 from core.privacy.card import ledger_text
-from core.privacy.ledger import BudgetExceededError, Ledger, events_of
+from core.privacy.ledger import BudgetExceededError, Ledger, events_of, ledger_path
 from core.privacy.ledger_book import Reservation
 from core.privacy.ledger_file import (
     Event,
@@ -26,6 +26,7 @@ from core.privacy.ledger_file import (
     _digest,
     locked,
 )
+from core.privacy.ledger_notes import beside_secret
 from core.privacy.mechanisms import FINE
 from core.privacy.plan import CentralPlan, DpSgdPlan, PrivacyPlan, ScorePlan
 from core.privacy.rounding import upward
@@ -463,6 +464,7 @@ class Written:
         self.early, self.early_head = self.path.read_bytes(), self.head.read_bytes()
         ledger.reserve(key("last"), [DP_SGD])
         self.late, self.late_head = self.path.read_bytes(), self.head.read_bytes()
+        beside_secret(self.path).unlink()  # Here it is file and head alone that must tell.
 
     def accepted(self, content: bytes, head: bytes | None) -> bytes | None:
         """What the ledger then holds, repaired, or None where it is refused and left as it is."""
@@ -568,14 +570,14 @@ def test_a_changed_figure_with_a_new_hash_breaks_the_chain(tmp_path):
 
 
 def test_a_ledger_whose_begin_was_killed_is_begun_again(tmp_path):
-    whole = Ledger.open(tmp_path, TERMS).path
-    line = whole.read_bytes()
+    line = Ledger.open(tmp_path, TERMS).path.read_bytes()
     for size in (0, 1, len(line) // 2, len(line) - 1):
-        whole.write_bytes(line[:size])
-        whole.with_suffix(".head").unlink()
+        folder = tmp_path / str(size)
+        folder.mkdir()
+        ledger_path(folder, TERMS.fingerprint).write_bytes(line[:size])
         with pytest.raises(LedgerError, match="no ledger"):
-            Ledger.open_existing(tmp_path, TERMS)
-        assert Ledger.open(tmp_path, TERMS).verify() == 1
+            Ledger.open_existing(folder, TERMS)
+        assert Ledger.open(folder, TERMS).verify() == 1
 
 
 def test_lines_of_an_unknown_form_are_not_guessed_at(tmp_path):

@@ -13,6 +13,7 @@ from sweep.config import SweepConfig, dump_sweep, load_sweep, trial_id_of
 from sweep.scope import count_trials
 
 QUICKSTART = Path("sweep/configs/quickstart.yaml")
+QUICKSTART_FILE, NAMED = QUICKSTART.absolute(), {"runtime.ledger": "/elsewhere"}
 
 
 def written(tmp_path: Path, text: str) -> Path:
@@ -140,6 +141,7 @@ PUBLIC = {"privacy.scope": "public", "dataset.public": True, "final.dataset.path
             {"search_space.runtime.ledger.choices": ["runs/a", "runs/b"]},
             r"search_space\.runtime\.ledger cannot be searched",
         ),
+        ({"search_space.dataset.family.choices": ["a", "b"]}, r"family cannot be searched"),
         ({"search_space.privacy.num_shares.choices": [1, 2]}, r"num_shares cannot be searched"),
         (PUBLIC | {"final.dataset.pth": "x"}, r"unknown key 'dataset.pth'"),
         (SELECTION | {"scheduler": "asha"}, r"run whole, not for scheduler='asha'"),
@@ -248,5 +250,25 @@ def test_a_sweep_keeps_its_ledger(tmp_path):
     keys = {"storage_path": str(tmp_path)}
     claim(load_sweep(QUICKSTART, keys))
     claim(load_sweep(QUICKSTART, keys | {"runtime.log_every": 7}))
-    with pytest.raises(ConfigError, match=r"base\.runtime\.ledger: runs/ledger -> elsewhere"):
+    with pytest.raises(ConfigError, match=r"base\.runtime\.ledger: .* -> elsewhere"):
         claim(load_sweep(QUICKSTART, keys | {"runtime.ledger": "elsewhere"}))
+
+
+@pytest.mark.parametrize("cluster", [False, True])
+def test_the_default_ledger_is_one_that_all_machines_see(tmp_path, monkeypatch, cluster):
+    """On one machine that of all runs there; on a cluster it lies in the storage folder."""
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if cluster:
+        monkeypatch.setenv("RAY_ADDRESS", "auto")
+    found = {}
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        sweep = load_sweep(QUICKSTART_FILE, {"storage_path": str(tmp_path / "runs")})
+        monkeypatch.chdir(tmp_path / folder)
+        claim(sweep)
+        found[folder] = sweep.trial_config({}).runtime.ledger
+    expected = tmp_path / ("runs" if cluster else "data/feta-sweep") / "ledger"
+    assert set(found.values()) == {str(expected)}
+    named = load_sweep(QUICKSTART_FILE, {"storage_path": str(tmp_path / "s"), **NAMED})
+    assert named.trial_config({}).runtime.ledger == "/elsewhere"

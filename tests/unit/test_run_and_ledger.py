@@ -1,0 +1,252 @@
+"""What a run's dealings with the ledger count, whatever was lost between its starts."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from two_ranks import TINY
+
+from core.__main__ import main
+from core.config import Config, load
+from core.privacy.ledger import Ledger
+from core.privacy.ledger_file import LedgerError, accept_loss
+from core.privacy.ledger_notes import beside_secret
+from core.privacy.plan import PrivacyPlan, make_plan
+from core.privacy.spending import Spending, ledger_of_run
+
+STEPS = 200
+SETTINGS = TINY | {"training.num_steps": STEPS, "stage_split": 0.0}
+DATA = "ab" * 32
+
+
+@pytest.fixture(scope="module")
+def plan() -> PrivacyPlan:
+    return make_plan(load({}, SETTINGS))
+
+
+def config_of(folder: Path, **changes: object) -> Config:
+    places = {"runtime.ledger": str(folder / "ledger"), "runtime.cache": str(folder / "cache")}
+    changes = {key.replace("__", "."): value for key, value in changes.items()}
+    return load({}, SETTINGS | places | changes)
+
+
+class Start:
+    """One start of a run: it reserves, goes on from `resumed`, and ends without settling."""
+
+    def __init__(
+        self,
+        folder: Path,
+        plan: PrivacyPlan,
+        resumed: int = 0,
+        run: str = "run",
+        data: str = DATA,
+        **changes: object,
+    ) -> None:
+        config, run_dir = config_of(folder, **changes), folder / run
+        self.data, where = data, Path(config.runtime.ledger)
+        self.spending = Spending(config, plan, where, run, run_dir, run_dir / "charged")
+        self.reservation = self.spending.reserve(data, f"trial {run}", resumed=resumed)
+        self.spending.remember(data)
+
+    def train(self, until: int, since: int = 0) -> "Start":
+        for step in range(since, until):
+            if self.spending.begins_block(step):
+                self.spending.count(step)
+        return self
+
+    def settle(self) -> int:
+        return self.spending.settle(self.data, self.reservation)
+
+
+def entry(folder: Path) -> dict:
+    (path,) = (folder / "ledger").glob("*.jsonl")
+    (only,) = Ledger.at(path).summary()["entries"]
+    return only
+
+
+def counter(folder: Path) -> Path:
+    (path,) = (folder / "ledger").glob("*.begun")
+    return path
+
+
+def test_a_run_whose_folder_was_emptied_pays_for_what_it_ran_before(tmp_path, plan):
+    Start(tmp_path, plan).train(160)  # Killed.
+    shutil.rmtree(tmp_path / "run")
+    assert Start(tmp_path, plan).train(20).settle() == 175
+    assert entry(tmp_path)["executed_steps"] == 175
+
+
+@pytest.mark.parametrize("content", [None, "", "many", "-1", "201", "12.5", "\0\0\0"])
+def test_all_steps_count_where_the_count_of_an_open_run_is_lost(tmp_path, plan, content, caplog):
+    Start(tmp_path, plan).train(160)
+    if content is None:
+        counter(tmp_path).unlink()
+    else:
+        counter(tmp_path).write_text(content)
+    again = Start(tmp_path, plan).train(20)
+    assert "all 200 count" in caplog.text
+    assert again.settle() == STEPS
+    assert entry(tmp_path)["executed_steps"] == STEPS
+
+
+def test_the_loss_outlives_a_further_kill(tmp_path, plan):
+    Start(tmp_path, plan).train(160)
+    counter(tmp_path).unlink()
+    Start(tmp_path, plan).train(20)
+    assert Start(tmp_path, plan).train(20).settle() == STEPS
+
+
+def test_a_count_older_than_the_checkpoint_is_none(tmp_path, plan):
+    Start(tmp_path, plan).train(20)
+    older = counter(tmp_path).read_bytes()
+    Start(tmp_path, plan, resumed=20).train(160, since=20)
+    counter(tmp_path).write_bytes(older)
+    assert Start(tmp_path, plan, resumed=150).train(152, since=150).settle() == STEPS
+
+
+def test_a_count_below_what_was_settled_is_none(tmp_path, plan):
+    Start(tmp_path, plan).train(160).settle()
+    Start(tmp_path, plan, resumed=150)
+    counter(tmp_path).write_text("100")
+    assert Start(tmp_path, plan).settle() == STEPS
+
+
+def test_while_nothing_is_open_the_ledger_itself_knows(tmp_path, plan):
+    assert Start(tmp_path, plan).train(60).settle() == 75
+    assert not list((tmp_path / "ledger").glob("*.begun"))
+    again = Start(tmp_path, plan, resumed=60)
+    assert entry(tmp_path)["state"] == "reserved"
+    assert again.train(62, since=60).settle() == 75
+    assert Start(tmp_path, plan, resumed=62).train(80, since=62).settle() == 100
+    assert Start(tmp_path, plan).settle() == 100  # From the beginning: a replay, not fewer steps.
+
+
+def test_a_checkpoint_that_the_ledger_knows_nothing_of_counts_in_full(tmp_path, plan):
+    assert Start(tmp_path, plan, resumed=150).settle() == STEPS
+
+
+def test_a_finished_run_that_is_resumed_changes_nothing(tmp_path, plan):
+    assert Start(tmp_path, plan).train(STEPS).settle() == STEPS
+    (path,) = (tmp_path / "ledger").glob("*.jsonl")
+    before = path.read_bytes()
+    assert Start(tmp_path, plan, resumed=STEPS).settle() == STEPS
+    assert Start(tmp_path, plan).train(20).settle() == STEPS
+    assert path.read_bytes() == before
+
+
+def test_a_voided_reservation_begins_at_none(tmp_path, plan):
+    start = Start(tmp_path, plan)
+    (path,) = (tmp_path / "ledger").glob("*.jsonl")
+    Ledger.at(path).void(start.reservation)
+    assert Start(tmp_path, plan).train(10).settle() == 25
+
+
+# A ledger that is lost.
+
+
+@pytest.mark.parametrize("gone", ["*.jsonl", "*.head", "*.lock"])
+def test_sources_know_which_ledger_must_be_there(tmp_path, plan, gone):
+    """Another run on the same data, whose own folder knows nothing."""
+    Start(tmp_path, plan).train(STEPS).settle()
+    (path,) = (tmp_path / "ledger").glob("*.jsonl")
+    beside_secret(path).unlink()
+    for pattern in {"*.jsonl", "*.head", gone}:
+        for each in (tmp_path / "ledger").glob(pattern):
+            if each.name != "sources.lock":
+                each.unlink()
+    with pytest.raises(LedgerError, match="no ledger at"):
+        Start(tmp_path, plan, run="another")
+    accept_loss(path, "disk failure")
+    Start(tmp_path, plan, run="another").train(STEPS).settle()
+    found = Ledger.at(path).summary()
+    assert [each["run"] for each in found["entries"]] == ["another"]
+    assert len(found["losses"]) == 1
+
+
+def test_the_folder_of_a_run_knows_of_an_older_ledger(tmp_path, plan):
+    Start(tmp_path, plan, run="first").settle()
+    older = shutil.copytree(tmp_path / "ledger", tmp_path / "older")
+    Start(tmp_path, plan, run="second").settle()
+    shutil.rmtree(tmp_path / "ledger")
+    older.rename(tmp_path / "ledger")
+    (path,) = (tmp_path / "ledger").glob("*.jsonl")
+    beside_secret(path).unlink()
+    with pytest.raises(LedgerError, match=r"but '.*/second/charged/.*' knows of"):
+        Start(tmp_path, plan, run="second")
+    with pytest.raises(LedgerError, match=r"but '.*/second/charged/.*' knows of"):
+        ledger_of_run(config_of(tmp_path), tmp_path / "second", DATA)
+    assert ledger_of_run(config_of(tmp_path), tmp_path / "first", DATA).verify() > 1
+
+
+def test_what_was_never_charged_needs_no_ledger(tmp_path, plan):
+    ceiling = config_of(tmp_path, method="non_private")
+    free = make_plan(ceiling)
+    assert not free.is_private
+    run_dir = tmp_path / "ceiling"
+    folder = tmp_path / "ledger"
+    folder.mkdir()
+    spending = Spending(ceiling, free, folder, "ceiling", run_dir, run_dir / "charged")
+    spending.remember(DATA)
+    assert spending.known_fingerprint() == DATA
+    Start(tmp_path, plan)
+    spending.remember(DATA)  # Which does not forget that there is a ledger now.
+    assert json.loads((folder / "sources.json").read_text()).popitem()[1]["charged"]
+
+
+def test_sources_of_an_older_version_are_read_and_damaged_ones_named(tmp_path, plan):
+    Start(tmp_path, plan)
+    path = tmp_path / "ledger" / "sources.json"
+    assert path.stat().st_mode & 0o777 == 0o600
+    (key,) = json.loads(path.read_text())
+    path.write_text(json.dumps({key: "cd" * 32}))
+    config, run_dir = config_of(tmp_path), tmp_path / "x"
+    spending = Spending(config, plan, tmp_path / "ledger", "x", run_dir, run_dir)
+    assert spending.known_fingerprint() == "cd" * 32
+    for content in ("{", "[]", '{"a": 3}', '{"a": {"b": 1}}'):
+        path.write_text(content)
+        with pytest.raises(LedgerError, match=r"sources.json' is not as it was written"):
+            spending.known_fingerprint()
+
+
+def test_a_ledger_where_earlier_versions_kept_it_is_not_passed_over(tmp_path, plan):
+    Start(tmp_path, plan).settle()
+    with pytest.raises(LedgerError, match=r"has a ledger '.*', where earlier versions kept it"):
+        Start(tmp_path, plan, run="another", runtime__ledger=str(tmp_path / "data"))
+    assert not (tmp_path / "data").exists()
+
+
+# Data sets that charge together.
+
+
+def test_a_family_charges_one_ledger_and_the_card_of_each_run_finds_it(tmp_path, plan):
+    family = {"dataset__family": "patients"}
+    Start(tmp_path, plan, run="whole", **family).train(STEPS).settle()
+    fewer = replace(plan, num_examples=1436)
+    less = {**family, "dataset__num_examples": 1436}
+    Start(tmp_path, fewer, run="less", data="cd" * 32, **less).train(STEPS).settle()
+    ledger = ledger_of_run(config_of(tmp_path, **family), tmp_path / "whole", DATA)
+    summary = ledger.summary()
+    assert [each["run"] for each in summary["entries"]] == ["whole", "less"]
+    alone = summary["entries"][0]["epsilon"]
+    assert alone < summary["epsilon_committed_and_reserved"] < 2 * alone
+
+
+def test_a_family_is_named_before_the_first_run(tmp_path, plan):
+    Start(tmp_path, plan).settle()
+    with pytest.raises(LedgerError, match=r"dataset.family='patients', but .* with None before"):
+        Start(tmp_path, plan, run="another", dataset__family="patients")
+    Start(tmp_path, plan, run="third", data="ef" * 32, dataset__family="patients").settle()
+    with pytest.raises(LedgerError, match=r"dataset.family=None, but .* with 'patients' before"):
+        Start(tmp_path, plan, run="fourth", data="ef" * 32)
+
+
+def test_show_warns_where_one_path_was_read_as_several_data_sets(tmp_path, plan, capsys):
+    folder = tmp_path / "pictures"
+    for label, data in (("label", DATA), ("other", "cd" * 32)):
+        changes = {"dataset__path": str(folder), "dataset__label_column": label}
+        Start(tmp_path, plan, run=label, data=data, **changes).settle()
+        assert main(["ledger", "show", "--folder", str(tmp_path / "ledger")]) == 0
+        warned = f"warning: '{folder}' was read as several data sets" in capsys.readouterr().out
+        assert warned == (label == "other")
