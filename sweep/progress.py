@@ -171,6 +171,8 @@ class Progress:
             def on_trial_result(
                 self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **_: Any
             ) -> None:
+                if "note" in result:
+                    progress.note(f"trial {progress._name(trial.config)}: {result['note']}")
                 if "failure" not in result:
                     progress.moved(trial.config, result)
 

@@ -38,6 +38,7 @@ SPENDING = ("tests/integration/test_scope_spending.py",)
 EARLY = ("tests/integration/test_early_scores.py",)
 EPOCHS = ("tests/integration/test_epoch_chosen_privately.py",)
 SHARED = ("tests/integration/test_shared_warm_up.py",)
+CHANGED = ("tests/integration/test_changed_code.py",)
 LOSSES, LOSS_TESTS = "core/privacy/loss_distribution.py", ("tests/unit/test_loss_distribution.py",)
 DIVERGING = ("tests/integration/test_diverging_runs.py",)
 DP_SGD_EVENT = "self.sample_rate, self.noise_multiplier, self.num_steps"
@@ -355,6 +356,28 @@ MUTANTS = (
         'released if stage == "central_images" else identity',
         "identity",
         SHARED,
+    ),
+    Mutant(
+        "other code draws the same noise",
+        "core/pipeline.py",
+        "    identity = identity_of(parts)\n",
+        "    parts['computed by'].pop('code of core')\n    identity = identity_of(parts)\n",
+        CHANGED,
+    ),
+    Mutant(
+        "other code draws the same noise on a sweep's central images",
+        "core/pipeline.py",
+        "        central_identity = identity_of(central_parts)\n",
+        "        central_parts['computed by'].pop('code of core')\n"
+        "        central_identity = identity_of(central_parts)\n",
+        CHANGED,
+    ),
+    Mutant(
+        "the code of the loss decides nothing",
+        "core/code_digest.py",
+        '"evaluation/membership.py"',
+        '"evaluation/membership.py", "diffusion/loss.py"',
+        ("tests/unit/test_code_digest.py",),
     ),
     Mutant(
         "a search that learns from results counts as one that ignores them",
