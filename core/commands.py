@@ -210,7 +210,7 @@ def evaluate(options: argparse.Namespace) -> None:
     else:
         number = config.evaluation.num_images
         synthetic = draw_images(denoiser, config, number, config_device(config))
-    scores = score(config, synthetic, dataset, config_device(config))
+    scores = score(config, synthetic, dataset, config_device(config), MasterSecret.load())
     tag = "public" if config.dataset.public else "non-private"
     print("  ".join(f"{name} {value:.4g}" for name, value in scores.values.items()) + f"  ({tag})")
     print(to_json(scores.record, indent=2))

@@ -320,7 +320,7 @@ def _run(
     if plan.score is not None:
         noise, folder = stream("evaluation", "noise"), run_dir / "dp_scores"
         private = PrivateScores(config, plan, dataset, noise, folder, identity)
-    scores = score(config, synthetic, dataset, device, private)
+    scores = score(config, synthetic, dataset, device, master, private)
     result = {
         "step": config.training.num_steps,
         "stage": "done",
