@@ -36,6 +36,11 @@ SCOPES = {
         "{delta})-differentially private."
     ),
 }
+STATED = (
+    "As the owner of the data states, all settings were chosen on other, public data; no search of "
+    "this project vouches for it. The one run on this data is ({trial}, {delta})-differentially "
+    "private."
+)
 ALONE = (
     "This one run, with settings given beforehand, is ({trial}, {delta})-differentially private."
 )
@@ -72,6 +77,7 @@ def make_card(
     privacy: PrivacyConfig,
     identity: str,
     objective: str,
+    searched: bool,
 ) -> dict[str, Any]:
     """The card of one sweep or of one released model.
 
@@ -82,6 +88,8 @@ def make_card(
         privacy: the settings that decided it.
         identity: of that trial in the ledger.
         objective: the metric that chose it among several trials, with its tag.
+        searched: whether a sweep has chosen the trial; else what scope `public` says of the
+            settings is the owner's word alone.
 
     Returns:
         Plain data, ready for JSON. Under scope `selection` it says nothing of the other trials,
@@ -112,13 +120,15 @@ def make_card(
     if plan.early_metric and trials > 1:
         tag = plan.tag(plan.early_metric)
         stopping = STOPPING.format(metric=plan.early_metric, tag=tag)
+    if privacy.scope == "public" and not searched:
+        sentence = STATED
     if trials == 1 and privacy.scope == "trial":
         sentence = AMONG_OTHERS if others else ALONE
     # Several runs one by one are a search too, and nobody knows of which; a sweep knows.
     candidates = trials if trials > 1 else trials + others
     chosen = {
         "selection": f"at random; of their secret number the best by {objective}",
-        "public": f"on public data, by {objective}",
+        "public": f"on public data, {f'by {objective}' if searched else 'as its owner states'}",
     }.get(privacy.scope, f"the best of {candidates} trials by {objective}")
     return {
         "statement": sentence.format(
