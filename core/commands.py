@@ -108,7 +108,7 @@ def ledger(options: argparse.Namespace) -> None:
         try:
             ledger = Ledger.at(path)
             if options.action == "verify":
-                print(f"{path}: {ledger.verify()} lines, unbroken")
+                print(f"data set {ledger.name} in '{folder}': {ledger.verify()} lines, unbroken")
             else:
                 print(ledger_text(ledger.summary()))
         except LedgerError as error:  # The others are told nevertheless.

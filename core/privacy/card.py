@@ -285,7 +285,7 @@ def ledger_text(summary: dict[str, Any]) -> str:
     budget = "without a cap" if summary["budget"] is None else f"of {summary['budget']:g}"
     lines = [
         *([f"family {summary['family']}"] if summary["family"] else []),
-        f"data set {summary['fingerprint'][:16]}: N={summary['num_examples']} (public), delta "
+        f"data set {summary['name']}: N={summary['num_examples']} (public), delta "
         f"{summary['delta']:g}, {summary['neighboring_relation']}, unit {summary['unit']}",
         f"epsilon {summary['epsilon_committed_and_reserved']:.4g} {budget}, of which "
         f"{summary['epsilon_committed']:.4g} is settled ({summary['accountant']})",

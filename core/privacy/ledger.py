@@ -25,6 +25,7 @@ from core.privacy.ledger_book import (
     stated_terms,
 )
 from core.privacy.ledger_file import Chain, Event, Key, LedgerError, Terms, locked, require
+from core.privacy.ledger_names import ledger_path, shown_name
 from core.privacy.mechanisms import COARSE, Mechanism, discretization_for, grouped
 from core.privacy.plan import PrivacyPlan
 from core.privacy.scopes import RunBudget
@@ -37,7 +38,7 @@ class BudgetExceededError(InfeasibleError):
 
 
 class Ledger:
-    """The spending on one data set, in `<folder>/<first 16 digits of the fingerprint>.jsonl`.
+    """The spending on one data set, in a file of a folder, named by `ledger_path`.
 
     Every call locks the file, verifies every line and works on what it then finds, so any number
     of processes may use one file; every call raises `LedgerError` where the file is missing,
@@ -98,6 +99,12 @@ class Ledger:
 
     def _locked(self, create: bool = False) -> AbstractContextManager[Chain]:
         return locked(self.path, create, self.notes)
+
+    @property
+    def name(self) -> str:
+        """What the data set is called wherever something is printed."""
+        stem, account = self.path.stem, self.terms.fingerprint
+        return shown_name(account) if stem == account[:16] else stem
 
     def take_over(self, run: str, owner: str, token: int) -> None:
         """Makes the holders of `token` the writers of `run`; those of older tokens are refused.
@@ -261,6 +268,7 @@ class Ledger:
         ]
         return {
             **asdict(self.terms),
+            "name": self.name,
             "unit": UNIT,
             "epsilon_committed": self._epsilon(settled, grid),
             "epsilon_committed_and_reserved": self._epsilon(counted, grid),
@@ -276,6 +284,8 @@ class Ledger:
             stated.pop("num_examples")
         for name, value in stated.items():
             if asked[name] != value:
+                if name == "fingerprint":
+                    raise LedgerError(f"'{self.path}' is of another data set: restore its own")
                 raise LedgerError(
                     f"{name}={asked[name]!r}, but the ledger '{self.path}' was begun with "
                     f"{value!r}, which never changes: ask for that, or for another ledger folder, "
@@ -341,7 +351,7 @@ class Ledger:
         held = [event for charge in others if charge.open for event in charge.events]
         raise BudgetExceededError(
             f"reserving epsilon {self._epsilon(asked.events, grid):.6g} for {asked.key} would "
-            f"bring data set {self.terms.fingerprint[:6]} to {total:.6g} of its budget "
+            f"bring its data set to {total:.6g} of its budget "
             f"{budget:g} (spent {self._epsilon(spent, grid):.6g}, reserved "
             f"{self._epsilon(held, grid):.6g}): plan fewer steps, more noise or fewer trials, as "
             "a budget is never raised"
@@ -365,11 +375,6 @@ def _taken_over(run: str, owner: str, token: int, mine: int | None) -> str:
         f"another sweep took over run {run} ({owner} holds token {token}, this process "
         f"{mine or 'none'}): stop this process, or resume the run in it"
     )
-
-
-def ledger_path(folder: Path, fingerprint: str) -> Path:
-    """Where the ledger of a data set, or of a family of them, lies."""
-    return folder / f"{fingerprint[:16]}.jsonl"
 
 
 def charged_to(fingerprint: str, family: str | None) -> str:

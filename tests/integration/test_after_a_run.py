@@ -240,12 +240,26 @@ def test_what_real_images_decide_is_its_owner_s_alone_whatever_the_umask(tmp_pat
         tiny_run(tmp_path / "run", **{"runtime.cache": str(tmp_path / "cache")})
     finally:
         os.umask(before)
-    folders = [tmp_path / "cache", tmp_path / "run" / "checkpoints"]
+    folders = [tmp_path / "cache", *(tmp_path / "run" / n for n in ("checkpoints", "ledger"))]
     files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
     files += [tmp_path / "run" / name for name in ("evaluation.json", "identity.json")]
-    assert {path.suffix for path in files} > {".pt", ".npy", ".json"}
+    assert {path.suffix for path in files} > {".pt", ".npy", ".jsonl", ".json"}
     for path in folders:
         assert stat.S_IMODE(path.stat().st_mode) == 0o700, path
     for path in files:
-        if path.suffix in (".pt", ".npy", ".json") or path.name == "fingerprint":
+        if path.suffix != ".lock":  # Which says who holds it, no more.
             assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
+
+
+def test_nothing_that_leaves_a_run_holds_the_digest_of_its_data(run, released, tmp_path, capsys):
+    """Whoever guesses the whole data set could confirm the guess."""
+    fingerprint = json.loads((run / "evaluation.json").read_text())["fingerprint"]
+    for action in ("show", "verify"):
+        assert main(["ledger", action, "--folder", str(run / "ledger")]) == 0
+    assert main(["evaluate", "--run-dir", str(run)]) == 0
+    told = capsys.readouterr().out.encode()
+    files = [path for path in released.rglob("*") if path.is_file()]
+    files += [run / name for name in ("config.yaml", "privacy.json", "environment.json", "run.log")]
+    names = "".join(path.name for path in run.rglob("*"))
+    for content in (told, names.encode(), *(path.read_bytes() for path in files)):
+        assert fingerprint[:8].encode() not in content
