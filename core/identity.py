@@ -20,6 +20,7 @@ import json
 import os
 import platform
 import secrets
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -34,17 +35,23 @@ from core.device import config_device
 from core.errors import ConfigError
 from core.locks import held
 from core.privacy.keys import SECRET_FILE_VARIABLE
+from core.privacy.plan import PrivacyPlan
 from core.private_files import private_opener
-from core.reporting import write_json
+from core.reporting import to_json, write_json
 
 Parts = dict[str, dict[str, Any]]
 """What decides a run, by group and name: plain data."""
-CENTRAL = ("dataset.", "central_images.")
+_CENTRAL = ("dataset.", "central_images.")
 """Settings that decide the central images, beside their plan."""
 FILE = "identity.json"
 """Parts of the run that a folder holds, so that a later start can name what changed."""
 _CODE = "code of core"
 _PATIENCE = 60.0
+SHOWN = "changed since this run was finished ({}): its result is shown as it was, nothing is drawn"
+_AGAIN = "changed since this run was begun ({}): it draws new noise and is charged again"
+_REDRAWN = (
+    "changed since the sweep drew its central images ({}): others are drawn, and charged once more"
+)
 _NOT_IDENTITY = (
     "runtime.",
     "dataset.path",  # The fingerprint stands for the content, wherever it lies.
@@ -91,25 +98,7 @@ def _version(package: str) -> str:
         return "none"
 
 
-def parts_of(config: Config, sections: tuple[str, ...] = ("",), **others: Any) -> Parts:
-    """What decides a release; to be called on all ranks.
-
-    Args:
-        sections: settings that begin with one of them are among it.
-        others: by name: fingerprint of the data's content, random origin, public id of the master
-            secret, and the plan. Were another version to solve another noise multiplier, the same
-            key would draw the same noise at another scale, whose difference gives gradients away.
-    """
-    settings = {
-        key: value
-        for key, value in flatten(config).items()
-        if key.startswith(sections) and not key.startswith(_NOT_IDENTITY)
-    }
-    parts = {"computed by": computed_by(config), "settings": settings, "others": others}
-    return json.loads(json.dumps(parts))  # As a file gives it back.
-
-
-def identity_of(parts: Parts) -> str:
+def digest_of(parts: Parts) -> str:
     """Digest of all that decides what is released.
 
     Raises:
@@ -135,18 +124,101 @@ def differences(earlier: Parts, now: Parts) -> list[str]:
     return changed
 
 
-def changed_since(folder: Path, now: Parts) -> list[str] | None:
-    """What has changed since `note_parts` wrote there; None where nothing is noted."""
+@dataclass(frozen=True)
+class Identity:
+    """Of one run, and of the central images that the trials of a sweep share.
+
+    Attributes:
+        run: digest that enters every key of the run.
+        shared_central: that of the shared central images; empty where the run has its own.
+        changed: what differs from how the folder was begun, in words.
+    """
+
+    run: str
+    shared_central: str
+    changed: list[str]
+    parts: Parts
+    charged: bool
+
+    @property
+    def central(self) -> str:
+        """What enters the keys of the central images."""
+        return self.shared_central or self.run
+
+    def note(self, run_dir: Path, shared: Path | None) -> list[str]:
+        """Notes what the folders are begun with, once it is charged; returns what to tell of it.
+
+        Privacy: the file holds the fingerprint of the data; it is its owner's alone.
+        """
+        told = [_AGAIN.format("; ".join(self.changed))] if self.changed and self.charged else []
+        distributed.on_rank_0(lambda: _note_parts(run_dir, self.parts))
+        if shared is not None and self.shared_central:
+            by = {"computed by": self.parts["computed by"]}
+            if changed := distributed.on_rank_0(lambda: _note_parts(shared, by)):
+                told.append(_REDRAWN.format("; ".join(changed)))
+        return told
+
+
+def identify(
+    config: Config,
+    plan: PrivacyPlan,
+    fingerprint: str,
+    secret: str,
+    run_dir: Path,
+    shared: Path | None,
+) -> Identity:
+    """What this run is; to be called on all ranks.
+
+    Args:
+        fingerprint: of the data's content.
+        secret: public id of the master secret.
+        run_dir: keeps the random origin of the run, and what it was begun with.
+        shared: folder that keeps the origin of the central images that trials share; or None.
+
+    Raises:
+        ConfigError: the ranks do not agree on it.
+    """
+
+    def parts_of(sections: tuple[str, ...], mechanisms: Any, origin: Path) -> Parts:
+        # Were another version to solve another noise multiplier, the same key would draw the same
+        # noise at another scale, and the difference would give the gradients away.
+        others = {
+            "plan": mechanisms,
+            "data": fingerprint,
+            origin.name: distributed.on_rank_0(lambda: origin_of(origin)),
+            "master secret": secret,
+        }
+        settings = {
+            key: value
+            for key, value in flatten(config).items()
+            if key.startswith(sections) and not key.startswith(_NOT_IDENTITY)
+        }
+        parts = {"computed by": computed_by(config), "settings": settings, "others": others}
+        return json.loads(to_json(parts))  # As a file gives it back.
+
+    shared_central = ""
+    if shared is not None and plan.central is not None:
+        central = parts_of(_CENTRAL, asdict(plan.central), shared / "central_id")
+        shared_central = digest_of(central)
+    parts = parts_of(("",), plan.mechanisms, run_dir / "trial_id")
+    parts["others"]["shared central images"] = shared_central
+    run = digest_of(parts)
+    changed = distributed.on_rank_0(lambda: _changed_since(run_dir, parts))
+    if changed is None:  # Of an earlier version, if it was charged.
+        known = not distributed.on_rank_0((run_dir / "charged").exists)
+        changed = [] if known else ["what it was begun with is not noted"]
+    return Identity(run, shared_central, changed, parts, plan.is_private)
+
+
+def _changed_since(folder: Path, now: Parts) -> list[str] | None:
+    """What has changed since the folder was begun; None where nothing is noted."""
     path = folder / FILE
     return differences(json.loads(path.read_text()), now) if path.exists() else None
 
 
-def note_parts(folder: Path, parts: Parts) -> list[str]:
-    """Notes what decides what the folder holds; returns what has changed since the last note.
-
-    Privacy: the file may hold the fingerprint of the data; it is its owner's alone.
-    """
+def _note_parts(folder: Path, parts: Parts) -> list[str]:
+    """Notes what the folder is begun with; returns what has changed since the last note."""
     with held(folder / f"{FILE}.lock", _PATIENCE):  # Trials share what a sweep notes.
-        changed = changed_since(folder, parts) or []
+        changed = _changed_since(folder, parts) or []
         write_json(folder / FILE, parts, opener=private_opener)
     return changed

@@ -8,7 +8,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,7 @@ from core.errors import ConfigError, NotFiniteError, stored
 from core.evaluation.features import find_weights
 from core.evaluation.scoring import score
 from core.generate import generate, sample_pictures
-from core.identity import CENTRAL, changed_since, identity_of, note_parts, origin_of, parts_of
+from core.identity import SHOWN, identify
 from core.locks import held
 from core.pictures import write_grid
 from core.privacy.keys import KeyedStream, MasterSecret
@@ -64,11 +63,6 @@ _PATIENCE = 15.0
 _SWEEP_PATIENCE = 120.0
 _ENDS = ("evaluation.json", STOPPED)
 _ORIGIN = ("fingerprint", "name", "tags", "scored")
-_SHOWN = "changed since this run was finished ({}): its result is shown as it was, nothing is drawn"
-_AGAIN = "changed since this run was begun ({}): it draws new noise and is charged again"
-_REDRAWN = (
-    "changed since the sweep drew its central images ({}): others are drawn, and charged once more"
-)
 
 
 def run(
@@ -152,33 +146,21 @@ def _run(
     if (fingerprint := distributed.on_rank_0(spending.known_fingerprint)) is None:
         dataset = distributed.together(lambda: load_dataset(config.dataset, cache))
         fingerprint = distributed.broadcast_object(dataset.fingerprint)
-    public = {"data": fingerprint, "master secret": master.public_id}
-    central_identity, central_parts = "", {}
-    if shared is not None and plan.central is not None:
-        origin = distributed.on_rank_0(lambda: origin_of(shared / "central_id"))
-        central = {"plan": asdict(plan.central), "trial_id": origin}
-        central_parts = parts_of(config, CENTRAL, **central, **public)
-        central_identity = identity_of(central_parts)
-    origin = distributed.on_rank_0(lambda: origin_of(run_dir / "trial_id"))
-    own = {"plan": plan.mechanisms, "trial_id": origin, "shared central images": central_identity}
-    parts = parts_of(config, **own, **public)
-    identity = identity_of(parts)
-    released = central_identity or identity
-    changed = distributed.on_rank_0(lambda: changed_since(run_dir, parts))
-    if changed is None and distributed.on_rank_0((run_dir / "charged").exists):
-        changed = ["what it was begun with is not noted"]
-    if (finished := distributed.on_rank_0(lambda: _finished(run_dir, identity, fingerprint))) is not None:
+    found = identify(config, plan, fingerprint, master.public_id, run_dir, shared)
+    identity, changed = found.run, found.changed
+    finished = distributed.on_rank_0(lambda: _finished(run_dir, identity, fingerprint))
+    if finished is not None:
         same = finished.pop("identity") == identity
-        _telling(report, [] if same else [_SHOWN.format("; ".join(changed or []))])(finished)
+        _telling(report, [] if same else [SHOWN.format("; ".join(changed))])(finished)
         return finished
-    checkpoints = Checkpoints(run_dir / "checkpoints", identity, changed=changed or ())
+    checkpoints = Checkpoints(run_dir / "checkpoints", identity, changed=changed)
     distributed.on_rank_0(checkpoints.check)  # Refused before it is charged.
     distributed.on_rank_0(lambda: require_space(run_dir, config))
     reservation = None
     if plan.is_private:
         reservation = distributed.on_rank_0(
             lambda: spending.reserve(
-                fingerprint, identity, central_identity, _private_steps(checkpoints)
+                fingerprint, identity, found.shared_central, _private_steps(checkpoints)
             )
         )
     stack.enter_context(
@@ -186,20 +168,15 @@ def _run(
             run_dir, identity, lambda: reservation and spending.settle(fingerprint, reservation)
         )
     )
-    notes = [_AGAIN.format("; ".join(changed))] if changed and plan.is_private else []
-    distributed.on_rank_0(lambda: note_parts(run_dir, parts))
-    if central_parts and shared is not None:
-        computed_by = {"computed by": central_parts["computed by"]}
-        if redrawn := distributed.on_rank_0(lambda: note_parts(shared, computed_by)):
-            notes.append(_REDRAWN.format("; ".join(redrawn)))
+    notes = found.note(run_dir, shared)
     dataset = dataset or distributed.together(lambda: load_dataset(config.dataset, cache))
-    found, names = dataset.fingerprint, dataset.class_names
-    distributed.together(lambda: require_same_data(fingerprint, found, config))
+    read, names = dataset.fingerprint, dataset.class_names
+    distributed.together(lambda: require_same_data(fingerprint, read, config))
     distributed.on_rank_0(stored(run_dir)(lambda: write_class_names(run_dir, names)))
     distributed.on_rank_0(lambda: spending.remember(fingerprint))
 
     def stream(stage: str, purpose: str) -> KeyedStream:
-        trial = released if stage == "central_images" else identity
+        trial = found.central if stage == "central_images" else identity
         return KeyedStream(
             master.derive(fingerprint=fingerprint, trial=trial, stage=stage, purpose=purpose)
         )
@@ -249,7 +226,7 @@ def _run(
             dataset.train,
             plan.central,
             (shared or run_dir / "checkpoints") / "central_images",
-            released,
+            found.central,
             masks=stream("central_images", "mask"),
             noise=stream("central_images", "noise"),
             picture=run_dir / "central_images" / "grid.png",
@@ -270,7 +247,7 @@ def _run(
     if lessons and not _is_past_warm_up(checkpoints):
         trajectory = None
         if shared is not None and plan.frequency is None:  # Whose images are a trial's own.
-            trajectory = trajectory_of(shared, config, released)
+            trajectory = trajectory_of(shared, config, found.central)
         try:
             warm_up(
                 config,

@@ -353,23 +353,22 @@ MUTANTS = (
     Mutant(
         "central images charged as shared, but drawn anew by each trial",
         "core/pipeline.py",
-        'released if stage == "central_images" else identity',
+        'found.central if stage == "central_images" else identity',
         "identity",
         SHARED,
     ),
     Mutant(
         "other code draws the same noise",
-        "core/pipeline.py",
-        "    identity = identity_of(parts)\n",
-        "    parts['computed by'].pop('code of core')\n    identity = identity_of(parts)\n",
+        "core/identity.py",
+        "    run = digest_of(parts)\n",
+        "    run = digest_of(parts | {'computed by': {}})\n",
         CHANGED,
     ),
     Mutant(
         "other code draws the same noise on a sweep's central images",
-        "core/pipeline.py",
-        "        central_identity = identity_of(central_parts)\n",
-        "        central_parts['computed by'].pop('code of core')\n"
-        "        central_identity = identity_of(central_parts)\n",
+        "core/identity.py",
+        "        shared_central = digest_of(central)\n",
+        "        shared_central = digest_of(central | {'computed by': {}})\n",
         CHANGED,
     ),
     Mutant(

@@ -148,7 +148,7 @@ def test_a_sweep_s_central_images_are_drawn_anew_by_other_code(tmp_path, code):
 
 def test_ranks_that_differ_are_refused(monkeypatch):
     parts: identity.Parts = {"computed by": {"torch": "1"}, "others": {"data": "x"}}
-    assert identity.identity_of(parts) == identity.identity_of(parts)
+    assert identity.digest_of(parts) == identity.digest_of(parts)
     for group, name, value, text in (
         ("computed by", "torch", "2", "torch 2 -> 1"),
         ("others", "data", "y", "data changed"),
@@ -157,7 +157,7 @@ def test_ranks_that_differ_are_refused(monkeypatch):
         everyone = [parts, theirs]
         monkeypatch.setattr(identity.distributed, "all_gather_object", lambda _, e=everyone: e)
         with pytest.raises(ConfigError, match=f"the ranks differ .{text}.: give every machine"):
-            identity.identity_of(parts)
+            identity.digest_of(parts)
 
 
 def test_differences_name_values_but_no_digest():
