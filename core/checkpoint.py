@@ -2,6 +2,7 @@
 
 import io
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 
 from core.errors import ConfigError, stored
+from core.private_files import private_folder, private_opener
 
 
 @dataclass
@@ -17,12 +19,14 @@ class Checkpoints:
 
     Args:
         folder: `run_dir/checkpoints`.
-        identity: digest of configuration, data set and trial; another identity is refused.
+        identity: of the run; another identity is refused.
+        changed: what differs from how the folder was begun, in words, for that refusal.
     """
 
     folder: Path
     identity: str
     name: str = "last.pt"
+    changed: Sequence[str] = ()
 
     @property
     def path(self) -> Path:
@@ -40,8 +44,8 @@ class Checkpoints:
         temporary = self.path.with_suffix(".tmp")
         with stored(self.folder):
             try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                with temporary.open("wb") as file:
+                private_folder(self.folder)
+                with open(temporary, "wb", opener=private_opener) as file:
                     file.write(content.getbuffer())
                     file.flush()
                     os.fsync(file.fileno())
@@ -53,7 +57,7 @@ class Checkpoints:
         """Whether there is no checkpoint or one of this identity.
 
         Raises:
-            ConfigError: it is of another configuration, data set, trial or secret.
+            ConfigError: it is of another identity.
         """
         self.load()
 
@@ -61,14 +65,16 @@ class Checkpoints:
         """The latest state, on the CPU, or None when there is none.
 
         Raises:
-            ConfigError: the state belongs to another configuration, data set or trial.
+            ConfigError: the state is of another identity: nothing of it may be replayed.
         """
         if not self.path.exists():
             return None
         state = torch.load(self.path, map_location="cpu", weights_only=True)
         if state.pop("identity") != self.identity:
+            what = "; ".join(self.changed) or "configuration, data set, trial, secret or code"
             raise ConfigError(
-                f"the checkpoint '{self.path}' belongs to another configuration, data set or "
-                "trial: choose a new run folder, or restore what the run was started with"
+                f"the checkpoint '{self.path}' belongs to another run ({what}): restore what it "
+                "was begun with, or choose a new run folder (in a sweep remove the trial's), which "
+                "draws new noise and is charged again"
             )
         return state

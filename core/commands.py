@@ -109,8 +109,8 @@ def ledger(options: argparse.Namespace) -> None:
         try:
             ledger = Ledger.at(path)
             if options.action == "verify":
-                ledger.verify()
-                print(f"{path}: unbroken")  # How many lines would tell of a selection's trials.
+                ledger.verify()  # How many lines would tell of a selection's trials.
+                print(f"data set {ledger.name} in '{folder}': unbroken")
             else:
                 print(ledger_text(ledger.summary()))
         except LedgerError as error:  # The others are told nevertheless.
@@ -212,7 +212,7 @@ def evaluate(options: argparse.Namespace) -> None:
     else:
         number = config.evaluation.num_images
         synthetic = draw_images(denoiser, config, number, config_device(config))
-    scores = score(config, synthetic, dataset, config_device(config))
+    scores = score(config, synthetic, dataset, config_device(config), MasterSecret.load())
     tag = "public" if config.dataset.public else "non-private"
     print("  ".join(f"{name} {value:.4g}" for name, value in scores.values.items()) + f"  ({tag})")
     print(to_json(scores.record, indent=2))

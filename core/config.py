@@ -151,7 +151,7 @@ def default_ledger() -> str:
 
 
 class RuntimeConfig(Section):
-    """Where and how verbosely; no value here changes the result."""
+    """Where and how verbosely; no value here changes the result but by rounding."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     channels_last: bool = False

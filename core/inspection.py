@@ -18,6 +18,7 @@ from core.evaluation.reference import real_reference
 from core.pictures import encode_png
 from core.privacy.plan import PrivacyPlan
 from core.privacy.rounding import upward
+from core.private_files import private_folder, private_opener
 from core.reporting import NON_PRIVATE, write_json
 
 _SHOWN = 24
@@ -85,11 +86,13 @@ def inspect_run(
         }
     figures = {"membership": membership, "closeness": closeness, "extractor": extractor.what}
     folder = run_dir / NON_PRIVATE
-    folder.mkdir(exist_ok=True)
+    private_folder(folder)
     (folder / ".gitignore").write_text("*\n")
-    write_json(folder / "inspection.json", {"NON-PRIVATE": "never publish this", **figures})
+    content = {"NON-PRIVATE": "never publish this", **figures}
+    write_json(folder / "inspection.json", content, opener=private_opener)
     page = folder / "inspection.html"
-    page.write_text(_page(run_dir.name, shown, dataset.train, found, figures))
+    with open(page, "w", opener=private_opener) as file:
+        file.write(_page(run_dir.name, shown, dataset.train, found, figures))
     return page, figures
 
 

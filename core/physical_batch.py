@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 
 from core.config import Config, flatten
+from core.private_files import private_folder
 
 Result = TypeVar("Result")
 
@@ -85,7 +86,7 @@ class PhysicalBatches:
 
     def _remember(self) -> None:
         assert self._path is not None
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        private_folder(self._path.parent)
         temporary = self._path.with_suffix(f".{os.getpid()}.tmp")
         temporary.write_text(json.dumps({"size": self.size}))
         temporary.replace(self._path)

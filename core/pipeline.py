@@ -8,7 +8,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +36,13 @@ from core.errors import ConfigError, NotFiniteError, stored
 from core.evaluation.features import find_weights
 from core.evaluation.scoring import score
 from core.generate import generate, sample_pictures
-from core.identity import CENTRAL, identity_of, origin_of, settings_of
+from core.identity import SHOWN, identify
 from core.locks import held
 from core.pictures import write_grid
 from core.privacy.keys import KeyedStream, MasterSecret
 from core.privacy.plan import PrivacyPlan, kept_plan, make_plan
 from core.privacy.spending import Spending, require_same_data
+from core.private_files import private_folder, private_opener
 from core.private_scores import PrivateScores
 from core.reporting import (
     FAILED,
@@ -61,7 +61,8 @@ _LOG = logging.getLogger("core")
 _PATIENCE = 15.0
 """Seconds in which a worker that was given up by its supervisor may still let the folder go."""
 _SWEEP_PATIENCE = 120.0
-_ORIGIN = ("identity", "fingerprint", "name", "tags", "scored")
+_ENDS = ("evaluation.json", STOPPED)
+_ORIGIN = ("fingerprint", "name", "tags", "scored")
 
 
 def run(
@@ -80,7 +81,8 @@ def run(
 
     A finished run returns its stored result, one that failed for good raises its error again; an
     interrupted one goes on from its checkpoint, replaying the same masks and noise, so it releases
-    nothing new.
+    nothing new. What must be the same for that, and what a replay may differ in, see
+    `core.identity`.
 
     Args:
         run_dir: folder that all ranks see; receives everything the run writes.
@@ -98,7 +100,8 @@ def run(
 
     Raises:
         InfeasibleError: the budget of the trial or of the data set cannot pay; nothing ran.
-        ConfigError: the folder holds a run of another configuration, or another process runs it.
+        ConfigError: the folder holds a run of another configuration, a checkpoint of other code or
+            packages, or another process runs it.
         DataError: the data set is missing, malformed or not what the configuration states.
         NotFiniteError: the training diverged, or its images or scores are not finite; what ran is
             settled, and nothing of it is a result.
@@ -137,31 +140,27 @@ def _run(
         distributed.on_rank_0(lambda: find_weights(config.evaluation.inception_weights))
     if not begun:
         distributed.on_rank_0(stored(run_dir)(lambda: _claim(run_dir, config, plan)))
+    distributed.on_rank_0(stored(run_dir)(lambda: private_folder(run_dir / "checkpoints")))
     spending = Spending(config, plan, Path(config.runtime.ledger), name, run_dir, charged, lease)
     dataset, cache = None, Path(config.runtime.cache)
     if (fingerprint := distributed.on_rank_0(spending.known_fingerprint)) is None:
         dataset = distributed.together(lambda: load_dataset(config.dataset, cache))
         fingerprint = distributed.broadcast_object(dataset.fingerprint)
-    central_identity = ""
-    if shared is not None and plan.central is not None:
-        origin = distributed.on_rank_0(lambda: origin_of(shared / "central_id"))
-        settings, central = settings_of(config, CENTRAL), asdict(plan.central)
-        central_identity = identity_of(settings, central, fingerprint, origin, master.public_id)
-    origin = distributed.on_rank_0(lambda: origin_of(run_dir / "trial_id"))
-    settings = {**settings_of(config), "shared central images": central_identity}
-    identity = identity_of(settings, plan.mechanisms, fingerprint, origin, master.public_id)
-    released = central_identity or identity
-    if (finished := _finished(run_dir, identity)) is not None:
-        report(finished)
+    found = identify(config, plan, fingerprint, master.public_id, run_dir, shared)
+    identity, changed = found.run, found.changed
+    finished = distributed.on_rank_0(lambda: _finished(run_dir, identity, fingerprint))
+    if finished is not None:
+        same = finished.pop("identity") == identity
+        _telling(report, [] if same else [SHOWN.format("; ".join(changed))])(finished)
         return finished
-    checkpoints = Checkpoints(run_dir / "checkpoints", identity)
+    checkpoints = Checkpoints(run_dir / "checkpoints", identity, changed=changed)
     distributed.on_rank_0(checkpoints.check)  # Refused before it is charged.
     distributed.on_rank_0(lambda: require_space(run_dir, config))
     reservation = None
     if plan.is_private:
         reservation = distributed.on_rank_0(
             lambda: spending.reserve(
-                fingerprint, identity, central_identity, _private_steps(checkpoints)
+                fingerprint, identity, found.shared_central, _private_steps(checkpoints)
             )
         )
     stack.enter_context(
@@ -169,18 +168,20 @@ def _run(
             run_dir, identity, lambda: reservation and spending.settle(fingerprint, reservation)
         )
     )
+    notes = found.note(run_dir, shared)
     dataset = dataset or distributed.together(lambda: load_dataset(config.dataset, cache))
-    found, names = dataset.fingerprint, dataset.class_names
-    distributed.together(lambda: require_same_data(fingerprint, found, config))
+    read, names = dataset.fingerprint, dataset.class_names
+    distributed.together(lambda: require_same_data(fingerprint, read, config))
     distributed.on_rank_0(stored(run_dir)(lambda: write_class_names(run_dir, names)))
     distributed.on_rank_0(lambda: spending.remember(fingerprint))
 
     def stream(stage: str, purpose: str) -> KeyedStream:
-        trial = released if stage == "central_images" else identity
+        trial = found.central if stage == "central_images" else identity
         return KeyedStream(
             master.derive(fingerprint=fingerprint, trial=trial, stage=stage, purpose=purpose)
         )
 
+    report = _telling(report, notes)
     plainly, report = report, _logged(report, run_dir, checkpoints, config)
     denoiser = build_denoiser(config).to(config_device(config))
     distributed.broadcast_module(denoiser)
@@ -213,7 +214,7 @@ def _run(
                 "seconds": time.monotonic() - began,
             }
             origin = _origin(identity, fingerprint, name, plan, [plan.early_metric, "loss"])
-            write_json(run_dir / STOPPED, {**result, **origin})
+            write_json(run_dir / STOPPED, {**result, **origin}, opener=private_opener)
         result = distributed.broadcast_object(result)
         report(result)
         return result
@@ -225,7 +226,7 @@ def _run(
             dataset.train,
             plan.central,
             (shared or run_dir / "checkpoints") / "central_images",
-            released,
+            found.central,
             masks=stream("central_images", "mask"),
             noise=stream("central_images", "noise"),
             picture=run_dir / "central_images" / "grid.png",
@@ -246,7 +247,7 @@ def _run(
     if lessons and not _is_past_warm_up(checkpoints):
         trajectory = None
         if shared is not None and plan.frequency is None:  # Whose images are a trial's own.
-            trajectory = trajectory_of(shared, config, released)
+            trajectory = trajectory_of(shared, config, found.central)
         try:
             warm_up(
                 config,
@@ -296,7 +297,7 @@ def _run(
     if plan.score is not None:
         noise, folder = stream("evaluation", "noise"), run_dir / "dp_scores"
         private = PrivateScores(config, plan, dataset, noise, folder, identity)
-    scores = score(config, synthetic, dataset, device, private)
+    scores = score(config, synthetic, dataset, device, master, private)
     result = {
         "step": config.training.num_steps,
         "stage": "done",
@@ -335,6 +336,11 @@ def _has_begun(run_dir: Path, config: Config) -> bool:
     """Whether the folder holds this run; refuses one of another configuration."""
     path = run_dir / "config.yaml"
     if not path.exists():
+        if any((run_dir / name).exists() for name in _ENDS):
+            raise ConfigError(
+                f"'{run_dir}' holds a result without its config.yaml: restore it, or choose a new "
+                "run folder"
+            )
         return False
     earlier, now = flatten(type(config).model_validate(load_yaml(path))), flatten(config)
     changed = [
@@ -394,17 +400,31 @@ def _failure_noted(run_dir: Path, identity: str, settle: Callable[[], object]) -
         raise
 
 
-def _finished(run_dir: Path, identity: str) -> dict[str, Any] | None:
-    """The stored end of the run, if it has one; raises on all ranks what it failed with."""
-    names = ("evaluation.json", STOPPED, FAILED)
-    ends = [run_dir / name for name in names if (run_dir / name).exists()]
-    stored = json.loads(ends[0].read_text()) if ends else None
-    found = distributed.broadcast_object(stored)
-    if found is None or found["identity"] != identity:
+def _finished(run_dir: Path, identity: str, fingerprint: str) -> dict[str, Any] | None:
+    """The stored end of the run, with its identity; raises on all ranks what it failed with.
+
+    A result is shown whatever computed it: to train again would be charged again.
+    """
+    ends = [path for name in (*_ENDS, FAILED) if (path := run_dir / name).exists()]
+    if not ends:
         return None
+    found = json.loads(ends[0].read_text())
     if "error" in found:
+        if found["identity"] != identity:
+            return None  # What other code failed with says nothing of this.
         raise NotFiniteError(found["error"])
+    if found["fingerprint"] != fingerprint:
+        raise ConfigError(f"'{run_dir}' holds a run on other data: choose a new run folder")
     return numbers({key: value for key, value in found.items() if key not in _ORIGIN})
+
+
+def _telling(report: Report, notes: list[str]) -> Report:
+    """The same, with the notes in the first report."""
+    left = [{"note": "; ".join(notes)}] if notes else []
+    if distributed.rank() == 0:
+        for note in notes:
+            _LOG.warning(note)
+    return lambda metrics: report({**metrics, **(left.pop() if left else {})})
 
 
 def _logged(report: Report, run_dir: Path, checkpoints: Checkpoints, config: Config) -> Report:
@@ -445,4 +465,4 @@ def _store(run_dir: Path, synthetic: Split, ema: Ema, result: dict[str, Any]) ->
         labels=synthetic.labels.numpy(),
     )
     torch.save(ema.module.state_dict(), run_dir / "model.pt")
-    write_json(run_dir / "evaluation.json", result)
+    write_json(run_dir / "evaluation.json", result, opener=private_opener)

@@ -137,6 +137,7 @@ def release_card(config: Config, run_dir: Path) -> dict[str, Any]:
         config.privacy,
         result["identity"],
         objective,
+        searched=chosen.exists(),
     )
 
 

@@ -115,7 +115,7 @@ class Console:
         self._stage = ""
 
     def __call__(self, metrics: dict[str, Any]) -> None:
-        """Shows `step`, `stage` and, where given, `loss`."""
+        """Shows `step`, `stage` and, where given, `loss` and a `note`."""
         now, step, stage = time.monotonic(), int(metrics["step"]), str(metrics["stage"])
         changed = stage != self._stage
         if changed:
@@ -126,6 +126,8 @@ class Console:
         if done > 0 and stage == "private_training":
             left = (now - self._start[0]) / done * (self._total - step)
             text += f"  about {left:.0f} s of training left"
+        if "note" in metrics:
+            self._line.keep(metrics["note"])
         if stage == "done":
             self._line.keep(text)
         else:
@@ -179,12 +181,18 @@ def class_names(folder: Path, num_classes: int) -> list[str]:
     return json.loads(path.read_text())["class_names"]
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes indented, strict JSON so that nobody ever reads half a file, nor after a power cut."""
+def write_json(
+    path: Path, content: Mapping[str, Any], opener: Callable[[str, int], int] | None = None
+) -> None:
+    """Writes indented, strict JSON so that nobody ever reads half a file, nor after a power cut.
+
+    Args:
+        opener: as of `open`, such as `core.private_files.private_opener`.
+    """
     text = to_json(content, indent=2) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
+    with open(temporary, "w", opener=opener) as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

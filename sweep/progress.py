@@ -105,11 +105,14 @@ class Progress:
         """Shows where a running trial is.
 
         Args:
-            metrics: as reported: `stage` and `step`; without any, it starts.
+            metrics: as reported: `stage`, `step`, perhaps a `note` to keep; without any, it
+                starts.
         """
         name = self._name(point)
         trial = self._trials.setdefault(name, _Trial())
         stage, step = metrics.get("stage", "starting"), int(metrics.get("step", 0))
+        if "note" in metrics:
+            self.note(f"trial {name}: {metrics['note']}")
         if stage != trial.stage or trial.ended:
             trial.began = (time.monotonic(), step)
             _LOG.info("trial %s: %s, step %d (%s)", name, stage, step, _short(point))

@@ -168,6 +168,7 @@ def sweep_card(sweep: SweepConfig, rows: Sequence[Row], released: Row) -> dict[s
         released.config.privacy,
         stored_result(released)["identity"],
         _objective(sweep, rows),
+        searched=True,
     )
 
 

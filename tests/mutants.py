@@ -39,6 +39,7 @@ EARLY = ("tests/integration/test_early_scores.py",)
 EPOCHS = ("tests/integration/test_epoch_chosen_privately.py",)
 SHARED = ("tests/integration/test_shared_warm_up.py",)
 SECRET = ("tests/integration/test_secret_number.py",)
+CHANGED = ("tests/integration/test_changed_code.py",)
 LOSSES, LOSS_TESTS = "core/privacy/loss_distribution.py", ("tests/unit/test_loss_distribution.py",)
 DIVERGING = ("tests/integration/test_diverging_runs.py",)
 DP_SGD_EVENT = "self.sample_rate, self.noise_multiplier, self.num_steps"
@@ -402,9 +403,30 @@ MUTANTS = (
     Mutant(
         "central images charged as shared, but drawn anew by each trial",
         "core/pipeline.py",
-        'released if stage == "central_images" else identity',
+        'found.central if stage == "central_images" else identity',
         "identity",
         SHARED,
+    ),
+    Mutant(
+        "other code draws the same noise",
+        "core/identity.py",
+        "    run = digest_of(parts)\n",
+        "    run = digest_of(parts | {'computed by': {}})\n",
+        CHANGED,
+    ),
+    Mutant(
+        "other code draws the same noise on a sweep's central images",
+        "core/identity.py",
+        "        shared_central = digest_of(central)\n",
+        "        shared_central = digest_of(central | {'computed by': {}})\n",
+        CHANGED,
+    ),
+    Mutant(
+        "the code of the loss decides nothing",
+        "core/code_digest.py",
+        '"evaluation/membership.py"',
+        '"evaluation/membership.py", "diffusion/loss.py"',
+        ("tests/unit/test_code_digest.py",),
     ),
     Mutant(
         "a search that learns from results counts as one that ignores them",

@@ -6,19 +6,18 @@ import math
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 
+from core.code_digest import data_code_digest
 from core.config import DatasetConfig, flatten
 from core.data.records import Dataset, Parts, Source, Split, fingerprint_of_labels, fitted
 from core.errors import DataError
 from core.locks import held
+from core.private_files import private_folder, private_opener
 
-_VERSION = 2
-"""Raised whenever the choice of files, the order of classes, the decoding or the layout changes, so
-that no old one is taken."""
 _NO_TRANSFORM = ("path", "num_examples", "public", "family")
 _FEW = 64
 """Up to so many files are known by their content, which is quickly read; more by the time of
@@ -54,17 +53,18 @@ def decoded_once(source: Source, config: DatasetConfig, cache: Path) -> Dataset:
         DataError: a file is missing or damaged, a split is empty, or the folder cannot be written.
 
     Privacy: the folder holds the private images unprotected, readable by their owner alone; it
-        must not be released. Its name is a digest of the source.
+        must not be released. Its name is a digest of the source, which is not shown.
     """
     folder = cache / f"images-{_key(source, config)}"
     try:
+        private_folder(cache)
         with held(cache / f"{folder.name}.lock", patience=math.inf):
             if (dataset := _mapped(folder, config)) is None:
                 _write(source, config, folder)
                 dataset = _mapped(folder, config)
     except OSError as error:
         raise DataError(
-            f"'{folder}' cannot hold the decoded images ({error}): free some space there, or set "
+            f"'{cache}' cannot hold the decoded images ({error}): free some space there, or set "
             "runtime.cache to another folder"
         ) from None
     assert dataset is not None
@@ -72,8 +72,10 @@ def decoded_once(source: Source, config: DatasetConfig, cache: Path) -> Dataset:
 
 
 def _key(source: Source, config: DatasetConfig) -> str:
+    """Digest of all that decides the images: of what a run's identity holds, none may be older."""
     settings = {k: v for k, v in flatten(config).items() if k not in _NO_TRANSFORM}
-    digest = hashlib.sha256(json.dumps([_VERSION, settings], sort_keys=True).encode())
+    made_by = [data_code_digest(), torch.__version__]
+    digest = hashlib.sha256(json.dumps([made_by, settings], sort_keys=True).encode())
     for path in source.files:
         try:
             if len(source.files) <= _FEW:
@@ -103,24 +105,31 @@ def _write(source: Source, config: DatasetConfig, folder: Path) -> None:
     train, test = parts.train, parts.test
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     try:
-        temporary.mkdir(mode=0o700)
+        private_folder(temporary)
         digest = fingerprint_of_labels(train.labels)
         for records, split, sum_of in ((train, "training", digest), (test, "test", None)):
-            np.save(temporary / f"{split}_labels.npy", records.labels)
+            with _private(temporary / f"{split}_labels.npy") as file:
+                np.save(file, records.labels)
             shape = (len(records.labels), config.channels, config.image_size, config.image_size)
-            with (temporary / f"{split}_images.npy").open("wb") as file:
+            with _private(temporary / f"{split}_images.npy") as file:
                 header = {"descr": "|u1", "fortran_order": False, "shape": shape}
                 np.lib.format.write_array_header_1_0(file, header)
                 for image in fitted(records, config, split, sum_of):
                     file.write(image.tobytes())
                 file.flush()
                 os.fsync(file.fileno())
-        (temporary / "class_names").write_text(json.dumps(parts.class_names))
-        (temporary / "fingerprint").write_text(digest.hexdigest())
+        with _private(temporary / "class_names") as file:
+            file.write(json.dumps(parts.class_names).encode())
+        with _private(temporary / "fingerprint") as file:
+            file.write(digest.hexdigest().encode())
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _private(path: Path) -> BinaryIO:
+    return open(path, "wb", opener=private_opener)
 
 
 def _mapped(folder: Path, config: DatasetConfig) -> Dataset | None:

@@ -18,7 +18,7 @@ class UNet(nn.Module):
         model: sizes; level l has `base_channels * channel_multipliers[l]` channels and a side of
             `image_size / patch_size / 2**l`.
         dataset: image shape and number of classes.
-        channels_last: how feature maps lie in memory; changes the speed alone.
+        channels_last: how feature maps lie in memory; changes the speed and roundings.
     """
 
     frequencies: torch.Tensor

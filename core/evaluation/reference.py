@@ -19,6 +19,7 @@ from core.evaluation.features import (
 )
 from core.evaluation.fid import Moments
 from core.evaluation.summary import Summary, summarize
+from core.private_files import private_folder, private_opener
 
 _VERSION = 4
 """Raised whenever extractor, transform or summary change, so that no old file is taken."""
@@ -56,7 +57,9 @@ def real_reference(
     Raises:
         ConfigError: the Inception weights cannot be had.
 
-    Privacy: computed from the private images without protection: the folder must not be released.
+    Privacy: computed from the private images without protection: the folder must not be released,
+        and its files are their owner's alone. The digest confirms a guess of the data: show it
+        keyed.
     """
     inception, seed = None, config.seed
     content = [dataset.fingerprint, list(dataset.train.images.shape)]
@@ -87,9 +90,10 @@ def real_reference(
     summary = summarize(
         extractor, real.images, config.batch_size, device, config.num_features, seed
     )
-    cache.mkdir(parents=True, exist_ok=True)
+    private_folder(cache)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     kept = {"moments": summary.moments.state_dict(), "features": summary.features}
-    torch.save({"digest": digest, "network": network, **kept}, temporary)
+    with open(temporary, "wb", opener=private_opener) as file:
+        torch.save({"digest": digest, "network": network, **kept}, file)
     temporary.replace(path)
     return Reference(extractor, summary, digest)

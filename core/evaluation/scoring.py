@@ -14,6 +14,7 @@ from core.data import Dataset, Split
 from core.errors import NotFiniteError
 from core.evaluation.metrics import downstream_accuracy, downstream_classifier, likeness
 from core.evaluation.networks import NETWORKS
+from core.privacy.keys import MasterSecret
 from core.private_scores import PrivateScores
 
 _CHOSEN_ON = {
@@ -39,6 +40,7 @@ def score(
     synthetic: Split,
     dataset: Dataset,
     device: str,
+    master: MasterSecret,
     private: PrivateScores | None = None,
 ) -> Scores:
     """Scores synthetic images; every rank does a share and returns all.
@@ -48,6 +50,7 @@ def score(
     `evaluation.num_repeats` trainings with other seeds.
 
     Args:
+        master: keys the digest of the real side, which else would confirm a guess of the data.
         private: gives the first classifier's `dp_accuracy` and, where the configuration says so,
             chooses all classifiers' epochs.
 
@@ -74,7 +77,9 @@ def score(
 
     def compared() -> dict[str, Any]:
         cache = Path(config.runtime.cache)
-        return {"likeness": likeness(synthetic, dataset, settings, num_classes, device, cache)}
+        values, record = likeness(synthetic, dataset, settings, num_classes, device, cache)
+        real = master.keyed(record["real_statistics"])
+        return {"likeness": (values, record | {"real_statistics": real})}
 
     first, *others = [(n, r) for r in range(settings.num_repeats) for n in settings.classifiers]
     tasks = [lambda: trained(*first), compared]  # The private accuracy belongs to rank 0.

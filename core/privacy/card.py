@@ -36,6 +36,11 @@ SCOPES = {
         "{delta})-differentially private."
     ),
 }
+STATED = (
+    "As the owner of the data states, all settings were chosen on other, public data; no search of "
+    "this project vouches for it. The one run on this data is ({trial}, {delta})-differentially "
+    "private."
+)
 ALONE = (
     "This one run, with settings given beforehand, is ({trial}, {delta})-differentially private."
 )
@@ -76,6 +81,7 @@ def make_card(
     privacy: PrivacyConfig,
     identity: str,
     objective: str,
+    searched: bool,
 ) -> dict[str, Any]:
     """The card of one sweep or of one released model.
 
@@ -86,6 +92,8 @@ def make_card(
         privacy: the settings that decided it.
         identity: of that trial in the ledger.
         objective: the metric that chose it among several trials, with its tag.
+        searched: whether a sweep has chosen the trial; else what scope `public` says of the
+            settings is the owner's word alone.
 
     Returns:
         Plain data, ready for JSON. `epsilon_trial` is the largest of the run's trials,
@@ -130,13 +138,15 @@ def make_card(
     if plan.early_metric and trials > 1:  # Never of a selection.
         tag = plan.tag(plan.early_metric)
         stopping = STOPPING.format(metric=plan.early_metric, tag=tag)
+    if privacy.scope == "public" and not searched:
+        sentence = STATED
     if trials == 1 and privacy.scope == "trial":
         sentence = AMONG_OTHERS if others else ALONE
     # Several runs one by one are a search too, and nobody knows of which; a sweep knows.
     among = f"{trials} trials" if trials > 1 else f"{trials + others} releases on this data set"
     chosen = {
         "selection": f"at random; of their secret number the best by {objective}",
-        "public": f"on public data, by {objective}",
+        "public": f"on public data, {f'by {objective}' if searched else 'as its owner states'}",
     }.get(privacy.scope, f"the best of {among} by {objective}")
     return {
         "statement": sentence.format(
@@ -303,7 +313,7 @@ def ledger_text(summary: dict[str, Any]) -> str:
     lines = [STAYS_INSIDE] if summary["selections"] else []
     lines += [f"family {summary['family']}"] if summary["family"] else []
     lines += [
-        f"data set {summary['fingerprint'][:16]}: N={summary['num_examples']} (public), delta "
+        f"data set {summary['name']}: N={summary['num_examples']} (public), delta "
         f"{upward(summary['delta'], 6)}, {summary['neighboring_relation']}, unit "
         f"{summary['unit']}",
         f"epsilon {_at(summary, 'committed_and_reserved')} {budget}, of which "

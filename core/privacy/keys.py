@@ -9,6 +9,7 @@ import hashlib
 import hmac
 import json
 import os
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 SECRET_FILE_VARIABLE = "FETA_SWEEP_SECRET_FILE"
 _LENGTH = 32
+_DISTINCT = 18
+"""Fewest different bytes, and differences of neighbours, of a secret; random: 30."""
 _PIECE = 2**13
 
 
@@ -46,7 +49,8 @@ class MasterSecret:
                 masks and noise.
 
         Raises:
-            ConfigError: the file is not a secret of 64 hexadecimal digits, or is unreadable.
+            ConfigError: the file is not a secret of 64 hexadecimal digits, is unreadable, may be
+                read by others, or is no random number.
         """
         path = secret_path()
         try:
@@ -65,13 +69,44 @@ class MasterSecret:
                     pass
                 finally:
                     temporary.unlink()
-            return cls(bytes.fromhex(path.read_text().strip()))
+            with path.open() as file:
+                status, text = os.fstat(file.fileno()), file.read()
+            secret = cls(bytes.fromhex(text.strip()))
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"the master secret at '{path}' cannot be used ({type(error).__name__}): point "
                 f"{SECRET_FILE_VARIABLE} at a private file with 64 hexadecimal digits, the same "
                 "on every machine of a run"
             ) from None
+        # What another user lends, such as a mounted secret, is read by the right of a group.
+        others = 0o077 if status.st_uid == os.geteuid() else 0o007
+        if status.st_mode & others:
+            raise ConfigError(
+                f"the master secret at '{path}' may be used by others (mode "
+                f"{status.st_mode & 0o777:o}), who could subtract the noise: chmod 600 '{path}', "
+                "or begin with another secret if somebody may have read it"
+            )
+        if not secret._looks_random():
+            raise ConfigError(
+                f"the master secret at '{path}' is a pattern that can be guessed: begin with 32 "
+                "random bytes, such as of `openssl rand -hex 32`"
+            )
+        return secret
+
+    def _looks_random(self) -> bool:
+        """Whether it repeats, counts or spells nothing; true of random bytes but for 1e-11."""
+        value = self._value
+        steps = {(after - before) % 256 for before, after in pairwise(value)}
+        text = all(32 <= byte < 127 for byte in value)
+        return min(len(set(value)), len(steps)) >= _DISTINCT and not text
+
+    def keyed(self, digest: str) -> str:
+        """What stands for the digest of private data wherever it is shown; 64 hexadecimal digits.
+
+        Privacy: equal for equal data under one secret; without the secret it confirms no guess.
+        """
+        key = self.derive(fingerprint="", trial="", stage="", purpose="shown digests")
+        return hmac.digest(key, digest.encode(), "sha256").hex()
 
     def derive(self, *, fingerprint: str, trial: str, stage: str, purpose: str) -> bytes:
         """Derives one 32-byte key; any other argument gives an unrelated key.

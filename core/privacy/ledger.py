@@ -26,6 +26,7 @@ from core.privacy.ledger_book import (
     stated_terms,
 )
 from core.privacy.ledger_file import Chain, Event, Key, LedgerError, Terms, locked, require
+from core.privacy.ledger_names import ledger_path, shown_name
 from core.privacy.mechanisms import COARSE, FINE, Mechanism, discretization_for, grouped
 from core.privacy.plan import PrivacyPlan
 from core.privacy.rounding import upward
@@ -41,7 +42,7 @@ class BudgetExceededError(InfeasibleError):
 
 
 class Ledger:
-    """The spending on one data set, in `<folder>/<first 16 digits of the fingerprint>.jsonl`.
+    """The spending on one data set, in a file of a folder, named by `ledger_path`.
 
     Every call locks the file, verifies every line and works on what it then finds, so any number
     of processes may use one file; every call raises `LedgerError` where the file is missing,
@@ -102,6 +103,12 @@ class Ledger:
 
     def _locked(self, create: bool = False) -> AbstractContextManager[Chain]:
         return locked(self.path, create, self.notes)
+
+    @property
+    def name(self) -> str:
+        """What the data set is called wherever something is printed."""
+        stem, account = self.path.stem, self.terms.fingerprint
+        return shown_name(account) if stem == account[:16] else stem
 
     def take_over(self, run: str, owner: str, token: int) -> None:
         """Makes the holders of `token` the writers of `run`; those of older tokens are refused.
@@ -298,6 +305,7 @@ class Ledger:
         ]
         return {
             **asdict(self.terms),
+            "name": self.name,
             "unit": UNIT,
             "epsilon_committed": committed,
             "epsilon_committed_and_reserved": everything,
@@ -316,6 +324,8 @@ class Ledger:
             stated.pop("num_examples")
         for name, value in stated.items():
             if asked[name] != value:
+                if name == "fingerprint":
+                    raise LedgerError(f"'{self.path}' is of another data set: restore its own")
                 raise LedgerError(
                     f"{name}={asked[name]!r}, but the ledger '{self.path}' was begun with "
                     f"{value!r}, which never changes: ask for that, or for another ledger folder, "
@@ -385,7 +395,7 @@ class Ledger:
         held = [event for charge in others if charge.open for event in charge.events]
         raise BudgetExceededError(
             f"reserving epsilon {upward(self._epsilon(asked.events, grid), 6)} for {asked.key} "
-            f"would bring data set {self.terms.fingerprint[:6]} to {upward(total, 6)} of its "
+            f"would bring its data set to {upward(total, 6)} of its "
             f"budget {upward(budget, 6)} (spent {upward(self._epsilon(spent, grid), 6)}, reserved "
             f"{upward(self._epsilon(held, grid), 6)}): plan fewer steps, more noise or fewer "
             "trials, as a budget is never raised"
@@ -434,11 +444,6 @@ def _selected_before(run: str, noted: str) -> str:
         f"selection {run} has ended with trial {noted[:16]}, the only one of it that may leave: "
         "release that, or choose another name for another selection"
     )
-
-
-def ledger_path(folder: Path, fingerprint: str) -> Path:
-    """Where the ledger of a data set, or of a family of them, lies."""
-    return folder / f"{fingerprint[:16]}.jsonl"
 
 
 def charged_to(fingerprint: str, family: str | None) -> str:

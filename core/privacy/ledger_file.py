@@ -29,6 +29,7 @@ from core.errors import UserError
 from core.privacy.durable import replace_durably, sync_folder, write_and_sync
 from core.privacy.ledger_notes import beside_secret, contradiction, write_notes
 from core.privacy.mechanisms import RELATIONS
+from core.private_files import private_opener
 
 Entry = dict[str, Any]
 _BEFORE_FIRST = "0" * 64
@@ -165,7 +166,7 @@ class Chain:
         }
         entry["hash"] = _digest(entry)
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
-        write_and_sync(os.open(self._path, flags, 0o600), _canonical(entry) + b"\n")
+        write_and_sync(private_opener(str(self._path), flags), _canonical(entry) + b"\n")
         sync_folder(self._path)
         _write_head(self._path, entry)
         write_notes(self._path, self._notes, entry)

@@ -13,8 +13,9 @@ from typing import Any
 from core.config import Config, flatten
 from core.errors import ConfigError, DataError, stored
 from core.privacy.durable import replace_durably
-from core.privacy.ledger import Ledger, Reservation, charged_to, events_of, ledger_path
+from core.privacy.ledger import Ledger, Reservation, charged_to, events_of
 from core.privacy.ledger_file import Key, LedgerError, Terms
+from core.privacy.ledger_names import ledger_path
 from core.privacy.plan import PrivacyPlan
 from core.privacy.scopes import run_budget
 from core.privacy.sources import Source, Sources
@@ -31,7 +32,7 @@ _BLOCK = 25
 class Spending:
     """What one run asks of the ledger; used on rank 0 alone.
 
-    The ledger of a data set is named by the fingerprint of its content, which is known without
+    The ledger of a data set is known by the fingerprint of its content, which is known without
     opening the data from the second run on: the folder remembers which source had which content.
 
     The DP-SGD steps that ever began are counted beside the ledger while the reservation is open;
@@ -166,9 +167,9 @@ class Spending:
                     "named before its first run"
                 )
         # A run or sweep that has begun must find the ledger that it was charged to, not a new one.
-        notes = dict.fromkeys([_note(self.charged, account), _note_of(self.run_dir, account)])
         known = any(charged_to(s.fingerprint, s.family) == account for s in charged)
         path = ledger_path(self.folder, account)
+        notes = dict.fromkeys([_note(self.charged, path), _note_of(self.run_dir, path)])
         beside_cache = ledger_path(Path(self.config.runtime.cache).parent / "ledger", account)
         if not path.exists() and beside_cache.exists():
             raise LedgerError(
@@ -206,15 +207,15 @@ def ledger_of_run(config: Config, run_dir: Path, fingerprint: str) -> Ledger:
     """
     account = charged_to(fingerprint, config.dataset.family)
     path = ledger_path(Path(config.runtime.ledger), account)
-    return Ledger.at(path, [_note_of(run_dir, account)])
+    return Ledger.at(path, [_note_of(run_dir, path)])
 
 
-def _note(folder: Path, account: str) -> Path:
-    return folder / account[:16]
+def _note(folder: Path, ledger: Path) -> Path:
+    return folder / ledger.stem
 
 
-def _note_of(run_dir: Path, account: str) -> Path:
-    return _note(run_dir / _CHARGED, account)
+def _note_of(run_dir: Path, ledger: Path) -> Path:
+    return _note(run_dir / _CHARGED, ledger)
 
 
 def _source(config: Config) -> str:

@@ -31,6 +31,7 @@ from core.evaluation.scoring import score
 from core.generate import generate
 from core.generator import load_denoiser
 from core.privacy import accounting, renyi
+from core.privacy.keys import MasterSecret
 from core.privacy.mechanisms import FINE
 from core.privacy.plan import PrivacyPlan, make_plan
 from core.scale_down import scaled_down
@@ -124,7 +125,7 @@ def run_row(config: Config, folder: Path, length: float | None) -> Row:
         reconstruct(denoiser, run_dir / FOLDER, config.training.num_steps, length)
         synthetic = generate(denoiser, config, config.evaluation.num_images, "cpu")
         dataset = load_dataset(config.dataset, Path(config.runtime.cache))
-        result |= score(config, synthetic, dataset, "cpu").values
+        result |= score(config, synthetic, dataset, "cpu", MasterSecret.load()).values
         result["seconds"] = time.monotonic() - began
     plan = make_plan(config)
     central = plan.central

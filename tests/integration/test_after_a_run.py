@@ -2,8 +2,10 @@
 
 import base64
 import json
+import os
 import re
 import shutil
+import stat
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,10 @@ from core.diffusion.denoiser import build_denoiser
 from core.errors import ConfigError
 from core.generator import GENERATOR, load_generator, write_generator
 from core.pictures import encode_png
+from core.privacy.keys import MasterSecret
 from core.privacy.rounding import upward
+from core.release import release_card
+from core.reporting import SELECTED, write_json
 from core.yaml_subset import parse
 from sweep.tracking import Tracker
 
@@ -173,6 +178,9 @@ def test_the_owners_page_shows_the_nearest_real_images(run, tmp_path, capsys):
     assert first_pair.count(copied) == 3  # Itself, nearest in features, nearest in pixels.
     assert "REAL, by pixels" in first_pair
     assert (own / "non_private" / ".gitignore").read_text() == "*\n"
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in own.glob("non_private/*")}
+    assert modes["inspection.html"] == modes["inspection.json"] == 0o600
+    assert stat.S_IMODE((own / "non_private").stat().st_mode) == 0o700
     found = json.loads((own / "non_private" / "inspection.json").read_text())["membership"]
     assert found["num_members"] == found["num_others"] == 200
     assert found["auc_interval"][0] < found["auc"] < found["auc_interval"][1]
@@ -206,6 +214,53 @@ def test_evaluation_json_says_what_the_scores_rest_on(run):
     assert scored["num_real_images"] == 1437
     assert scored["classifiers"]["cnn"]["accuracies"] == [result["accuracy"]]
     assert re.fullmatch("[0-9a-f]{64}", scored["real_statistics"])
+    cache = Path(os.environ["FETA_SWEEP_TEST_CACHE"])
+    raw = {torch.load(path)["digest"] for path in cache.glob("cnn-*.pt")}
+    shown = {MasterSecret(b"s" * 32).keyed(digest): digest for digest in raw}
+    assert scored["real_statistics"] in shown  # Without the secret it confirms no guess.
+    assert scored["real_statistics"] not in raw
     for name in ("fid_cnn", "kid_cnn", "kid_cnn_stddev", "precision_cnn", "recall_cnn"):
         assert result["tags"][name] == "non-private"
         assert isinstance(result[name], float)
+
+
+def test_a_run_alone_is_released_with_its_owner_s_word(tmp_path: Path):
+    """A sweep marks the run that it chose; nothing else may claim its search."""
+    tiny_run(tmp_path / "run", **{"privacy.scope": "public"})
+    config = load(tmp_path / "run" / "config.yaml")
+    for chosen in (False, True):
+        if chosen:
+            write_json(tmp_path / "run" / SELECTED, {"objective": "accuracy (public)"})
+        card = release_card(config, tmp_path / "run")
+        assert ("As the owner of the data states" in card["statement"]) is not chosen
+
+
+def test_what_real_images_decide_is_its_owner_s_alone_whatever_the_umask(tmp_path):
+    before = os.umask(0)
+    try:
+        tiny_run(tmp_path / "run", **{"runtime.cache": str(tmp_path / "cache")})
+    finally:
+        os.umask(before)
+    folders = [tmp_path / "cache", *(tmp_path / "run" / n for n in ("checkpoints", "ledger"))]
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    files += [tmp_path / "run" / name for name in ("evaluation.json", "identity.json")]
+    assert {path.suffix for path in files} > {".pt", ".npy", ".jsonl", ".json"}
+    for path in folders:
+        assert stat.S_IMODE(path.stat().st_mode) == 0o700, path
+    for path in files:
+        if path.suffix != ".lock":  # Which says who holds it, no more.
+            assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
+
+
+def test_nothing_that_leaves_a_run_holds_the_digest_of_its_data(run, released, tmp_path, capsys):
+    """Whoever guesses the whole data set could confirm the guess."""
+    fingerprint = json.loads((run / "evaluation.json").read_text())["fingerprint"]
+    for action in ("show", "verify"):
+        assert main(["ledger", action, "--folder", str(run / "ledger")]) == 0
+    assert main(["evaluate", "--run-dir", str(run)]) == 0
+    told = capsys.readouterr().out.encode()
+    files = [path for path in released.rglob("*") if path.is_file()]
+    files += [run / name for name in ("config.yaml", "privacy.json", "environment.json", "run.log")]
+    names = "".join(path.name for path in run.rglob("*"))
+    for content in (told, names.encode(), *(path.read_bytes() for path in files)):
+        assert fingerprint[:8].encode() not in content

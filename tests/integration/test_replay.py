@@ -82,6 +82,6 @@ def test_a_lost_key_is_refused_before_it_is_charged(undisturbed, tmp_path, monke
     monkeypatch.setattr("two_ranks.MasterSecret", lambda _: MasterSecret(b"x" * 32))
     with monkeypatch.context() as closed:
         closed.setattr(pipeline, "load_dataset", lambda _: pytest.fail("the data was opened"))
-        with pytest.raises(ConfigError, match="belongs to another configuration, data set or"):
+        with pytest.raises(ConfigError, match=r"another run \(master secret changed\): "):
             tiny_run(tmp_path, **SETTINGS)
     assert summary_of(tmp_path) == before

@@ -1,10 +1,13 @@
 """Masks and noise: the right distribution, and only for the right key."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
 from checks import is_binomial, is_normal
 
+from core.errors import ConfigError
 from core.privacy.keys import KeyedStream, MasterSecret
 from core.privacy.sampling import PoissonSampler, rank_share
 
@@ -101,3 +104,65 @@ def test_secret_is_created_once_private_and_never_shown(tmp_path, monkeypatch):
     with pytest.raises(Exception, match="64 hexadecimal digits") as caught:
         MasterSecret.load()
     assert "not a secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o602, 0o666])
+def test_a_secret_that_others_may_use_is_refused(tmp_path, monkeypatch, mode):
+    path = tmp_path / "master.secret"
+    monkeypatch.setenv("FETA_SWEEP_SECRET_FILE", str(path))
+    MasterSecret.load()
+    path.chmod(mode)
+    with pytest.raises(ConfigError, match=f"mode {mode:o}.*chmod 600 '{path}'"):
+        MasterSecret.load()
+    path.chmod(0o400)
+    MasterSecret.load()
+
+
+def test_a_secret_that_another_user_lends_may_be_read_by_a_group(tmp_path, monkeypatch):
+    """As Kubernetes mounts one."""
+    path = tmp_path / "master.secret"
+    monkeypatch.setenv("FETA_SWEEP_SECRET_FILE", str(path))
+    MasterSecret.load()
+    path.chmod(0o440)
+    monkeypatch.setattr(os, "geteuid", lambda: path.stat().st_uid + 1)
+    MasterSecret.load()
+    path.chmod(0o444)
+    with pytest.raises(ConfigError, match="may be used by others"):
+        MasterSecret.load()
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        bytes(32),
+        b"\xff" * 32,
+        b"0123456789abcdef" * 2,
+        bytes(range(32)),
+        bytes(range(0, 96, 3)),
+        bytes.fromhex("deadbeef" * 8),
+        bytes.fromhex("0123456789abcdef" * 4),
+        np.random.default_rng(0).bytes(16) * 2,
+        b"correct horse battery staple 123",
+    ],
+)
+def test_a_secret_without_entropy_is_refused(tmp_path, monkeypatch, value):
+    path = tmp_path / "master.secret"
+    monkeypatch.setenv("FETA_SWEEP_SECRET_FILE", str(path))
+    path.write_text(value.hex())
+    path.chmod(0o600)
+    with pytest.raises(ConfigError, match="can be guessed: begin with 32 random bytes") as caught:
+        MasterSecret.load()
+    assert value.hex() not in str(caught.value)
+
+
+def test_random_secrets_are_taken():
+    numbers = np.random.default_rng(0)
+    assert all(MasterSecret(numbers.bytes(32))._looks_random() for _ in range(20_000))
+
+
+def test_a_shown_digest_depends_on_data_and_secret_and_gives_neither_away():
+    first, second = MasterSecret(b"a" * 32), MasterSecret(b"b" * 32)
+    shown = {first.keyed("x"), first.keyed("y"), second.keyed("x"), "x"}
+    assert len(shown) == 4
+    assert first.keyed("x") == MasterSecret(b"a" * 32).keyed("x")
+    assert len(first.keyed("x")) == 64

@@ -7,6 +7,7 @@ import pytest
 import torch
 from idx_files import write_idx
 
+from core import identity
 from core.config import load
 from core.pipeline import run
 from core.privacy.keys import KeyedStream, MasterSecret
@@ -33,6 +34,12 @@ BASE = {
     "physical_batch": 64,
     "classifier_epochs": 10,
     "torch": torch.__version__,
+    "numpy": np.__version__,
+    "code": "c",
+    "opacus": "o",
+    "machine": "m",
+    "channels_last": False,
+    "products": "highest",
 }
 
 
@@ -67,8 +74,14 @@ def streams_of(tmp_path, monkeypatch):
             "private_training.learning_rate": choice["learning_rate"],
             "private_training.max_physical_batch_size": choice["physical_batch"],
             "evaluation.classifier_epochs": choice["classifier_epochs"],
+            "runtime.channels_last": choice["channels_last"],
         }
         monkeypatch.setattr(torch, "__version__", choice["torch"])
+        monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: choice["products"])
+        monkeypatch.setattr(np, "__version__", choice["numpy"])
+        monkeypatch.setattr(identity, "code_digest", lambda: choice["code"])
+        monkeypatch.setattr(identity, "_version", lambda _: choice["opacus"])
+        monkeypatch.setattr(identity.platform, "machine", lambda: choice["machine"])
         (folder / "run").mkdir()
         if choice["trial"] is not None:
             (folder / "run" / "trial_id").write_text(choice["trial"])
@@ -101,6 +114,13 @@ def test_every_use_has_a_key_of_its_own_and_a_replay_has_the_same(streams_of):
         {"physical_batch": 7},
         {"classifier_epochs": 3},
         {"torch": "0.0"},
+        {"numpy": "0.0"},
+        {"opacus": "0.0"},
+        {"machine": "another"},
+        {"channels_last": True},
+        {"products": "high"},
+        # With one line of the loss changed, the difference of two sums is that of the gradients.
+        {"code": "d"},
     ],
 )
 def test_another_run_shares_no_key(streams_of, change):

@@ -20,10 +20,12 @@ from core.evaluation.metrics import downstream_accuracy, downstream_classifier, 
 from core.evaluation.names import DIRECTIONS, HEADLINES
 from core.evaluation.networks import NETWORKS, Classifier
 from core.evaluation.scoring import score
-from core.privacy.keys import KeyedStream
+from core.privacy.keys import KeyedStream, MasterSecret
 from core.privacy.plan import make_plan
 from core.private_scores import PrivateScores
 from sweep.config import Objective
+
+MASTER = MasterSecret(b"s" * 32)
 
 
 @pytest.fixture(autouse=True)
@@ -281,7 +283,7 @@ def test_scores_are_means_over_classifiers_and_repeats(digits: Dataset, tmp_path
 
     synthetic, noise = _few(digits.train, 300), KeyedStream(b"k" * 32)
     private = Private(config, make_plan(config), digits, noise, tmp_path, "")
-    found = score(config, synthetic, digits, "cpu", private)
+    found = score(config, synthetic, digits, "cpu", MASTER, private)
     values, single = found.values, found.record["classifiers"]
     each = {name: single[name]["accuracies"] for name in ("mlp", "logistic")}
     assert each["mlp"][0] != each["mlp"][1]
@@ -310,7 +312,7 @@ def test_one_classifier_trained_once_has_one_accuracy(digits: Dataset, tmp_path:
             "runtime.cache": str(tmp_path),
         },
     )
-    values = score(config, _few(digits.train, 300), digits, "cpu").values
+    values = score(config, _few(digits.train, 300), digits, "cpu", MASTER).values
     assert [name for name in values if "accuracy" in name] == ["accuracy"]
     with pytest.raises(ConfigError, match="names one twice"):
         load({}, {"evaluation.classifiers": ["cnn", "cnn"]})

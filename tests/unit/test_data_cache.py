@@ -1,6 +1,7 @@
 """Images are decoded once, shared, kept from others, and made anew when anything changes."""
 
 import multiprocessing
+import os
 import stat
 import threading
 from pathlib import Path
@@ -66,9 +67,17 @@ def test_a_write_to_the_images_stays_in_its_process(tmp_path):
 
 def test_what_is_private_is_for_its_owner_alone(tmp_path):
     write_idx(tmp_path / "data")
-    load_dataset(config(tmp_path / "data"), tmp_path / "cache")
-    (folder,) = (path for path in (tmp_path / "cache").iterdir() if path.is_dir())
-    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    before = os.umask(0)
+    try:
+        load_dataset(config(tmp_path / "data"), tmp_path / "cache")
+    finally:
+        os.umask(before)
+    cache = tmp_path / "cache"
+    modes = {p: stat.S_IMODE(p.stat().st_mode) for p in (cache, *cache.rglob("*"))}
+    assert len(modes) == 9
+    for path, mode in modes.items():
+        if path.suffix != ".lock":
+            assert mode == (0o700 if path.is_dir() else 0o600), path
 
 
 def test_another_source_or_transform_is_decoded_anew(tmp_path, decoded):
@@ -87,15 +96,6 @@ def test_another_source_or_transform_is_decoded_anew(tmp_path, decoded):
     assert (load_dataset(config(tmp_path / "elsewhere"), cache).train.images == 1).all()
 
 
-def test_images_decoded_by_other_rules_are_decoded_anew(tmp_path, decoded, monkeypatch):
-    """As when the order of classes changed: the paths are the same, the labels are not."""
-    write_idx(tmp_path / "data")
-    for version in (1, data_cache._VERSION):
-        monkeypatch.setattr(data_cache, "_VERSION", version)
-        load_dataset(config(tmp_path / "data"), tmp_path / "cache")
-    assert len(set(decoded)) == len(decoded) == 2
-
-
 def test_many_files_are_known_by_their_last_change(tmp_path, decoded):
     write_eurosat(tmp_path / "data", each=54)
     facts = {"name": "eurosat", "image_size": 8, "channels": 3, "num_classes": 2}
@@ -107,6 +107,19 @@ def test_many_files_are_known_by_their_last_change(tmp_path, decoded):
     path.write_bytes(path.read_bytes())
     load_dataset(settings, tmp_path / "cache")
     assert len(decoded) == 2
+
+
+@pytest.mark.parametrize("change", ["code", "torch"])
+def test_images_that_other_code_decoded_are_not_taken(tmp_path, decoded, monkeypatch, change):
+    """A run's identity names the code: with older pixels, its noise would fall on another sum."""
+    write_idx(tmp_path / "data")
+    load_dataset(config(tmp_path / "data"), tmp_path / "cache")
+    if change == "code":
+        monkeypatch.setattr(data_cache, "data_code_digest", lambda: "other")
+    else:
+        monkeypatch.setattr(torch, "__version__", "0.0")
+    load_dataset(config(tmp_path / "data"), tmp_path / "cache")
+    assert len(set(decoded)) == len(decoded) == 2
 
 
 @pytest.mark.parametrize("harm", ["truncated", "missing", "labels", "names"])

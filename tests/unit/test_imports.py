@@ -151,6 +151,7 @@ def test_a_run_needs_no_package_but_the_required_ones(tmp_path):
         ),
         # Trials, whose reports the driver records.
         (("trial",), {"torch", "mlflow"}),
+        (("core.code_digest",), {"torch", "numpy"}),
         # Workers whose plan another rank solves.
         (("trial", "core.pipeline"), {"dp_accounting"}),
     ],

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from core.errors import InfeasibleError, UserError
 from core.privacy.card import ledger_text
-from core.privacy.ledger import BudgetExceededError, Ledger, events_of, ledger_path
+from core.privacy.ledger import BudgetExceededError, Ledger, events_of
 from core.privacy.ledger_book import Reservation
 from core.privacy.ledger_file import (
     Event,
@@ -26,6 +26,7 @@ from core.privacy.ledger_file import (
     _digest,
     locked,
 )
+from core.privacy.ledger_names import ledger_path
 from core.privacy.ledger_notes import beside_secret
 from core.privacy.mechanisms import FINE
 from core.privacy.plan import CentralPlan, DpSgdPlan, PrivacyPlan, ScorePlan
@@ -159,7 +160,7 @@ def test_a_reservation_over_the_budget_changes_nothing(tmp_path):
     step, total, most, one = (upward(each, 6) for each in figures)
     text = str(refused.value)
     assert text.startswith(f"reserving epsilon {step} for trial c")
-    assert f"would bring data set ababab to {total} of its budget {most}" in text
+    assert f"would bring its data set to {total} of its budget {most}" in text
     assert f"(spent {one}, reserved {one})" in text
     assert isinstance(refused.value, InfeasibleError)
     assert ledger.path.read_bytes() == before
@@ -271,10 +272,14 @@ def test_other_terms_than_the_ledger_was_begun_with_are_refused(tmp_path, name, 
 
 
 def test_the_ledger_of_another_data_set_is_refused(tmp_path):
-    Ledger.open(tmp_path, TERMS)
-    other = replace(TERMS, fingerprint="ab" * 31 + "cd")  # The same 16 digits, the same file.
-    with pytest.raises(LedgerError, match=r"^fingerprint='abab.*cd', but"):
+    other = replace(TERMS, fingerprint="ab" * 31 + "cd")
+    place = ledger_path(tmp_path, other.fingerprint)
+    begun = Ledger.open(tmp_path, TERMS).path
+    for suffix in (".jsonl", ".head", ".lock"):
+        begun.with_suffix(suffix).rename(place.with_suffix(suffix))
+    with pytest.raises(LedgerError, match="is of another data set: restore its own") as caught:
         Ledger.open_existing(tmp_path, other)
+    assert "abab" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -336,7 +341,7 @@ def test_meaningless_reservations_are_refused(tmp_path):
 
 def test_a_missing_ledger_is_not_begun_anew_on_resume(tmp_path):
     folder = tmp_path / "ledger"
-    with pytest.raises(LedgerError, match=r"^no ledger at .*abab\.jsonl.*restore"):
+    with pytest.raises(LedgerError, match=r"^no ledger at .*[0-9a-f]{16}\.jsonl.*restore"):
         Ledger.open_existing(folder, TERMS)
     assert not folder.exists()
     ledger = Ledger.open(folder, TERMS)

@@ -32,7 +32,7 @@ with log_to("sweep", Path(sys.argv[1])):
         progress.moved(first, {{"stage": "warm_up", "step": step}})
         time.sleep(0.7)
     progress.ended(first, "finished: accuracy 0.75, 3 s", False, "0.75")
-    progress.moved(second, {{"stage": "private_training", "step": 120}})
+    progress.moved(second, {{"stage": "private_training", "step": 120, "note": "code changed"}})
     time.sleep(0.7)
     progress.close()
 print("the end")
@@ -41,8 +41,10 @@ RUN = """
 from core.reporting import Console
 import sys
 console = Console(40, int(sys.argv[2]))
+note = {"note": "code changed"} if sys.argv[2] == "2" else {}
 for step in (1, 2, 30, 40):
-    console({"stage": "private_training", "step": step, "loss": 0.5})
+    console({"stage": "private_training", "step": step, "loss": 0.5, **note})
+    note = {}
 console({"stage": "done", "step": 40})
 """
 
@@ -101,6 +103,7 @@ def test_elsewhere_lines_are_plain_and_sparse(tmp_path):
     lines = text.splitlines()
     assert sum("trials 1/4" in line for line in lines) == 1  # Not one for each report.
     assert any(re.match(r"trial [0-9a-f]{8} finished: accuracy 0.75", line) for line in lines)
+    assert sum(bool(re.match(r"trial [0-9a-f]{8}: code changed$", line)) for line in lines) == 1
 
 
 def test_verbose_is_a_line_for_each_report(tmp_path):
@@ -123,6 +126,11 @@ def test_a_run_is_one_line_with_the_time_left(tmp_path):
     assert [re.search(r"step (\d+)", line)[1] for line in verbose.splitlines()] == [
         "1", "2", "30", "40", "40",
     ]  # fmt: skip
+
+
+def test_a_note_of_a_run_is_a_line_that_stays(tmp_path):
+    text = shown(RUN, tmp_path / "none", 2, terminal=False)
+    assert text.splitlines().count("code changed") == 1
 
 
 def test_the_log_tells_how_a_run_ended(tmp_path):
