@@ -97,8 +97,8 @@ def ledger(options: argparse.Namespace) -> None:
     if options.action == "accept-loss":
         if options.file is None:
             raise ConfigError("name the lost or damaged ledger with --file")
-        kept = accept_loss(options.file, options.reason)
-        print(f"{options.file}: {kept} lines kept; every card made from it now states the loss")
+        accept_loss(options.file, options.reason)
+        print(f"{options.file}: what still verifies is kept; every card now states the loss")
         return
     folder = options.folder or Path(default_ledger())
     files = sorted(folder.glob("*.jsonl"))

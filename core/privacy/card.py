@@ -104,8 +104,8 @@ def make_card(
     Privacy: the same whatever the number of trials of a selection is, of this run or of others.
 
     Raises:
-        LedgerError: it has no entry of this trial, as after a loss, or of its selection another
-            trial leaves, or none yet: there is nothing to state.
+        LedgerError: it has no entry of this trial, as after a loss, so there is nothing to state;
+            or of its selection another trial leaves, or none yet.
     """
     summary = ledger.summary()
     entries = [entry for entry in summary["entries"] if entry["run"] == run]
@@ -214,8 +214,9 @@ def _of_family(summary: Mapping[str, Any]) -> str:
 
 def _of_losses(summary: Mapping[str, Any]) -> str:
     return "".join(
-        f" Records of what was spent on the data before {loss['time']} were lost and are not "
-        f"included; the owner's reason: {loss['reason']}"
+        f" Records of what was spent on the data before {loss['time']} were lost: they are not "
+        "included, and whether those results had a part in choosing this run is not known. The "
+        f"owner's reason: {loss['reason']}"
         for loss in summary["losses"]
     )
 

@@ -279,9 +279,9 @@ class Ledger:
             The terms and the unit; `epsilon_committed` (settled steps), a part of
             `epsilon_committed_and_reserved` (all that counts against the budget), which holds at
             `delta_committed_and_reserved`; `num_releases`, in which a selection is one;
-            `accountant`; `selections`, the runs that are one; `entries`: for each key its
-            state, events and the `epsilon` of it alone, to about 2e-6; and `losses`: time and
-            reason of each loss of lines that the owner accepted.
+            `accountant`; `selections`, the runs that are one; `losses`: time and reason of each
+            loss of lines that the owner accepted; and `entries`: for each key its state, events
+            and the `epsilon` of it alone, to about 2e-6.
 
         Privacy: all but the entries is the same whatever the number of a selection's trials.
         """

@@ -208,7 +208,7 @@ def test_what_the_owner_sees_of_a_selection_says_that_it_must_stay_inside(plans,
     assert shown.startswith(STAYS_INSIDE)
     assert "epsilon 4 at delta 2e-05 without a cap" in shown
     assert main(["ledger", "verify", "--folder", str(tmp_path / "ledger")]) == 0
-    assert capsys.readouterr().out.endswith(".jsonl: unbroken\n")
+    assert capsys.readouterr().out.endswith(": unbroken\n")
 
 
 def test_a_selection_begun_anew_is_another_release(plans, tmp_path):
@@ -244,7 +244,7 @@ def test_only_one_trial_of_a_selection_ever_leaves(plans, tmp_path):
     for trial in ("a", "b"):
         charge(ledger, plan, "best", trial, within=within)
     with pytest.raises(LedgerError, match="not the one that selection best ended with"):
-        make_card(ledger, "best", plan, SELECTION.privacy, "a", "dp_accuracy")
+        make_card(ledger, "best", plan, SELECTION.privacy, "a", "dp_accuracy", searched=True)
     ledger.select("best", "a")
     before = ledger.path.read_bytes()
     ledger.select("best", "a")
@@ -256,9 +256,9 @@ def test_only_one_trial_of_a_selection_ever_leaves(plans, tmp_path):
         with pytest.raises(LedgerError, match="ended with trial a, the only one of it that may"):
             refused()
     with pytest.raises(LedgerError, match="not the one that selection best ended with"):
-        make_card(ledger, "best", plan, SELECTION.privacy, "b", "dp_accuracy")
+        make_card(ledger, "best", plan, SELECTION.privacy, "b", "dp_accuracy", searched=True)
     assert ledger.path.read_bytes() == before
-    card = make_card(ledger, "best", plan, SELECTION.privacy, "a", "dp_accuracy")
+    card = make_card(ledger, "best", plan, SELECTION.privacy, "a", "dp_accuracy", searched=True)
     assert card["epsilon_released_with_selection"] == TARGET
 
 

@@ -162,7 +162,7 @@ def test_a_lost_ledger_is_accepted_by_command_and_every_card_states_it(finished,
     second = str(tmp_path / "copy" / "second")
     assert main(["release", "--run-dir", second, "--out", str(out)]) == 0
     card = json.loads((out / "privacy_card.json").read_text())
-    assert "were lost and are not included" in card["statement"]
+    assert "were lost: they are not included" in card["statement"]
     assert "disk failure" in card["statement"]
     assert "disk failure" in (out / "privacy_card.md").read_text()
     assert any("exactly this content" in item for item in card["not_covered"])
