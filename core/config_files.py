@@ -18,7 +18,7 @@ def load_yaml(path: str | Path, heirs: tuple[Path, ...] = ()) -> dict[str, Any]:
         ConfigError: the file is missing, is not YAML, is not a mapping, or inherits from itself.
     """
     try:
-        content = yaml_subset.parse(Path(path).read_text())
+        content = yaml_subset.parse(Path(path).read_text("utf-8-sig"))
         if (parent := content.pop("inherits", None)) is None:
             return content
         here = Path(path).resolve()
@@ -27,6 +27,8 @@ def load_yaml(path: str | Path, heirs: tuple[Path, ...] = ()) -> dict[str, Any]:
         return _overlay(load_yaml(here.parent / str(parent), (*heirs, here)), content)
     except FileNotFoundError:
         raise ConfigError(f"no configuration file at '{path}': check the path") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"'{path}' is not text in UTF-8 ({error}): save it as such") from None
     except (ValueError, OSError) as error:
         raise ConfigError(f"'{path}' cannot be read: {error}") from None
 

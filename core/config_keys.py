@@ -8,6 +8,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+_SHOWN = 100
+"""Characters of a wrong value that a message repeats."""
+
 
 def known_keys(model: type[BaseModel], prefix: str = "") -> dict[str, FieldInfo]:
     """Maps every dotted key of `model` to its field, those of optional sections included."""
@@ -38,24 +41,46 @@ def nearest_key(keys: Collection[str], key: str) -> str:
 def explain(model: type[BaseModel], failure: ValidationError) -> str:
     """The first problem of a validation as one sentence."""
     error = failure.errors()[0]
-    keys = known_keys(model)
-    path = ".".join(str(part) for part in error["loc"] if not isinstance(part, int))
-    if error["type"] == "extra_forbidden":
-        return f"unknown key '{path}'{nearest_key(keys, path)}"
     if error["type"] == "value_error":
         return str(error["ctx"]["error"]) if "ctx" in error else error["msg"]
-    if path not in keys and path.rpartition(".")[0] in keys:
-        path = path.rpartition(".")[0]  # The last part names one of several allowed types.
-    field = keys.get(path)
-    allowed = f"; allowed: {describe(field)}" if field is not None else ""
+    path, kind, allowed = _locate(model, error["loc"])
+    if error["type"] == "extra_forbidden":
+        prefix = f"{path}." if path else ""
+        keys = {*known_keys(model), *known_keys(_section(kind) or model, prefix)}
+        path = f"{prefix}{error['loc'][-1]}"
+        return f"unknown key '{path}'{nearest_key(keys, path)}"
     if error["type"] == "missing":
-        return f"missing key '{path}'{allowed}"
-    return f"{path}={error['input']!r} is out of range or of the wrong type{allowed}"
+        return f"missing key '{path}'; allowed: {allowed}"
+    given = repr(error["input"])
+    given = given if len(given) <= _SHOWN else f"{given[: _SHOWN - 3]}..."
+    return f"{path}={given} is out of range or of the wrong type; allowed: {allowed}"
 
 
-def describe(field: FieldInfo) -> str:
-    """Names the type and range of a field in words, such as `integer in [1, 256]`."""
-    return _describe(field.annotation, list(field.metadata))
+def _locate(model: type[BaseModel], location: tuple[int | str, ...]) -> tuple[str, Any, str]:
+    """Dotted key, type, and what is allowed in words, of the place of an error.
+
+    Parts of a location that are no keys count items or name one of several allowed types.
+    """
+    path: list[str] = []
+    kind, allowed = model, ""
+    for part in map(str, location):
+        if get_origin(kind) is dict:  # Its keys may have any name.
+            kind = get_args(kind)[1]
+            allowed = _describe(kind, [])
+        elif (section := _section(kind)) is not None and part in section.model_fields:
+            field = section.model_fields[part]
+            kind, allowed = field.annotation, _describe(field.annotation, list(field.metadata))
+        else:
+            continue
+        path.append(part)
+    return ".".join(path), kind, allowed
+
+
+def _section(kind: Any) -> type[BaseModel] | None:
+    """The section that a type is, allows or lists."""
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return kind
+    return next(filter(None, map(_section, get_args(kind))), None)
 
 
 def _describe(annotation: Any, metadata: list[Any]) -> str:
@@ -72,6 +97,13 @@ def _describe(annotation: Any, metadata: list[Any]) -> str:
         return "one of " + ", ".join(repr(choice) for choice in get_args(annotation))
     if get_origin(annotation) is tuple:
         return f"list of {_describe(get_args(annotation)[0], [])}"
+    if get_origin(annotation) is dict:
+        return "a section of keys"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return f"a section with {', '.join(annotation.model_fields)}"
+    patterns = [found for item in metadata if (found := getattr(item, "pattern", None))]
+    if patterns:
+        return f"text that matches {patterns[0]}"
     bounds = {
         name: value
         for item in metadata

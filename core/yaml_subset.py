@@ -31,7 +31,10 @@ def parse(text: str) -> dict[str, Any]:
             continue
         match = _LINE.match(line)
         if match is None:
-            raise ValueError(f"line {number}: expected 'key: value' or 'key:', found {raw!r}")
+            raise ValueError(
+                f"line {number}: expected 'key: value' or 'key:', indented by blanks, with lists "
+                f"as [a, b]; found {raw!r}"
+            )
         indent = len(match["indent"])
         if opened is not None and indent >= opened[0] and (stack[-1][0] < indent):
             stack.append((indent, opened[1]))

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import socket
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -34,10 +35,11 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 
 def check_storage(storage_path: str) -> None:
-    """Refuses results in the folder into which Ray unpacked a submitted job's files.
+    """Refuses results where they cannot be written, or would not last.
 
     Raises:
-        ConfigError: `storage_path` lies there; Ray deletes the folder with the job.
+        ConfigError: `storage_path` is no folder that can be written, or lies where Ray unpacked
+            a submitted job's files, which it deletes with the job.
     """
     submitted = "working_dir" in os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "")
     if submitted and Path(storage_path).is_relative_to(Path.cwd()):
@@ -46,6 +48,16 @@ def check_storage(storage_path: str) -> None:
             "folder, and would be deleted with it: name a folder that all nodes see, such as "
             "storage_path=/mnt/shared/runs"
         )
+    try:
+        Path(storage_path).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=storage_path) as file:
+            file.write(b"1")
+    except (OSError, ValueError) as error:  # ValueError: a zero byte.
+        reason = (isinstance(error, OSError) and error.strerror) or error
+        raise ConfigError(
+            f"storage_path={storage_path!r} cannot be written ({reason}): name a folder that can, "
+            "with room in it"
+        ) from None
 
 
 def join_cluster() -> None:
@@ -99,8 +111,16 @@ def join_cluster() -> None:
         # Workers that start with the cluster have no runtime environment, so they would idle.
         settings = {"prestart_worker_first_driver": False}
         local = {"address": "local", "resources": {DRIVER_RESOURCE: _LOCAL_DRIVERS}}
-        # Who wants Ray's dashboard starts a cluster and joins it; here it would live for one sweep.
-        ray.init(**local, **shared, include_dashboard=False, _system_config=settings)
+        try:
+            # Who wants Ray's dashboard starts a cluster and joins it; here it would live for one
+            # sweep.
+            ray.init(**local, **shared, include_dashboard=False, _system_config=settings)
+        except OSError as error:
+            raise ConfigError(
+                f"Ray cannot start here ({error}): set RAY_TMPDIR to a short folder that can be "
+                "written, such as /tmp, and HOME to one that can, or RAY_AUTH_TOKEN_PATH to a "
+                "file in one"
+            ) from error
 
 
 def _require_answer(address: str) -> None:

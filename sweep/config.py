@@ -34,6 +34,7 @@ from sweep.prices import Cloud
 from sweep.scope import SEED, Search, check_limits, check_searched, scope_settings
 
 _FOLDERS = ("runtime.ledger", "runtime.cache")
+_SECTIONS = ("fixed", "search_space", "final")
 Number = int | float
 
 
@@ -47,23 +48,37 @@ class Dimension(Section):
     step: Annotated[float, Field(gt=0)] | None = None
     choices: tuple[Number | bool | str, ...] | None = None
 
-    @model_validator(mode="after")
-    def _one_kind(self) -> Self:
-        if (self.choices is None) == (self.low is None or self.high is None):
-            raise ValueError("a search_space entry needs either low and high, or choices")
-        if self.choices is None:
-            assert self.low is not None
-            assert self.high is not None
-            if self.low > self.high or (self.log and self.low <= 0):
-                raise ValueError(
-                    f"a search_space entry has low={self.low:g}, high={self.high:g}: low must not "
-                    "exceed high, and must be positive with log=true"
-                )
-            if self.log and self.step is not None:
-                raise ValueError("a search_space entry cannot have both log=true and step")
-        elif not self.choices:
-            raise ValueError("a search_space entry has no choices: list at least one")
-        return self
+    def check(self, name: str, field: FieldInfo) -> None:
+        """Refuses values that make no sense together, or not for the key.
+
+        Raises:
+            ValueError: names the entry and the remedy.
+        """
+        if (self.low is None) != (self.high is None) or (self.choices is None) == (
+            self.low is None
+        ):
+            given = self.model_dump(exclude_unset=True)
+            told = ", ".join(f"{key}={value}" for key, value in given.items()) or "nothing"
+            raise ValueError(
+                f"{name} has {told}: give low and high, or choices, and null for the others"
+            )
+        if self.choices is not None:
+            if not self.choices:
+                raise ValueError(f"{name}.choices is empty: list at least one value")
+            return
+        assert self.low is not None
+        assert self.high is not None
+        if not {int, float} & set(_types(field)):
+            raise ValueError(f"{name} is not numeric: give choices")
+        if self.low > self.high or (self.log and self.low <= 0):
+            raise ValueError(
+                f"{name} has low={self.low:g}, high={self.high:g}, log={str(self.log).lower()}: "
+                "low must not exceed high, and must be positive with log=true"
+            )
+        if self.log and self.step is not None:
+            raise ValueError(f"{name} has both log=true and step={self.step:g}: leave one out")
+        if self.step is not None and self.step % 1 and _is_integer(field):
+            raise ValueError(f"{name}.step={self.step:g} must be a whole number, as its key is")
 
     @property
     def extremes(self) -> tuple[Any, ...]:
@@ -93,6 +108,9 @@ class Objective(Section):
     @model_validator(mode="before")
     @classmethod
     def _improving(cls, content: Any) -> Any:
+        content = {"metric": content} if isinstance(content, str) else content
+        if not isinstance(content, Mapping):
+            return content
         metric = content.get("metric", "accuracy")
         known = isinstance(metric, str) and metric in DIRECTIONS
         return {"direction": DIRECTIONS[metric], **content} if known else content
@@ -184,15 +202,20 @@ class SweepConfig(Section):
     @classmethod
     def _objectives(cls, content: Any) -> Any:
         """A list under `objective` becomes the first and the further ones; words are metrics."""
-        given = content.get("objective")
-        if not isinstance(given, (list, tuple)) or not given:
+        given = content.get("objective", {})
+        if isinstance(given, Mapping):
             return content
-        for each in given:
+        objectives = list(given) if isinstance(given, (list, tuple)) else [given]
+        for each in objectives or [given]:
             metric = each.get("metric") if isinstance(each, Mapping) else each
-            if metric not in DIRECTIONS:
-                raise ValueError(f"objective={metric!r} is none of {', '.join(DIRECTIONS)}")
-        first, *further = ({"metric": o} if isinstance(o, str) else o for o in given)
-        return {**content, "objective": first, "further_objectives": further}
+            if not isinstance(metric, str) or metric not in DIRECTIONS:
+                raise ValueError(
+                    f"objective={metric!r} is none of {', '.join(DIRECTIONS)}: name one, or "
+                    "several as [fid_cnn,accuracy]"
+                )
+        first, *further = objectives
+        content = {**content, "objective": first}
+        return {**content, "further_objectives": further} if further else content
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -205,8 +228,7 @@ class SweepConfig(Section):
                 raise ValueError(f"search_space: unknown key '{key}'{nearest_key(keys, key)}")
             if key in self.fixed:
                 raise ValueError(f"'{key}' stands both in search_space and in fixed: remove one")
-            if dimension.choices is None and not {int, float} & set(_types(keys[key])):
-                raise ValueError(f"search_space.{key} is not numeric: give choices")
+            dimension.check(f"search_space.{key}", keys[key])
         if not self.search_space:
             raise ValueError("search_space is empty: name at least one key to search")
         check_grid(self.sampler, self.choices, self.num_trials, self.published)
@@ -250,7 +272,8 @@ class SweepConfig(Section):
                 "alone, by python -m core run"
             )
         here = Path(self.storage_path).parent  # Ray gives its workers another directory.
-        folders = {key: str(here / flatten(config)[key]) for key in _FOLDERS}
+        leaves = flatten(config)
+        folders = {key: str(here / Path(leaves[key]).expanduser()) for key in _FOLDERS}
         return load(nested(config), folders)
 
     @property
@@ -291,6 +314,14 @@ def load_sweep(path: str | Path, overrides: Mapping[str, Any]) -> SweepConfig:
         ConfigError: names the key, its allowed range and the nearest valid name.
     """
     content = load_yaml(path)
+    if not {"base", "search_space"} & set(content):
+        raise ConfigError(
+            f"'{path}' is no sweep's file, as it has neither base nor search_space: name one such "
+            "as sweep/configs/quickstart.yaml, or train alone by python -m core run --config"
+        )
+    for key in _SECTIONS:
+        if not isinstance(content.get(key) or {}, Mapping):
+            raise ConfigError(f"{key}={content[key]!r} must be a section of dotted keys")
     content["fixed"] = flat(content.get("fixed") or {})
     content["final"] = flat(content.get("final") or {})
     content["search_space"] = _dimensions(content.get("search_space") or {})
@@ -298,12 +329,19 @@ def load_sweep(path: str | Path, overrides: Mapping[str, Any]) -> SweepConfig:
     own = {*known_keys(SweepConfig), *SweepConfig.model_fields}  # `sampler`, not `sampler.name`.
     for key, value in overrides.items():
         top, _, rest = key.partition(".")
-        if top == "search_space" and "." in rest:
+        if top == "search_space":
             name, _, attribute = rest.rpartition(".")
+            if not name or attribute not in Dimension.model_fields:
+                raise ConfigError(
+                    f"{key}={value!r} is no part of a search space: give search_space.KEY.low and "
+                    "search_space.KEY.high, or search_space.KEY.choices, for a KEY of the run"
+                )
             content[top].setdefault(name, {})[attribute] = value
+        elif key in _SECTIONS:
+            raise ConfigError(f"{key}={value!r} is a section: give its dotted keys one by one")
         elif top == "final" and rest:
             content["final"][rest] = value
-        elif key in own and top not in ("fixed", "search_space", "final"):
+        elif key in own and top not in _SECTIONS:
             content = merge(content, {key: value})
         else:
             fixed[key] = value
@@ -313,15 +351,35 @@ def load_sweep(path: str | Path, overrides: Mapping[str, Any]) -> SweepConfig:
         content["base"] = nested(load((Path(path).parent / content["base"]).resolve()))
     sweep = validate(SweepConfig, content)
     # Absolute, as Ray gives trials and workers another working directory.
-    sweep = sweep.model_copy(update={"storage_path": str(Path(sweep.storage_path).absolute())})
+    storage = Path(sweep.storage_path).expanduser().absolute()
+    sweep = sweep.model_copy(update={"storage_path": str(storage)})
     _check_run(sweep, fixed)
     if os.environ.get("RAY_ADDRESS") and sweep.run.runtime.ledger == default_ledger():
         # All machines of a cluster see the storage folder, not the one of the user's data.
         ledger = str(Path(sweep.storage_path) / "ledger")
         sweep = sweep.model_copy(update={"fixed": {**sweep.fixed, "runtime.ledger": ledger}})
+    _check_places(sweep)
     sweep = _scoped(sweep)
     _check_run(sweep, {})
     return sweep
+
+
+def _check_places(sweep: SweepConfig) -> None:
+    """Refuses a folder that neither Ray nor MLflow can name, or that holds something else."""
+    for key in ("storage_path", "experiment"):
+        try:
+            str(getattr(sweep, key)).encode()
+        except UnicodeEncodeError:
+            raise ConfigError(
+                f"{key}={getattr(sweep, key)!r} is not text in UTF-8: choose another name"
+            ) from None
+    taken = {sweep.folder.parent / name for name in ("mlflow.db", "mlartifacts", "ledger")}
+    config = sweep.trial_config({})
+    taken |= {Path(config.runtime.ledger), Path(config.runtime.cache)}
+    if sweep.folder in taken:
+        raise ConfigError(
+            f"name={sweep.name!r}: '{sweep.folder}' holds something else: choose another name"
+        )
 
 
 def dump_sweep(sweep: SweepConfig) -> dict[str, Any]:
@@ -378,7 +436,11 @@ def _types(field: FieldInfo) -> tuple[Any, ...]:
 
 def is_integer(key: str) -> bool:
     """Whether a key of the run takes whole numbers alone."""
-    types = _types(known_keys(Config)[key])
+    return _is_integer(known_keys(Config)[key])
+
+
+def _is_integer(field: FieldInfo) -> bool:
+    types = _types(field)
     return int in types and float not in types
 
 

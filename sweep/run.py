@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     overrides = parse_overrides(options.overrides)
-    if options.name:
+    if options.name is not None:
         overrides["name"] = options.name
     limits = {name: getattr(options, name) for name in LIMITS}
     overrides |= {name: value for name, value in limits.items() if value is not None}

@@ -10,6 +10,7 @@ from core.privacy.keys import MasterSecret
 from core.privacy.plan import make_plan
 from sweep.claim import claim
 from sweep.config import SweepConfig, dump_sweep, load_sweep, trial_id_of
+from sweep.run import main
 from sweep.scope import count_trials
 
 QUICKSTART = Path("sweep/configs/quickstart.yaml")
@@ -65,6 +66,10 @@ def test_dotted_and_nested_search_spaces_mean_the_same(tmp_path):
     assert load_sweep(written(tmp_path, nested), {}) == first
 
 
+SPLIT, COUNT = "search_space.stage_split", "search_space.central_images.per_class"
+CHOICES = {f"{SPLIT}.low": None, f"{SPLIT}.high": None}
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -73,15 +78,49 @@ def test_dotted_and_nested_search_spaces_mean_the_same(tmp_path):
         ({"num_trials": 0}, r"num_trials=0 .*integer in \[1"),
         ({"stage_split": 0.3}, r"'stage_split' stands both in search_space and in fixed"),
         ({"search_space.stage_split.high": 1.5}, r"stage_split=1\.5"),
-        ({"search_space.stage_split.low": 0.9}, r"low must not exceed high"),
-        ({"search_space.stage_splt.low": 0.9}, r"unknown key 'stage_splt'|either low and high"),
+        ({f"{SPLIT}.low": 0.9}, rf"{SPLIT} has low=0\.9, high=0\.8, .* low must not exceed high"),
+        ({f"{SPLIT}.log": True}, rf"{SPLIT} has low=0, .*log=true: .* positive with log=true"),
+        (
+            {f"{SPLIT}.low": None},
+            rf"{SPLIT} has low=None, high=0\.8: give low and high, or choices",
+        ),
+        ({f"{SPLIT}.choices": [0.1]}, rf"{SPLIT} has .*choices=.*and null for the others"),
+        (CHOICES | {f"{SPLIT}.choices": []}, rf"{SPLIT}\.choices is empty: list at least one"),
+        (CHOICES | {f"{SPLIT}.choices": 3}, rf"{SPLIT}\.choices=3 .*; allowed: list of integer or"),
+        (
+            CHOICES | {f"{SPLIT}.choices": [0.1, "a"]},
+            r"stage_split='a' .*finite number in \[0, 1\)",
+        ),
+        (CHOICES | {f"{SPLIT}.choices": [0.1, None]}, rf"{SPLIT}\.choices=None .*; allowed: list"),
+        ({f"{SPLIT}.low": "abc"}, rf"{SPLIT}\.low='abc' .*; allowed: integer or finite number"),
+        ({f"{SPLIT}.step": 0}, rf"{SPLIT}\.step=0 .*; allowed: finite number in \(0, inf\)"),
+        ({f"{COUNT}.step": 2}, rf"{COUNT} has both log=true and step=2: leave one out"),
+        ({f"{COUNT}.log": False, f"{COUNT}.step": 0.5}, rf"{COUNT}\.step=0\.5 must be a whole"),
+        ({"search_space.method.low": 1, "search_space.method.high": 2}, r"method is not numeric"),
+        ({SPLIT: [0.1, 0.2]}, rf"{SPLIT}=.* is no part of a search space: give search_space\.KEY"),
+        ({f"{SPLIT}.nope": 1}, rf"{SPLIT}\.nope=1 is no part of a search space"),
+        ({"search_space": 3}, r"search_space=3 is no part of a search space"),
+        (
+            {"search_space.stage_splt.low": 0.9, "search_space.stage_splt.high": 0.9},
+            r"search_space: unknown key 'stage_splt'; did you mean 'stage_split'",
+        ),
         ({"objective.direction": "minimize"}, r"would search for the worst accuracy"),
         ({"objective.metric": "loss"}, r"'accuracy', 'dp_accuracy', 'fid', 'fid_cnn'"),
         (
             {"objective.metric": "kid", "objective.direction": "minimize"},
             r"'kid' is not what evaluation\.fid_extractor='cnn' scores: choose 'kid_cnn'",
         ),
-        ({"name": "../elsewhere"}, r"name="),
+        (
+            {"name": "../elsewhere"},
+            r"name='\.\./elsewhere' .*; allowed: text that matches \^\[A-Za-z0-9\]",
+        ),
+        ({"name": "x" * 300}, r"name='x{80,}\.\.\. is out of range"),
+        ({"name": "ledger"}, r"'.*runs/ledger' holds something else: choose another name"),
+        ({"name": "mlflow.db"}, r"holds something else"),
+        ({"storage_path": "a\udcff"}, r"storage_path='.*\\udcff' is not text in UTF-8"),
+        ({"experiment": "a\udcff"}, r"experiment='a\\udcff' is not text in UTF-8"),
+        ({"asha": 3}, r"asha=3 .*; allowed: a section with grace_fraction, reduction_factor"),
+        ({"final": 3}, r"final=3 is a section: give its dotted keys one by one"),
         ({"privacy.target_epsilon": -1}, r"privacy\.target_epsilon=-1"),
         ({"base": "nowhere.yaml"}, r"no configuration file at '.*nowhere\.yaml'"),
     ],
@@ -177,8 +216,9 @@ def test_several_objectives_are_a_list_of_metrics(tmp_path):
     ]
     stored = dump_sweep(sweep)
     assert validate(SweepConfig, stored).objectives == sweep.objectives
-    one = load_sweep(QUICKSTART, {"objective": [{"metric": "fid_cnn"}]})
-    assert one.objectives == sweep.objectives[:1]
+    for word in ("fid_cnn", ["fid_cnn"], [{"metric": "fid_cnn"}]):
+        one = load_sweep(QUICKSTART, {"objective": word})
+        assert one.objectives == sweep.objectives[:1]
     text = (
         "objective: [fid_cnn, accuracy]\nsearch_space:\n  stage_split:\n    choices: [0.1, 0.2]\n"
     )
@@ -190,6 +230,15 @@ def test_several_objectives_are_a_list_of_metrics(tmp_path):
     [
         ({"objective": ["accuracy", "accuracy"]}, r"names a metric twice"),
         ({"objective": ["accuracy", "loss"]}, r"objective='loss' is none of accuracy, dp_accuracy"),
+        (
+            {"objective": "loss"},
+            r"objective='loss' is none of .*: name one, or several as \[fid_cnn",
+        ),
+        ({"objective": 3}, r"objective=3 is none of accuracy"),
+        ({"objective": None}, r"objective=None is none of accuracy"),
+        ({"objective": []}, r"objective=\[\] is none of accuracy"),
+        ({"objective": [["accuracy"]]}, r"objective=\['accuracy'\] is none of accuracy"),
+        ({"further_objectives": 3}, r"further_objectives=3 .*; allowed: list of a section with"),
         ({"objective": ["fid", "accuracy"]}, r"is not what .*='cnn' scores: choose 'fid_cnn'"),
         ({"objective": ["fid_cnn", "accuracy"], "scheduler": "asha"}, r"compares trials by one"),
         ({"scheduler": "asha", "asha.grace_fraction": 1.0}, r"asha\.grace_fraction=1\.0"),
@@ -272,3 +321,32 @@ def test_the_default_ledger_is_one_that_all_machines_see(tmp_path, monkeypatch, 
     assert set(found.values()) == {str(expected)}
     named = load_sweep(QUICKSTART_FILE, {"storage_path": str(tmp_path / "s"), **NAMED})
     assert named.trial_config({}).runtime.ledger == "/elsewhere"
+
+
+def test_files_of_other_kinds_are_refused(tmp_path):
+    path = tmp_path / "sweep.yaml"
+    space = "search_space:\n  stage_split:\n    low: 0\n    high: 0.5\n"
+    for content, message in {
+        b"": r"is no sweep's file, as it has neither base nor search_space",
+        Path("core/configs/digits.yaml").read_bytes(): r"train alone by python -m core run",
+        "name: \u00e4".encode("latin-1"): r"is not text in UTF-8 .*: save it as such",
+        f"name: t\nbase: x\nfixed: [1]\n{space}".encode(): r"fixed=\[1\] must be a section",
+        b"name: t\nbase: x\nsearch_space: word\n": r"search_space='word' must be a section",
+        b"base: x\nsearch_space:\n\tseed: 3\n": r"line 3: .*indented by blanks, .*\\tseed",
+        b"base: x\nobjective:\n  - fid\n": r"line 3: .*with lists as \[a, b\]; found '  - fid'",
+    }.items():
+        path.write_bytes(content)
+        with pytest.raises(ConfigError, match=message):
+            load_sweep(path, {})
+    marked = written(tmp_path, space)  # As some editors begin each file.
+    marked.write_bytes(b"\xef\xbb\xbf" + marked.read_bytes())
+    assert load_sweep(marked, {}).name == "t"
+
+
+def test_a_home_folder_is_found_and_the_empty_name_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    sweep = load_sweep(QUICKSTART, {"storage_path": "~/runs", "runtime.ledger": "~/ledger"})
+    assert sweep.storage_path == f"{tmp_path}/runs"
+    assert sweep.trial_config({}).runtime.ledger == f"{tmp_path}/ledger"
+    assert main(["--config", str(QUICKSTART), "--plan", "--name", ""]) == 2
+    assert "name='' is out of range" in capsys.readouterr().err
