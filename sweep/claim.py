@@ -18,6 +18,7 @@ from sweep.stored import SWEEP_FILE
 _LAUNCH = "launch"
 _FREE = (
     *("fixed.", "num_trials", "max_concurrent_trials", "cpus_per_worker", "storage_path"),
+    "experiment",
     *("min_workers_per_trial", "max_failures", "max_same_error"),
     *("max_hours", "max_gpu_hours", "max_cost", "cloud", "published"),
 )

@@ -193,7 +193,7 @@ class SweepConfig(Section):
     search_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     num_startup_trials: PositiveInt = 10
     """Random trials before TPE starts to model the results."""
-    experiment: str = "feta-sweep"
+    experiment: Annotated[str, Field(pattern=r"^.{1,500}$")] = "feta-sweep"
     """MLflow experiment."""
     storage_path: str = "runs"
     """Folder that the driver and all workers see."""

@@ -3,6 +3,7 @@
 import platform
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -41,27 +42,32 @@ def print_checks(sweep: SweepConfig) -> bool:
 
 def checks(sweep: SweepConfig) -> Iterator[Check]:
     """Makes the checks in order; ends early where the rest would mean nothing."""
-    import ray
-
     storage = Path(sweep.storage_path)
-    yield _check("results outlive the job", lambda: check_storage(sweep.storage_path))
+    yield _check("results can be stored", lambda: check_storage(sweep.storage_path))
     yield _check("MLflow answers", lambda: _open_tracking(sweep, storage))
     joined = _check("cluster reachable", join_cluster)
     yield joined
     if joined.problem:
         return
+    import ray
+
     try:
         yield _check("room for one trial", lambda: wait_for_room(sweep, lambda _: None))
-        mark = storage / f".doctor-{uuid.uuid4().hex}"
-        storage.mkdir(parents=True, exist_ok=True)
-        mark.write_text(mark.name)
-        try:
-            yield from _node_checks(sweep, mark)
-        finally:
-            for path in storage.glob(f"{mark.name}*"):
-                path.unlink()
+        yield from _checks_of_nodes(sweep, storage)
     finally:
         ray.shutdown()
+
+
+def _checks_of_nodes(sweep: SweepConfig, storage: Path) -> Iterator[Check]:
+    """Asks the nodes, who see a file that the driver has written, or not."""
+    mark = storage / f".doctor-{uuid.uuid4().hex}"
+    with suppress(OSError):  # Every node says so.
+        mark.write_text(mark.name)
+    try:
+        yield from _node_checks(sweep, mark)
+    finally:
+        for path in storage.glob(f"{mark.name}*"):
+            path.unlink()
 
 
 def _check(name: str, act: Callable[[], object]) -> Check:
@@ -69,15 +75,20 @@ def _check(name: str, act: Callable[[], object]) -> Check:
         act()
     except UserError as error:
         return Check(name, str(error))
+    except Exception as error:  # A check that fails is what this command is for.
+        return Check(name, _told(error))
     return Check(name)
 
 
-def _open_tracking(sweep: SweepConfig, storage: Path) -> None:
-    from sweep.tracking import open_experiment, reachable, tracking_uri
+def _told(error: Exception) -> str:
+    """An unexpected error in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
-    uri = tracking_uri(storage)
-    reachable(uri)
-    open_experiment(uri, sweep.experiment, storage)
+
+def _open_tracking(sweep: SweepConfig, storage: Path) -> None:
+    from sweep.tracking import open_experiment, tracking_uri
+
+    open_experiment(tracking_uri(storage), sweep.experiment, storage)
 
 
 def _node_checks(sweep: SweepConfig, mark: Path) -> Iterator[Check]:
@@ -160,4 +171,6 @@ def examine(settings: dict[str, Any], mark: str) -> dict[str, tuple[bool, str]]:
             answers[key] = (True, question())
         except (UserError, OSError) as error:
             answers[key] = (False, str(error))
+        except Exception as error:
+            answers[key] = (False, _told(error))
     return answers

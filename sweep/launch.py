@@ -1,13 +1,16 @@
 """Runs the search on a Ray cluster: what is missing of a sweep, and its final run."""
 
+import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from core.config import flatten
+from core.errors import UserError
 from core.privacy.keys import MasterSecret
 from core.reporting import log_to
 from sweep.claim import claim, driver_lock, release_id
@@ -24,7 +27,7 @@ from sweep.feasibility import with_num_trials
 from sweep.limits import Meter
 from sweep.progress import Progress
 from sweep.recording import Place, record_end, record_start, record_summary, record_sweep
-from sweep.results import Row, best, final_row, load_rows, released_row, stored_result
+from sweep.results import Row, best, final_row, load_rows, released_row, stored_result, write_card
 from sweep.scope import count_trials, final_point, settings_entropy
 from sweep.trial import ENDS, TRACEBACK, Context, Train, run_trial
 
@@ -60,67 +63,65 @@ def run_sweep(sweep: SweepConfig, verbosity: int = 0, train: Train | None = None
         train: what trains a trial, in place of a group of Ray Train; leaves the same files.
 
     Raises:
-        ConfigError: the folder holds another sweep of this name, another driver runs it, the
-            cluster cannot run it, or the folder would not last.
+        ConfigError: MLflow cannot be used, the folder holds another sweep of this name, another
+            driver runs it, the cluster cannot run it, or the folder would not last.
     """
+    from sweep import tracking
+
     check_storage(sweep.storage_path)
     sweep = with_num_trials(sweep)
     master = MasterSecret.load()  # Created at the latest here: no two workers create their own.
+    storage = Path(sweep.storage_path)
+    uri = tracking.tracking_uri(storage)
+    # Refused before anything is claimed; if it goes away later, trials go on without it.
+    experiment_id = tracking.open_experiment(uri, sweep.experiment, storage)
     with driver_lock(sweep.folder) as token, log_to("sweep", sweep.folder / "sweep.log"):
         os.chdir(sweep.folder)  # That of a submitted job vanishes while it is being stopped.
         claim(sweep)
         total = count_trials(sweep.run, sweep.num_trials, master, release_id(sweep))
-        return _run(sweep, total, token, verbosity, train)
+        context = Context(sweep, token, train=train)
+        return _run(context, total, uri, experiment_id, verbosity)
 
 
-def _run(
-    sweep: SweepConfig, total: int, token: int, verbosity: int, train: Train | None
-) -> Outcome:
+def _run(context: Context, total: int, uri: str, experiment_id: str, verbosity: int) -> Outcome:
     from sweep import tracking
-    from sweep.outbox import Backoff, Outbox
+    from sweep.outbox import Outbox
 
+    sweep = context.sweep
     rows = load_rows(sweep)
-    storage = Path(sweep.storage_path)
-    uri = tracking.tracking_uri(storage)
     complete = _is_complete(sweep, rows, total)
-    tracking.reachable(uri)  # Refused now; if it goes away later, trials go on without it.
-    experiment_id = tracking.open_experiment(uri, sweep.experiment, storage)
-    pending = tracking.unfinished(uri, experiment_id, sweep.name)
-    if complete and not pending and not _waiting(sweep, rows):
-        return Outcome(rows, [], "", True, uri)
-    run_id = tracking.Tracker(uri, experiment_id, sweep.name).run_id
+    if complete and not _waiting(sweep, rows):
+        known = tracking.recorded(uri, experiment_id, sweep.name)
+        if sweep.name in known and not _missing(sweep, rows, known):
+            return Outcome(rows, [], "", True, uri)
+    with tracking.usable(uri):
+        run_id = tracking.Tracker(uri, experiment_id, sweep.name).run_id
     place = Place(sweep.name, uri, experiment_id, run_id)
     parent = Outbox(sweep.folder, uri, experiment_id, sweep.name)
-    backoff = Backoff()
-    for row in rows:  # What the server had missed when the trial ended.
-        Outbox(row.run_dir, *place.run_of(row.trial), backoff=backoff).flush()
-    parent.flush()
-    tracking.kill_stale(uri, experiment_id, run_id, sweep.name)  # Who sends, opens the run again.
-    pending = tracking.unfinished(uri, experiment_id, sweep.name)
-    for row in rows:  # Finished, but the driver was stopped before it could say so.
-        if row.state in ("finished", "stopped") and f"{sweep.name}/{row.trial}" in pending:
-            tracker = tracking.Tracker(*place.run_of(row.trial))
-            record_start(tracker, sweep, row.config)
-            record_end(tracker, sweep, row.run_dir, stored_result(row))
+    with _records():
+        _catch_up(sweep, rows, place, parent)
     if complete:
-        _record_summary(parent, place, sweep, rows, complete)
-        parent.finish("FINISHED")
+        with _records():
+            _record_summary(parent, place, sweep, rows, complete)
+            parent.finish("FINISHED")
         return Outcome(rows, [], "", True, uri)
-    record_sweep(parent, run_id, sweep, total)
+    with _records():
+        record_sweep(parent, run_id, sweep, total)
     status = "KILLED"
     try:
-        outcome = _search(Context(sweep, token, train=train), place, rows, total, verbosity)
-        _record_summary(parent, place, sweep, outcome.rows, outcome.complete)
-        if not outcome.stopped:
-            status = "FINISHED"
+        outcome = _search(context, place, rows, total, verbosity)
+        with _records():
+            _record_summary(parent, place, sweep, outcome.rows, outcome.complete)
+            status = "KILLED" if outcome.stopped else "FINISHED"
         return outcome
     finally:
-        parent.finish(status)
-        parent.flush(_PATIENCE)
+        with _records():
+            parent.finish(status)
+            parent.flush(_PATIENCE)
         if count := _waiting(sweep, load_rows(sweep)):
             print(
-                f"MLflow at {uri} does not answer: records of {count} runs wait in the sweep's "
-                "folder; the same command sends them when it does",
+                f"MLflow at {tracking.without_user(uri)} does not answer: records of {count} runs "
+                "wait in the sweep's folder; the same command sends them when it does",
                 file=sys.stderr,
             )
 
@@ -138,10 +139,61 @@ def _record_summary(
         if not complete:
             return
         if (released := released_row(sweep, rows)) is not None:
+            write_card(sweep, rows, released, complete)  # First: the ledger may refuse it.
             box = Outbox(released.run_dir, *place.run_of(released.trial))
             record_start(box, sweep, released.config)
             record_end(box, sweep, released.run_dir, stored_result(released))
     record_summary(parent, sweep, rows, complete)
+
+
+@contextmanager
+def _records() -> Generator[None]:
+    """Records are not what a sweep fails for: that some are missing is told, and why is logged.
+
+    Raises:
+        UserError: the block raised it, as where the ledger and what is told disagree.
+    """
+    from sweep.tracking import reason
+
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        logging.getLogger("sweep").exception("not recorded")
+        print(
+            f"warning: MLflow has not recorded all ({reason(error)}): the sweep's folder holds it, "
+            "and the same command tries again",
+            file=sys.stderr,
+        )
+
+
+def _catch_up(sweep: SweepConfig, rows: Sequence[Row], place: Place, parent: Any) -> None:
+    """Records what MLflow has missed of trials that ended, and those it does not know."""
+    from sweep import tracking
+    from sweep.outbox import Backoff, Outbox
+
+    backoff = Backoff()
+    boxes = {r.trial: Outbox(r.run_dir, *place.run_of(r.trial), backoff=backoff) for r in rows}
+    for box in (*boxes.values(), parent):
+        box.flush()
+    # Now, as who sends opens the run again.
+    tracking.kill_stale(place.uri, place.experiment_id, place.parent_id, sweep.name)
+    if sweep.run.privacy.scope == "selection":
+        return  # At the end MLflow is told of the one trial that leaves.
+    known = tracking.recorded(place.uri, place.experiment_id, sweep.name)
+    for row in _missing(sweep, rows, known):
+        with _records():  # What hinders one shall not hinder all.
+            record_start(boxes[row.trial], sweep, row.config)
+            record_end(boxes[row.trial], sweep, row.run_dir, stored_result(row))
+
+
+def _missing(sweep: SweepConfig, rows: Sequence[Row], known: Collection[str]) -> list[Row]:
+    """Trials that ended, but whose driver could not say so, or said so elsewhere."""
+    ended = [row for row in rows if row.state in ("finished", "stopped")]
+    if sweep.run.privacy.scope == "selection":
+        ended = [row for row in ended if row == released_row(sweep, rows)]
+    return [row for row in ended if f"{sweep.name}/{row.trial}" not in known]
 
 
 def _waiting(sweep: SweepConfig, rows: Sequence[Row]) -> int:
@@ -213,7 +265,8 @@ def _search(context: Context, place: Place, rows: list[Row], total: int, verbosi
         progress.close()
         meter.note()
         ray.shutdown()
-        recorder.close(_PATIENCE)
+        with _records():
+            recorder.close(_PATIENCE)
     limited = bool(stopped and meter.reason)
     stopped = meter.reason if limited else stopped
     rows = load_rows(sweep)

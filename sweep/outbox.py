@@ -131,6 +131,8 @@ class Outbox:
             getattr(self._tracker, name)(*arguments)
         except UNREACHABLE as error:
             if not is_temporary(error):
+                if self._tracker is not None and self._tracker.restored():
+                    return self._attempt(name, arguments)
                 raise
             self._tracker = None
             self._backoff.failed()

@@ -116,6 +116,9 @@ def record_summary(parent: Any, sweep: SweepConfig, rows: Sequence[Row], complet
     """
     if (winner := best(sweep, rows)) is None:
         return
+    released = released_row(sweep, rows)
+    # Written before MLflow is told anything, which may refuse it.
+    card = write_card(sweep, rows, released, complete) if released is not None else None
     result, point = stored_result(winner), flatten(winner.config)
     searched = {k: point[k] for k in sweep.search_space if isinstance(point[k], int | float)}
     figures = compared_figures(sweep, result)
@@ -123,9 +126,8 @@ def record_summary(parent: Any, sweep: SweepConfig, rows: Sequence[Row], complet
     front = ", ".join(row.trial for row in winners(sweep, rows))
     parent.log_tags({"best_trial": front})
     parent.log_file(winner.run_dir / "synthetic" / "grid.png", "synthetic")
-    if (released := released_row(sweep, rows)) is None:
+    if released is None or card is None:
         return
-    card = write_card(sweep, rows, released, complete)
     parent.log_metrics(three_figures(card))
     parent.log_tags({"privacy.statement": card["statement"]})
     for name in ("privacy_card.json", "privacy_card.md"):

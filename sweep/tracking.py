@@ -1,17 +1,12 @@
 """MLflow: one parent run a sweep, one child a trial, found again rather than created twice.
 
-The only file that imports mlflow.
+With `sweep.mlflow_store` the only file that imports mlflow.
 """
 
 import base64
 import hashlib
 import json
-import logging
-import os
-import re
-import sys
 import tempfile
-import urllib.request
 import warnings
 import zlib
 from collections.abc import Mapping
@@ -19,14 +14,19 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
-os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-# A call to a server that is away fails in seconds, not minutes: the outbox repeats it.
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+from sweep.mlflow_store import (
+    ACTIVE,
+    file_of,
+    reachable,
+    ui_command,
+    usable,
+    without_user,
+)
+from sweep.mlflow_store import open_experiment as open_experiment
+from sweep.mlflow_store import reason as reason
+from sweep.mlflow_store import tracking_uri as tracking_uri
 
+# isort: split
 from mlflow.entities import (
     Dataset,
     DatasetInput,
@@ -36,6 +36,7 @@ from mlflow.entities import (
     Param,
     Run,
     RunTag,
+    ViewType,
 )
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
@@ -45,10 +46,6 @@ from PIL import Image, UnidentifiedImageError
 from core.errors import ConfigError
 from core.reporting import NON_PRIVATE
 from sweep.comparison import curves
-
-logging.getLogger("mlflow").setLevel(logging.WARNING)
-logging.getLogger("alembic").setLevel(logging.WARNING)
-logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # The outbox tells of retries.
 
 UNREACHABLE = (MlflowException, OSError)
 """What calls raise while the server, its data base or its artifact store does not answer."""
@@ -191,9 +188,7 @@ class Tracker:
             the caller decides which trial may leave.
         """
         client, sweep, experiment_id = self._client, self._key, self._run.info.experiment_id
-        key = f"{sweep}/{trial}"
-        (run,) = client.search_runs([experiment_id], filter_string=f"tags.`{_KEY}` = '{key}'")
-        run_id = run.info.run_id
+        run_id = self._run_of(trial)
         try:
             client.create_registered_model(sweep)
         except MlflowException as error:
@@ -220,6 +215,29 @@ class Tracker:
             ).version
         client.set_registered_model_alias(sweep, "best", version)
 
+    def _run_of(self, trial: str) -> str:
+        """Id of a trial's run; restored if it was deleted, new if it is gone."""
+        client, experiment_id, key = (
+            self._client,
+            self._run.info.experiment_id,
+            f"{self._key}/{trial}",
+        )
+        found = client.search_runs(
+            [experiment_id], f"tags.`{_KEY}` = '{key}'", run_view_type=ViewType.ALL
+        )
+        active = [run for run in found if run.info.lifecycle_stage == ACTIVE]
+        if found and not active:
+            client.restore_run(found[0].info.run_id)
+        run = next(iter(active or found), None) or self._create(experiment_id, key, self.run_id)
+        return run.info.run_id
+
+    def restored(self) -> bool:
+        """Restores the run if it was deleted in MLflow's UI; whether it was."""
+        if self._client.get_run(self.run_id).info.lifecycle_stage == ACTIVE:
+            return False
+        self._client.restore_run(self.run_id)
+        return True
+
     def finish(self, status: str) -> None:
         """Ends the run as FINISHED, FAILED or KILLED."""
         self._client.set_terminated(self.run_id, status)
@@ -232,59 +250,35 @@ def is_temporary(error: BaseException) -> bool:
     return not isinstance(error, MlflowException) or error.error_code in _TEMPORARY
 
 
-def tracking_uri(storage: Path) -> str:
-    """`MLFLOW_TRACKING_URI`, or SQLite in the storage folder."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{storage}/mlflow.db"
+def recorded(uri: str, experiment_id: str, sweep: str) -> set[str]:
+    """Keys of the sweep and of its trials whose runs have ended as they should, or were deleted.
 
-
-def reachable(uri: str) -> None:
-    """Asks a tracking server for a sign of life; a data base file needs none.
-
-    Raises:
-        ConfigError: it does not answer, or refuses.
+    What was deleted stays so, unless something is still written to it.
     """
-    if not uri.startswith("http"):
-        return
-    try:
-        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=10) as answer:
-            answer.read()
-        MlflowClient(tracking_uri=uri).search_experiments(max_results=1)
-    except (OSError, MlflowException) as error:
-        raise ConfigError(
-            f"MLFLOW_TRACKING_URI={_without_user(uri)} does not answer ({error}): start the "
-            "server, correct the address, or allow this host with --allowed-hosts"
-        ) from None
-
-
-def open_experiment(uri: str, name: str, storage: Path) -> str:
-    """Id of the experiment; creates it, and the data base, if there is none."""
-    storage.mkdir(parents=True, exist_ok=True)
-    client = MlflowClient(tracking_uri=uri)
-    if (experiment := client.get_experiment_by_name(name)) is not None:
-        return experiment.experiment_id
-    local = uri.startswith(("sqlite", "postgresql"))
-    artifacts = (storage / "mlartifacts").as_uri() if local else None
-    kind = {"mlflow.experimentKind": "custom_model_development"}  # Not of language models.
-    return client.create_experiment(name, artifact_location=artifacts, tags=kind)
-
-
-def unfinished(uri: str, experiment_id: str, sweep: str) -> set[str]:
-    """Keys of the sweep and of its trials whose runs have not ended as FINISHED."""
-    runs = _runs_of(MlflowClient(tracking_uri=uri), experiment_id, sweep)
+    runs = _runs_of(MlflowClient(tracking_uri=uri), experiment_id, sweep, ViewType.ALL)
     # A trial that was stopped early has ended, although it counts as killed.
-    ended = [run for run in runs if run.data.tags.get("sweep.state") == "stopped"]
-    done = {run.info.run_id for run in (*ended, *(r for r in runs if r.info.status == "FINISHED"))}
-    return {run.data.tags[_KEY] for run in runs if run.info.run_id not in done}
+    pending = {
+        run.data.tags[_KEY]
+        for run in runs
+        if run.info.lifecycle_stage == ACTIVE
+        and run.info.status != "FINISHED"
+        and run.data.tags.get("sweep.state") != "stopped"
+    }
+    return {run.data.tags[_KEY] for run in runs} - pending
 
 
 def kill_stale(uri: str, experiment_id: str, parent_id: str, sweep: str) -> None:
-    """Marks children that an interrupted driver left running; those tried again are reopened."""
+    """Makes the parent that of all the sweep's trials; another may have been deleted.
+
+    Marks trials that an interrupted driver left running; those tried again are reopened.
+    """
     client = MlflowClient(tracking_uri=uri)
-    for run in client.search_runs(
-        [experiment_id],
-        filter_string=f"tags.`{_PARENT}` = '{parent_id}' and attributes.status = 'RUNNING'",
-    ):
-        if run.data.tags.get(_KEY, "").startswith(f"{sweep}/"):
+    for run in _runs_of(client, experiment_id, sweep):
+        if run.info.run_id == parent_id:
+            continue
+        if run.data.tags.get(_PARENT) != parent_id:
+            client.set_tag(run.info.run_id, _PARENT, parent_id)
+        if run.info.status == "RUNNING":
             client.set_terminated(run.info.run_id, "KILLED")
 
 
@@ -335,13 +329,14 @@ def how_to_compare(uri: str, experiment: str, sweep: str) -> str:
     """
     lines = [ui_command(uri)]
     number, trials = "", []
-    if not uri.startswith("sqlite:///") or Path(uri.removeprefix("sqlite:///")).exists():
-        try:
-            number, trials = _trials_of(uri, experiment, sweep)
-        except (MlflowException, ConfigError):
-            lines += ["  which does not answer now"]
+    try:
+        with usable(uri):
+            if (path := file_of(uri)) is None or path.exists():
+                number, trials = _trials_of(uri, experiment, sweep)
+    except ConfigError as error:
+        lines += [f"  {error}"]
     if number:
-        page = _without_user(uri).rstrip("/") if uri.startswith("http") else _LOCAL_UI
+        page = without_user(uri).rstrip("/") if uri.startswith("http") else _LOCAL_UI
         chosen, where = (
             quote(json.dumps(ids, separators=(",", ":")))
             for ids in (trials[:_MAX_COMPARED], [number])
@@ -370,23 +365,9 @@ def _trials_of(uri: str, experiment: str, sweep: str) -> tuple[str, list[str]]:
     return found.experiment_id if runs else "", finished
 
 
-def _runs_of(client: MlflowClient, experiment_id: str, sweep: str) -> list[Run]:
-    found = client.search_runs(
-        [experiment_id], filter_string=f"tags.`{_KEY}` LIKE '{sweep}%'", max_results=50_000
-    )
+def _runs_of(
+    client: MlflowClient, experiment_id: str, sweep: str, view: int = ViewType.ACTIVE_ONLY
+) -> list[Run]:
+    condition = f"tags.`{_KEY}` LIKE '{sweep}%'"
+    found = client.search_runs([experiment_id], condition, view, max_results=50_000)
     return [run for run in found if run.data.tags[_KEY].split("/")[0] == sweep]
-
-
-def ui_command(uri: str) -> str:
-    """The command that opens the MLflow UI on this data; never shows a password."""
-    if uri.startswith("http"):
-        return f"open {_without_user(uri)}"
-    program = Path(sys.executable).with_name("mlflow")
-    if program.is_relative_to(Path.cwd()):
-        program = program.relative_to(Path.cwd())
-    store = uri if uri == _without_user(uri) else '"$MLFLOW_TRACKING_URI"'
-    return f"{program} ui --backend-store-uri {store}"
-
-
-def _without_user(uri: str) -> str:
-    return re.sub(r"(?<=://)[^/@]*@", "", uri)
