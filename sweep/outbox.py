@@ -132,6 +132,7 @@ class Outbox:
         except UNREACHABLE as error:
             if not is_temporary(error):
                 if self._tracker is not None and self._tracker.restored():
+                    self._tracker = None
                     return self._attempt(name, arguments)
                 raise
             self._tracker = None
