@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
         options.command(options)
-    except UserError as error:
+    except (UserError, OSError) as error:  # OSError: names the path.
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

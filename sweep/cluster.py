@@ -55,7 +55,7 @@ def check_storage(storage_path: str) -> None:
     except (OSError, ValueError) as error:  # ValueError: a zero byte.
         reason = (isinstance(error, OSError) and error.strerror) or error
         raise ConfigError(
-            f"storage_path={storage_path!r} cannot be written ({reason}): name a folder that can, "
+            f"storage_path={storage_path!r} is no folder that can be written ({reason}): name one "
             "with room in it"
         ) from None
 
@@ -95,6 +95,8 @@ def join_cluster() -> None:
         _require_answer(address)
         try:
             ray.init(**shared)
+        except UnicodeEncodeError as error:
+            raise _not_text(error) from None
         except (ConnectionError, ValueError, AuthenticationError) as error:
             reason = str(error).partition("\n")[0].rstrip(".")
             raise ConfigError(
@@ -115,12 +117,21 @@ def join_cluster() -> None:
             # Who wants Ray's dashboard starts a cluster and joins it; here it would live for one
             # sweep.
             ray.init(**local, **shared, include_dashboard=False, _system_config=settings)
+        except UnicodeEncodeError as error:
+            raise _not_text(error) from None
         except OSError as error:
             raise ConfigError(
                 f"Ray cannot start here ({error}): set RAY_TMPDIR to a short folder that can be "
                 "written, such as /tmp, and HOME to one that can, or RAY_AUTH_TOKEN_PATH to a "
                 "file in one"
             ) from error
+
+
+def _not_text(error: UnicodeEncodeError) -> ConfigError:
+    """What Ray is given, such as the command line, holds the name of a file that is no text."""
+    return ConfigError(
+        f"Ray takes no name that is not text in UTF-8, as in {error.object!r}: rename it"
+    )
 
 
 def _require_answer(address: str) -> None:

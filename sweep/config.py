@@ -365,13 +365,15 @@ def load_sweep(path: str | Path, overrides: Mapping[str, Any]) -> SweepConfig:
 
 
 def _check_places(sweep: SweepConfig) -> None:
-    """Refuses a folder that neither Ray nor MLflow can name, or that holds something else."""
-    for key in ("storage_path", "experiment"):
+    """Refuses names that Ray and MLflow cannot take, and a folder that holds something else."""
+    own = {key: value for key, value in flat(dump_sweep(sweep)).items() if isinstance(value, str)}
+    for key, value in own.items():
         try:
-            str(getattr(sweep, key)).encode()
+            value.encode()
         except UnicodeEncodeError:
             raise ConfigError(
-                f"{key}={getattr(sweep, key)!r} is not text in UTF-8: choose another name"
+                f"{key.removeprefix('base.')}={value!r} is not text in UTF-8, as Ray and MLflow "
+                "need it: rename it"
             ) from None
     taken = {sweep.folder.parent / name for name in ("mlflow.db", "mlartifacts", "ledger")}
     config = sweep.trial_config({})

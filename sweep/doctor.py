@@ -1,6 +1,7 @@
 """`--doctor`: whether a sweep could run here; one line for each check, with its remedy."""
 
 import platform
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -114,7 +115,7 @@ def _node_checks(sweep: SweepConfig, mark: Path) -> Iterator[Check]:
     yield Check(f"{len(answers)} nodes answer" if len(answers) != 1 else "the node answers")
     for key, name, remedy in (
         ("versions", "same versions", "install constraints.txt on every node"),
-        ("storage", "storage shared and writable", "name a folder that all nodes see"),
+        ("storage", "storage and ledger shared and writable", "name folders that all nodes see"),
         ("secret", "same master secret", "put the same secret file on every node"),
         ("weights", "scoring weights", "put the file on every node or choose fid_extractor=cnn"),
         ("data", "data readable and the same", "put the same data at the same path everywhere"),
@@ -149,8 +150,10 @@ def examine(settings: dict[str, Any], mark: str) -> dict[str, tuple[bool, str]]:
         return ", ".join([f"Python {platform.python_version()}", *packages])
 
     def storage() -> str:
-        path = Path(mark)
+        path, ledger = Path(mark), Path(config.runtime.ledger)
         path.with_name(f"{path.name}-{uuid.uuid4().hex}").write_text("")
+        ledger.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=ledger).close()
         return path.read_text()
 
     def weights() -> str:

@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
         return _run(options)
-    except UserError as error:
+    except (UserError, OSError) as error:  # OSError: names the path.
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -32,8 +32,8 @@ def open_sweep(storage: Path, name: str) -> SweepConfig:
         )
     path = storage / name / SWEEP_FILE
     try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
+        content = dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
         raise ConfigError(f"'{path}' is damaged ({error}): start the sweep again") from None
     sweep = validate(SweepConfig, content)
     return sweep.model_copy(update={"storage_path": str(storage.absolute())})

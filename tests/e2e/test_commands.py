@@ -114,6 +114,7 @@ def test_export_holds_a_line_for_each_trial(ask, tmp_path, suffix):
         (("diff", "best", "zz"), "'zz' names no trial"),
         (("diff", "best", ""), "'' names no trial"),
         (("export", "small", "--out", "x.xlsx"), "must end in one of .csv, .json, .parquet"),
+        (("export", "small", "--out", "/proc/none/trials.csv"), "'/proc/none"),
         (("stop", "small"), "sweep 'small' is not running"),
     ],
 )
@@ -124,6 +125,14 @@ def test_a_user_error_is_one_line(ask, arguments, message):
     assert message in err
     assert err.startswith("error: ")
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("content", [b"{", b"3", b"\xff"])
+def test_a_damaged_sweep_is_a_user_error(tmp_path, capsys, content):
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "sweep.json").write_bytes(content)
+    assert main(["ls", "--storage", str(tmp_path)]) == 2
+    assert "sweep.json' is damaged" in capsys.readouterr().err
 
 
 def test_an_empty_storage_folder_is_a_user_error(tmp_path, capsys):

@@ -8,6 +8,8 @@ import pytest
 from test_sweep import HEAD
 from tiny_sweep import ROOT, sweep_text
 
+from sweep.doctor import _check, examine
+
 
 def doctor(folder, *overrides: str, **environment: str) -> tuple[int, str]:
     (folder / "sweep.yaml").write_text(sweep_text("tiny", HEAD))
@@ -50,3 +52,35 @@ def test_each_check_is_a_line_and_what_fails_says_what_helps(tmp_path, joined, w
         assert "dataset.num_examples=1436" in failed[2]
     assert not list((tmp_path / "runs").glob(".doctor*"))
     assert "ab" * 8 not in out
+
+
+def test_places_that_cannot_be_used_are_a_line_each(tmp_path):
+    (tmp_path / "file").touch()
+    code, out = doctor(
+        tmp_path,
+        f"storage_path={tmp_path}/file",
+        MLFLOW_TRACKING_URI="mysql://me:word@host/base",
+        RAY_ADDRESS="127.0.0.1:9",
+    )
+    assert code == 1
+    assert "word" not in out
+    stored, tracked, joined = out.splitlines()
+    assert stored.startswith("FAIL  results can be stored: storage_path=")
+    assert tracked.startswith("FAIL  MLflow answers: ")
+    assert tracked.endswith(": pip install mysqlclient")
+    assert joined.startswith("FAIL  cluster reachable: RAY_ADDRESS='127.0.0.1:9' does not answer")
+
+
+def test_a_node_answers_every_question_whatever_happens(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    settings = {"dataset": {"path": str(tmp_path)}, "runtime": {"ledger": str(tmp_path / "file")}}
+
+    def broken(*_):
+        raise ValueError("of a kind\nthat nobody foresaw")
+
+    monkeypatch.setattr("core.data.load_dataset", broken)
+    answers = examine(settings, str(tmp_path / "mark"))
+    assert answers["data"] == (False, "ValueError: of a kind that nobody foresaw")
+    assert answers["storage"] == (False, f"[Errno 17] File exists: '{tmp_path}/file'")
+    assert answers["versions"][0]
+    assert _check("it works", broken).problem == "ValueError: of a kind that nobody foresaw"

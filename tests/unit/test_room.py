@@ -1,9 +1,14 @@
 """How many trials a cluster holds, and when its lack of room is an error."""
 
+import ast
+import os
+import subprocess
+import sys
+
 import pytest
 
 from core.errors import ConfigError
-from sweep.cluster import check_room, join_cluster, max_concurrent
+from sweep.cluster import check_room, check_storage, join_cluster, max_concurrent
 from sweep.config import load_sweep
 from sweep.space import SameError
 
@@ -75,3 +80,61 @@ def test_a_cluster_that_cannot_be_joined_is_one_sentence(monkeypatch, address, t
     monkeypatch.setenv("RAY_ADDRESS", address)
     with pytest.raises(ConfigError, match=text):
         join_cluster()
+
+
+UNUSABLE = """
+import os, sys
+from core.errors import ConfigError
+from sweep.cluster import join_cluster
+for given in ("HOME=/proc/nohome", f"RAY_TMPDIR={sys.argv[1]}", "RAY_TMPDIR=/proc/x"):
+    os.environ.update([given.split("=")])
+    try:
+        join_cluster()
+    except ConfigError as error:
+        print(str(error).splitlines())
+    os.environ["HOME"] = sys.argv[2]
+"""
+
+
+def test_folders_in_which_ray_cannot_start_are_one_sentence(tmp_path):
+    (long := tmp_path / ("scratch" * 12)).mkdir()
+    ended = subprocess.run(
+        [sys.executable, "-c", UNUSABLE, long, tmp_path],
+        env={
+            k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_AUTH_TOKEN_PATH")
+        },
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    home, sockets, absent = map(ast.literal_eval, ended.stdout.splitlines())
+    for (line,), reason in ((home, "/proc/nohome"), (sockets, "107 bytes"), (absent, "/proc/x")):
+        assert reason in line.partition("): set ")[0]
+        assert "set RAY_TMPDIR to a short folder that can be written" in line
+        assert "and HOME to one that can, or RAY_AUTH_TOKEN_PATH to a file" in line
+
+
+@pytest.mark.parametrize(
+    ("folder", "reason"),
+    [
+        ("file", "File exists"),
+        ("file/below", "Not a directory"),
+        ("loop", "File exists"),
+        ("loop/below", "Too many levels"),
+        ("x" * 300, "File name too long"),
+        ("zero\0byte", "null byte"),
+        ("/proc/nowhere", "No such file"),
+        ("/sys", "Operation not permitted|Permission denied|Read-only file system"),
+    ],
+)
+def test_a_storage_path_that_cannot_be_written_is_one_sentence(tmp_path, folder, reason):
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(ConfigError, match=f"storage_path=.* is no folder .*({reason}).*: name"):
+        check_storage(str(tmp_path / folder))
+
+
+def test_a_storage_path_is_made_and_nothing_stays_in_it(tmp_path):
+    check_storage(str(tmp_path / "new" / "line\n "))
+    assert not list((tmp_path / "new" / "line\n ").iterdir())
