@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
-from pydantic.fields import FieldInfo
 
 from core.config import (
     Config,
@@ -29,61 +28,13 @@ from core.config import (
 from core.config_keys import known_keys, nearest_key
 from core.errors import ConfigError
 from core.evaluation.names import DIRECTIONS
+from sweep.dimension import Dimension
 from sweep.grid import PublishedGrid, check_grid, default_num_trials
 from sweep.prices import Cloud
 from sweep.scope import SEED, Search, check_limits, check_searched, scope_settings
 
 _FOLDERS = ("runtime.ledger", "runtime.cache")
 _SECTIONS = ("fixed", "search_space", "final")
-Number = int | float
-
-
-class Dimension(Section):
-    """Values of one key: an interval `low` to `high`, or `choices`."""
-
-    low: Number | None = None
-    high: Number | None = None
-    log: bool = False
-    """Uniform in the logarithm."""
-    step: Annotated[float, Field(gt=0)] | None = None
-    choices: tuple[Number | bool | str, ...] | None = None
-
-    def check(self, name: str, field: FieldInfo) -> None:
-        """Refuses values that make no sense together, or not for the key.
-
-        Raises:
-            ValueError: names the entry and the remedy.
-        """
-        if (self.low is None) != (self.high is None) or (self.choices is None) == (
-            self.low is None
-        ):
-            given = self.model_dump(exclude_unset=True)
-            told = ", ".join(f"{key}={value}" for key, value in given.items()) or "nothing"
-            raise ValueError(
-                f"{name} has {told}: give low and high, or choices, and null for the others"
-            )
-        if self.choices is not None:
-            if not self.choices:
-                raise ValueError(f"{name}.choices is empty: list at least one value")
-            return
-        assert self.low is not None
-        assert self.high is not None
-        if not {int, float} & set(_types(field)):
-            raise ValueError(f"{name} is not numeric: give choices")
-        if self.low > self.high or (self.log and self.low <= 0):
-            raise ValueError(
-                f"{name} has low={self.low:g}, high={self.high:g}, log={str(self.log).lower()}: "
-                "low must not exceed high, and must be positive with log=true"
-            )
-        if self.log and self.step is not None:
-            raise ValueError(f"{name} has both log=true and step={self.step:g}: leave one out")
-        if self.step is not None and self.step % 1 and _is_integer(field):
-            raise ValueError(f"{name}.step={self.step:g} must be a whole number, as its key is")
-
-    @property
-    def extremes(self) -> tuple[Any, ...]:
-        """Values that must be valid if all are."""
-        return self.choices if self.choices is not None else (self.low, self.high)
 
 
 class Objective(Section):
@@ -429,21 +380,6 @@ def _check_run(sweep: SweepConfig, overrides: Mapping[str, Any]) -> None:
     for key, dimension in sweep.search_space.items():
         for value in dimension.extremes:
             sweep.trial_config({**start, key: value})
-
-
-def _types(field: FieldInfo) -> tuple[Any, ...]:
-    annotation = field.annotation
-    return getattr(annotation, "__args__", (annotation,))
-
-
-def is_integer(key: str) -> bool:
-    """Whether a key of the run takes whole numbers alone."""
-    return _is_integer(known_keys(Config)[key])
-
-
-def _is_integer(field: FieldInfo) -> bool:
-    types = _types(field)
-    return int in types and float not in types
 
 
 def _dimensions(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -15,8 +15,9 @@ from core.privacy.card import accountant_of
 from core.privacy.plan import check_feasible, composed_epsilon, make_plan
 from core.privacy.rounding import figure, upward
 from core.reporting import ProgressLine
-from sweep.config import Dimension, SweepConfig, is_integer
+from sweep.config import SweepConfig
 from sweep.costs import print_costs
+from sweep.dimension import Dimension, is_integer
 from sweep.grid import grid_points, two_keys
 from sweep.scope import DEFAULT_NUM_TRIALS, final_point
 

@@ -13,7 +13,8 @@ from optuna.distributions import (
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
-from sweep.config import SweepConfig, is_integer
+from sweep.config import SweepConfig
+from sweep.dimension import is_integer
 
 JOURNAL = "optuna.journal"
 

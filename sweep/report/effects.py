@@ -12,7 +12,8 @@ from core.config import Config, flatten, load, nested
 from core.errors import ConfigError, InfeasibleError
 from core.privacy.plan import check_feasible
 from core.reporting import ProgressLine
-from sweep.config import Dimension, SweepConfig
+from sweep.config import SweepConfig
+from sweep.dimension import Dimension
 from sweep.results import Row
 from sweep.study import distributions
 
