@@ -91,7 +91,8 @@ def usable(uri: str) -> Generator[None]:
     except Exception as error:
         where = without_user(uri)
         raise ConfigError(
-            f"MLflow at '{where}' cannot be used ({reason(error)}): {_remedy(uri, error)}"
+            f"MLflow at '{where}' does not answer as it should ({reason(error)}): "
+            f"{_remedy(uri, error)}"
         ) from error
 
 
@@ -239,4 +240,4 @@ def _shell_word(uri: str) -> str:
 
 def without_user(uri: str) -> str:
     """An address, or a text with some, without names and passwords."""
-    return re.sub(r"(?<=://)[^/@]*@", "", uri)
+    return re.sub(r"(?<=://)[^/\s]*@", "", uri)

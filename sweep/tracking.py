@@ -217,19 +217,14 @@ class Tracker:
 
     def _run_of(self, trial: str) -> str:
         """Id of a trial's run; restored if it was deleted, new if it is gone."""
-        client, experiment_id, key = (
-            self._client,
-            self._run.info.experiment_id,
-            f"{self._key}/{trial}",
-        )
-        found = client.search_runs(
-            [experiment_id], f"tags.`{_KEY}` = '{key}'", run_view_type=ViewType.ALL
-        )
+        place, key = self._run.info.experiment_id, f"{self._key}/{trial}"
+        found = self._client.search_runs([place], f"tags.`{_KEY}` = '{key}'", ViewType.ALL)
+        if not found:
+            return self._create(place, key, self.run_id).info.run_id
         active = [run for run in found if run.info.lifecycle_stage == ACTIVE]
-        if found and not active:
-            client.restore_run(found[0].info.run_id)
-        run = next(iter(active or found), None) or self._create(experiment_id, key, self.run_id)
-        return run.info.run_id
+        if not active:
+            self._client.restore_run(found[0].info.run_id)
+        return (active or found)[0].info.run_id
 
     def restored(self) -> bool:
         """Restores the run if it was deleted in MLflow's UI; whether it was."""
