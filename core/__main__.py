@@ -68,28 +68,36 @@ def _parser() -> argparse.ArgumentParser:
         )
         return command
 
-    run = add("run", "core.commands:run", "train, generate and score one model", True, True)
+    run = add("run", "core.commands.run:run", "train, generate and score one model", True, True)
     add_verbosity(run)
     add(
         "compare",
-        "core.commands:compare",
+        "core.commands.run:compare",
         "the easy stage against plain DP-SGD, same budget",
         False,
         True,
     )
     reproduce = add(
-        "reproduce", "core.reproduce:reproduce", "one published run, in time slots", False, False
+        "reproduce",
+        "core.commands.reproduce:reproduce",
+        "one published run, in time slots",
+        False,
+        False,
     )
     reproduce.add_argument("--dataset", required=True, help="preset in core/configs, such as mnist")
     reproduce.add_argument("--epsilon", type=float, default=10.0)
     reproduce.add_argument("--budget", default="1h", help="time of this slot: 600, 90s, 20m, 2h")
     reproduce.add_argument("--results", type=Path, default=Path("RESULTS.md"))
     add(
-        "account", "core.account:account", "what a configuration spends; reads no data", False, True
+        "account",
+        "core.commands.account:account",
+        "what a configuration spends; reads no data",
+        False,
+        True,
     )
     smaller = add(
         "scale-down",
-        "core.scale_down:scale_down",
+        "core.commands.scale_down:scale_down",
         "a cheap stand-in with the same noise over batch size, to search on public data",
         False,
         True,
@@ -98,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     smaller.add_argument("--out", type=Path, required=True, help="YAML file to write")
     again = add(
         "generate",
-        "core.commands:generate",
+        "core.commands.run:generate",
         "draw more images from a finished run or a bundle",
         False,
         False,
@@ -109,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     again.add_argument("--num-images", type=int, required=True)
     again.add_argument("--out", type=Path, required=True, help="npz file to write")
     scored = add(
-        "evaluate", "core.commands:evaluate", "score a finished run's images again", True, False
+        "evaluate", "core.commands.run:evaluate", "score a finished run's images again", True, False
     )
     for command in (again, scored):
         command.add_argument(
@@ -118,12 +126,12 @@ def _parser() -> argparse.ArgumentParser:
             "needs training.posthoc_ema=true",
         )  # fmt: skip
     fetched = commands.add_parser("prepare", help="where a data set comes from; fetches it")
-    fetched.set_defaults(command="core.prepare:prepare")
+    fetched.set_defaults(command="core.commands.prepare:prepare")
     fetched.add_argument("--dataset", required=True, help="such as mnist, cifar10, celeba")
     fetched.add_argument("--out", type=Path, default=Path("runs/data"), help="folder to put it in")
     inspect = add(
         "inspect",
-        "core.commands:inspect",
+        "core.commands.run:inspect",
         "for the owner's eyes: nearest real images and a membership attack",
         True,
         False,
@@ -132,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
         "--max-images", type=int, default=2000, help="most images of either side; 2000"
     )
     ledger = commands.add_parser("ledger", help="what was spent on each data set")
-    ledger.set_defaults(command="core.commands:ledger")
+    ledger.set_defaults(command="core.commands.run:ledger")
     ledger.add_argument("action", choices=("show", "verify", "accept-loss"))
     ledger.add_argument("--folder", type=Path, help="runtime.ledger; its default if not given")
     ledger.add_argument("--file", type=Path, help="accept-loss: the lost or damaged ledger")
@@ -140,7 +148,7 @@ def _parser() -> argparse.ArgumentParser:
         "--reason", default="", help="accept-loss: one sentence, quoted by every later privacy card"
     )
     release = commands.add_parser("release", help="write or verify the bundle to publish")
-    release.set_defaults(command="core.commands:release")
+    release.set_defaults(command="core.commands.run:release")
     release.add_argument("--run-dir", type=Path, help="folder of a finished run")
     release.add_argument("--out", type=Path, required=True, help="new folder of the bundle")
     release.add_argument("--verify", action="store_true", help="check the digests of --out")

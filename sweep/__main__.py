@@ -15,19 +15,18 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from core import yaml_subset
-from core.config import nested
+from core.config import nested, yaml_subset
 from core.errors import ConfigError, UserError
-from core.privacy.ledger_file import LedgerError
-from core.privacy.rounding import figure
-from core.reporting import SELECTED, to_json
-from sweep.config import SweepConfig, load_sweep
-from sweep.driver import running_driver, stop_driver
-from sweep.records import differences, export, record
-from sweep.results import Row, best, load_rows, print_results, sweep_epsilon, winners
-from sweep.scope import DEFAULT_NUM_TRIALS, inside
-from sweep.stored import find_trial, open_sweep, sweep_names
-from sweep.study import pruned_points
+from core.io.terminal import SELECTED, to_json
+from core.privacy.accounting.rounding import figure
+from core.privacy.ledger.file import LedgerError
+from sweep.config.scope import DEFAULT_NUM_TRIALS, inside
+from sweep.config.sweep import SweepConfig, load_sweep
+from sweep.results.driver import running_driver, stop_driver
+from sweep.results.export import differences, export, record
+from sweep.results.find import find_trial, open_sweep, sweep_names
+from sweep.results.table import Row, best, load_rows, print_results, sweep_epsilon, winners
+from sweep.search.study import pruned_points
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -153,7 +152,7 @@ def _show(options: argparse.Namespace) -> None:
         _warn(options, sweep)
         _print_json([{**record(row), "epsilon_sweep": total} for row in rows])
         return
-    from sweep.tracking import how_to_compare, tracking_uri
+    from sweep.tracking.client import how_to_compare, tracking_uri
 
     uri = tracking_uri(Path(sweep.storage_path))
     ui = how_to_compare(uri, sweep.experiment, sweep.name)

@@ -17,7 +17,7 @@ if __name__ == "__main__":
 from core.__main__ import add_verbosity
 from core.config import parse_overrides
 from core.errors import ConfigError, UserError
-from sweep.config import load_sweep
+from sweep.config.sweep import load_sweep
 
 LIMITS = {
     "max_hours": "device hours (GPUs, or CPU cores without any)",
@@ -74,18 +74,18 @@ def _run(options: argparse.Namespace) -> int:
         raise ConfigError("--probe measures for --plan: give both")
     sweep = load_sweep(options.config, overrides)
     if options.plan:
-        from sweep.feasibility import print_plan
+        from sweep.search.feasible import print_plan
 
         print_plan(sweep, options.probe)
         return 0
     if options.doctor:
-        from sweep.doctor import print_checks
+        from sweep.driver.doctor import print_checks
 
         return 0 if print_checks(sweep) else 1
-    from sweep.launch import run_sweep
-    from sweep.results import print_results
-    from sweep.study import pruned_points
-    from sweep.tracking import how_to_compare
+    from sweep.driver.launch import run_sweep
+    from sweep.results.table import print_results
+    from sweep.search.study import pruned_points
+    from sweep.tracking.client import how_to_compare
 
     outcome = run_sweep(sweep, options.verbosity)
     ui = how_to_compare(outcome.uri, sweep.experiment, sweep.name)

@@ -18,9 +18,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 STATISTICAL = ("tests/statistical", "tests/unit/test_plan.py")
 RANKS = ("tests/statistical/test_ranks.py",)
-DP_SGD, CENTRAL = "core/privacy/dp_sgd.py", "core/privacy/central_images.py"
-PLAN, SAMPLING = "core/privacy/plan.py", "core/privacy/sampling.py"
-STAGE_PLANS, FREQUENCY = "core/privacy/stage_plans.py", "core/privacy/frequency.py"
+DP_SGD, CENTRAL = "core/privacy/mechanisms/dp_sgd.py", "core/privacy/mechanisms/central_images.py"
+PLAN, SAMPLING = "core/privacy/plan/plan.py", "core/privacy/mechanisms/sampling.py"
+STAGE_PLANS, FREQUENCY = "core/privacy/plan/releases.py", "core/privacy/mechanisms/frequency.py"
 NOISE = "flat = flat + (self.noise_multiplier * self.max_grad_norm) * noise"
 NORMS = "norms = _norm(torch.stack([_norm(row, dim=1) for row in rows]), dim=0)"
 CLIP = "(self.max_grad_norm / (norms + 1e-6)).clamp(max=1.0)"
@@ -30,9 +30,9 @@ FEATURES = "sums + plan.noise_stddev * noise.normal(0, sums.numel()).view_as(sum
 REDUCE = """        if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(flat, op=dist.ReduceOp.SUM)
 """
-SCOPES = "core/privacy/scopes.py"
+SCOPES = "core/privacy/plan/scopes.py"
 KEPT = ("tests/unit/test_plan.py",)
-SPENDING_CODE, CHARGES = "core/privacy/spending.py", ("tests/unit/test_run_and_ledger.py",)
+SPENDING_CODE, CHARGES = "core/privacy/ledger/account.py", ("tests/unit/test_run_and_ledger.py",)
 LOSSES_OF_LEDGERS = ("tests/unit/test_ledger_losses.py",)
 SPENDING = ("tests/integration/test_scope_spending.py",)
 EARLY = ("tests/integration/test_early_scores.py",)
@@ -40,7 +40,7 @@ EPOCHS = ("tests/integration/test_epoch_chosen_privately.py",)
 SHARED = ("tests/integration/test_shared_warm_up.py",)
 SECRET = ("tests/integration/test_secret_number.py",)
 CHANGED = ("tests/integration/test_changed_code.py",)
-LOSSES, LOSS_TESTS = "core/privacy/loss_distribution.py", ("tests/unit/test_loss_distribution.py",)
+LOSSES, LOSS_TESTS = "core/privacy/accounting/quick.py", ("tests/unit/test_loss_distribution.py",)
 DIVERGING = ("tests/integration/test_diverging_runs.py",)
 DP_SGD_EVENT = "self.sample_rate, self.noise_multiplier, self.num_steps"
 
@@ -73,7 +73,7 @@ MUTANTS = (
     ),
     Mutant(
         "K copies counted as examples",
-        "core/training.py",
+        "core/training/loop.py",
         "PerExampleGradients(denoiser, settings.noise_multiplicity)",
         "PerExampleGradients(denoiser, 1)",
     ),
@@ -85,14 +85,14 @@ MUTANTS = (
     ),
     Mutant(
         "DP-SGD spends on where the network is no longer finite",
-        "core/training.py",
+        "core/training/loop.py",
         "_require_finite(stage, done, [*denoiser.parameters(), decides])",
         "stage.public_loss or _require_finite(stage, done, [*denoiser.parameters(), decides])",
         DIVERGING,
     ),
     Mutant(
         "a private loss decides whether training goes on",
-        "core/training.py",
+        "core/training/loop.py",
         "loss if stage.public_loss is None else stage.public_loss(number)",
         "loss",
         DIVERGING,
@@ -206,7 +206,7 @@ MUTANTS = (
     ),
     Mutant(
         "the scores of two epochs share their noise",
-        "core/private_scores.py",
+        "core/evaluation/private_scores.py",
         "settings.classifier_epochs + epoch - 1",
         "settings.classifier_epochs",
         EPOCHS,
@@ -227,70 +227,70 @@ MUTANTS = (
     ),
     Mutant(
         "a sweep forgets its earlier trials",
-        "core/privacy/ledger.py",
+        "core/privacy/ledger/ledger.py",
         'self._total_within(within, [*others, Charge(asked.events, "", "")])',
         'self._total_within(within, [Charge(asked.events, "", "")])',
         SPENDING,
     ),
     Mutant(
         "a selection's trials counted one by one elsewhere",
-        "core/privacy/ledger_book.py",
+        "core/privacy/ledger/book.py",
         "return self.within.epsilon if self.within is not None and self.within.selection else 0.0",
         "return 0.0",
         SECRET,
     ),
     Mutant(
         "the delta of a selection not added",
-        "core/privacy/ledger.py",
+        "core/privacy/ledger/ledger.py",
         "bool(events) + len(targets)",
         "bool(events)",
         SECRET,
     ),
     Mutant(
         "a selection begun anew taken for the same release",
-        "core/privacy/spending.py",
+        "core/privacy/ledger/account.py",
         "run_budget(self.config, self._selection())",
         'run_budget(self.config, "the same")',
         SECRET,
     ),
     Mutant(
         "a second trial of a selection leaves",
-        "core/privacy/ledger.py",
+        "core/privacy/ledger/ledger.py",
         "elif noted != trial:",
         "elif not noted:",
         SECRET,
     ),
     Mutant(
         "MLflow told of all trials of a selection",
-        "sweep/launch.py",
+        "sweep/driver/launch.py",
         "(progress, meter) if secret else",
         "(progress, recorder, meter) if secret else",
         ("tests/e2e/test_scopes_in_sweeps.py",),
     ),
     Mutant(
         "the released trial's epsilon stated for each",
-        "core/privacy/card.py",
+        "core/privacy/ledger/card.py",
         "max(plan.epsilon, ledger.largest_epsilon(run))",
         "plan.epsilon",
         SECRET,
     ),
     Mutant(
         "epsilons rounded to the nearest",
-        "core/privacy/rounding.py",
+        "core/privacy/accounting/rounding.py",
         "rounding=ROUND_CEILING",
         "rounding=None",
         ("tests/unit/test_rounding.py",),
     ),
     Mutant(
         "lines verified before are trusted, whatever they are now",
-        "core/privacy/ledger_file.py",
+        "core/privacy/ledger/file.py",
         "hashlib.sha256(content[:length]).digest() != digest",
         "len(content) < length",
         ("tests/unit/test_ledger.py",),
     ),
     Mutant(
         "lines added up before count, whatever they are now",
-        "core/privacy/ledger_book.py",
+        "core/privacy/ledger/book.py",
         'count > len(chain.entries) or chain.entries[count - 1]["hash"] != last',
         "count > len(chain.entries)",
         ("tests/unit/test_ledger.py",),
@@ -318,35 +318,35 @@ MUTANTS = (
     ),
     Mutant(
         "a stopped run tells fewer steps than its ledger counts",
-        "core/pipeline.py",
+        "core/run/pipeline.py",
         "plan.epsilon_after(steps)",
         "plan.epsilon_after(end.step - config.warm_up_steps)",
         EARLY,
     ),
     Mutant(
         "a ledger shorter than noted is accepted",
-        "core/privacy/ledger_notes.py",
+        "core/privacy/ledger/notes.py",
         "if 0 <= number < len(entries) and",
         "if number >= len(entries) or",
         LOSSES_OF_LEDGERS,
     ),
     Mutant(
         "a lost ledger that a note knows of is begun anew",
-        "core/privacy/ledger_file.py",
+        "core/privacy/ledger/file.py",
         "for place in (beside_secret(path), *notes) if os.path.exists(place)]",
         "for place in () if os.path.exists(place)]",
         LOSSES_OF_LEDGERS,
     ),
     Mutant(
         "a lost ledger that its lock knows of is begun anew",
-        "core/privacy/ledger_file.py",
+        "core/privacy/ledger/file.py",
         "if absent and (witnesses or not create):",
         "if absent and (known or not create):",
         LOSSES_OF_LEDGERS,
     ),
     Mutant(
         "a ledger cut to its first line, without its head, is accepted",
-        "core/privacy/ledger_file.py",
+        "core/privacy/ledger/file.py",
         "begun = os.fstat(descriptor).st_size > 0",
         "begun = False",
         LOSSES_OF_LEDGERS,
@@ -360,14 +360,14 @@ MUTANTS = (
     ),
     Mutant(
         "data sets of a family have a budget each",
-        "core/privacy/ledger.py",
+        "core/privacy/ledger/ledger.py",
         "hexdigest() if family else fingerprint",
         "hexdigest() if family is None else fingerprint",
         CHARGES,
     ),
     Mutant(
         "one release of each mechanism counted",
-        "core/privacy/accountant.py",
+        "core/privacy/accounting/exact.py",
         "release.self_compose(count)",
         "release",
         ("tests/unit/test_loss_distribution.py",),
@@ -388,49 +388,49 @@ MUTANTS = (
     ),
     Mutant(
         "a resumed run draws new noise",
-        "core/pipeline.py",
+        "core/run/pipeline.py",
         'noise=stream("private_training", "noise"),\n            before_step',
         'noise=stream("private_training", f"noise {time.time()}"),\n            before_step',
         ("tests/integration/test_replay.py",),
     ),
     Mutant(
         "different central images of a sweep counted as one release",
-        "core/privacy/ledger.py",
+        "core/privacy/ledger/ledger.py",
         '(event.release, event) if event.release else ("", number)',
         '("", event.kind) if event.release else ("", number)',
         SHARED,
     ),
     Mutant(
         "central images charged as shared, but drawn anew by each trial",
-        "core/pipeline.py",
+        "core/run/pipeline.py",
         'found.central if stage == "central_images" else identity',
         "identity",
         SHARED,
     ),
     Mutant(
         "other code draws the same noise",
-        "core/identity.py",
+        "core/run/identity.py",
         "    run = digest_of(parts)\n",
         "    run = digest_of(parts | {'computed by': {}})\n",
         CHANGED,
     ),
     Mutant(
         "other code draws the same noise on a sweep's central images",
-        "core/identity.py",
+        "core/run/identity.py",
         "        shared_central = digest_of(central)\n",
         "        shared_central = digest_of(central | {'computed by': {}})\n",
         CHANGED,
     ),
     Mutant(
         "the code of the loss decides nothing",
-        "core/code_digest.py",
+        "core/io/code_digest.py",
         '"evaluation/membership.py"',
         '"evaluation/membership.py", "diffusion/loss.py"',
         ("tests/unit/test_code_digest.py",),
     ),
     Mutant(
         "a search that learns from results counts as one that ignores them",
-        "sweep/scope.py",
+        "sweep/config/scope.py",
         "adaptive = sampler not in NON_ADAPTIVE",
         "adaptive = False",
         ("tests/unit/test_sweep_config.py",),

@@ -11,12 +11,12 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
-from core.code_digest import data_code_digest
 from core.config import DatasetConfig, flatten
 from core.data.records import Dataset, Parts, Source, Split, fingerprint_of_labels, fitted
 from core.errors import DataError
-from core.locks import held
-from core.private_files import private_folder, private_opener
+from core.io.code_digest import data_code_digest
+from core.io.locks import held
+from core.io.private_files import private_folder, private_opener
 
 _NO_TRANSFORM = ("path", "num_examples", "public", "family")
 _FEW = 64

@@ -8,10 +8,10 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from core.config.metrics import SUFFIXES
 from core.data import Split, to_float
 from core.errors import ConfigError
 from core.evaluation.classifiers import train_classifier
-from core.evaluation.names import SUFFIXES
 from core.evaluation.networks import FEATURES, Classifier
 
 WEIGHTS_URL = (

@@ -23,7 +23,7 @@ from core.evaluation.precision_recall import precision_and_recall
 from core.evaluation.reference import real_reference
 from core.evaluation.summary import summarize
 from core.privacy.keys import KeyedStream
-from core.privacy.stage_plans import ScorePlan
+from core.privacy.plan.releases import ScorePlan
 
 _log = logging.getLogger(__name__)
 FEWEST_IMAGES = 2048

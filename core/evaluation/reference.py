@@ -19,7 +19,7 @@ from core.evaluation.features import (
 )
 from core.evaluation.fid import Moments
 from core.evaluation.summary import Summary, summarize
-from core.private_files import private_folder, private_opener
+from core.io.private_files import private_folder, private_opener
 
 _VERSION = 4
 """Raised whenever extractor, transform or summary change, so that no old file is taken."""

@@ -14,8 +14,8 @@ from core.data import Dataset, Split
 from core.errors import NotFiniteError
 from core.evaluation.metrics import downstream_accuracy, downstream_classifier, likeness
 from core.evaluation.networks import NETWORKS
+from core.evaluation.private_scores import PrivateScores
 from core.privacy.keys import MasterSecret
-from core.private_scores import PrivateScores
 
 _CHOSEN_ON = {
     "synthetic": "synthetic images held out from training",

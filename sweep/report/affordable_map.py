@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 from scipy.interpolate import griddata
 
-from core.account import COUNT, NOISE
-from core.evaluation.names import DIRECTIONS
-from sweep.config import SweepConfig
+from core.commands.account import COUNT, NOISE
+from core.config.metrics import DIRECTIONS
+from sweep.config.sweep import SweepConfig
 from sweep.report.effects import Boundary
 from sweep.report.figures import LABELS, Figure, axis_ticks, scatter
-from sweep.results import Row
+from sweep.results.table import Row
 
 MIN_TRIALS = 6
 """Fewer points span hardly any area to interpolate over."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sweep.report.figures import Figure
-from sweep.results import Row
+from sweep.results.table import Row
 
 _STAGES = {"warm_up": "warm-up", "private_training": "DP-SGD"}
 _MAX_POINTS = 120

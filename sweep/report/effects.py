@@ -7,15 +7,15 @@ from dataclasses import dataclass
 import numpy as np
 import optuna
 
-from core.account import COUNT, NOISE
+from core.commands.account import COUNT, NOISE
 from core.config import Config, flatten, load, nested
 from core.errors import ConfigError, InfeasibleError
-from core.privacy.plan import check_feasible
-from core.reporting import ProgressLine
-from sweep.config import SweepConfig
-from sweep.dimension import Dimension
-from sweep.results import Row
-from sweep.study import distributions
+from core.io.terminal import ProgressLine
+from core.privacy.plan.plan import check_feasible
+from sweep.config.dimension import Dimension
+from sweep.config.sweep import SweepConfig
+from sweep.results.table import Row
+from sweep.search.study import distributions
 
 MIN_TRIALS = 10
 """Below, a forest over three parameters explains chance."""

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from core.account import COUNT, NOISE
+from core.commands.account import COUNT, NOISE
 from core.config import flatten
-from core.privacy.rounding import upward
-from sweep.config import SweepConfig
-from sweep.results import Row
+from core.privacy.accounting.rounding import upward
+from sweep.config.sweep import SweepConfig
+from sweep.results.table import Row
 
 LABELS = {
     COUNT: "count",

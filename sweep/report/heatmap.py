@@ -7,15 +7,15 @@ from typing import Any
 from scipy.stats import spearmanr
 
 from core.config import Config, flatten, load, nested
+from core.config.metrics import DIRECTIONS
 from core.errors import InfeasibleError
-from core.evaluation.names import DIRECTIONS
-from core.privacy.plan import make_plan
-from core.reporting import ProgressLine
-from sweep.config import SweepConfig
-from sweep.grid import CANNOT_BE_PAID, NOISE_FACTOR, two_keys
+from core.io.terminal import ProgressLine
+from core.privacy.plan.plan import make_plan
+from sweep.config.grid import CANNOT_BE_PAID, NOISE_FACTOR, two_keys
+from sweep.config.sweep import SweepConfig
 from sweep.report.figures import LABELS, Figure
 from sweep.report.tables import Table
-from sweep.results import Row
+from sweep.results.table import Row
 
 MIN_COMMON = 4
 """Cells below which a rank correlation says nothing."""

@@ -9,14 +9,13 @@ from typing import Any
 import jinja2
 from plotly.offline import get_plotlyjs
 
-from core import yaml_subset
-from core.config import nested
+from core.config import nested, yaml_subset
 from core.errors import UserError
-from core.privacy.card import three_epsilons
-from core.privacy.rounding import upward
-from core.reporting import class_names, to_json
-from sweep.comparison import CENTRAL_IMAGES, FREQUENCY
-from sweep.config import SweepConfig
+from core.io.terminal import class_names, to_json
+from core.privacy.accounting.rounding import upward
+from core.privacy.ledger.card import three_epsilons
+from sweep.config.scope import inside
+from sweep.config.sweep import SweepConfig
 from sweep.report.affordable_map import affordable_map
 from sweep.report.curves import curves
 from sweep.report.effects import affordable, importance
@@ -24,7 +23,7 @@ from sweep.report.figures import Figure, budget_bars, importance_bars, pareto, s
 from sweep.report.heatmap import agreement, heat_maps
 from sweep.report.pictures import CLASSES, Picture, picture
 from sweep.report.tables import all_tables
-from sweep.results import (
+from sweep.results.table import (
     Row,
     best,
     claimed_row,
@@ -34,8 +33,8 @@ from sweep.results import (
     sweep_card,
     sweep_epsilon,
 )
-from sweep.scope import inside
-from sweep.study import pruned_points
+from sweep.search.study import pruned_points
+from sweep.tracking.charts import CENTRAL_IMAGES, FREQUENCY
 
 GALLERY_BYTES = 2_000_000
 """Pictures of the gallery stay below, so that the whole file can be mailed."""

@@ -11,7 +11,7 @@ from core.config import Config
 
 CLASSES = 10
 """Rows of a grid that are shown; a grid has one for each class."""
-_SIDE = 56  # As of `core.pictures.write_grid`.
+_SIDE = 56  # As of `core.generation.png.write_grid`.
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from core.privacy.rounding import figure, upward
-from sweep.config import SweepConfig
-from sweep.feasibility import describe_dimension
+from core.privacy.accounting.rounding import figure, upward
+from sweep.config.sweep import SweepConfig
 from sweep.report.figures import pareto_front
-from sweep.results import Row, results_table, winners
+from sweep.results.table import Row, results_table, winners
+from sweep.search.feasible import describe_dimension
 
 _MAX_PRUNED = 30
 

@@ -23,18 +23,18 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from core.commands import train
+from core.commands.run import train
+from core.commands.scale_down import scaled_down
 from core.config import Config, flatten, load, nested
 from core.data import load_dataset
 from core.diffusion.posthoc_ema import FOLDER, reconstruct
 from core.evaluation.scoring import score
-from core.generate import generate
-from core.generator import load_denoiser
-from core.privacy import accounting, renyi
+from core.generation.draw import generate
+from core.generation.generator import load_denoiser
+from core.privacy.accounting import renyi, solve
+from core.privacy.accounting.mechanism import FINE
 from core.privacy.keys import MasterSecret
-from core.privacy.mechanisms import FINE
-from core.privacy.plan import PrivacyPlan, make_plan
-from core.scale_down import scaled_down
+from core.privacy.plan.plan import PrivacyPlan, make_plan
 
 ROOT = Path(__file__).resolve().parents[2]
 PRESET = ROOT / "core/configs/fashion_mnist_small.yaml"
@@ -96,9 +96,7 @@ def rdp_changes(plan: PrivacyPlan) -> Changes:
     """The target at which PLD's noise is the one that RDP asks for at the plan's own."""
     others, (rate, _, steps) = plan.beside_dp_sgd, plan.dp_sgd.mechanism
     mechanisms = (*others, (rate, noise_by_rdp(plan), steps))
-    epsilon = accounting.epsilon_of_mechanisms(
-        mechanisms, plan.delta, plan.neighboring_relation, FINE
-    )
+    epsilon = solve.epsilon_of_mechanisms(mechanisms, plan.delta, plan.neighboring_relation, FINE)
     return {"privacy.target_epsilon": round(epsilon, 4)}
 
 

@@ -33,9 +33,9 @@ from core.data import load_dataset
 from core.diffusion.denoiser import build_denoiser
 from core.evaluation.fid import Moments, frechet_distance
 from core.evaluation.metrics import likeness
-from core.generate import generate
-from core.pipeline import run
+from core.generation.draw import generate
 from core.privacy.keys import MasterSecret
+from core.run.pipeline import run
 
 SHAPES = ((8, 16), (16, 8))
 FEATURES = (64, 192, 2048)

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import variants
 
 from core.config import Config
-from core.privacy.convolution_gradients import grouped, one_by_one
+from core.privacy.mechanisms.convolution_gradients import grouped, one_by_one
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Figures = dict[str, Any]

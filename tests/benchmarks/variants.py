@@ -20,10 +20,10 @@ from torch import nn
 from core.config import Config, load
 from core.diffusion.denoiser import build_denoiser
 from core.diffusion.loss import Draws, draw, edm_loss
-from core.privacy.dp_sgd import DpSgdOptimizer
 from core.privacy.keys import KeyedStream
-from core.privacy.per_example_gradients import PerExampleGradients
-from core.privacy.plan import DpSgdPlan
+from core.privacy.mechanisms.dp_sgd import DpSgdOptimizer
+from core.privacy.mechanisms.per_example_gradients import PerExampleGradients
+from core.privacy.plan.plan import DpSgdPlan
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAN = DpSgdPlan(

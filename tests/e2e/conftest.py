@@ -14,13 +14,13 @@ import torch
 from leftovers import MARK, OF_TRIALS, assert_none_left
 
 from core.errors import UserError
-from core.locks import held
-from core.pipeline import run
+from core.io.locks import held
+from core.io.terminal import write_json
 from core.privacy.keys import SECRET_FILE_VARIABLE, MasterSecret
-from core.reporting import write_json
-from sweep.cluster import DRIVER_RESOURCE
-from sweep.config import SweepConfig, dump_sweep, load_sweep, trial_id_of
-from sweep.study import distributions, open_storage
+from core.run.pipeline import run
+from sweep.config.sweep import SweepConfig, dump_sweep, load_sweep, trial_id_of
+from sweep.driver.cluster import DRIVER_RESOURCE
+from sweep.search.study import distributions, open_storage
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 ROOT = Path(__file__).resolve().parents[2]

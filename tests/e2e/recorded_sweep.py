@@ -3,17 +3,17 @@
 import json
 from collections.abc import Sequence
 
-from sweep.config import SweepConfig
-from sweep.machine import MachineUse
-from sweep.recording import (
+from sweep.config.sweep import SweepConfig
+from sweep.results.table import Row, stored_result
+from sweep.tracking.client import Tracker, open_experiment
+from sweep.tracking.content import (
     record_end,
     record_start,
     record_step,
     record_summary,
     record_sweep,
 )
-from sweep.results import Row, stored_result
-from sweep.tracking import Tracker, open_experiment
+from sweep.trials.machine import MachineUse
 
 
 def record(sweep: SweepConfig, rows: Sequence[Row], uri: str) -> str:

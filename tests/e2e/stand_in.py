@@ -12,11 +12,10 @@ from typing import Any
 
 from tiny_sweep import ROOT
 
-from core import yaml_subset
-from core.config import Config, nested
-from core.privacy.plan import PrivacyPlan, make_plan
-from core.privacy.spending import Spending
-from core.reporting import write_json
+from core.config import Config, nested, yaml_subset
+from core.io.terminal import write_json
+from core.privacy.ledger.account import Spending
+from core.privacy.plan.plan import PrivacyPlan, make_plan
 
 DRIVE = """
 import functools, sys

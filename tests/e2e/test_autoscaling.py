@@ -11,7 +11,7 @@ from leftovers import MARK, assert_none_left
 from mlflow.tracking import MlflowClient
 from tiny_sweep import ROOT, sweep_text
 
-from core.privacy.ledger import Ledger
+from core.privacy.ledger.ledger import Ledger
 
 HEAD = """num_trials: 2
 workers_per_trial: 1

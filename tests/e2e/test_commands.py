@@ -14,10 +14,10 @@ from tiny_sweep import ROOT
 
 from core.__main__ import main as core_main
 from core.config import load
-from core.privacy.rounding import upward
+from core.privacy.accounting.rounding import upward
 from sweep.__main__ import main
-from sweep.driver import running_driver
-from sweep.stored import open_sweep
+from sweep.results.driver import running_driver
+from sweep.results.find import open_sweep
 
 HOLD_LOCK = """
 import fcntl, json, os, signal, socket, sys, time

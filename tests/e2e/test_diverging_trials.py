@@ -9,9 +9,9 @@ from test_sweep import start
 from tiny_sweep import sweep_text
 
 from core.__main__ import main
-from core.privacy.ledger import Ledger
-from sweep.results import best, load_rows
-from sweep.stored import open_sweep
+from core.privacy.ledger.ledger import Ledger
+from sweep.results.find import open_sweep
+from sweep.results.table import best, load_rows
 
 HUGE = 1e20
 SWEEP = sweep_text(

@@ -8,7 +8,7 @@ import pytest
 from test_sweep import HEAD
 from tiny_sweep import ROOT, sweep_text
 
-from sweep.doctor import _check, examine
+from sweep.driver.doctor import _check, examine
 
 
 def doctor(folder, *overrides: str, **environment: str) -> tuple[int, str]:

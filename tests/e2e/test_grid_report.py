@@ -7,15 +7,14 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from core import yaml_subset
-from core.config import nested
-from core.pictures import write_grid
-from core.privacy.plan import make_plan
-from core.reporting import write_json
+from core.config import nested, yaml_subset
+from core.generation.png import write_grid
+from core.io.terminal import write_json
+from core.privacy.plan.plan import make_plan
 from sweep.__main__ import main
-from sweep.config import dump_sweep, load_sweep, trial_id_of
-from sweep.grid import grid_points
-from sweep.study import distributions, open_storage
+from sweep.config.grid import grid_points
+from sweep.config.sweep import dump_sweep, load_sweep, trial_id_of
+from sweep.search.study import distributions, open_storage
 
 ROOT = Path(__file__).resolve().parents[2]
 COUNT, NOISE = "central_images.per_class", "central_images.noise_multiplier"

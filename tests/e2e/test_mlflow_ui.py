@@ -8,9 +8,9 @@ import pytest
 from mlflow_servers import mlflow_server, postgresql
 from recorded_sweep import record
 
-from sweep.results import Row, load_rows
-from sweep.stored import open_sweep
-from sweep.tracking import how_to_compare
+from sweep.results.find import open_sweep
+from sweep.results.table import Row, load_rows
+from sweep.tracking.client import how_to_compare
 
 # MLflow's page asks for users wherever there is no login, and cares not; on a busy machine it draws
 # its charts once before they have a size (an SVG attribute is then not a number). That the charts

@@ -10,7 +10,7 @@ from stand_in import drive
 from tiny_sweep import ROOT
 
 from sweep.__main__ import main
-from sweep.study import open_storage
+from sweep.search.study import open_storage
 
 TRIALS = 5
 SWEEP = f"""

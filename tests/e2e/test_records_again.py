@@ -6,10 +6,10 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.tracking import MlflowClient
 
-from sweep.launch import run_sweep
-from sweep.results import load_rows
-from sweep.stored import open_sweep
-from sweep.tracking import Tracker, recorded, tracking_uri
+from sweep.driver.launch import run_sweep
+from sweep.results.find import open_sweep
+from sweep.results.table import load_rows
+from sweep.tracking.client import Tracker, recorded, tracking_uri
 
 
 def test_a_complete_sweep_that_mlflow_does_not_know_is_recorded(

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from core.privacy.plan import composed_epsilon
-from core.privacy.rounding import upward
+from core.privacy.accounting.rounding import upward
+from core.privacy.plan.plan import composed_epsilon
 from sweep.__main__ import main
-from sweep.results import best, load_rows
-from sweep.stored import open_sweep
+from sweep.results.find import open_sweep
+from sweep.results.table import best, load_rows
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: the extra `dev`")
 VIEWS = {

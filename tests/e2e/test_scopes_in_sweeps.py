@@ -16,16 +16,16 @@ from tiny_sweep import sweep_text
 
 from core.__main__ import main
 from core.privacy.keys import MasterSecret
-from core.privacy.ledger import Ledger
-from core.privacy.scopes import STAYS_INSIDE
-from core.privacy.spending import RELEASE_ID
+from core.privacy.ledger.account import RELEASE_ID
+from core.privacy.ledger.ledger import Ledger
+from core.privacy.plan.scopes import STAYS_INSIDE
 from sweep.__main__ import main as sweep_main
-from sweep.config import load_sweep
-from sweep.launch import Outcome
-from sweep.results import best, load_rows
+from sweep.config.scope import count_trials
+from sweep.config.sweep import load_sweep
+from sweep.driver.launch import Outcome
+from sweep.results.find import open_sweep
+from sweep.results.table import best, load_rows
 from sweep.run import main as run_main
-from sweep.scope import count_trials
-from sweep.stored import open_sweep
 
 TINY = sweep_text("tiny", f"{HEAD}\nworkers_per_trial: 1\nmax_concurrent_trials: 1")
 # Of 800 images, or where a score is private too, epsilon 1 does not pay for clearer ones.
@@ -191,7 +191,7 @@ def test_settings_found_on_public_data_run_once_on_the_sensitive_data(
     for change in ((final.run_dir / "evaluation.json").unlink, lambda: rmtree(final.run_dir)):
         change()
         ended = Outcome(load_rows(sweep), [], "", False, f"sqlite:///{tmp_path}/runs/mlflow.db")
-        monkeypatch.setattr("sweep.launch.run_sweep", lambda *_, told=ended: told)
+        monkeypatch.setattr("sweep.driver.launch.run_sweep", lambda *_, told=ended: told)
         assert run_main(["--config", "sweep.yaml", *overrides]) == 1
         told = capsys.readouterr().out
         assert "final run: not finished, so nothing is claimed yet" in told

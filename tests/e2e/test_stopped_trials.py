@@ -10,11 +10,11 @@ from mlflow.tracking import MlflowClient
 from stand_in import drive
 from test_pareto_sweep import SWEEP
 
-from core.privacy.ledger import Ledger
-from sweep.config import SweepConfig
-from sweep.results import load_rows
-from sweep.stored import open_sweep
-from sweep.study import open_storage
+from core.privacy.ledger.ledger import Ledger
+from sweep.config.sweep import SweepConfig
+from sweep.results.find import open_sweep
+from sweep.results.table import load_rows
+from sweep.search.study import open_storage
 
 TRIALS = 6
 ASHA = (

@@ -20,11 +20,11 @@ from mlflow.tracking import MlflowClient
 from tiny_sweep import ROOT, SPLIT, sweep_text
 
 from core.privacy.keys import SECRET_FILE_VARIABLE
-from core.privacy.ledger import Ledger
+from core.privacy.ledger.ledger import Ledger
 from sweep.__main__ import main
-from sweep.results import Row, load_rows
-from sweep.stored import open_sweep
-from sweep.study import open_storage
+from sweep.results.find import open_sweep
+from sweep.results.table import Row, load_rows
+from sweep.search.study import open_storage
 
 HEAD = """num_trials: 3
 num_startup_trials: 10

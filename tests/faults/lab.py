@@ -23,10 +23,10 @@ from ray.job_submission import JobSubmissionClient
 
 from clusters.local.ports import free_ports
 from core.config import load, nested
-from core.pipeline import run
 from core.privacy.keys import MasterSecret
-from core.privacy.ledger import Ledger
-from sweep.config import SweepConfig, load_sweep, trial_id_of
+from core.privacy.ledger.ledger import Ledger
+from core.run.pipeline import run
+from sweep.config.sweep import SweepConfig, load_sweep, trial_id_of
 
 ROOT = Path(__file__).resolve().parents[2]
 RATE = "private_training.learning_rate"

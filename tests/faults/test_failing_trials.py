@@ -77,7 +77,7 @@ def test_who_lacks_the_clusters_token_is_told_so_in_one_line(cluster: Lab):
     assert code == 1
     (line,) = [line for line in told.splitlines() if line.startswith("FAIL")]
     stranger = subprocess.run(
-        [sys.executable, "-c", "from sweep.cluster import join_cluster; join_cluster()"],
+        [sys.executable, "-c", "from sweep.driver.cluster import join_cluster; join_cluster()"],
         cwd=ROOT,
         env=kept | {"RAY_AUTH_MODE": "disabled"},
         capture_output=True,

@@ -12,7 +12,7 @@ from lab import Lab, Sweep, Undisturbed, assert_as_undisturbed, holder, wait_for
 from leftovers import MARK, OF_TRIALS, assert_none_left
 from mlflow.tracking import MlflowClient
 
-from sweep.driver import running_driver
+from sweep.results.driver import running_driver
 
 RATES = [1e-4, 1e-3]
 STEPS = 90

@@ -5,11 +5,11 @@ from lab import RATE, ROOT, Lab, wait_for
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-from sweep.config import load_sweep
-from sweep.outbox import OUTBOX, Outbox
-from sweep.recorder import Recorder
-from sweep.recording import Place
-from sweep.tracking import open_experiment
+from sweep.config.sweep import load_sweep
+from sweep.tracking.client import open_experiment
+from sweep.tracking.content import Place
+from sweep.tracking.outbox import OUTBOX, Outbox
+from sweep.tracking.recorder import Recorder
 
 QUICKSTART = ROOT / "sweep" / "configs" / "quickstart.yaml"
 

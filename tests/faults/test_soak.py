@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from stand_in import stand_in
 
-from core.reporting import write_json
+from core.io.terminal import write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 TRIALS = int(os.environ.get("FETA_SWEEP_SOAK_TRIALS", "500"))
@@ -45,8 +45,8 @@ def drive(folder: Path) -> None:
 
     import psutil
 
-    from sweep.config import load_sweep
-    from sweep.launch import run_sweep
+    from sweep.config.sweep import load_sweep
+    from sweep.driver.launch import run_sweep
 
     sweep = load_sweep(folder / "sweep.yaml", {"storage_path": str(folder / "runs")})
     me = psutil.Process()

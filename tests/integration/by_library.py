@@ -6,9 +6,9 @@ from dp_accounting import dp_event
 from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
 
-from core.privacy import renyi
-from core.privacy.loss_distribution import LIBRARY_RELATIONS
-from core.privacy.mechanisms import FINE, Mechanism
+from core.privacy.accounting import renyi
+from core.privacy.accounting.mechanism import FINE, Mechanism
+from core.privacy.accounting.quick import LIBRARY_RELATIONS
 
 
 def subsampled_gaussian(

@@ -17,17 +17,17 @@ from two_ranks import tiny_run
 
 from core.__main__ import main
 from core.config import load
+from core.config.yaml_subset import parse
 from core.data import load_dataset
 from core.diffusion.denoiser import build_denoiser
 from core.errors import ConfigError
-from core.generator import GENERATOR, load_generator, write_generator
-from core.pictures import encode_png
+from core.generation.generator import GENERATOR, load_generator, write_generator
+from core.generation.png import encode_png
+from core.io.terminal import SELECTED, write_json
+from core.privacy.accounting.rounding import upward
 from core.privacy.keys import MasterSecret
-from core.privacy.rounding import upward
-from core.release import release_card
-from core.reporting import SELECTED, write_json
-from core.yaml_subset import parse
-from sweep.tracking import Tracker
+from core.publish.release import release_card
+from sweep.tracking.client import Tracker
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,11 @@ import pytest
 import torch
 from two_ranks import tiny_run
 
-from core import identity, pipeline
 from core.errors import ConfigError
-from core.identity import differences
-from core.privacy.dp_sgd import DpSgdOptimizer
-from core.privacy.ledger import Ledger
+from core.privacy.ledger.ledger import Ledger
+from core.privacy.mechanisms.dp_sgd import DpSgdOptimizer
+from core.run import identity, pipeline
+from core.run.identity import differences
 
 SETTINGS = {"training.num_steps": 4, "runtime.log_every": 1, "runtime.checkpoint_every": 100}
 

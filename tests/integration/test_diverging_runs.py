@@ -10,16 +10,18 @@ import torch
 from torch import nn
 from two_ranks import TINY, in_processes, tiny_run
 
-from core import distributed, early_scoring, pipeline, training
+from core import distributed
 from core.__main__ import main
-from core.checkpoint import Checkpoints
 from core.config import load
 from core.diffusion.ema import Ema
 from core.errors import NotFiniteError
 from core.evaluation import scoring
-from core.privacy.ledger import Ledger
-from core.privacy.per_example_gradients import PerExampleGradients
-from core.training import Stage, train
+from core.privacy.ledger.ledger import Ledger
+from core.privacy.mechanisms.per_example_gradients import PerExampleGradients
+from core.run import early_scores, pipeline
+from core.training import loop
+from core.training.checkpoint import Checkpoints
+from core.training.loop import Stage, train
 
 HUGE = 1e20
 LONG = {"training.num_steps": 80, "runtime.checkpoint_every": 1, "runtime.log_every": 1}
@@ -103,7 +105,7 @@ def test_a_run_without_privacy_is_held_to_the_same(tmp_path, monkeypatch):
 
 def test_a_private_loss_decides_nothing(tmp_path, monkeypatch):
     """One record's loss is NaN in each step: what is released is finite, and so is the model."""
-    real = training._loss
+    real = loop._loss
 
     def spoilt(config, network, images, labels, draws):
         loss = real(config, network, images, labels, draws)
@@ -111,7 +113,7 @@ def test_a_private_loss_decides_nothing(tmp_path, monkeypatch):
             loss = torch.cat((loss[:1] * math.nan, loss[1:]))
         return loss
 
-    monkeypatch.setattr(training, "_loss", spoilt)
+    monkeypatch.setattr(loop, "_loss", spoilt)
     reports = tiny_run(tmp_path, **{"runtime.log_every": 1})
     losses = [r["loss"] for r in reports if r["stage"] == "private_training"]
     assert len(losses) == 3
@@ -170,7 +172,7 @@ def test_a_score_that_is_not_finite_is_named_and_no_result(tmp_path, monkeypatch
 
 
 def test_an_early_score_that_is_not_finite_is_not_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(early_scoring, "downstream_accuracy", lambda *_: math.nan)
+    monkeypatch.setattr(early_scores, "downstream_accuracy", lambda *_: math.nan)
     changes = {"early_scores.at": [0.34], "early_scores.num_images": 20}
     message = r"^in warm_up at step 2 of 3 the score early_accuracy is nan"
     fails(tmp_path, message, monkeypatch, **changes)

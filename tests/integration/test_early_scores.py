@@ -8,13 +8,13 @@ import pytest
 import torch
 from two_ranks import tiny_run
 
-from core import early_scoring, identity
 from core.config import load
 from core.errors import ConfigError
 from core.evaluation import metrics
-from core.privacy.ledger import Ledger
-from core.privacy.plan import make_plan
-from core.privacy.spending import Spending
+from core.privacy.ledger.account import Spending
+from core.privacy.ledger.ledger import Ledger
+from core.privacy.plan.plan import make_plan
+from core.run import early_scores, identity
 
 EARLY = {
     "early_scores.at": [0.25, 0.5, 0.75],
@@ -112,7 +112,7 @@ def test_a_stopped_run_pays_for_the_steps_that_it_ran(tmp_path, share, executed)
 def test_the_score_of_the_step_where_it_stopped_counts(tmp_path, monkeypatch):
     """A run that is resumed from before a later score, and is stopped there this time."""
     drawn = iter([0.1, 0.2, 0.3])
-    monkeypatch.setattr(early_scoring, "downstream_accuracy", lambda *_: next(drawn))
+    monkeypatch.setattr(early_scores, "downstream_accuracy", lambda *_: next(drawn))
     settings = EARLY | {"runtime.checkpoint_every": 500}  # So that the last is the warm-up's.
 
     def kill(report: dict) -> None:

@@ -7,16 +7,16 @@ import pytest
 import torch
 from two_ranks import tiny_run
 
-from core import private_scores
 from core.config import Config, load
 from core.data import Dataset, Split
 from core.errors import ConfigError
+from core.evaluation import private_scores
 from core.evaluation.metrics import downstream_classifier
 from core.evaluation.networks import Classifier
+from core.evaluation.private_scores import PrivateScores
 from core.privacy.keys import KeyedStream
-from core.privacy.ledger import Ledger
-from core.privacy.plan import make_plan
-from core.private_scores import PrivateScores
+from core.privacy.ledger.ledger import Ledger
+from core.privacy.plan.plan import make_plan
 
 CHOSEN = {
     "evaluation.epoch_chosen_on": "dp",

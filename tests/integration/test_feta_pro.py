@@ -7,14 +7,14 @@ import pytest
 import torch
 from two_ranks import start_ranks, tiny_run
 
-from core import easy_stage
 from core.config import load, nested
 from core.data import Split
-from core.privacy.accounting import epsilon_of_mechanisms
-from core.privacy.ledger import Ledger
-from core.privacy.mechanisms import FINE
-from core.training import Lesson, warm_up_stage
-from sweep.config import load_sweep
+from core.privacy.accounting.mechanism import FINE
+from core.privacy.accounting.solve import epsilon_of_mechanisms
+from core.privacy.ledger.ledger import Ledger
+from core.run import released
+from core.training.loop import Lesson, warm_up_stage
+from sweep.config.sweep import load_sweep
 
 PRO = {
     "method": "feta_pro",
@@ -66,7 +66,7 @@ def test_interrupted_in_any_lesson_it_goes_on_bit_for_bit(whole, tmp_path, monke
 
     with pytest.raises(StopRunError):
         tiny_run(tmp_path, stop, **PRO)
-    monkeypatch.setattr(easy_stage, "release_features", lambda *_: pytest.fail("released again"))
+    monkeypatch.setattr(released, "release_features", lambda *_: pytest.fail("released again"))
     tiny_run(tmp_path, **PRO)
     for name, value in torch.load(whole[0] / "model.pt").items():
         assert torch.equal(torch.load(tmp_path / "model.pt")[name], value), name
@@ -76,16 +76,16 @@ def test_interrupted_in_any_lesson_it_goes_on_bit_for_bit(whole, tmp_path, monke
 
 
 def test_interrupted_before_the_generator_the_release_stays(whole, tmp_path, monkeypatch):
-    fitted = easy_stage.fitted_images
+    fitted = released.fitted_images
 
     def fail(*_: object) -> Split:
         raise RuntimeError("the machine is gone")
 
-    monkeypatch.setattr(easy_stage, "fitted_images", fail)
+    monkeypatch.setattr(released, "fitted_images", fail)
     with pytest.raises(RuntimeError, match="gone"):
         tiny_run(tmp_path, **PRO)
-    monkeypatch.setattr(easy_stage, "fitted_images", fitted)
-    monkeypatch.setattr(easy_stage, "release_features", lambda *_: pytest.fail("released again"))
+    monkeypatch.setattr(released, "fitted_images", fitted)
+    monkeypatch.setattr(released, "release_features", lambda *_: pytest.fail("released again"))
     tiny_run(tmp_path, **PRO)
     for name, value in torch.load(whole[0] / "model.pt").items():
         assert torch.equal(torch.load(tmp_path / "model.pt")[name], value), name

@@ -13,9 +13,9 @@ from two_ranks import tiny_run
 
 from core.config import load
 from core.errors import ConfigError
-from core.generator import Generator, load_generator, write_generator
-from core.reporting import CLASSES, class_names
-from sweep.tracking import Tracker, open_experiment
+from core.generation.generator import Generator, load_generator, write_generator
+from core.io.terminal import CLASSES, class_names
+from sweep.tracking.client import Tracker, open_experiment
 
 
 @pytest.fixture(scope="module")

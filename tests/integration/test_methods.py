@@ -9,18 +9,18 @@ import pytest
 import torch
 from two_ranks import TINY, tiny_run
 
-from core import reproduce
 from core.__main__ import main
+from core.commands import reproduce
 from core.config import Config, load
 from core.data import Split, to_float, to_model_range
 from core.diffusion.denoiser import build_denoiser
 from core.diffusion.loss import draw, edm_loss
 from core.errors import ConfigError, StoppedError
 from core.privacy.keys import KeyedStream
-from core.privacy.ledger import Ledger
-from core.privacy.plan import PrivacyPlan, composed_epsilon, make_plan
-from core.training import non_private_stage
-from sweep.config import load_sweep
+from core.privacy.ledger.ledger import Ledger
+from core.privacy.plan.plan import PrivacyPlan, composed_epsilon, make_plan
+from core.training.loop import non_private_stage
+from sweep.config.sweep import load_sweep
 
 SMALL = {
     "central_images__expected_batch_size": 30,
@@ -115,7 +115,7 @@ def test_a_step_of_the_ceiling_is_that_of_plain_autograd(monkeypatch):
     plan = make_plan(settings).dp_sgd
     masks = KeyedStream(b"m" * 32)
     non_private_stage(settings, denoiser, split, plan, masks).step(0)
-    from core.privacy.sampling import PoissonSampler
+    from core.privacy.mechanisms.sampling import PoissonSampler
 
     ids = PoissonSampler(masks, 60, plan.sample_rate).indices(0)
     assert len(ids) > settings.private_training.max_physical_batch_size  # Several parts.

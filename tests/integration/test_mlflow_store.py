@@ -16,12 +16,11 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from core.errors import ConfigError
-from sweep import mlflow_store
-from sweep.claim import claim
-from sweep.config import load_sweep
-from sweep.launch import run_sweep
-from sweep.outbox import Outbox
-from sweep.tracking import (
+from sweep.config.sweep import load_sweep
+from sweep.driver.launch import run_sweep
+from sweep.results.claim import claim
+from sweep.tracking import store
+from sweep.tracking.client import (
     Tracker,
     how_to_compare,
     kill_stale,
@@ -30,6 +29,7 @@ from sweep.tracking import (
     tracking_uri,
     ui_command,
 )
+from sweep.tracking.outbox import Outbox
 
 QUICKSTART = "sweep/configs/quickstart.yaml"
 STRANGE = ("a b", "a%20b", "a%2Fb", "a?b#c", "it's", "ü;&$(x)")
@@ -116,7 +116,7 @@ def test_a_relative_file_stays_where_it_was_named(tmp_path, monkeypatch):
     for given in ("sqlite:///own.db", "  sqlite:///own.db\n"):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", given)
         uri = tracking_uri(tmp_path)
-        assert mlflow_store.file_of(uri) == folder / "own.db"
+        assert store.file_of(uri) == folder / "own.db"
     for absolute in (f"sqlite:///{tmp_path}/own.db", "http://host:5000", "sqlite:///:memory:"):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", absolute)
         assert tracking_uri(tmp_path) == absolute
@@ -190,7 +190,7 @@ def test_a_file_that_cannot_be_used_is_one_line(storage, monkeypatch):
     path = storage / "mlflow.db"
     uri = f"sqlite:///{path}"
     content = path.read_bytes()
-    monkeypatch.setattr(mlflow_store, "_LOCKED", 0.1)
+    monkeypatch.setattr(store, "_LOCKED", 0.1)
     with sqlite3.connect(path, isolation_level=None) as holder:
         holder.execute("begin exclusive")
         assert "(OperationalError: database is locked): stop what holds the file" in told(

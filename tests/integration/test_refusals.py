@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from two_ranks import TINY
 
-from core import easy_stage, pipeline
 from core.__main__ import main
 from core.config import load
-from core.privacy import central_images
+from core.privacy.mechanisms import central_images
+from core.run import pipeline, released
 
 CONFIG = "core/configs/digits.yaml"
 
@@ -122,7 +122,7 @@ def test_two_resumes_at_once_are_refused(again, capsys, monkeypatch):
     monkeypatch.setattr(pipeline, "_PATIENCE", 0.0)
     before = content(again / "ledger")
     program = (
-        "import sys; from pathlib import Path; from core.locks import held\n"
+        "import sys; from pathlib import Path; from core.io.locks import held\n"
         "with held(Path(sys.argv[1])): print('held', flush=True); sys.stdin.readline()"
     )
     command = [sys.executable, "-c", program, str(again / "first" / "run.lock")]
@@ -141,8 +141,8 @@ def test_a_wrong_number_of_records_is_found_before_anything_is_drawn(tmp_path, c
     def drawn(*_: object, **__: object) -> None:
         raise AssertionError("central images were drawn")
 
-    monkeypatch.setattr(easy_stage, "release_central_images", drawn)
-    assert central_images.release_central_images is not easy_stage.release_central_images
+    monkeypatch.setattr(released, "release_central_images", drawn)
+    assert central_images.release_central_images is not released.release_central_images
     assert main(arguments(tmp_path, "run", dataset__num_examples=1436)) == 2
     assert "dataset.num_examples=1436" in capsys.readouterr().err
     assert not list((tmp_path / "ledger").glob("*.jsonl"))

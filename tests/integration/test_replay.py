@@ -8,10 +8,10 @@ import pytest
 import torch
 from two_ranks import in_processes, tiny_run
 
-from core import pipeline
 from core.errors import ConfigError
 from core.privacy.keys import MasterSecret
-from core.privacy.ledger import Ledger
+from core.privacy.ledger.ledger import Ledger
+from core.run import pipeline
 
 SETTINGS = {
     "training.num_steps": 16,

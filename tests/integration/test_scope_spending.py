@@ -9,17 +9,17 @@ import torch
 from checks import is_normal
 from two_ranks import tiny_run
 
-from core import pipeline, private_scores
 from core.config import EvaluationConfig, load
 from core.data import Dataset, Split
-from core.evaluation import metrics
+from core.evaluation import metrics, private_scores
 from core.evaluation.classifiers import count_correct
 from core.evaluation.networks import Classifier
 from core.privacy.keys import KeyedStream
-from core.privacy.ledger import BudgetExceededError, Ledger
-from core.privacy.ledger_file import Event, Key, LedgerError
-from core.privacy.plan import ScorePlan
-from core.privacy.scopes import run_budget
+from core.privacy.ledger.file import Event, Key, LedgerError
+from core.privacy.ledger.ledger import BudgetExceededError, Ledger
+from core.privacy.plan.plan import ScorePlan
+from core.privacy.plan.scopes import run_budget
+from core.run import pipeline
 
 
 class StopRunError(Exception):

@@ -9,19 +9,18 @@ import pytest
 import torch
 from dp_accounting.pld import common, privacy_loss_distribution
 
-from core import yaml_subset
 from core.__main__ import main
-from core.config import Config, load, nested
+from core.config import Config, load, nested, yaml_subset
 from core.diffusion.denoiser import build_denoiser
 from core.errors import ConfigError
-from core.privacy.card import make_card
-from core.privacy.ledger import Ledger, events_of, ledger_path
-from core.privacy.ledger_file import Key, LedgerError, Terms
-from core.privacy.mechanisms import COARSE
-from core.privacy.plan import PrivacyPlan, make_plan
-from core.privacy.scopes import STAYS_INSIDE, run_budget
-from core.privacy.spending import RELEASE_ID, Spending
-from core.reporting import SELECTED, write_json
+from core.io.terminal import SELECTED, write_json
+from core.privacy.accounting.mechanism import COARSE
+from core.privacy.ledger.account import RELEASE_ID, Spending
+from core.privacy.ledger.card import make_card
+from core.privacy.ledger.file import Key, LedgerError, Terms
+from core.privacy.ledger.ledger import Ledger, events_of, ledger_path
+from core.privacy.plan.plan import PrivacyPlan, make_plan
+from core.privacy.plan.scopes import STAYS_INSIDE, run_budget
 
 FINGERPRINT = "ab" * 32
 TARGET = 2.0

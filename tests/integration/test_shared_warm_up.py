@@ -8,15 +8,15 @@ import pytest
 import torch
 from two_ranks import tiny_run
 
-from core import easy_stage
-from core.checkpoint import Checkpoints
-from core.easy_stage import Trajectory
 from core.errors import ConfigError
-from core.privacy.accounting import epsilon_of_mechanisms
-from core.privacy.ledger import Ledger
-from core.privacy.mechanisms import FINE
-from sweep.config import load_sweep
-from sweep.scope import shares_central_images
+from core.privacy.accounting.mechanism import FINE
+from core.privacy.accounting.solve import epsilon_of_mechanisms
+from core.privacy.ledger.ledger import Ledger
+from core.run import released
+from core.run.released import Trajectory
+from core.training.checkpoint import Checkpoints
+from sweep.config.scope import shares_central_images
+from sweep.config.sweep import load_sweep
 
 STEPS = 12
 SETTINGS = {
@@ -147,7 +147,7 @@ def test_no_more_states_are_kept_than_stated_and_the_longest_stays(tmp_path):
         checkpoints.save({"stage": "warm_up", "step": step})
         warm_up.keep(checkpoints)
     kept = sorted(int(p.stem) for p in (tmp_path / "shared").glob("*/*.pt"))
-    assert len(kept) == easy_stage._KEPT
+    assert len(kept) == released._KEPT
     assert kept[-1] == 80
     assert 31 not in kept
     fresh = Checkpoints(tmp_path / "fresh", "fresh")

@@ -13,14 +13,14 @@ from PIL import Image
 from pyarrow import parquet
 from two_ranks import tiny_run
 
-from core import pipeline
 from core.__main__ import main
 from core.config import load
 from core.data import Dataset, load_dataset
 from core.errors import DataError, InfeasibleError
-from core.privacy.ledger import Ledger
-from core.privacy.ledger_file import LedgerError
-from core.privacy.spending import Spending
+from core.privacy.ledger.account import Spending
+from core.privacy.ledger.file import LedgerError
+from core.privacy.ledger.ledger import Ledger
+from core.run import pipeline
 
 
 def summary_of(folder: Path) -> dict:

@@ -12,12 +12,9 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from PIL import Image
 
-from core.reporting import to_json, write_json
-from sweep.config import load_sweep, trial_id_of
-from sweep.outbox import OUTBOX, Outbox
-from sweep.recorder import Recorder
-from sweep.recording import Place
-from sweep.tracking import (
+from core.io.terminal import to_json, write_json
+from sweep.config.sweep import load_sweep, trial_id_of
+from sweep.tracking.client import (
     Tracker,
     how_to_compare,
     kill_stale,
@@ -25,6 +22,9 @@ from sweep.tracking import (
     tracking_uri,
     ui_command,
 )
+from sweep.tracking.content import Place
+from sweep.tracking.outbox import OUTBOX, Outbox
+from sweep.tracking.recorder import Recorder
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +185,7 @@ def test_a_slow_server_holds_up_the_end_only_so_long(tmp_path, uri, sweep, monke
         time.sleep(0.1)
 
     monkeypatch.setattr(Tracker, "log_step", slow)
-    monkeypatch.setattr("sweep.recorder._LONGEST_CLOSE", 0.3)
+    monkeypatch.setattr("sweep.tracking.recorder._LONGEST_CLOSE", 0.3)
     for step in range(10, 500):
         recorder.reported("tune 0.001", {"stage": "warm_up", "step": step})
     began = time.monotonic()

@@ -8,7 +8,7 @@ import torch
 from two_ranks import tiny_run
 
 from core.__main__ import main
-from core.commands import evaluate
+from core.commands.run import evaluate
 
 OPTIONS = {
     "training.num_steps": 12,

@@ -9,14 +9,14 @@ from checks import is_normal
 from core.config import CentralImagesConfig, load
 from core.data import Split
 from core.errors import ConfigError
-from core.privacy.central_images import (
+from core.privacy.keys import KeyedStream
+from core.privacy.mechanisms.central_images import (
     class_sums,
     down_scaled,
     noisy_class_sums,
     release_central_images,
 )
-from core.privacy.keys import KeyedStream
-from core.privacy.stage_plans import CentralPlan, central_plan
+from core.privacy.plan.releases import CentralPlan, central_plan
 
 MASKS, NOISE = KeyedStream(b"m" * 32), KeyedStream(b"n" * 32)
 CLASSES = 3

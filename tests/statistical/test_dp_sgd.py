@@ -11,10 +11,10 @@ from core.config import load
 from core.diffusion.denoiser import build_denoiser
 from core.diffusion.loss import Draws, draw, edm_loss
 from core.errors import ConfigError
-from core.privacy.dp_sgd import DpSgdOptimizer
 from core.privacy.keys import KeyedStream
-from core.privacy.per_example_gradients import PerExampleGradients
-from core.privacy.plan import DpSgdPlan
+from core.privacy.mechanisms.dp_sgd import DpSgdOptimizer
+from core.privacy.mechanisms.per_example_gradients import PerExampleGradients
+from core.privacy.plan.plan import DpSgdPlan
 
 NOISE = KeyedStream(b"n" * 32)
 PLAN = DpSgdPlan(

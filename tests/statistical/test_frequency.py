@@ -11,11 +11,11 @@ from test_plan_and_release import RELATIONS, SMALL
 
 from core.config import load
 from core.data import Split
-from core.privacy.frequency import FourierFeatures, feature_sums, release_features
 from core.privacy.keys import KeyedStream
-from core.privacy.ledger import events_of
-from core.privacy.plan import PrivacyPlan, check_frequency, make_plan
-from core.privacy.stage_plans import FrequencyPlan
+from core.privacy.ledger.ledger import events_of
+from core.privacy.mechanisms.frequency import FourierFeatures, feature_sums, release_features
+from core.privacy.plan.plan import PrivacyPlan, check_frequency, make_plan
+from core.privacy.plan.releases import FrequencyPlan
 
 CLASSES, NOISE = 3, KeyedStream(b"n" * 32)
 PRO = SMALL | {"method": "feta_pro", "frequency.noise_multiplier": 6.0}

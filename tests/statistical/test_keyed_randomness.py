@@ -9,7 +9,7 @@ from checks import is_binomial, is_normal
 
 from core.errors import ConfigError
 from core.privacy.keys import KeyedStream, MasterSecret
-from core.privacy.sampling import PoissonSampler, rank_share
+from core.privacy.mechanisms.sampling import PoissonSampler, rank_share
 
 MASTER = MasterSecret(bytes(range(32)))
 WHERE = {"fingerprint": "f", "trial": "t", "stage": "private_training", "purpose": "noise"}

@@ -7,10 +7,10 @@ import pytest
 import torch
 from idx_files import write_idx
 
-from core import identity
 from core.config import load
-from core.pipeline import run
 from core.privacy.keys import KeyedStream, MasterSecret
+from core.run import identity
+from core.run.pipeline import run
 
 SETTINGS = {
     "dataset.name": "idx",

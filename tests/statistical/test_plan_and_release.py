@@ -12,10 +12,10 @@ from opacus.accountants import PRVAccountant
 from test_plan import reference
 
 from core.config import load
-from core.privacy import accounting, renyi
-from core.privacy.central_images import class_sums, down_scaled
-from core.privacy.mechanisms import grouped
-from core.privacy.plan import composed_epsilon, make_plan
+from core.privacy.accounting import renyi, solve
+from core.privacy.accounting.mechanism import grouped
+from core.privacy.mechanisms.central_images import class_sums, down_scaled
+from core.privacy.plan.plan import composed_epsilon, make_plan
 
 SMALL = {
     "dataset.num_examples": 1_000,
@@ -123,7 +123,7 @@ def test_many_mechanisms_compose_as_in_the_library(relation):
     for rate, sigma, count in many:
         event = dp_event.PoissonSampledDpEvent(rate, dp_event.GaussianDpEvent(sigma))
         accountant.compose(event, count)
-    found = accounting.epsilon_of_mechanisms(many, 1e-5, relation, 1e-3)
+    found = solve.epsilon_of_mechanisms(many, 1e-5, relation, 1e-3)
     assert found == pytest.approx(accountant.get_epsilon(1e-5), rel=1e-6)
     parts = [(rate, sigma, 1) for rate, sigma, count in many for _ in range(count)]
     assert grouped(parts) == many

@@ -10,8 +10,8 @@ from torch import nn
 from core.config import load
 from core.data import Split
 from core.privacy.keys import KeyedStream
-from core.privacy.plan import DpSgdPlan
-from core.training import private_stage
+from core.privacy.plan.plan import DpSgdPlan
+from core.training.loop import private_stage
 
 MASKS, NOISE = KeyedStream(b"m" * 32), KeyedStream(b"n" * 32)
 PLAN = DpSgdPlan(

@@ -7,9 +7,9 @@ import pytest
 from checks import ALPHA
 from scipy import stats
 
-from core.privacy import renyi
+from core.privacy.accounting import renyi
 from core.privacy.keys import KeyedStream
-from core.privacy.scopes import num_trials_at
+from core.privacy.plan.scopes import num_trials_at
 
 DRAWS = 200_000
 

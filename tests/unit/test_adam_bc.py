@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from core.privacy.adam_bc import DpAdamBc
-from core.privacy.plan import DpSgdPlan
+from core.privacy.mechanisms.adam_bc import DpAdamBc
+from core.privacy.plan.plan import DpSgdPlan
 
 RATE, FLOOR = 0.01, 0.1
 SHAPES = ((3, 4), (5,))

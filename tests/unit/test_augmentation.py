@@ -5,8 +5,8 @@ from typing import get_args
 import pytest
 import torch
 
-from core.augmentation import augment
 from core.config import WarmUpConfig
+from core.training.augmentation import augment
 
 KINDS = get_args(WarmUpConfig.model_fields["augmentation"].annotation)
 CHANGING = [kind for kind in KINDS if kind != "none"]

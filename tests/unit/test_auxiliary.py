@@ -4,12 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from core.auxiliary import AuxiliaryGenerator, distances_to, fitted_images
 from core.config import Config, load
 from core.errors import ConfigError, InfeasibleError
-from core.privacy import plan
-from core.privacy.frequency import FourierFeatures
-from core.privacy.plan import check_feasible, make_plan
+from core.privacy.mechanisms.frequency import FourierFeatures
+from core.privacy.plan import plan
+from core.privacy.plan.plan import check_feasible, make_plan
+from core.training.feature_generator import AuxiliaryGenerator, distances_to, fitted_images
 
 
 def pro(**changes: object) -> Config:

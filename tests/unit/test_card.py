@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from core.config import load
-from core.privacy.card import card_markdown, make_card
-from core.privacy.ledger import Ledger, events_of
-from core.privacy.ledger_file import Key, Terms
-from core.privacy.plan import make_plan
+from core.privacy.ledger.card import card_markdown, make_card
+from core.privacy.ledger.file import Key, Terms
+from core.privacy.ledger.ledger import Ledger, events_of
+from core.privacy.plan.plan import make_plan
 
 CONFIG = load("core/configs/digits.yaml")
 

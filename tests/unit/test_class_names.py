@@ -18,9 +18,9 @@ from pyarrow import parquet
 from core.__main__ import main
 from core.config import DatasetConfig
 from core.data import load_dataset
-from core.dataset_card import dataset_card
-from core.generator import GENERATOR
-from core.reporting import CLASSES, class_names, write_class_names
+from core.generation.generator import GENERATOR
+from core.io.terminal import CLASSES, class_names, write_class_names
+from core.publish.dataset_card import dataset_card
 
 NAMES = ["1", "2", "10", 'a "zebra": |x|\\']
 CARD = {

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from core.config import DatasetConfig, EvaluationConfig, load
+from core.config.metrics import DIRECTIONS, HEADLINES
 from core.data import Dataset, Split, load_dataset
 from core.errors import ConfigError, DataError
 from core.evaluation import classifiers, networks, residual
@@ -17,13 +18,12 @@ from core.evaluation.classifiers import (
     train_classifier,
 )
 from core.evaluation.metrics import downstream_accuracy, downstream_classifier, synthetic_split
-from core.evaluation.names import DIRECTIONS, HEADLINES
 from core.evaluation.networks import NETWORKS, Classifier
+from core.evaluation.private_scores import PrivateScores
 from core.evaluation.scoring import score
 from core.privacy.keys import KeyedStream, MasterSecret
-from core.privacy.plan import make_plan
-from core.private_scores import PrivateScores
-from sweep.config import Objective
+from core.privacy.plan.plan import make_plan
+from sweep.config.sweep import Objective
 
 MASTER = MasterSecret(b"s" * 32)
 

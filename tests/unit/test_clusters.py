@@ -20,9 +20,9 @@ from ray.autoscaler._private import _azure, util
 
 from clusters import spot
 from clusters.local.ports import free_ports
+from core.config.yaml_subset import parse
 from core.privacy.keys import SECRET_FILE_VARIABLE
-from core.yaml_subset import parse
-from sweep.launch import DRIVER_RESOURCE
+from sweep.driver.launch import DRIVER_RESOURCE
 
 ROOT = Path(__file__).resolve().parents[2]
 CLUSTERS = ROOT / "clusters"

@@ -8,8 +8,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core import yaml_subset
-from core.config import ConfigError, flatten, load, nested, parse_overrides
+from core.config import flatten, load, nested, parse_overrides, yaml_subset
+from core.errors import ConfigError
 
 CONFIGS = sorted(Path("core/configs").glob("*.yaml")) + sorted(Path("sweep/configs").glob("*.yaml"))
 

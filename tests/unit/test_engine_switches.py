@@ -10,8 +10,8 @@ from core.diffusion.denoiser import Denoiser, build_denoiser
 from core.diffusion.loss import draw, edm_loss
 from core.diffusion.sampler import sample
 from core.privacy.keys import KeyedStream
-from core.privacy.plan import DpSgdPlan
-from core.training import private_stage
+from core.privacy.plan.plan import DpSgdPlan
+from core.training.loop import private_stage
 
 COUNT, COPIES = 5, 2
 PLAN = DpSgdPlan(

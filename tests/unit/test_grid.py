@@ -9,13 +9,13 @@ from optuna.trial import TrialState
 from test_report_parts import row
 
 from core.errors import ConfigError, InfeasibleError
-from sweep.config import dump_sweep, load_sweep, trial_id_of
-from sweep.feasibility import print_plan, with_num_trials
-from sweep.grid import CANNOT_BE_PAID, grid_points
+from sweep.config.grid import CANNOT_BE_PAID, grid_points
+from sweep.config.sweep import dump_sweep, load_sweep, trial_id_of
 from sweep.report import heatmap
 from sweep.report.heatmap import agreement, heat_maps
-from sweep.space import FeasibleSearch
-from sweep.study import open_storage, pruned_points
+from sweep.search.feasible import print_plan, with_num_trials
+from sweep.search.search import FeasibleSearch
+from sweep.search.study import open_storage, pruned_points
 
 COUNT, NOISE = "central_images.per_class", "central_images.noise_multiplier"
 SWEEP = """
@@ -53,7 +53,7 @@ def sweep_of(tmp_path, request, monkeypatch):
         if {COUNT: central.per_class, NOISE: central.noise_multiplier} in DEAR:
             raise InfeasibleError("too dear: lower central_images.per_class")
 
-    monkeypatch.setattr("sweep.feasibility.check_feasible", check_feasible)
+    monkeypatch.setattr("sweep.search.feasible.check_feasible", check_feasible)
     path = tmp_path / "grid.yaml"
     path.write_text(SWEEP.format(root=request.config.rootpath))
     return lambda **keys: load_sweep(path, {"storage_path": str(tmp_path), **keys})
@@ -267,7 +267,7 @@ def test_the_published_grid_of_time_and_frequency_is_complete():
 def test_a_plan_of_a_grid_names_its_trials_and_costs_one_that_can_be_paid(
     sweep_of, capsys, monkeypatch
 ):
-    monkeypatch.setattr("sweep.feasibility._print_grid", lambda *_: None)
+    monkeypatch.setattr("sweep.search.feasible._print_grid", lambda *_: None)
     print_plan(sweep_of(**{"privacy.target_epsilon": 3.0}))
     text = capsys.readouterr().out
     assert "7 trials of 2 workers" in text

@@ -146,14 +146,22 @@ def test_a_run_needs_no_package_but_the_required_ones(tmp_path):
     [
         # Drivers, trials and the commands that only look.
         (
-            ("run", "launch", "trial", "outbox", "results", "__main__", "core.privacy.spending"),
+            (
+                "run",
+                "launch",
+                "trial",
+                "outbox",
+                "results",
+                "__main__",
+                "core.privacy.ledger.account",
+            ),
             {"torch", "dp_accounting"},
         ),
         # Trials, whose reports the driver records.
         (("trial",), {"torch", "mlflow"}),
-        (("core.code_digest",), {"torch", "numpy"}),
+        (("core.io.code_digest",), {"torch", "numpy"}),
         # Workers whose plan another rank solves.
-        (("trial", "core.pipeline"), {"dp_accounting"}),
+        (("trial", "core.run.pipeline"), {"dp_accounting"}),
     ],
 )
 def test_a_process_loads_only_what_it_uses(modules, unneeded):

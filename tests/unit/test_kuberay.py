@@ -26,7 +26,7 @@ from ray.autoscaler._private.util import validate_config
 from sqlalchemy import make_url
 
 from core.privacy.keys import SECRET_FILE_VARIABLE
-from sweep.launch import DRIVER_RESOURCE
+from sweep.driver.launch import DRIVER_RESOURCE
 
 ROOT = Path(__file__).resolve().parents[2]
 Manifest = dict[str, Any]

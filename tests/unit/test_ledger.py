@@ -14,23 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.errors import InfeasibleError, UserError
-from core.privacy.card import ledger_text
-from core.privacy.ledger import BudgetExceededError, Ledger, events_of
-from core.privacy.ledger_book import Reservation
-from core.privacy.ledger_file import (
-    Event,
-    Key,
-    LedgerError,
-    Terms,
-    _canonical,
-    _digest,
-    locked,
-)
-from core.privacy.ledger_names import ledger_path
-from core.privacy.ledger_notes import beside_secret
-from core.privacy.mechanisms import FINE
-from core.privacy.plan import CentralPlan, DpSgdPlan, PrivacyPlan, ScorePlan
-from core.privacy.rounding import upward
+from core.privacy.accounting.mechanism import FINE
+from core.privacy.accounting.rounding import upward
+from core.privacy.ledger.book import Reservation
+from core.privacy.ledger.card import ledger_text
+from core.privacy.ledger.file import Event, Key, LedgerError, Terms, _canonical, _digest, locked
+from core.privacy.ledger.ledger import BudgetExceededError, Ledger, events_of
+from core.privacy.ledger.names import ledger_path
+from core.privacy.ledger.notes import beside_secret
+from core.privacy.plan.plan import CentralPlan, DpSgdPlan, PrivacyPlan, ScorePlan
 
 TERMS = Terms("ab" * 32, 1_000, 1e-5, "zero_out", None)
 CENTRAL = Event("central_images", 0.1, 5.0, 5)

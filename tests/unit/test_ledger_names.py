@@ -7,10 +7,10 @@ import pytest
 
 from core.__main__ import main
 from core.privacy.keys import SECRET_FILE_VARIABLE
-from core.privacy.ledger import Ledger
-from core.privacy.ledger_book import Reservation
-from core.privacy.ledger_file import Event, Key, LedgerError, Terms
-from core.privacy.ledger_names import ledger_path, shown_name
+from core.privacy.ledger.book import Reservation
+from core.privacy.ledger.file import Event, Key, LedgerError, Terms
+from core.privacy.ledger.ledger import Ledger
+from core.privacy.ledger.names import ledger_path, shown_name
 
 FINGERPRINT = "3b" * 32
 TERMS = Terms(FINGERPRINT, 1_000, 1e-5, "zero_out", None)

@@ -6,17 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from core import probe, yaml_subset
-from core.config import nested
+from core.commands import probe
+from core.commands.probe import measure
+from core.config import nested, yaml_subset
 from core.errors import ConfigError
-from core.probe import measure
-from core.reporting import write_json
-from sweep import limits
-from sweep.claim import claim
-from sweep.config import SweepConfig, load_sweep
-from sweep.costs import print_costs, probed_speed, stored_speed
-from sweep.limits import Meter, Usage, reached, read_usage
-from sweep.prices import price_of
+from core.io.terminal import write_json
+from sweep.config.prices import price_of
+from sweep.config.sweep import SweepConfig, load_sweep
+from sweep.costs import usage as limits
+from sweep.costs.estimate import print_costs, probed_speed, stored_speed
+from sweep.costs.usage import Meter, Usage, reached, read_usage
+from sweep.results.claim import claim
 from sweep.run import main
 
 GPU = {"gpus_per_worker": 1, "workers_per_trial": 2, "cloud": "aws"}

@@ -7,9 +7,9 @@ import pytest
 from by_library import dp_events, epsilon_of
 from dp_accounting.pld import privacy_loss_distribution
 
-from core.privacy.accountant import exact_epsilon
-from core.privacy.loss_distribution import LIBRARY_RELATIONS, one_release, quick_epsilon
-from core.privacy.mechanisms import RELATIONS
+from core.privacy.accounting.exact import exact_epsilon
+from core.privacy.accounting.mechanism import RELATIONS
+from core.privacy.accounting.quick import LIBRARY_RELATIONS, one_release, quick_epsilon
 
 RELEASES = [(1e-4, 0.7, 100_000), (0.01, 1.0, 3000), (0.3, 5.0, 30), (1.0, 10.0, 3), (0.01, 0.4, 1)]
 

@@ -10,8 +10,8 @@ from torch import nn
 
 from core.diffusion.unet import Attention
 from core.errors import ConfigError
-from core.privacy import convolution_gradients
-from core.privacy.per_example_gradients import FreeParameter, PerExampleGradients
+from core.privacy.mechanisms import convolution_gradients
+from core.privacy.mechanisms.per_example_gradients import FreeParameter, PerExampleGradients
 
 BATCH, COPIES = 4, 3
 

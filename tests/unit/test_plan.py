@@ -10,9 +10,15 @@ from dp_accounting.pld import privacy_loss_distribution
 
 from core.config import Config, load
 from core.errors import ConfigError, InfeasibleError
-from core.privacy import accounting
-from core.privacy.mechanisms import COARSE, FINE
-from core.privacy.plan import PrivacyPlan, check_central, composed_epsilon, kept_plan, make_plan
+from core.privacy.accounting import solve
+from core.privacy.accounting.mechanism import COARSE, FINE
+from core.privacy.plan.plan import (
+    PrivacyPlan,
+    check_central,
+    composed_epsilon,
+    kept_plan,
+    make_plan,
+)
 
 REFERENCE = {
     "dataset.name": "idx",
@@ -123,9 +129,9 @@ def test_a_kept_plan_is_taken_as_it_is_and_not_solved_again(changes, monkeypatch
     def never(*_: object) -> float:
         raise AssertionError("solved again")
 
-    monkeypatch.setattr(accounting, "solve_noise_multiplier", never)
-    monkeypatch.setattr("core.privacy.plan._solve", never)
-    monkeypatch.setattr("core.privacy.scopes.Share.solve_noise_multiplier", never)
+    monkeypatch.setattr(solve, "solve_noise_multiplier", never)
+    monkeypatch.setattr("core.privacy.plan.plan._solve", never)
+    monkeypatch.setattr("core.privacy.plan.scopes.Share.solve_noise_multiplier", never)
     assert kept_plan(config, PrivacyPlan.restored(kept)) == plan
 
 
@@ -138,7 +144,7 @@ def test_a_kept_plan_with_too_little_noise_is_refused(changes):
     )
     with pytest.raises(ConfigError, match=r"configuration in epsilon: restore .* new run folder"):
         kept_plan(config, less)
-    spent = accounting.epsilon_of_mechanisms(
+    spent = solve.epsilon_of_mechanisms(
         tuple(less.mechanisms), plan.delta, plan.neighboring_relation, FINE
     )
     with pytest.raises(ConfigError, match="configuration in target_epsilon: "):

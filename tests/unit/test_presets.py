@@ -8,12 +8,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from core import yaml_subset
-from core.config import Config, flatten, load, load_yaml
+from core.config import Config, flatten, load, load_yaml, yaml_subset
 from core.diffusion.denoiser import build_denoiser
 from core.errors import ConfigError
-from core.privacy.plan import check_feasible, estimated_noise_multiplier
-from sweep.config import load_sweep
+from core.privacy.plan.plan import check_feasible, estimated_noise_multiplier
+from sweep.config.sweep import load_sweep
 
 CORE, SWEEP = Path("core/configs"), Path("sweep/configs")
 # Side, channels, classes, N, parameters, multipliers, attention, central count, noise, query

@@ -11,16 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from core.reporting import log_to
+from core.io.terminal import log_to
 
 ROOT = Path(__file__).resolve().parents[2]
 POINT = '{"central_images.per_class": 2, "stage_split": 0.5}'
 # Two trials, of which the second starts while the first is shown as ended.
 STORY = f"""
 import sys, time
-from core.reporting import log_to
-from sweep.config import load_sweep
-from sweep.progress import Progress
+from core.io.terminal import log_to
+from sweep.config.sweep import load_sweep
+from sweep.driver.progress import Progress
 from pathlib import Path
 sweep = load_sweep("sweep/configs/quickstart.yaml", {{}})
 with log_to("sweep", Path(sys.argv[1])):
@@ -38,7 +38,7 @@ with log_to("sweep", Path(sys.argv[1])):
 print("the end")
 """
 RUN = """
-from core.reporting import Console
+from core.io.terminal import Console
 import sys
 console = Console(40, int(sys.argv[2]))
 note = {"note": "code changed"} if sys.argv[2] == "2" else {}

@@ -8,15 +8,15 @@ import pytest
 
 from core.config import load
 from core.errors import InfeasibleError
-from core.privacy.plan import PrivacyPlan
-from core.reporting import MetricsLog, write_class_names
-from sweep.config import load_sweep
+from core.io.terminal import MetricsLog, write_class_names
+from core.privacy.plan.plan import PrivacyPlan
+from sweep.config.sweep import load_sweep
 from sweep.report import effects
 from sweep.report.affordable_map import affordable_map
 from sweep.report.curves import curves
 from sweep.report.figures import pareto_front, scatter, slices
 from sweep.report.page import _class_names
-from sweep.results import Row, results_table
+from sweep.results.table import Row, results_table
 
 PLAN = PrivacyPlan.restored(
     {

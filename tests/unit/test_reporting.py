@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from core.pictures import encode_png, write_grid
-from core.reporting import MetricsLog, numbers, to_json, write_json
+from core.generation.png import encode_png, write_grid
+from core.io.terminal import MetricsLog, numbers, to_json, write_json
 
 
 def decoded(content: bytes) -> tuple[str, torch.Tensor]:

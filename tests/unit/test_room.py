@@ -8,9 +8,9 @@ import sys
 import pytest
 
 from core.errors import ConfigError
-from sweep.cluster import check_room, check_storage, join_cluster, max_concurrent
-from sweep.config import load_sweep
-from sweep.space import SameError
+from sweep.config.sweep import load_sweep
+from sweep.driver.cluster import check_room, check_storage, join_cluster, max_concurrent
+from sweep.search.search import SameError
 
 QUICKSTART = "sweep/configs/quickstart.yaml"
 
@@ -85,7 +85,7 @@ def test_a_cluster_that_cannot_be_joined_is_one_sentence(monkeypatch, address, t
 UNUSABLE = """
 import os, sys
 from core.errors import ConfigError
-from sweep.cluster import join_cluster
+from sweep.driver.cluster import join_cluster
 for given in ("HOME=/proc/nohome", f"RAY_TMPDIR={sys.argv[1]}", "RAY_TMPDIR=/proc/x"):
     os.environ.update([given.split("=")])
     try:

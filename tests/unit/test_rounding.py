@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from core.privacy.rounding import figure, odds, upward
+from core.privacy.accounting.rounding import figure, odds, upward
 
 ROOT = Path(__file__).resolve().parents[2]
 

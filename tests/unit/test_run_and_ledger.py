@@ -10,11 +10,11 @@ from two_ranks import TINY
 
 from core.__main__ import main
 from core.config import Config, load
-from core.privacy.ledger import Ledger
-from core.privacy.ledger_file import LedgerError, accept_loss
-from core.privacy.ledger_notes import beside_secret
-from core.privacy.plan import PrivacyPlan, make_plan
-from core.privacy.spending import Spending, ledger_of_run
+from core.privacy.ledger.account import Spending, ledger_of_run
+from core.privacy.ledger.file import LedgerError, accept_loss
+from core.privacy.ledger.ledger import Ledger
+from core.privacy.ledger.notes import beside_secret
+from core.privacy.plan.plan import PrivacyPlan, make_plan
 
 STEPS = 200
 SETTINGS = TINY | {"training.num_steps": STEPS, "stage_split": 0.0}

@@ -2,13 +2,12 @@
 
 import pytest
 
-from core import yaml_subset
 from core.__main__ import main
-from core.config import flatten, load, nested
+from core.commands.scale_down import BATCH, TARGET, scaled_down
+from core.config import flatten, load, nested, yaml_subset
 from core.errors import ConfigError
-from core.privacy import accounting
-from core.privacy.plan import make_plan
-from core.scale_down import BATCH, TARGET, scaled_down
+from core.privacy.accounting import solve
+from core.privacy.plan.plan import make_plan
 
 SETTINGS = {
     "dataset.public": True,
@@ -29,7 +28,7 @@ def test_the_stand_in_keeps_noise_over_batch_and_states_its_true_epsilon(tmp_pat
     assert ratios[1] == pytest.approx(ratios[0], rel=3e-3)
     rate, noise, steps = whole.dp_sgd.mechanism
     mechanisms = (whole.score.mechanism, (rate / 2, noise / 2, steps))
-    spent = accounting.epsilon_of_mechanisms(mechanisms, whole.delta, "zero_out", 5e-4)
+    spent = solve.epsilon_of_mechanisms(mechanisms, whole.delta, "zero_out", 5e-4)
     assert part.epsilon == pytest.approx(spent, rel=3e-3)
     assert spent <= small.privacy.target_epsilon <= 1.003 * spent
     assert spent > 1.02  # More than the whole run's target: nothing is got for free.

@@ -12,11 +12,11 @@ from test_plan import reference
 
 from core.config import load
 from core.errors import ConfigError, InfeasibleError
-from core.privacy import accounting, renyi
-from core.privacy.loss_distribution import LIBRARY_RELATIONS
-from core.privacy.mechanisms import COARSE, grouped
-from core.privacy.plan import estimated_noise_multiplier, make_plan
-from core.privacy.scopes import RunBudget, run_budget, share_of
+from core.privacy.accounting import renyi, solve
+from core.privacy.accounting.mechanism import COARSE, grouped
+from core.privacy.accounting.quick import LIBRARY_RELATIONS
+from core.privacy.plan.plan import estimated_noise_multiplier, make_plan
+from core.privacy.plan.scopes import RunBudget, run_budget, share_of
 
 DELTA = 1e-5
 MECHANISMS = [(0.1, 5.0, 5), (0.07, 1.76, 2197), (1.0, 50.0, 1), (0.5, 0.5, 3), (0.001, 90.0, 9)]
@@ -93,7 +93,7 @@ def test_noise_for_the_work_of_several_runs_is_golden(total, runs, golden):
     A grid of 1e-3 is too coarse for the small steps at epsilon 1: it asks for 24.5 and 50.7.
     """
     central, steps = (0.1, 5.0, 5), (4096 / 60_000, 2197 * runs)
-    found = accounting.estimated_noise_multiplier([central], *steps, total, DELTA, "zero_out")
+    found = solve.estimated_noise_multiplier([central], *steps, total, DELTA, "zero_out")
     assert found == pytest.approx(golden, rel=3e-3)
     accountant = pld_privacy_accountant.PLDAccountant(LIBRARY_RELATIONS["zero_out"], 3e-5)
     for rate, noise, count in (central, (steps[0], found, steps[1])):
@@ -135,7 +135,7 @@ def test_a_share_filled_by_any_trials_adds_up_to_the_target_and_not_more(shares)
         total = budget.total(released, released, DELTA, "zero_out")
         assert 9.99 < total <= 10.0
         # Any order is a bound for what was fixed beforehand, so PLD must stay below.
-        composed = accounting.epsilon_of_mechanisms(grouped(released), DELTA, "zero_out", COARSE)
+        composed = solve.epsilon_of_mechanisms(grouped(released), DELTA, "zero_out", COARSE)
         assert composed < total
         more = [*released, plans[0].mechanisms[-1]]
         assert budget.total(more, more, DELTA, "zero_out") > 10.0

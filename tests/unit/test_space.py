@@ -5,11 +5,11 @@ import pytest
 from optuna.trial import TrialState
 
 from core.privacy.keys import MasterSecret
-from sweep.config import load_sweep, trial_id_of
-from sweep.feasibility import print_plan, why_not
-from sweep.scope import settings_entropy
-from sweep.space import MAX_ATTEMPTS, FeasibleSearch
-from sweep.study import open_storage
+from sweep.config.scope import settings_entropy
+from sweep.config.sweep import load_sweep, trial_id_of
+from sweep.search.feasible import print_plan, why_not
+from sweep.search.search import MAX_ATTEMPTS, FeasibleSearch
+from sweep.search.study import open_storage
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_unaffordable_points_are_pruned_with_the_reason(make):
 
 
 def test_an_unaffordable_space_ends_the_search(make, monkeypatch):
-    monkeypatch.setattr("sweep.space.MAX_ATTEMPTS", 5)
+    monkeypatch.setattr("sweep.search.search.MAX_ATTEMPTS", 5)
     assert MAX_ATTEMPTS > 5
     _, search, pruned = make(
         privacy__target_epsilon=0.1,
@@ -126,7 +126,7 @@ def test_a_stopped_trial_counts_with_its_last_early_score(make):
 
 
 def test_a_point_is_not_tried_twice(make, monkeypatch):
-    monkeypatch.setattr("sweep.space.MAX_ATTEMPTS", 20)
+    monkeypatch.setattr("sweep.search.search.MAX_ATTEMPTS", 20)
     _, search, pruned = make(
         search_space__central_images__noise_multiplier__low=20.0,
         search_space__central_images__per_class__high=2,
@@ -179,7 +179,7 @@ def test_settings_of_a_selection_cannot_be_foreseen_without_the_secret(make):
 
 
 def test_plan_reads_no_data(capsys, monkeypatch):
-    monkeypatch.setattr("sweep.feasibility._POINTS", 2)
+    monkeypatch.setattr("sweep.search.feasible._POINTS", 2)
     sweep = load_sweep(
         "sweep/configs/quickstart.yaml",
         {

@@ -6,12 +6,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from core.checkpoint import Checkpoints
 from core.config import load
 from core.diffusion.denoiser import build_denoiser
 from core.diffusion.ema import Ema
 from core.errors import StorageError
-from core.storage import needed_bytes, require_space
+from core.run.disk_space import needed_bytes, require_space
+from core.training.checkpoint import Checkpoints
 
 CONFIG = load("core/configs/digits.yaml")
 

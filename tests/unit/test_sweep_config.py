@@ -7,11 +7,11 @@ import pytest
 from core.config import validate
 from core.errors import ConfigError
 from core.privacy.keys import MasterSecret
-from core.privacy.plan import make_plan
-from sweep.claim import claim
-from sweep.config import SweepConfig, dump_sweep, load_sweep, trial_id_of
+from core.privacy.plan.plan import make_plan
+from sweep.config.scope import count_trials
+from sweep.config.sweep import SweepConfig, dump_sweep, load_sweep, trial_id_of
+from sweep.results.claim import claim
 from sweep.run import main
-from sweep.scope import count_trials
 
 QUICKSTART = Path("sweep/configs/quickstart.yaml")
 QUICKSTART_FILE, NAMED = QUICKSTART.absolute(), {"runtime.ledger": "/elsewhere"}

@@ -3,10 +3,10 @@
 import pytest
 from test_report_parts import row
 
-from core.reporting import write_json
-from sweep.config import load_sweep
-from sweep.results import best, results_table, winners
-from sweep.stopping import Asha
+from core.io.terminal import write_json
+from sweep.config.sweep import load_sweep
+from sweep.results.table import best, results_table, winners
+from sweep.search.asha import Asha
 
 ROWS = [
     row("a", 0.5, 9),

@@ -1,0 +1,218 @@
+"""What `python -m core` does for each of its commands but `account`."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from core.config import Config, default_ledger, load, nested, parse_overrides, short_digest
+from core.data import Split, load_dataset
+from core.device import config_device
+from core.diffusion.posthoc_ema import FOLDER as SNAPSHOTS
+from core.diffusion.posthoc_ema import reconstruct
+from core.errors import ConfigError
+from core.evaluation.scoring import score
+from core.generation.draw import generate as draw_images
+from core.generation.generator import GENERATOR, load_denoiser, load_generator
+from core.generation.png import write_grid
+from core.io.terminal import Console, to_json
+from core.privacy.accounting.rounding import figure, upward
+from core.privacy.keys import MasterSecret
+from core.privacy.ledger.account import require_same_data
+from core.privacy.ledger.card import ledger_text
+from core.privacy.ledger.file import LedgerError, accept_loss
+from core.privacy.ledger.ledger import Ledger
+from core.privacy.ledger.sources import Sources
+from core.privacy.plan.plan import PrivacyPlan
+from core.publish.inspection import inspect_run
+from core.publish.release import release_card, verify_release, write_release
+from core.run.pipeline import run as run_pipeline
+
+
+def run(options: argparse.Namespace) -> None:
+    """Trains, generates and scores one model."""
+    config = load(options.config, parse_overrides(options.overrides))
+    if config.privacy.scope == "selection":
+        raise ConfigError(
+            "privacy.scope='selection': one run alone is no selection; run a sweep, or choose "
+            "another scope"
+        )
+    run_dir = options.run_dir or run_dir_of(options.config, config)
+    result = train(config, run_dir, options.verbosity)
+    print(json.loads((run_dir / "privacy.json").read_text())["statement"])
+    print("Scores are computed from real images and are not private:")
+    for name, value in result.items():
+        if isinstance(value, float):
+            print(f"  {name:<18} {figure(name, value)}")
+    print(f"samples: {run_dir / 'synthetic' / 'grid.png'}")
+
+
+def compare(options: argparse.Namespace) -> None:
+    """Runs a configuration and plain DP-SGD at the same budget."""
+    config = load(options.config, parse_overrides(options.overrides))
+    if config.warm_up_steps == 0:
+        raise ConfigError(
+            f"stage_split={config.stage_split:g} has no easy stage to compare: set it in (0, 1)"
+        )
+    baseline = load(nested(config), {"stage_split": 0.0})
+    rows: list[tuple[Config, Path, dict[str, Any]]] = []
+    for each in (config, baseline):
+        run_dir = run_dir_of(options.config, each)
+        print(f"stage_split={each.stage_split:g}: {run_dir}", file=sys.stderr, flush=True)
+        rows.append((each, run_dir, train(each, run_dir)))
+    print(json.loads((rows[0][1] / "privacy.json").read_text())["statement"])
+    print("Scores are computed from real images and are not private.")
+    metric = next(name for name in rows[0][2] if name.startswith("fid"))
+    print(
+        f"{'stage_split':>11} {'steps':>6} {'DP-SGD steps':>13} {'epsilon':>8} "
+        f"{'noise multiplier':>17} {'accuracy':>9} {metric:>8} {'seconds':>8}  samples"
+    )
+    for each, run_dir, result in rows:
+        print(
+            f"{each.stage_split:>11g} {each.training.num_steps:>6} {each.private_steps:>13} "
+            f"{upward(result['epsilon']):>8} {result['noise_multiplier']:>17.4f} "
+            f"{result['accuracy']:>9.4f} {result[metric]:>8.4g} {result['seconds']:>8.0f}  "
+            f"{run_dir / 'synthetic' / 'grid.png'}"
+        )
+
+
+def train(config: Config, run_dir: Path, verbosity: int = 0) -> dict[str, Any]:
+    """Runs or continues one run in `run_dir`, with its progress on the terminal."""
+    console = Console(config.training.num_steps, verbosity)
+    master = MasterSecret.load()
+    return run_pipeline(config, run_dir, master=master, name=run_dir.name, report=console)
+
+
+def run_dir_of(path: str, config: Config) -> Path:
+    """The same command names the same folder, so it goes on where it was stopped."""
+    return Path("runs") / f"{Path(path).stem}-{short_digest(config)}"
+
+
+def ledger(options: argparse.Namespace) -> None:
+    """Shows or verifies the ledgers of a folder, or accepts that lines of one are lost."""
+    if options.action == "accept-loss":
+        if options.file is None:
+            raise ConfigError("name the lost or damaged ledger with --file")
+        accept_loss(options.file, options.reason)
+        print(f"{options.file}: what still verifies is kept; every card now states the loss")
+        return
+    folder = options.folder or Path(default_ledger())
+    files = sorted(folder.glob("*.jsonl"))
+    if not files:
+        raise ConfigError(f"'{folder}' holds no ledger: name its folder with --folder")
+    problems: list[str] = []
+    for path in files:
+        try:
+            ledger = Ledger.at(path)
+            if options.action == "verify":
+                ledger.verify()  # How many lines would tell of a selection's trials.
+                print(f"data set {ledger.name} in '{folder}': unbroken")
+            else:
+                print(ledger_text(ledger.summary()))
+        except LedgerError as error:  # The others are told nevertheless.
+            problems.append(str(error))
+    for path in Sources(folder).shared_paths():
+        print(
+            f"warning: '{path}' was read as several data sets with a ledger each, whose epsilons "
+            "do not add up: if they hold the same records, give all of them one dataset.family"
+        )
+    if problems:
+        raise LedgerError("; ".join(problems))
+
+
+def release(options: argparse.Namespace) -> None:
+    """Writes or verifies the bundle to publish."""
+    if options.verify:
+        print(f"{options.out}: {verify_release(options.out)} files as released")
+        return
+    if options.run_dir is None:
+        raise ConfigError("name the finished run to release with --run-dir")
+    config, _ = _finished(options.run_dir, [])
+    card = release_card(config, options.run_dir)
+    formats = options.formats.split(",")
+    write_release(options.run_dir, options.out, config, card, formats, options.license)
+    print(card["statement"])
+    print(f"bundle: {options.out} ({', '.join(formats)}, README.md, privacy_card.md, digests.json)")
+    if options.license == "unknown":
+        print("README.md states no license: name one with --license, such as cc-by-4.0")
+
+
+def _finished(
+    run_dir: Path, overrides: list[str], ema_length: float | None = None
+) -> tuple[Config, torch.nn.Module]:
+    if not (run_dir / "model.pt").exists():
+        raise ConfigError(f"'{run_dir}' holds no finished run (no model.pt): finish it first")
+    config = load(run_dir / "config.yaml", parse_overrides(overrides))
+    denoiser = load_denoiser(config, run_dir / "model.pt", config_device(config))
+    if ema_length is not None:
+        reconstruct(denoiser, run_dir / SNAPSHOTS, config.training.num_steps, ema_length)
+    return config, denoiser
+
+
+def generate(options: argparse.Namespace) -> None:
+    """Draws more images from a finished run or from the generator of a bundle."""
+    if options.num_images < 1:
+        raise ConfigError(f"--num-images={options.num_images} must be at least 1")
+    if options.bundle is not None:
+        if options.ema_length is not None:
+            raise ConfigError("--ema-length needs a run's snapshots: name it with --run-dir")
+        verify_release(options.bundle)
+        overrides = parse_overrides(options.overrides)
+        config, denoiser = load_generator(options.bundle / GENERATOR, overrides)
+    else:
+        config, denoiser = _finished(options.run_dir, options.overrides, options.ema_length)
+    images = draw_images(denoiser, config, options.num_images, config_device(config))
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(options.out, images=images.images.numpy(), labels=images.labels.numpy())
+    write_grid(options.out.with_suffix(".png"), images.images, images.labels)
+    print(f"{options.num_images} images: {options.out}, {options.out.with_suffix('.png')}")
+
+
+def _synthetic(run_dir: Path) -> Split:
+    with np.load(run_dir / "synthetic" / "images.npz") as stored:
+        return Split(torch.from_numpy(stored["images"]), torch.from_numpy(stored["labels"]))
+
+
+def inspect(options: argparse.Namespace) -> None:
+    """Writes what the owner of the data alone may see of a finished run."""
+    if options.max_images < 4:
+        raise ConfigError(f"--max-images={options.max_images} must be at least 4")
+    config, denoiser = _finished(options.run_dir, options.overrides)
+    stored = json.loads((options.run_dir / "evaluation.json").read_text())
+    plan = PrivacyPlan.restored(json.loads((options.run_dir / "privacy.json").read_text()))
+    dataset = load_dataset(config.dataset, Path(config.runtime.cache))
+    require_same_data(stored["fingerprint"], dataset.fingerprint, config)
+    synthetic = _synthetic(options.run_dir)
+    page, figures = inspect_run(
+        options.run_dir,
+        config,
+        plan,
+        denoiser,
+        synthetic,
+        dataset,
+        options.max_images,
+        config_device(config),
+    )
+    found = figures["membership"]
+    low, high = found["auc_interval"]
+    print(f"membership attack: area {found['auc']:.4f} (95 % interval {low:.4f} to {high:.4f})")
+    print(f"NON-PRIVATE, for the owner of the data alone: {page}")
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    """Scores a finished run's images again, or those of its average of another length."""
+    config, denoiser = _finished(options.run_dir, options.overrides, options.ema_length)
+    dataset = load_dataset(config.dataset, Path(config.runtime.cache))
+    if options.ema_length is None:
+        synthetic = _synthetic(options.run_dir)
+    else:
+        number = config.evaluation.num_images
+        synthetic = draw_images(denoiser, config, number, config_device(config))
+    scores = score(config, synthetic, dataset, config_device(config), MasterSecret.load())
+    tag = "public" if config.dataset.public else "non-private"
+    print("  ".join(f"{name} {value:.4g}" for name, value in scores.values.items()) + f"  ({tag})")
+    print(to_json(scores.record, indent=2))

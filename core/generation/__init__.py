@@ -1,0 +1,1 @@
+"""Generation: images from a trained model, and the generator that is released."""

@@ -1,0 +1,137 @@
+"""A trained generator in a folder of its own: labels in, images out.
+
+The folder holds the averaged weights, the names of the classes and what drawing needs of the
+configuration: no optimizer, no key, no ledger, no path. Bundles hold one, and so does MLflow's
+model, which loads it by `_load_pyfunc`, without a line of MLflow here.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from core.config import Config, load, load_yaml, merge, nested, yaml_subset
+from core.device import config_device
+from core.diffusion.denoiser import build_denoiser
+from core.errors import ConfigError, NotFiniteError
+from core.generation.draw import draw_images
+from core.io.terminal import write_class_names
+
+GENERATOR = "generator"
+"""Folder of a bundle that holds the weights."""
+_WHOLE = ("seed", "model", "diffusion", "sampler")
+_PARTS = {"dataset": ("image_size", "channels", "num_classes"), "evaluation": ("batch_size",)}
+"""With the seed, the size of a batch gives the very images that the run was scored with."""
+
+
+class Generator:
+    """Draws images for labels.
+
+    Privacy: post-processing of a private model.
+    """
+
+    def __init__(self, denoiser: nn.Module, config: Config) -> None:
+        self._denoiser, self._config = denoiser, config
+
+    def predict(self, labels: np.ndarray, params: Mapping[str, Any] | None = None) -> np.ndarray:
+        """One image for each label.
+
+        The labels 0, 1, ..., num_classes - 1, 0, ... with the run's own seed give the images that
+        the run was scored with.
+
+        Args:
+            labels: whole numbers `[B]` in [0, num_classes).
+            params: `seed`, at least 0; that of the run if not given.
+
+        Returns:
+            uint8 `[B, C, H, W]`.
+
+        Raises:
+            ConfigError: a label or the seed is out of range.
+        """
+        config, count = self._config, self._config.dataset.num_classes
+        wanted = torch.as_tensor(np.asarray(labels)).reshape(-1).long()
+        if len(wanted) == 0 or wanted.min() < 0 or wanted.max() >= count:
+            raise ConfigError(f"labels must be at least one whole number in [0, {count - 1}]")
+        seed = int((params or {}).get("seed", config.seed))
+        if seed < 0:
+            raise ConfigError(f"seed={seed} must be at least 0")
+        device = next(self._denoiser.parameters()).device.type
+        parts = wanted.split(config.evaluation.batch_size)
+        drawn = [
+            draw_images(self._denoiser, part, config, seed, number, device)
+            for number, part in enumerate(parts)
+        ]
+        return torch.cat(drawn).numpy()
+
+
+def load_denoiser(config: Config, weights: Path, device: str) -> nn.Module:
+    """The averaged model of a finished run.
+
+    Raises:
+        NotFiniteError: a weight is NaN or infinite.
+    """
+    denoiser = build_denoiser(config).to(device).eval()
+    denoiser.load_state_dict(torch.load(weights, map_location=device, weights_only=True))
+    if not all(parameter.isfinite().all() for parameter in denoiser.parameters()):
+        raise NotFiniteError(
+            f"'{weights}' holds weights that are not finite: train anew with a lower learning rate"
+        )
+    return denoiser
+
+
+def write_generator(
+    folder: Path, weights: Path, config: Config, class_names: Sequence[str]
+) -> None:
+    """Writes a run's weights, what drawing from them needs and what labels mean, nothing else.
+
+    On the CPU: a run on GPUs may be handed on by a machine without one.
+
+    Privacy: post-processing of what the central images and DP-SGD released.
+    """
+    denoiser = load_denoiser(config, weights, "cpu")
+    folder.mkdir(parents=True)
+    state = {name: value.contiguous() for name, value in denoiser.state_dict().items()}
+    torch.save(state, folder / "weights.pt")
+    settings = nested(config)
+    kept: dict[str, Any] = {name: settings[name] for name in _WHOLE}
+    for section, names in _PARTS.items():
+        kept[section] = {name: settings[section][name] for name in names}
+    (folder / "config.yaml").write_text(yaml_subset.dump(kept))
+    write_class_names(folder, class_names)
+
+
+def load_generator(
+    folder: Path, overrides: Mapping[str, Any] | None = None
+) -> tuple[Config, nn.Module]:
+    """What `write_generator` wrote, on the GPU if there is one.
+
+    Args:
+        overrides: dotted keys, such as `seed`, `sampler.num_steps` or `runtime.device`.
+
+    Raises:
+        ConfigError: the folder holds none, or weights and settings do not belong together.
+    """
+    if not (folder / "weights.pt").exists():
+        raise ConfigError(f"'{folder}' holds no generator: release it with --formats generator")
+    kept = load_yaml(folder / "config.yaml")
+    num_classes = kept["dataset"]["num_classes"]
+    # What a configuration must have, but drawing does not use.
+    unused = {"evaluation.num_images": max(4, 2 * num_classes), "central_images.image_size": 2}
+    config = load(merge(kept, unused), overrides or {})
+    try:
+        return config, load_denoiser(config, folder / "weights.pt", config_device(config))
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"'{folder}' holds weights of another network ({reason}): leave out model.* overrides"
+        ) from None
+
+
+def _load_pyfunc(path: str) -> Generator:
+    """The name by which MLflow asks."""
+    config, denoiser = load_generator(Path(path))
+    return Generator(denoiser, config)

@@ -1,0 +1,1 @@
+"""Accounting: epsilon of mechanisms, and the noise that spends a given one."""

@@ -1,0 +1,53 @@
+"""Privacy loss distributions of dp-accounting, composed: what a plan and a ledger state.
+
+The accountant of record is `dp_accounting.pld.PLDAccountant` (Koskela et al. 2020; Doroshenko et
+al. 2022). Loads dp-accounting, so only who composes imports this: most workers need a plan's
+numbers alone.
+"""
+# dp_accounting's types come without stubs:
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
+
+from collections.abc import Sequence
+
+from dp_accounting.pld import privacy_loss_distribution
+
+from core.privacy.accounting.mechanism import Mechanism
+from core.privacy.accounting.quick import library_release, one_release
+
+
+def exact_epsilon(
+    mechanisms: Sequence[Mechanism], delta: float, relation: str, discretization: float
+) -> float:
+    """Epsilon at `delta` of `mechanisms` together: what the accountant of record says, to the bit.
+
+    Its distribution of one release takes up to seconds and is kept, whatever that is composed with.
+    """
+    total = privacy_loss_distribution.identity(discretization)
+    for sample_rate, noise_multiplier, count in mechanisms:
+        release = library_release(sample_rate, noise_multiplier, relation, discretization)
+        total = total.compose(release.self_compose(count))
+    return float(total.get_epsilon_for_delta(delta))
+
+
+def epsilon_of_many(
+    mechanisms: Sequence[Mechanism], delta: float, relation: str, discretization: float
+) -> float:
+    """The same in a tenth of its time where the mechanisms are many, and a little larger.
+
+    The counts are read in binary from the highest bit: square the total, then compose one
+    release of each mechanism that has this bit. Tails cut off on the way, at most about 1e-15
+    for each release, count as infinite loss, so the result stays an upper bound.
+    """
+    total = privacy_loss_distribution.identity(discretization)
+    for bit in reversed(range(max(count for *_, count in mechanisms).bit_length())):
+        parts = [
+            one_release(sample_rate, noise_multiplier, relation, discretization)
+            for sample_rate, noise_multiplier, count in mechanisms
+            if count >> bit & 1
+        ]
+        parts.append(total.compose(total))
+        while len(parts) > 1:  # In pairs, as the time of one composition grows with both sizes.
+            pairs = zip(parts[::2], parts[1::2], strict=False)
+            parts = [one.compose(other) for one, other in pairs] + parts[len(parts) & ~1 :]
+        total = parts[0]
+    return float(total.get_epsilon_for_delta(delta))

@@ -1,0 +1,253 @@
+"""One run's dealings with the ledger: reserve before the data is opened, settle when it ends."""
+# pyright: reportUnknownMemberType=false
+
+import hashlib
+import json
+import logging
+import os
+import socket
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from core.config import Config, flatten
+from core.errors import ConfigError, DataError, stored
+from core.io.durable import replace_durably
+from core.privacy.ledger.file import Key, LedgerError, Terms
+from core.privacy.ledger.ledger import Ledger, Reservation, charged_to, events_of
+from core.privacy.ledger.names import ledger_path
+from core.privacy.ledger.sources import Source, Sources
+from core.privacy.plan.plan import PrivacyPlan
+from core.privacy.plan.scopes import run_budget
+
+RELEASE_ID = "release_id"
+"""File in the folder `charged` with the identity of the one release that a selection is."""
+_LOG = logging.getLogger("core")
+_CHARGED = "charged"
+_BLOCK = 25
+"""Steps that are noted together; a stopped run pays for at most so many too many."""
+
+
+@dataclass
+class Spending:
+    """What one run asks of the ledger; used on rank 0 alone.
+
+    The ledger of a data set is known by the fingerprint of its content, which is known without
+    opening the data from the second run on: the folder remembers which source had which content.
+
+    The DP-SGD steps that ever began are counted beside the ledger while the reservation is open;
+    before and after, the ledger itself knows them. So no lost, restored or emptied folder of a run
+    makes them fewer, and where the count is lost, all steps count.
+
+    Args:
+        folder: of the ledgers, `runtime.ledger`.
+        run: name of the sweep or of the single run.
+        run_dir: folder of the run, which notes the last line of its data set's ledger.
+        charged: folder in which the runs of a sweep note the same together.
+        lease: token of the sweep's driver, which takes the run over from older ones.
+    """
+
+    config: Config
+    plan: PrivacyPlan
+    folder: Path
+    run: str
+    run_dir: Path
+    charged: Path
+    lease: int | None = None
+    _counted: bool = field(default=False, init=False)
+    _counter: Path = field(default=Path(), init=False)
+    _begun: int = field(default=0, init=False)
+
+    def known_fingerprint(self) -> str | None:
+        """Fingerprint that this source had when a run opened it last."""
+        source = self._sources.read().get(_source(self.config))
+        return source.fingerprint if source else None
+
+    def reserve(
+        self, fingerprint: str, identity: str, central: str = "", resumed: int = 0
+    ) -> Reservation:
+        """Charges the whole plan, or finds that this run has done so before.
+
+        Args:
+            fingerprint: of the data set's content.
+            identity: of the trial; masks and noise are drawn from it.
+            central: identity of central images that trials of the sweep share; else empty.
+            resumed: DP-SGD steps of the checkpoint from which the run goes on.
+
+        Raises:
+            BudgetExceededError: the data set's budget cannot pay; nothing was opened or changed.
+            LedgerError: the ledger is lost, damaged or another than this run or its folder knows.
+        """
+        within = run_budget(self.config, self._selection())
+        ledger = self._ledger(fingerprint)
+        if self.lease is not None:
+            ledger.take_over(self.run, f"{socket.gethostname()}:{os.getpid()}", self.lease)
+        key = Key(self.run, identity, "all", 0, self.plan.dp_sgd.num_steps)
+        settled, is_open = ledger.begun(key)
+        reservation = ledger.reserve(
+            key,
+            events_of(self.plan, central),
+            note=f"scope {self.config.privacy.scope}",
+            within=within,
+        )
+        name = hashlib.sha256(json.dumps(asdict(key)).encode()).hexdigest()[:16]
+        self._counter = ledger.path.with_name(f"{ledger.path.stem}-{name}.begun")
+        begun = _read_count(self._counter) if is_open else settled
+        if begun is None or not max(settled, resumed) <= begun <= key.end_step:
+            _LOG.warning("how many steps began is not known any more: all %d count", key.end_step)
+            begun = key.end_step
+        self._write_count(begun)
+        return reservation
+
+    def settle(self, fingerprint: str, reservation: Reservation) -> int:
+        """Settles what ran: all steps that ever began, by this process or one before it.
+
+        Returns:
+            How many they are.
+        """
+        self._ledger(fingerprint).commit(reservation, self._begun)
+        self._counter.unlink(missing_ok=True)
+        return self._begun
+
+    def begins_block(self, step: int) -> bool:
+        """Whether `count` must be called before this step: the same on all ranks."""
+        first, self._counted = not self._counted, True  # A resumed run begins inside a block.
+        return first or step % _BLOCK == 0 or step in self._ends
+
+    @property
+    def _ends(self) -> list[int]:
+        """DP-SGD steps after which the run may be stopped."""
+        return [point - self.config.warm_up_steps for point in self.config.early_steps]
+
+    def count(self, step: int) -> None:
+        """Notes that a step is about to begin, in blocks: the file is never behind.
+
+        Raises:
+            StorageError: it cannot be noted, so the step must not run.
+        """
+        # Where the run may be stopped, no later step is noted: it would be paid in vain.
+        ends = [end for end in self._ends if end > step]
+        end = min(step - step % _BLOCK + _BLOCK, self.plan.dp_sgd.num_steps, *ends)
+        if self._begun < end:
+            self._write_count(end)
+
+    def _write_count(self, steps: int) -> None:
+        with stored(self._counter.parent):
+            replace_durably(self._counter, str(steps).encode())
+        self._begun = steps
+
+    def remember(self, fingerprint: str) -> None:
+        """Notes the source's fingerprint, so that the next run is refused before it opens it."""
+        dataset = self.config.dataset
+        path = _absolute(dataset.path)
+        source = Source(fingerprint, path, dataset.family, self.plan.is_private)
+        self._sources.remember(_source(self.config), source)
+
+    @property
+    def _sources(self) -> Sources:
+        return Sources(self.folder)
+
+    def _ledger(self, fingerprint: str) -> Ledger:
+        privacy, dataset = self.config.privacy, self.config.dataset
+        account = charged_to(fingerprint, dataset.family)
+        terms = Terms(
+            account,
+            dataset.num_examples,
+            privacy.target_delta,
+            privacy.neighboring_relation,
+            privacy.data_set_budget,
+            dataset.family,
+        )
+        charged = [s for s in self._sources.read().values() if s.charged]
+        for source in charged:
+            if source.fingerprint == fingerprint and source.family != dataset.family:
+                raise LedgerError(
+                    f"dataset.family={dataset.family!r}, but this data set was charged with "
+                    f"{source.family!r} before, where its charges are: restore that; a family is "
+                    "named before its first run"
+                )
+        # A run or sweep that has begun must find the ledger that it was charged to, not a new one.
+        known = any(charged_to(s.fingerprint, s.family) == account for s in charged)
+        path = ledger_path(self.folder, account)
+        notes = dict.fromkeys([_note(self.charged, path), _note_of(self.run_dir, path)])
+        beside_cache = ledger_path(Path(self.config.runtime.cache).parent / "ledger", account)
+        if not path.exists() and beside_cache.exists():
+            raise LedgerError(
+                f"this data set has a ledger '{beside_cache}', where earlier versions kept it: set "
+                f"runtime.ledger='{beside_cache.parent}', or move '{beside_cache.stem}.*' from "
+                f"there to '{self.folder}'"
+            )
+        return Ledger.open(self.folder, terms, self.lease, [*notes], known)
+
+    def _selection(self) -> str:
+        """Identity of the selection: one begun anew under the same name is another release.
+
+        Raises:
+            ConfigError: the sweep's folder does not hold it.
+        """
+        path = self.charged / RELEASE_ID
+        if self.config.privacy.scope != "selection":
+            return ""
+        if not path.exists():
+            raise ConfigError(
+                f"'{path}' is missing, which tells this selection from others: restore it, or "
+                "begin the sweep under another name"
+            )
+        return path.read_text()
+
+
+def ledger_of_run(config: Config, run_dir: Path, fingerprint: str) -> Ledger:
+    """The ledger that a run was charged to.
+
+    Args:
+        fingerprint: of the data set's content, as the run's result states it.
+
+    Raises:
+        LedgerError: it is missing, damaged, or another than the run's folder or the owner noted.
+    """
+    account = charged_to(fingerprint, config.dataset.family)
+    path = ledger_path(Path(config.runtime.ledger), account)
+    return Ledger.at(path, [_note_of(run_dir, path)])
+
+
+def _note(folder: Path, ledger: Path) -> Path:
+    return folder / ledger.stem
+
+
+def _note_of(run_dir: Path, ledger: Path) -> Path:
+    return _note(run_dir / _CHARGED, ledger)
+
+
+def _source(config: Config) -> str:
+    """Digest of all that says where a data set lies and how it is read."""
+    settings: dict[str, Any] = flatten(config.dataset)
+    del settings["family"]  # Which decides nothing of its content.
+    if config.dataset.path is not None:
+        settings["path"] = _absolute(config.dataset.path)
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def _absolute(path: str | None) -> str | None:
+    return None if path is None else str(Path(path).expanduser().resolve())
+
+
+def _read_count(path: Path) -> int | None:
+    """What the file counts; None where it is missing or says no number."""
+    try:
+        return int(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def require_same_data(stated: str, found: str, config: Config) -> None:
+    """Refuses data of another content than the one whose budget was reserved.
+
+    Raises:
+        DataError: it differs; what was reserved stays reserved.
+    """
+    if stated != found:
+        raise DataError(
+            f"the content of '{config.dataset.path or config.dataset.name}' differs from what it "
+            "was when it was last used, or from what another machine holds (SHA-256): restore it, "
+            "or put new data at another path, where it gets a ledger of its own"
+        )

@@ -1,0 +1,333 @@
+"""What people read of the ledger: its summary, and the privacy card of a publication."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from core.config import PrivacyConfig
+from core.privacy.accounting.rounding import odds, upward
+from core.privacy.ledger.file import LedgerError
+from core.privacy.ledger.ledger import Ledger
+from core.privacy.plan.plan import PrivacyPlan
+from core.privacy.plan.scopes import STAYS_INSIDE, share_of
+
+RELATIONS = {
+    "zero_out": "a record is replaced by an empty one; the number of records N is public",
+    "replace_one": "a record is replaced by any other; the number of records N is public",
+}
+SCOPES = {
+    "trial": (
+        "Each trial alone is ({trial}, {delta})-differentially private. The choice among {trials} "
+        "trials used their results and metrics that are not private; the end-to-end guarantee is "
+        "not {trial} but {computed} by composition, and does not cover those metrics."
+    ),
+    "sweep": (
+        "All {trials} trials together, whatever chose them, whenever they were stopped and "
+        "whichever is published, are ({target}, {delta})-differentially private; what ran comes to "
+        "{computed}. Metrics tagged non-private are not covered and chose nothing."
+    ),
+    "selection": (
+        "The one trial that leaves, the best by {objective} of a secret number of trials "
+        "({law} law of mean {mean:g}) whose settings were drawn alike, is ({target}, {delta})-"
+        "differentially private with its selection. The other trials, their number, their scores "
+        "and this sweep's logs must stay inside."
+    ),
+    "public": (
+        "All settings were chosen on other, public data. The one run on this data is ({trial}, "
+        "{delta})-differentially private."
+    ),
+}
+STATED = (
+    "As the owner of the data states, all settings were chosen on other, public data; no search of "
+    "this project vouches for it. The one run on this data is ({trial}, {delta})-differentially "
+    "private."
+)
+ALONE = (
+    "This one run, with settings given beforehand, is ({trial}, {delta})-differentially private."
+)
+AMONG_OTHERS = (
+    "This run alone is ({trial}, {delta})-differentially private. It is one of {runs} releases on "
+    "this data set, which together are ({everything}, {delta_of_all})-differentially private: that "
+    "is the guarantee if their results had a part in choosing this one."
+)
+SUMMED = (
+    "; each selection (here {count}) counts as the one release that it claims, whose epsilon and "
+    "delta are added"
+)
+STOPPING = (
+    " Trials could also be stopped early by their scores during training ({metric}: {tag}); one "
+    "that was pays for the steps that it ran."
+)
+NOT_COVERED = (
+    "metrics that are tagged non-private, and choices made by them beyond what is stated above",
+    "floating-point attacks on the noise, which is drawn in float64 and rounded to float32",
+    "side channels such as timing, memory use and logs of the machines that trained",
+    "other releases of the same data: those in this ledger add their epsilon, others are unknown",
+    "other data sets with the same records: this card knows only runs on exactly this content, in "
+    "this order, format and numbering of classes, or on what shares its dataset.family",
+    "compositions over trials whose noise was chosen by earlier results: PLD, which gives the "
+    "figure, is proven for noise fixed beforehand (scope sweep is proven for both)",
+    "facts about groups of records, which the guarantee covers only at a multiple of epsilon",
+)
+PUBLIC = (
+    "the whole configuration: sample rates, divisors, clip norm, steps, network, seed",
+    "the number N of training images, the list of classes, the image shape",
+)
+
+
+def make_card(
+    ledger: Ledger,
+    run: str,
+    plan: PrivacyPlan,
+    privacy: PrivacyConfig,
+    identity: str,
+    objective: str,
+    searched: bool,
+) -> dict[str, Any]:
+    """The card of one sweep or of one released model.
+
+    Args:
+        ledger: of the data set.
+        run: name in the ledger of the sweep or single run that the card is about.
+        plan: of the trial that is released.
+        privacy: the settings that decided it.
+        identity: of that trial in the ledger.
+        objective: the metric that chose it among several trials, with its tag.
+        searched: whether a sweep has chosen the trial; else what scope `public` says of the
+            settings is the owner's word alone.
+
+    Returns:
+        Plain data, ready for JSON. `epsilon_trial` is the largest of the run's trials,
+        `epsilon_released_trial` that of the released one. Under scope `selection` nothing is said
+        of the other trials, and `epsilon_computed` is None, as it would tell their number.
+        Everything holds at `delta` but what has a delta of its own.
+
+    Privacy: the same whatever the number of trials of a selection is, of this run or of others.
+
+    Raises:
+        LedgerError: it has no entry of this trial, as after a loss, so there is nothing to state;
+            or of its selection another trial leaves, or none yet.
+    """
+    summary = ledger.summary()
+    entries = [entry for entry in summary["entries"] if entry["run"] == run]
+    if identity not in {entry["trial"] for entry in entries}:
+        raise LedgerError(
+            f"the ledger '{ledger.path}' holds no entry of trial {identity[:16]} of {run}: restore "
+            "the ledger that it was charged to, as nothing can be stated without it"
+        )
+    secret = privacy.scope == "selection"
+    if secret:
+        if ledger.selected(run) != identity:
+            raise LedgerError(
+                f"trial {identity[:16]} is not the one that selection {run} ended with, so nothing "
+                "can be claimed about it: release the selected one, once all trials have ended"
+            )
+        entries = [entry for entry in entries if entry["trial"] == identity]
+    trials = len(entries)
+    everything = summary["epsilon_committed_and_reserved"]
+    delta, delta_of_all = summary["delta"], summary["delta_committed_and_reserved"]
+    computed = 0.0 if secret else ledger.epsilon_of_run(run)
+    largest = plan.epsilon if trials == 1 else max(plan.epsilon, ledger.largest_epsilon(run))
+    others = summary["num_releases"] - trials
+    by_all = trials == 1 and others > 0 and privacy.scope == "trial"
+    released = {
+        "trial": everything if by_all else plan.epsilon if trials == 1 else computed,
+        "public": plan.epsilon,
+    }.get(privacy.scope, privacy.target_epsilon)
+    sentence = SCOPES[privacy.scope]
+    stopping = ""
+    if plan.early_metric and trials > 1:  # Never of a selection.
+        tag = plan.tag(plan.early_metric)
+        stopping = STOPPING.format(metric=plan.early_metric, tag=tag)
+    if privacy.scope == "public" and not searched:
+        sentence = STATED
+    if trials == 1 and privacy.scope == "trial":
+        sentence = AMONG_OTHERS if others else ALONE
+    # Several runs one by one are a search too, and nobody knows of which; a sweep knows.
+    among = f"{trials} trials" if trials > 1 else f"{trials + others} releases on this data set"
+    chosen = {
+        "selection": f"at random; of their secret number the best by {objective}",
+        "public": f"on public data, {f'by {objective}' if searched else 'as its owner states'}",
+    }.get(privacy.scope, f"the best of {among} by {objective}")
+    return {
+        "statement": sentence.format(
+            trial=upward(largest),
+            computed=upward(computed),
+            target=upward(privacy.target_epsilon),
+            delta=upward(delta, 6),
+            trials=trials,
+            runs=trials + others,
+            everything=upward(everything),
+            delta_of_all=upward(delta_of_all, 6),
+            objective=objective,
+            law=privacy.selection_law,
+            mean=privacy.selection_mean,
+        )
+        + stopping
+        + _of_family(summary)
+        + _of_losses(summary),
+        "scope": privacy.scope,
+        "unit": summary["unit"],
+        "neighboring_relation": summary["neighboring_relation"],
+        "neighboring_relation_in_words": RELATIONS[summary["neighboring_relation"]],
+        "num_examples": plan.num_examples,
+        "delta": delta,
+        "target_epsilon": privacy.target_epsilon,
+        "epsilon_trial": largest,
+        "epsilon_released_trial": plan.epsilon,
+        "epsilon_computed": None if secret else computed,
+        "epsilon_released_with_selection": released,
+        "delta_released_with_selection": delta_of_all if by_all else delta,
+        "epsilon_all_on_this_data_set": everything,
+        "delta_all_on_this_data_set": delta_of_all,
+        "odds": {
+            name: odds(epsilon)
+            for name, epsilon in (
+                ("epsilon_trial", largest),
+                ("epsilon_released_with_selection", released),
+            )
+        },
+        "accountant": plan.summary()["accountant"] if secret else summary["accountant"],
+        "accountant_of_the_scope": accountant_of(privacy),
+        "accountant_of_all_on_this_data_set": _accountant_of_all(summary),
+        "events": [
+            {"trial": entry["trial"], "state": entry["state"], **event}
+            for entry in entries
+            for event in entry["events"]
+        ],
+        "hyperparameters_chosen_by": "given beforehand"
+        if trials == 1 and not others and privacy.scope in ("trial", "sweep")
+        else chosen,
+        "public": list(PUBLIC),
+        "not_covered": list(NOT_COVERED),
+        "data_set_declared_public": plan.public_data,
+    }
+
+
+def _of_family(summary: Mapping[str, Any]) -> str:
+    if not summary["family"]:
+        return ""
+    return (
+        f" The data sets of family {summary['family']} are charged together: an epsilon of several "
+        "runs covers a record that lies in each of them."
+    )
+
+
+def _of_losses(summary: Mapping[str, Any]) -> str:
+    return "".join(
+        f" Records of what was spent on the data before {loss['time']} were lost: they are not "
+        "included, and whether those results had a part in choosing this run is not known. The "
+        f"owner's reason: {loss['reason']}"
+        for loss in summary["losses"]
+    )
+
+
+def accountant_of(privacy: PrivacyConfig) -> str:
+    """What bounds the epsilon of the scope, in words."""
+    share = share_of(privacy)
+    if share is None:
+        return "PLD of all that is released (Koskela et al. 2020)"
+    orders = " and ".join(str(order) for order in share.orders)
+    theorem = {
+        "sweep": "filter of Feldman and Zrnic 2021, valid for adaptively chosen trials",
+        "selection": "private selection of Papernot and Steinke 2022, theorem 2",
+    }[privacy.scope]
+    return f"Renyi DP at order {orders} ({theorem})"
+
+
+def _accountant_of_all(summary: Mapping[str, Any]) -> str:
+    """What bounds the epsilon of all runs on a data set, in words."""
+    count = len(summary["selections"])
+    return summary["accountant"] + (SUMMED.format(count=count) if count else "")
+
+
+def three_epsilons(card: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Name and figure of the epsilons that are always stated together."""
+    return [
+        ("epsilon of one trial", upward(card["epsilon_trial"])),
+        ("epsilon of all that was computed", _figure(card["epsilon_computed"])),
+        ("epsilon of the release with its selection", _at(card, "released_with_selection")),
+    ]
+
+
+def all_on_this_data_set(card: Mapping[str, Any]) -> str:
+    """Epsilon of all runs on the data set, with its delta if that is not the card's."""
+    return _at(card, "all_on_this_data_set")
+
+
+def _at(card: Mapping[str, Any], name: str) -> str:
+    epsilon, delta = card[f"epsilon_{name}"], card[f"delta_{name}"]
+    return upward(epsilon) + ("" if delta == card["delta"] else f" at delta {upward(delta, 6)}")
+
+
+def _figure(epsilon: float | None) -> str:
+    if epsilon is None:
+        return "not told: it would give the number of trials away"
+    return upward(epsilon)
+
+
+def card_markdown(card: Mapping[str, Any]) -> str:
+    """The card as a page for people."""
+    lines = [
+        "# Privacy card",
+        "",
+        card["statement"],
+        "",
+        "| | |",
+        "| --- | --- |",
+        f"| unit of protection | {card['unit']} |",
+        f"| neighbouring data sets | {card['neighboring_relation_in_words']} |",
+        f"| number of records N | {card['num_examples']} |",
+        f"| data declared public | {'yes' if card['data_set_declared_public'] else 'no'} |",
+        f"| delta | {upward(card['delta'], 6)} |",
+        *(f"| {name} | {value} |" for name, value in three_epsilons(card)),
+        f"| epsilon of all runs on this data set | {all_on_this_data_set(card)} |",
+        f"| target epsilon, scope | {upward(card['target_epsilon'])}, {card['scope']} |",
+        f"| accountant of a trial | {card['accountant']} |",
+        f"| accountant of the scope | {card['accountant_of_the_scope']} |",
+        f"| accountant of all runs | {card['accountant_of_all_on_this_data_set']} |",
+        f"| hyperparameters | {card['hyperparameters_chosen_by']} |",
+        "",
+        "In words, for the release with its selection: "
+        f"{card['odds']['epsilon_released_with_selection']}, up to a probability of "
+        f"{upward(card['delta_released_with_selection'], 6)}.",
+        "",
+        "## Releases",
+        "",
+        "| trial | mechanism | sample rate | noise multiplier | releases | state |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    lines += [
+        f"| {event['trial'][:16]} | {event['kind']} | {event['sample_rate']:.6g} | "
+        f"{event['noise_multiplier']:.6g} | {event['count']} | {event['state']} |"
+        for event in card["events"]
+    ]
+    lines += ["", "## Public", "", *(f"- {item}" for item in card["public"])]
+    lines += ["", "## Not covered", "", *(f"- {item}" for item in card["not_covered"])]
+    return "\n".join([*lines, ""])
+
+
+def ledger_text(summary: dict[str, Any]) -> str:
+    """`Ledger.summary()` as text for a terminal, one line for each key."""
+    budget = "without a cap"
+    if summary["budget"] is not None:
+        budget = f"of {upward(summary['budget'])}"
+    lines = [STAYS_INSIDE] if summary["selections"] else []
+    lines += [f"family {summary['family']}"] if summary["family"] else []
+    lines += [
+        f"data set {summary['name']}: N={summary['num_examples']} (public), delta "
+        f"{upward(summary['delta'], 6)}, {summary['neighboring_relation']}, unit "
+        f"{summary['unit']}",
+        f"epsilon {_at(summary, 'committed_and_reserved')} {budget}, of which "
+        f"{upward(summary['epsilon_committed'])} is settled ({_accountant_of_all(summary)})",
+        *(f"LOST before {each['time']}: {each['reason']}" for each in summary["losses"]),
+        f"{'state':<10} {'steps':>13} {'epsilon':>8}  run, trial, stage, note",
+    ]
+    for entry in summary["entries"]:
+        planned = entry["end_step"] - entry["first_step"]
+        executed = "-" if entry["executed_steps"] is None else entry["executed_steps"]
+        names = [entry["run"], entry["trial"][:16], entry["stage"], entry["note"]]
+        lines.append(
+            f"{entry['state']:<10} {f'{executed}/{planned}':>13} {upward(entry['epsilon']):>8}  "
+            + ", ".join(name for name in names if name)
+        )
+    return "\n".join(lines)

@@ -1,0 +1,377 @@
+"""What the lines of a ledger say, and the file that keeps them: append-only, chained, locked.
+
+Every line holds its number, the time, a kind, the SHA-256 of the line before and its own SHA-256
+over canonical JSON, so an edited, deleted, inserted or moved line is found. A head file beside
+it names the last line, so a shortened file is found too. Both are fsynced before an append
+returns. There is no secret: whoever rewrites the file together with its head is not found out.
+
+A process killed inside an append leaves one of two states, both repaired by the next reader: a
+last line without its newline (dropped: its append never returned) or one whole line more than
+the head names (kept, the head follows). The lock is made after the file, so a lock alone tells of a
+loss, and from the second use on it says that there was a head. All must lie where flock works: a
+local disk, or a shared one that passes locks between hosts.
+"""
+
+import fcntl
+import hashlib
+import json
+import math
+import operator
+import os
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from core.errors import UserError
+from core.io.durable import replace_durably, sync_folder, write_and_sync
+from core.io.private_files import private_opener
+from core.privacy.accounting.mechanism import RELATIONS
+from core.privacy.ledger.notes import beside_secret, contradiction, write_notes
+
+Entry = dict[str, Any]
+_BEFORE_FIRST = "0" * 64
+
+
+class LedgerError(UserError):
+    """A ledger is missing, edited, truncated, of other terms, or used against its rules."""
+
+
+def require(condition: bool, name: str, value: object, allowed: str) -> None:
+    """Raises the one-sentence error of a value out of its range.
+
+    Raises:
+        LedgerError: `condition` is false.
+    """
+    if not condition:
+        raise LedgerError(f"{name}={value!r} is refused: it must be {allowed}")
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a ledger states in its first line and never changes.
+
+    Attributes:
+        fingerprint: SHA-256 of the data set, 64 hexadecimal digits; of a family, that of its name.
+        num_examples: public N, at least 1; of a family, that of the data set that began it.
+        delta: in (0, 1/N).
+        neighboring_relation: `zero_out` or `replace_one`.
+        budget: total epsilon of all that is ever computed on the data, or None for no cap.
+        family: public name of several data sets that charge together; None for a single one.
+    """
+
+    fingerprint: str
+    num_examples: int
+    delta: float
+    neighboring_relation: str
+    budget: float | None = None
+    family: str | None = None
+
+    def __post_init__(self) -> None:
+        digits, count, relation = self.fingerprint, self.num_examples, self.neighboring_relation
+        is_hash = len(digits) == 64 and set(digits) <= set("0123456789abcdef")
+        require(is_hash, "fingerprint", digits, "64 hexadecimal digits")
+        require(count >= 1, "num_examples", count, "at least 1")
+        require(0 < self.delta < 1 / count, "delta", self.delta, f"in (0, 1/N={1 / count:.3g})")
+        known = " or ".join(RELATIONS)
+        require(relation in RELATIONS, "neighboring_relation", relation, known)
+        positive = self.budget is None or 0 < self.budget < math.inf
+        require(positive, "budget", self.budget, "a positive, finite epsilon, or none for no cap")
+
+
+@dataclass(frozen=True)
+class Event:
+    """`count` releases of a Poisson-subsampled Gaussian mechanism, as plain data.
+
+    Attributes:
+        kind: `central_images`, `frequency`, `dp_sgd`, which alone can stop half-way, or
+            `dp_accuracy`.
+        sample_rate: q in (0, 1].
+        noise_multiplier: standard deviation over sensitivity, positive and finite.
+        count: at least 1.
+        release: identity of the released object, where several trials have it from one release;
+            equal events of one identity are the same object and count once.
+    """
+
+    kind: str
+    sample_rate: float
+    noise_multiplier: float
+    count: int
+    release: str = ""
+
+    def __post_init__(self) -> None:
+        kinds = ("central_images", "frequency", "dp_sgd", "dp_accuracy")
+        sigma = self.noise_multiplier
+        require(self.kind in kinds, "event kind", self.kind, f"one of {', '.join(kinds)}")
+        require(0 < self.sample_rate <= 1, "sample_rate", self.sample_rate, "in (0, 1]")
+        require(0 < sigma < math.inf, "noise_multiplier", sigma, "positive and finite")
+        require(operator.index(self.count) >= 1, "count", self.count, "at least 1")
+        whole = not self.release or self.kind == "central_images"
+        require(whole, "release", self.release, "empty but for central images, drawn as a whole")
+
+
+@dataclass(frozen=True)
+class Key:
+    """What makes a reservation the same as an earlier one, so that it is charged once.
+
+    Attributes:
+        run: sweep or single run.
+        trial: identity from which masks and noise are drawn. Other noise is another trial: only
+            an exact replay is free.
+        stage: name of what runs, such as `all`.
+        first_step: first DP-SGD step, from 0.
+        end_step: DP-SGD step after the last; the difference is the DP-SGD count.
+    """
+
+    run: str
+    trial: str
+    stage: str
+    first_step: int
+    end_step: int
+
+    def __str__(self) -> str:
+        steps = f"steps {self.first_step} to {self.end_step}"
+        return f"trial {self.trial[:16]} of run {self.run} ({self.stage}, {steps})"
+
+
+class Chain:
+    """The verified lines of a ledger while its lock is held.
+
+    Attributes:
+        entries: all lines, oldest first.
+    """
+
+    def __init__(self, path: Path, entries: list[Entry], notes: Sequence[Path] = ()) -> None:
+        self._path, self._notes = path, notes
+        self.entries = entries
+
+    def append(self, kind: str, body: Mapping[str, Any]) -> None:
+        """Adds one line; when this returns, line, head and notes have reached the disk.
+
+        Args:
+            kind: what the line is.
+            body: plain JSON data; floats survive exactly.
+
+        Raises:
+            ValueError: `body` holds NaN or infinity; nothing was written.
+        """
+        entry: Entry = {
+            **body,
+            "kind": kind,
+            "sequence": len(self.entries),
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "previous": self.entries[-1]["hash"] if self.entries else _BEFORE_FIRST,
+        }
+        entry["hash"] = _digest(entry)
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+        write_and_sync(private_opener(str(self._path), flags), _canonical(entry) + b"\n")
+        sync_folder(self._path)
+        _write_head(self._path, entry)
+        write_notes(self._path, self._notes, entry)
+        self.entries.append(entry)
+
+
+@contextmanager
+def locked(
+    path: Path, create: bool = False, notes: Sequence[Path] = ()
+) -> Generator[Chain, None, None]:
+    """Holds the exclusive lock of the ledger at `path` and gives its verified lines.
+
+    Args:
+        path: the `.jsonl` file; head and lock lie beside it.
+        create: also where there is no ledger yet; its folder is made, the chain is empty.
+        notes: files that note its last line, beside that of the master secret.
+
+    Raises:
+        LedgerError: the file is missing though it is to be there or anything knows of it; it is
+            edited, truncated, or shorter or another than noted; or it cannot be read or written.
+    """
+    known = [place for place in (beside_secret(path), *notes) if os.path.exists(place)]
+    witnesses = [*known, *filter(Path.exists, [path.with_suffix(".lock")])]
+    absent = not path.exists() and not _head(path).exists()
+    if absent and (witnesses or not create):
+        raise _missing(path, witnesses)
+    with _lock(path, create=absent) as descriptor:
+        begun = os.fstat(descriptor).st_size > 0
+        if begun and not _head(path).exists():
+            raise _damaged(path, "its head is gone") if path.exists() else _missing(path, known)
+        entries = _read_and_repair(path)
+        if not entries and (known or not create):
+            raise _missing(path, known)
+        for finding in (contradiction(place, entries) for place in known):
+            if finding:
+                raise _damaged(path, finding)
+        if entries and not begun:
+            os.write(descriptor, b"begun\n")
+        yield Chain(path, entries, notes)
+
+
+@contextmanager
+def _lock(path: Path, create: bool) -> Generator[int, None, None]:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if create:  # Before the lock, which without a ledger then tells that one was lost.
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))
+        descriptor = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)  # The kernel frees it when the process dies.
+            yield descriptor
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise LedgerError(
+            f"the ledger '{path}' cannot be used ({error.strerror}): it needs a folder that this "
+            "user may write to, with space left"
+        ) from None
+
+
+def accept_loss(path: Path, reason: str) -> int:
+    """Goes on with the lines that still verify, and a new one that says that others were lost.
+
+    A file with other lines, or none, is kept aside. What was spent in lost lines counts no more:
+    the new line stays, for every card that is made from the ledger.
+
+    Returns:
+        How many lines are left.
+
+    Raises:
+        LedgerError: no reason is given, or `path` is no name of a ledger.
+    """
+    reason = " ".join(reason.split())
+    require(bool(reason), "--reason", reason, "a sentence, which every privacy card will quote")
+    is_name = path.suffix == ".jsonl" and len(path.stem) == 16
+    require(is_name, "--file", str(path), "a ledger, such as FOLDER/0123456789abcdef.jsonl")
+    with _lock(path, create=False):
+        content = path.read_bytes() if path.exists() else b""
+        entries: list[Entry] = []
+        for line in content.split(b"\n")[:-1]:
+            try:
+                entries.append(_verified(path, line, entries))
+            except LedgerError:
+                break
+        whole = b"".join(_canonical(entry) + b"\n" for entry in entries)
+        if content != whole:
+            replace_durably(path.with_suffix(f".lost-{len(content)}"), content)
+            replace_durably(path, whole)
+        if entries:
+            _write_head(path, entries[-1])
+        else:
+            _head(path).unlink(missing_ok=True)
+        kept = len(entries)
+        Chain(path, entries).append("loss", {"reason": reason, "kept": kept})
+        return kept
+
+
+def _read_and_repair(path: Path) -> list[Entry]:
+    content = path.read_bytes() if path.exists() else b""
+    known, last_hash = _read_head(path)
+    entries, torn = _verified_lines(path, content)
+    if len(entries) < known:
+        raise _damaged(path, f"it holds {len(entries)} whole lines of {known}")
+    if len(entries) > known + 1:
+        raise _damaged(path, f"it holds {len(entries)} lines where its head names {known}")
+    if known and entries[known - 1]["hash"] != last_hash:
+        raise _damaged(path, f"line {known} is not the one that its head names")
+    if torn and len(entries) > known:  # A writer moves the head on before it appends again.
+        raise _damaged(path, f"line {len(entries) + 1} is incomplete")
+    if torn:
+        os.truncate(path, len(content) - len(torn))
+        write_and_sync(os.open(path, os.O_WRONLY), b"")
+    elif len(entries) > known:
+        # Whoever wrote it may have died before it was on the disk.
+        write_and_sync(os.open(path, os.O_WRONLY), b"")
+        _write_head(path, entries[-1])
+    return entries
+
+
+_verified_before: dict[Path, tuple[int, bytes, tuple[Entry, ...]]] = {}
+"""Of each ledger the length and digest of what this process verified last, and its lines."""
+
+
+def _verified_lines(path: Path, content: bytes) -> tuple[list[Entry], bytes]:
+    """All whole lines as data, and what follows them.
+
+    What is to the byte what this process has verified before is not parsed again, so that a call
+    does not take longer with every trial.
+    """
+    length, digest, before = _verified_before.get(path, (0, b"", ()))
+    if hashlib.sha256(content[:length]).digest() != digest:
+        length, before = 0, ()
+    entries = [*before]
+    *lines, torn = content[length:].split(b"\n")
+    for line in lines:
+        entries.append(_verified(path, line, entries))
+    length = len(content) - len(torn)
+    digest = hashlib.sha256(content[:length]).digest()
+    _verified_before[path] = (length, digest, tuple(entries))
+    return entries, torn
+
+
+def _verified(path: Path, line: bytes, before: list[Entry]) -> Entry:
+    """The line as data, if it is just what `append` would have written after `before`."""
+    number = len(before) + 1
+    try:
+        entry: Entry = json.loads(line)
+        # Canonical form admits no other spacing, order or spelling of numbers.
+        if _canonical(entry) == line and entry["hash"] == _digest(entry):
+            previous = before[-1]["hash"] if before else _BEFORE_FIRST
+            if (entry["sequence"], entry["previous"]) == (number - 1, previous):
+                return entry
+            raise _damaged(path, f"line {number} does not follow the line before it")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass
+    raise _damaged(path, f"line {number} is not as it was written")
+
+
+def _read_head(path: Path) -> tuple[int, str]:
+    """How many lines the head vouches for, and the hash of the last; (0, "") where none is."""
+    if not _head(path).exists():
+        return 0, ""
+    try:
+        content = _head(path).read_bytes()
+        head: Entry = json.loads(content)
+        if _canonical(head) + b"\n" == content and head["sequence"] >= 0:
+            return int(head["sequence"]) + 1, head["hash"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise _damaged(path, f"its head '{_head(path).name}' is not as it was written")
+
+
+def _write_head(path: Path, entry: Entry) -> None:
+    head = {"sequence": entry["sequence"], "hash": entry["hash"]}
+    replace_durably(_head(path), _canonical(head) + b"\n")
+
+
+def _head(path: Path) -> Path:
+    return path.with_suffix(".head")
+
+
+def _canonical(value: Entry) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def _digest(entry: Entry) -> str:
+    content = {key: value for key, value in entry.items() if key != "hash"}
+    return hashlib.sha256(_canonical(content)).hexdigest()
+
+
+_ACCEPT = "or accept the loss: python -m core ledger accept-loss --file '{}' --reason '...'"
+
+
+def _missing(path: Path, known: Sequence[Path] = ()) -> LedgerError:
+    witness = f" ('{known[0]}' knows of it)" if known else ""
+    return LedgerError(
+        f"no ledger at '{path}'{witness}: it must hold what was spent on this data set so far, so "
+        "restore the file and its head, or name the folder in which they are, "
+        + _ACCEPT.format(path)
+    )
+
+
+def _damaged(path: Path, finding: str) -> LedgerError:
+    return LedgerError(
+        f"the ledger '{path}' was edited or truncated: {finding}; nothing more can be spent on "
+        "this data set until the file and its head are restored from a copy, "
+        + _ACCEPT.format(path)
+    )

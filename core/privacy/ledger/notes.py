@@ -1,0 +1,67 @@
+"""Notes of a ledger's last line, kept where they are not lost with it.
+
+A ledger's own head finds a file that was cut. A folder that is gone, or an older copy with its
+head, is found by notes: one beside the master secret, one in the folder of each run. A note is
+written after its line has reached the disk, so it may lag behind the ledger, never run ahead.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from core.io.durable import replace_durably
+from core.privacy.keys import secret_path
+
+_LOG = logging.getLogger("core")
+
+
+def beside_secret(path: Path) -> Path:
+    """Where the owner's note of the ledger at `path` lies."""
+    place = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
+    return secret_path().parent / "ledgers" / f"{place}.json"
+
+
+def write_notes(path: Path, places: Sequence[Path], entry: dict[str, Any]) -> None:
+    """Notes the last line beside the master secret and at `places`; the lock must be held.
+
+    The secret may lie in a folder that only its owner elsewhere can write, as on Kubernetes; then
+    the run's log says that nothing is noted there.
+
+    Raises:
+        OSError: one of `places` cannot be written.
+    """
+    note = {name: entry[name] for name in ("sequence", "hash", "time")}
+    content = json.dumps({**note, "ledger": str(path.resolve())}).encode()
+    for place in places:
+        place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        replace_durably(place, content)
+    own = beside_secret(path)
+    try:
+        own.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        replace_durably(own, content)
+    except OSError as error:
+        _LOG.warning("no note of the ledger beside the master secret: %s", error)
+
+
+def contradiction(place: Path, entries: Sequence[dict[str, Any]]) -> str:
+    """What the note at `place` knows that the lines of the ledger do not; empty if they agree.
+
+    A loss that was accepted after the note was written explains any difference.
+    """
+    if not place.exists() or not (content := place.read_bytes()):  # Empty: of an older version.
+        return ""
+    try:
+        note: dict[str, Any] = json.loads(content)
+        number, digest, time = int(note["sequence"]), note["hash"], note["time"]
+        if 0 <= number < len(entries) and entries[number]["hash"] == digest:
+            return ""
+        if any(entry["kind"] == "loss" and entry["time"] >= time for entry in entries):
+            return ""
+    except (ValueError, KeyError, TypeError):
+        return f"the note '{place}' of its last line is not as it was written"
+    if number < len(entries):
+        return f"its line {number + 1} is another than that which '{place}' knows"
+    return f"it holds {len(entries)} lines, but '{place}' knows of {number + 1}"

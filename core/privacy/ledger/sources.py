@@ -1,0 +1,86 @@
+"""Which source of data had which content: what a folder of ledgers remembers of them."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from core.io.durable import replace_durably
+from core.io.locks import held
+from core.privacy.ledger.file import LedgerError
+
+_PATIENCE = 60.0
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a source held when a run opened it last.
+
+    Attributes:
+        fingerprint: of the content.
+        path: folder or file; None for data that comes with a package.
+        family: public name of the data sets that it is charged with.
+        charged: whether any private run was charged for it.
+    """
+
+    fingerprint: str
+    path: str | None = None
+    family: str | None = None
+    charged: bool = True  # As far as anybody knows of those that older versions wrote.
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The file `sources.json` of a folder of ledgers, readable by its owner alone."""
+
+    folder: Path
+
+    @property
+    def _path(self) -> Path:
+        return self.folder / "sources.json"
+
+    def read(self) -> dict[str, Source]:
+        """Every source by the digest of its settings.
+
+        Raises:
+            LedgerError: the file is damaged.
+        """
+        try:
+            content: dict[str, Any] = json.loads(self._path.read_text())
+            return {key: _source(value) for key, value in content.items()}
+        except FileNotFoundError:
+            return {}
+        except (ValueError, TypeError, AttributeError):
+            raise LedgerError(
+                f"'{self._path}' is not as it was written: restore it from a copy, as it tells "
+                "which data sets have a ledger"
+            ) from None
+
+    def remember(self, key: str, source: Source) -> None:
+        """Keeps what a source held; what was ever charged stays so."""
+        before = self.read()
+        source = replace(source, charged=source.charged or _charged(before, key, source))
+        if before.get(key) == source:
+            return
+        with held(self.folder / "sources.lock", _PATIENCE):
+            content = {k: asdict(v) for k, v in (self.read() | {key: source}).items()}
+            replace_durably(self._path, json.dumps(content, indent=1).encode())
+
+    def shared_paths(self) -> list[str]:
+        """Paths that were read as several data sets, each with a ledger of its own."""
+        accounts: dict[str, set[str]] = {}
+        for source in self.read().values():
+            if source.path is not None and source.charged:
+                account = source.family or source.fingerprint
+                accounts.setdefault(source.path, set()).add(account)
+        return sorted(path for path, found in accounts.items() if len(found) > 1)
+
+
+def _source(value: str | Mapping[str, Any]) -> Source:
+    return Source(value) if isinstance(value, str) else Source(**value)
+
+
+def _charged(before: Mapping[str, Source], key: str, source: Source) -> bool:
+    earlier = before.get(key)
+    return earlier is not None and earlier.charged and earlier.fingerprint == source.fingerprint

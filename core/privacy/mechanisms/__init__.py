@@ -1,0 +1,1 @@
+"""Keys, sampling, and the mechanisms that touch private images."""

@@ -1,0 +1,107 @@
+"""DP-SGD (Abadi et al. 2016): clip each example over all parameters, sum, noise once, divide."""
+# Opacus has no stubs, and its constructor's types are incomplete:
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from opacus.optimizers import DPOptimizer
+from torch.optim import Optimizer
+
+from core.privacy.keys import KeyedStream
+from core.privacy.plan.releases import DpSgdPlan
+
+_norm = cast(Callable[..., torch.Tensor], torch.linalg.vector_norm)
+
+
+class DpSgdOptimizer(DPOptimizer):
+    """Opacus's `DPOptimizer` with noise from a keyed stream and any number of ranks.
+
+    One logical step is any number of `accumulate()` calls, none included, on each rank, and one
+    `release(step)` on all ranks. The result depends on neither the number of ranks nor the size
+    of the physical batches, up to float32 rounding, and is bit-identical on all ranks.
+
+    Args:
+        optimizer: what the noisy gradient is given to.
+        plan: clip norm, noise multiplier and divisor; the only source of these numbers.
+        noise: secret stream; step s always draws the same noise, so a replay is no new release.
+
+    Privacy: the sum has L2 sensitivity `plan.max_grad_norm`; its noise has standard deviation
+    `plan.noise_stddev`; the divisor is public.
+    """
+
+    def __init__(self, optimizer: Optimizer, plan: DpSgdPlan, noise: KeyedStream) -> None:
+        super().__init__(
+            optimizer,
+            noise_multiplier=plan.noise_multiplier,
+            max_grad_norm=plan.max_grad_norm,
+            expected_batch_size=plan.expected_batch_size,
+        )
+        self._noise = noise
+        self._step = -1
+
+    @property
+    def params(self) -> list[Any]:
+        """The parameters; Opacus keeps `grad_sample` and `summed_grad` as attributes of them."""
+        return super().params
+
+    def accumulate(self) -> None:
+        """Clips the per-example gradients of one physical batch and adds them to the sum."""
+        self.clip_and_accumulate()
+        for parameter in self.params:
+            parameter.grad_sample = None
+
+    def release(self, step: int) -> None:
+        """Sums over ranks, adds the noise of `step` once, divides, and updates the parameters."""
+        self._step = step
+        self.add_noise()
+        self.scale_grad()
+        self.original_optimizer.step()
+        self.zero_grad(set_to_none=True)
+
+    def clip_and_accumulate(self) -> None:
+        """Adds `sum_i g_i * min(1, C / |g_i|)` over the physical batch to `summed_grad`.
+
+        An example whose gradient is not finite counts as zero: one record must not be able to
+        destroy, abort or reveal itself in the step. All sums change or, where memory runs out,
+        none.
+        """
+        rows: list[torch.Tensor] = [g.flatten(1).float() for g in self.grad_samples]
+        norms = _norm(torch.stack([_norm(row, dim=1) for row in rows]), dim=0)
+        finite = torch.isfinite(norms)
+        factors = torch.where(finite, (self.max_grad_norm / (norms + 1e-6)).clamp(max=1.0), 0.0)
+        sums: list[torch.Tensor] = []
+        for parameter, row in zip(self.params, rows, strict=True):
+            # Zero times NaN is NaN; in place, as these gradients are dropped after this.
+            total = (factors @ row.nan_to_num_(0.0, 0.0, 0.0)).view_as(parameter)
+            earlier = parameter.summed_grad
+            sums.append(total if earlier is None else earlier + total)
+        for parameter, total in zip(self.params, sums, strict=True):
+            parameter.summed_grad = total
+
+    def add_noise(self) -> None:
+        """Adds noise of standard deviation `noise_multiplier * max_grad_norm` to the global sum.
+
+        Every rank holds the same sum after the reduction and draws the same noise, so the noise
+        enters once and all ranks stay bit-identical.
+        """
+        flat = torch.cat(
+            [
+                (torch.zeros_like(p) if p.summed_grad is None else p.summed_grad).flatten()
+                for p in self.params
+            ]
+        )
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(flat, op=dist.ReduceOp.SUM)
+        noise = self._noise.normal(self._step, flat.numel()).to(flat.device)
+        flat = flat + (self.noise_multiplier * self.max_grad_norm) * noise
+        parts = torch.split(flat, [parameter.numel() for parameter in self.params])
+        for parameter, part in zip(self.params, parts, strict=True):
+            parameter.grad = part.view_as(parameter).clone()
+
+    def scale_grad(self) -> None:
+        """Divides by the public expected batch size, never by the size of the batch at hand."""
+        for parameter in self.params:
+            parameter.grad /= self.expected_batch_size

@@ -1,0 +1,1 @@
+"""The privacy plan: what a trial releases, under which scope, at which noise."""

@@ -1,0 +1,174 @@
+"""What each stage of a trial releases: the parts of its privacy plan, asked for by it alone."""
+
+import math
+from dataclasses import dataclass
+
+from core.config import Config
+from core.errors import ConfigError
+from core.privacy.accounting.mechanism import Mechanism
+
+NO_SAMPLING = 1.0
+
+
+@dataclass(frozen=True)
+class CentralPlan:
+    """The easy stage's releases.
+
+    Attributes:
+        num_releases: central images of each class, n.
+        sample_rate: Poisson sample rate q of one release.
+        noise_multiplier: standard deviation over sensitivity.
+        sensitivity: largest L2 norm that one image adds to a sum, sqrt(h * w * channels) times
+            the largest distance of a pixel from the public centre (mean) or 1 (mode); at most
+            `central_images.max_norm`, to which images are then clipped.
+        expected_class_count: public divisor, q * N / number of classes; never a count of data.
+    """
+
+    num_releases: int
+    sample_rate: float
+    noise_multiplier: float
+    sensitivity: float
+    expected_class_count: float
+
+    @property
+    def noise_stddev(self) -> float:
+        """Absolute noise standard deviation on every entry of a sum."""
+        return self.noise_multiplier * self.sensitivity
+
+    @property
+    def mechanism(self) -> Mechanism:
+        """Sample rate, noise multiplier, count: what the accountant composes."""
+        return self.sample_rate, self.noise_multiplier, self.num_releases
+
+
+@dataclass(frozen=True)
+class FrequencyPlan:
+    """The frequency stage's one release: a sum of random Fourier features of all images.
+
+    Attributes:
+        noise_multiplier: standard deviation over sensitivity.
+        expected_class_count: public divisor, N / number of classes; never a count of data.
+        sensitivity: L2 norm that one image adds, exactly 1 as the features are cosines and sines
+            of the same phases.
+    """
+
+    noise_multiplier: float
+    expected_class_count: float
+    sensitivity: float = 1.0
+
+    @property
+    def noise_stddev(self) -> float:
+        """Absolute noise standard deviation on every entry of the sum."""
+        return self.noise_multiplier * self.sensitivity
+
+    @property
+    def mechanism(self) -> Mechanism:
+        """Sample rate, noise multiplier, count: what the accountant composes."""
+        return NO_SAMPLING, self.noise_multiplier, 1
+
+
+@dataclass(frozen=True)
+class DpSgdPlan:
+    """The hard stage's releases: `num_steps` noisy sums of clipped per-example gradients."""
+
+    num_steps: int
+    sample_rate: float
+    noise_multiplier: float
+    max_grad_norm: float
+    expected_batch_size: int
+
+    @property
+    def noise_stddev(self) -> float:
+        """Absolute noise standard deviation on every entry of a gradient sum."""
+        return self.noise_multiplier * self.max_grad_norm
+
+    @property
+    def mechanism(self) -> Mechanism:
+        """Sample rate, noise multiplier, count: what the accountant composes."""
+        return self.sample_rate, self.noise_multiplier, self.num_steps
+
+
+@dataclass(frozen=True)
+class ScorePlan:
+    """The score's releases: how many private images the classifier gets right, with noise.
+
+    One image changes the count by at most 1, so the noise multiplier is the standard deviation.
+
+    Attributes:
+        num_releases: the score at the end, those during training if they are private, too, and
+            those of each classifier's epochs if they choose one.
+    """
+
+    noise_stddev: float
+    num_releases: int = 1
+
+    @property
+    def mechanism(self) -> Mechanism:
+        """Sample rate, noise multiplier, count."""
+        return NO_SAMPLING, self.noise_stddev, self.num_releases
+
+
+def dp_sgd_sample_rate(config: Config) -> float:
+    """Poisson sample rate q of a DP-SGD step."""
+    return config.private_training.expected_batch_size / config.dataset.num_examples
+
+
+def dp_sgd_plan(config: Config, noise_multiplier: float) -> DpSgdPlan:
+    """The hard stage's plan; without noise, for `method=non_private`, nothing is clipped."""
+    private = config.private_training
+    return DpSgdPlan(
+        num_steps=config.private_steps,
+        sample_rate=dp_sgd_sample_rate(config),
+        noise_multiplier=noise_multiplier,
+        max_grad_norm=math.inf if config.method == "non_private" else private.max_grad_norm,
+        expected_batch_size=private.expected_batch_size,
+    )
+
+
+def score_plan(config: Config) -> ScorePlan | None:
+    """The private scores' plan; None without any.
+
+    Raises:
+        ConfigError: there are some, but their noise is not stated.
+    """
+    stddev, early = config.privacy.dp_accuracy_stddev, config.early_scores
+    settings = config.evaluation
+    at_early = len(early.at) if early.metric == "dp_accuracy" else 0
+    by_epoch = len(settings.classifiers) * settings.num_repeats * settings.classifier_epochs
+    by_epoch = by_epoch if settings.epoch_chosen_on == "dp" else 0
+    if stddev is None:
+        if at_early or by_epoch:
+            key = "early_scores.metric" if at_early else "evaluation.epoch_chosen_on"
+            raise ConfigError(
+                f"{key}={'dp_accuracy' if at_early else 'dp'!r} needs its noise: set "
+                "privacy.dp_accuracy_stddev, in images, such as 50"
+            )
+        return None
+    return ScorePlan(stddev, 1 + at_early + by_epoch)
+
+
+def central_plan(config: Config) -> CentralPlan | None:
+    """The central images' plan; None where no step trains on them: then none is made or charged."""
+    if config.warm_up_steps == config.frequency_steps:
+        return None
+    central, dataset = config.central_images, config.dataset
+    # A pixel in [0, 1] lies at most this far from the public centre; a histogram entry is 0 or 1.
+    reach = max(central.pixel_center, 1 - central.pixel_center) if central.kind == "mean" else 1.0
+    sensitivity = reach * math.sqrt(central.image_size**2 * dataset.channels)
+    return CentralPlan(
+        num_releases=central.per_class,
+        sample_rate=central.expected_batch_size / dataset.num_examples,
+        noise_multiplier=central.noise_multiplier,
+        sensitivity=min(sensitivity, central.max_norm or math.inf),
+        expected_class_count=central.expected_batch_size / dataset.num_classes,
+    )
+
+
+def frequency_plan(config: Config) -> FrequencyPlan | None:
+    """The frequency stage's plan; None where it has no steps."""
+    if config.frequency_steps == 0:
+        return None
+    return FrequencyPlan(
+        noise_multiplier=config.frequency.noise_multiplier,
+        expected_class_count=config.dataset.num_examples / config.dataset.num_classes,
+    )

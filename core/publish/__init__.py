@@ -1,0 +1,1 @@
+"""What leaves a run folder: the release bundle; and what its owner alone may see."""

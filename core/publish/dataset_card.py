@@ -1,0 +1,115 @@
+"""The Hugging Face dataset card of a bundle, and the types that its parquet file states."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from core.privacy.accounting.rounding import upward
+from core.privacy.ledger.card import three_epsilons
+
+PARQUET = "data/train-00000-of-00001.parquet"
+"""Where Hugging Face's `datasets` looks for the split `train`."""
+_SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (10**6, "100K<n<1M"))
+
+
+def parquet_metadata(class_names: Sequence[str]) -> dict[str, str]:
+    """Schema metadata by which `datasets` reads the columns as `Image` and `ClassLabel`."""
+    label = {"names": list(class_names), "_type": "ClassLabel"}
+    features = {"image": {"_type": "Image"}, "label": label}
+    return {"huggingface": json.dumps({"info": {"features": features}})}
+
+
+def dataset_card(
+    card: Mapping[str, Any],
+    num_images: int,
+    class_names: Sequence[str],
+    formats: Sequence[str],
+    license_id: str,
+) -> str:
+    """README.md with the front matter that the Hugging Face Hub reads.
+
+    Args:
+        card: the privacy card.
+        class_names: of the labels 0, 1, ...; public.
+        formats: what the bundle holds; only with `parquet` is there something to load.
+        license_id: identifier of the Hub, such as `cc-by-4.0`; `unknown` leaves it open.
+    """
+    size = next((name for limit, name in _SIZES if num_images < limit), "1M<n<10M")
+    front = [
+        f"license: {license_id}",
+        "pretty_name: Synthetic images",
+        "task_categories:",
+        "- image-classification",
+        "size_categories:",
+        f"- {size}",
+        "tags:",
+        "- synthetic",
+        "- differential-privacy",
+    ]
+    if "parquet" in formats:
+        front += [
+            "configs:",
+            "- config_name: default",
+            "  data_files:",
+            "  - split: train",
+            f"    path: {PARQUET}",
+            "dataset_info:",
+            "  features:",
+            "  - name: image",
+            "    dtype: image",
+            "  - name: label",
+            "    dtype:",
+            "      class_label:",
+            "        names:",
+            *(
+                f"          '{label}': {json.dumps(name, ensure_ascii=False)}"  # Quoted as in YAML.
+                for label, name in enumerate(class_names)
+            ),
+        ]
+    lines = ["---", *front, "---", "", "# Synthetic images", ""]
+    lines += [
+        f"{num_images:,} synthetic images of {len(class_names)} classes, drawn from a diffusion "
+        "model that was trained with differential privacy. They are drawn, not taken from the data "
+        "that the model learned from.",
+        "",
+        "## Privacy",
+        "",
+        card["statement"],
+        "",
+        "| | |",
+        "| --- | --- |",
+        *(f"| {name} | {value} |" for name, value in three_epsilons(card)),
+        f"| delta | {upward(card['delta'], 6)} |",
+        f"| unit of protection | {card['unit']} |",
+        f"| neighbouring data sets | {card['neighboring_relation_in_words']} |",
+        "",
+        "[privacy_card.md](privacy_card.md) says what was released how often, with which noise, "
+        "and what the guarantee does not cover. It holds for whatever is made of these files.",
+        "",
+        "## Use",
+        "",
+        "The images are not real: rare cases may be missing, and conclusions about people need "
+        "real data. Labels mean:",
+        "",
+        *(f"- {label}: {name}" for label, name in enumerate(class_names)),
+        "",
+    ]
+    if "parquet" in formats:
+        lines += [
+            "```python",
+            "from datasets import load_dataset",
+            "",
+            'images = load_dataset("FOLDER", split="train")',
+            "```",
+            "",
+        ]
+    if "generator" in formats:
+        lines += [
+            "`generator/` holds the weights of the model; they are covered by the same guarantee. "
+            "More images: `python -m core generate --bundle FOLDER --num-images N --out NEW.npz`.",
+            "",
+        ]
+    lines += ["`python -m core release --verify --out FOLDER` checks every file.", ""]
+    if license_id == "unknown":
+        lines += ["No license is stated; release with `--license` to state one.", ""]
+    return "\n".join(lines)

@@ -1,0 +1,235 @@
+"""What the owner of the data may look at, and nobody else: neighbours and a membership attack."""
+
+import base64
+import html
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from core.config import Config
+from core.data import Dataset, Split
+from core.errors import DataError
+from core.evaluation.membership import attack, denoising_losses
+from core.evaluation.neighbors import Neighbors, Space, nearest, pixels
+from core.evaluation.reference import real_reference
+from core.generation.png import encode_png
+from core.io.private_files import private_folder, private_opener
+from core.io.terminal import NON_PRIVATE, write_json
+from core.privacy.accounting.rounding import upward
+from core.privacy.plan.plan import PrivacyPlan
+
+_SHOWN = 24
+"""Pairs in each table of the page."""
+_CLOSE = 0.01
+"""Share of held-out images that counts as unusually close to the training images."""
+
+
+def inspect_run(
+    run_dir: Path,
+    config: Config,
+    plan: PrivacyPlan,
+    denoiser: nn.Module,
+    synthetic: Split,
+    dataset: Dataset,
+    max_images: int,
+    device: str,
+) -> tuple[Path, dict[str, Any]]:
+    """Writes the page and the figures of a finished run into `RUN/non_private`.
+
+    Args:
+        denoiser: the run's averaged weights, in evaluation mode.
+        max_images: most synthetic, training and held-out images that are looked up or attacked;
+            neighbours are searched among all training images.
+
+    Returns:
+        The page, and the figures as plain data.
+
+    Raises:
+        DataError: fewer than 4 held-out images, too few for the attack.
+
+    Privacy: shows real images and figures computed from them without noise. Neither the release
+        nor MLflow takes anything from that folder.
+    """
+    if len(dataset.test.labels) < 4:
+        raise DataError(
+            f"{len(dataset.test.labels)} test images: the attack needs 4 that were not trained on"
+        )
+    settings, seed = config.evaluation, config.evaluation.seed
+    members, others = _part(dataset.train, max_images, seed), _part(dataset.test, max_images, seed)
+    losses = [
+        denoising_losses(denoiser, part, config.diffusion, settings.batch_size, seed, device)
+        for part in (members, others)
+    ]
+    membership = attack(losses[0], losses[1], plan.epsilon, plan.delta, seed)
+
+    shown = _part(synthetic, max_images, seed)
+    cache, classes = Path(config.runtime.cache), config.dataset.num_classes
+    extractor = real_reference(dataset, settings, classes, device, cache).extractor
+    spaces: dict[str, Space] = {"features": extractor, "pixels": pixels}
+    found: dict[str, Neighbors] = {}
+    closeness: dict[str, dict[str, float]] = {}
+    for name, space in spaces.items():
+        found[name] = nearest(shown.images, dataset.train.images, space, settings.batch_size)
+        held_out = nearest(others.images, dataset.train.images, space, settings.batch_size)
+        limit = held_out.distances.quantile(_CLOSE)
+        closeness[name] = {
+            "median_of_synthetic": found[name].distances.median().item(),
+            "median_of_held_out": held_out.distances.median().item(),
+            "limit": limit.item(),
+            "share_of_synthetic_below_limit": (found[name].distances < limit)
+            .double()
+            .mean()
+            .item(),
+        }
+    figures = {"membership": membership, "closeness": closeness, "extractor": extractor.what}
+    folder = run_dir / NON_PRIVATE
+    private_folder(folder)
+    (folder / ".gitignore").write_text("*\n")
+    content = {"NON-PRIVATE": "never publish this", **figures}
+    write_json(folder / "inspection.json", content, opener=private_opener)
+    page = folder / "inspection.html"
+    with open(page, "w", opener=private_opener) as file:
+        file.write(_page(run_dir.name, shown, dataset.train, found, figures))
+    return page, figures
+
+
+def _part(split: Split, count: int, seed: int) -> Split:
+    """At most `count` images, in random order."""
+    chosen = torch.randperm(len(split.labels), generator=torch.Generator().manual_seed(seed))
+    chosen = chosen[:count]
+    return Split(split.images[chosen], split.labels[chosen])
+
+
+def _page(
+    run: str,
+    synthetic: Split,
+    real: Split,
+    found: Mapping[str, Neighbors],
+    figures: Mapping[str, Any],
+) -> str:
+    tables: list[str] = []
+    for title, order in (
+        ("Closest in features", found["features"].distances.argsort()),
+        ("Closest in pixels", found["pixels"].distances.argsort()),
+        ("At random", torch.arange(len(synthetic.labels))),
+    ):
+        tables.append(f"<h2>{title}</h2>{_pairs(order[:_SHOWN].tolist(), synthetic, real, found)}")
+    return _TEMPLATE.format(
+        run=html.escape(run),
+        membership=_membership(figures["membership"]),
+        closeness=_closeness(figures["closeness"]),
+        extractor=html.escape(figures["extractor"]),
+        tables="\n".join(tables),
+    )
+
+
+def _pairs(
+    numbers: Sequence[int], synthetic: Split, real: Split, found: Mapping[str, Neighbors]
+) -> str:
+    cells: list[str] = []
+    for number in numbers:
+        label = int(synthetic.labels[number])
+        pictures = [_picture(synthetic.images[number], "synthetic", f"class {label}")]
+        for name, neighbors in found.items():
+            at = int(neighbors.indices[number])
+            text = f"class {int(real.labels[at])}, {neighbors.distances[number]:.3g}"
+            pictures.append(_picture(real.images[at], f"REAL, by {name}", text))
+        cells.append(f'<div class="pair">{"".join(pictures)}</div>')
+    return f'<div class="pairs">{"".join(cells)}</div>'
+
+
+def _picture(image: torch.Tensor, title: str, text: str) -> str:
+    data = base64.b64encode(encode_png(image)).decode()
+    kind = "real" if title.startswith("REAL") else "synthetic"
+    return (
+        f'<figure class="{kind}"><img src="data:image/png;base64,{data}" alt="{title} image, '
+        f'{text}"><figcaption>{title}<br>{text}</figcaption></figure>'
+    )
+
+
+def _membership(found: Mapping[str, Any]) -> str:
+    def share(name: str) -> str:
+        low, high = found[f"{name}_interval"]
+        return f"{found[name]:.4f} (95 % interval {low:.4f} to {high:.4f})"
+
+    bound = found["tpr_bound"]
+    verdict = (
+        "The attack stays within what epsilon allows"
+        + ("; at this epsilon that is no restriction." if bound >= 1 else ".")
+        if found["within_bound"]
+        else "THE ATTACK EXCEEDS WHAT EPSILON ALLOWS: the guarantee does not hold, or held-out and "
+        "training images are of different kinds. Do not publish before this is understood."
+    )
+    rows = (
+        ("training and held-out images", f"{found['num_members']} and {found['num_others']}"),
+        ("area under the curve (0.5 is guessing)", share("auc")),
+        (f"true positives at nominally {found['nominal_fpr']:.0%} false ones", share("tpr")),
+        ("false positives measured there", share("fpr")),
+        (
+            f"true positives that epsilon {upward(found['epsilon'])}, delta "
+            f"{upward(found['delta'], 6)} allows",
+            f"{found['tpr_bound_at_nominal_fpr']:.4f} at {found['nominal_fpr']:.0%} false positives"
+            f", {bound:.4f} at {found['fpr_interval'][1]:.4f}",
+        ),
+        ("epsilon that the attack proves", f"at least {found['epsilon_lower_bound']:.4g}"),
+    )
+    table = "".join(f"<tr><th>{name}</th><td>{value}</td></tr>" for name, value in rows)
+    return f"<table>{table}</table><p><b>{verdict}</b></p>"
+
+
+def _closeness(found: Mapping[str, Mapping[str, float]]) -> str:
+    rows = "".join(
+        f"<tr><th>{name}</th><td>{each['median_of_synthetic']:.4g}</td>"
+        f"<td>{each['median_of_held_out']:.4g}</td>"
+        f"<td>{each['share_of_synthetic_below_limit']:.1%}</td></tr>"
+        for name, each in found.items()
+    )
+    return (
+        "<table><tr><th></th><th>synthetic, median</th><th>held-out, median</th>"
+        f"<th>synthetic closer than the closest {_CLOSE:.0%} of held-out</th></tr>{rows}</table>"
+    )
+
+
+_TEMPLATE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="robots" content="noindex">
+<title>NON-PRIVATE: {run}</title>
+<style>
+body {{ margin: 0; font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; }}
+main {{ max-width: 1180px; margin: 0 auto; padding: 1em 1.5em 4em; }}
+.banner {{ position: sticky; top: 0; z-index: 1; padding: .5em 1.2rem; color: #fff;
+  background: #b00020; border-bottom: 4px solid #5c0011; }}
+.banner strong {{ font-size: 34px; line-height: 1.15; letter-spacing: .06em; display: block; }}
+table {{ border-collapse: collapse; }}
+th, td {{ text-align: left; padding: .3em .9em .3em 0; border-bottom: 1px solid #ddd;
+  font-variant-numeric: tabular-nums; vertical-align: top; }}
+th {{ font-weight: 600; }}
+.pairs {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(330px, 1fr)); gap: 12px; }}
+.pair {{ display: flex; gap: 8px; padding: 8px; border: 1px solid #ddd; border-radius: 6px; }}
+figure {{ margin: 0; flex: 1; }}
+img {{ width: 96px; height: 96px; object-fit: contain; image-rendering: pixelated;
+  background: #eee; }}
+figcaption {{ font-size: 12px; line-height: 1.35; }}
+.real img {{ outline: 3px solid #b00020; }}
+.real figcaption {{ color: #8a0019; }}
+</style></head><body>
+<div class="banner"><strong>NON-PRIVATE</strong>
+Shows real images of {run}. For the owner of the data alone: do not publish, mail or upload.</div>
+<main>
+<h1>Is anybody recognised?</h1>
+<h2>Membership attack</h2>
+<p>The loss of the released model on images it was trained on, against images of the test set,
+which it never saw.</p>
+{membership}
+<p>This is one simple attack: that it fails proves nothing, as others may succeed. Epsilon bounds
+them all.</p>
+<h2>Distance to the nearest training image</h2>
+{closeness}
+<p>Held-out images show what closeness is usual between different records. Features:
+{extractor}. Below, real images are framed in red, with their class and distance.</p>
+{tables}
+</main></body></html>
+"""

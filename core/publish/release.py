@@ -1,0 +1,220 @@
+"""The release bundle of a run: synthetic images, generator and privacy card, never real images."""
+
+import csv
+import hashlib
+import importlib.util
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from core.config import Config
+from core.data import Split
+from core.errors import ConfigError
+from core.generation.generator import GENERATOR, write_generator
+from core.generation.png import encode_png, write_grid
+from core.io.terminal import NON_PRIVATE, SELECTED, class_names, write_json
+from core.privacy.accounting.rounding import upward
+from core.privacy.ledger.account import ledger_of_run
+from core.privacy.ledger.card import card_markdown, make_card
+from core.privacy.plan.plan import PrivacyPlan
+from core.publish.dataset_card import PARQUET, dataset_card, parquet_metadata
+
+FORMATS = ("folder", "npz", "parquet", "generator")
+DIGESTS = "digests.json"
+
+
+def write_release(
+    run_dir: Path,
+    out: Path,
+    config: Config,
+    card: Mapping[str, Any],
+    formats: Sequence[str],
+    license_id: str = "unknown",
+) -> Path:
+    """Writes the bundle of a finished run into an empty folder.
+
+    Args:
+        run_dir: of a finished run; only its synthetic images and its averaged weights are read.
+        out: folder to create.
+        config: of the run.
+        card: as of `make_card`; its scope decides which epsilon is held against the target.
+        formats: any of `folder` (PNG by class), `npz`, `parquet` (loads with Hugging Face's
+            `datasets`) and `generator` (weights, from which `core generate` draws more).
+        license_id: what the dataset card states, such as `cc-by-4.0`.
+
+    Returns:
+        `out`.
+
+    Raises:
+        ConfigError: nothing to release, the target is exceeded, or `out` is not empty.
+
+    Privacy: images and weights are functions of what the central images and DP-SGD released, and
+        of nothing else that is private: post-processing, hence free. The weights are the EMA
+        alone, under scope `selection` those of the selected trial. Scores stay behind, as they are
+        computed from real images.
+    """
+    stored = run_dir / "synthetic" / "images.npz"
+    if not stored.exists():
+        raise ConfigError(f"'{run_dir}' holds no synthetic images: finish the run first")
+    unknown = sorted(set(formats) - set(FORMATS))
+    if unknown or not formats:
+        raise ConfigError(f"format {unknown[:1]} is unknown: choose of {', '.join(FORMATS)}")
+    if "parquet" in formats and importlib.util.find_spec("pyarrow") is None:
+        raise ConfigError("parquet needs pyarrow: pip install pyarrow, or leave parquet out")
+    target = config.privacy.target_epsilon
+    by_trial = card["scope"] == "trial"
+    claimed = card["epsilon_released_trial" if by_trial else "epsilon_released_with_selection"]
+    if claimed > target * (1 + 1e-9):
+        raise ConfigError(
+            f"this release spends epsilon {upward(claimed, 6)} of the target "
+            f"{upward(target, 6)}: nothing is written; raise privacy.target_epsilon before a run, "
+            "never after it"
+        )
+    for path in (run_dir, out):
+        if NON_PRIVATE in path.resolve().parts:
+            raise ConfigError(f"'{path}' lies in a folder '{NON_PRIVATE}', which is never released")
+    if out.exists() and any(out.iterdir()):
+        raise ConfigError(f"'{out}' is not empty: name a new folder")
+    temporary = out.with_name(out.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    with np.load(stored) as arrays:
+        synthetic = Split(torch.from_numpy(arrays["images"]), torch.from_numpy(arrays["labels"]))
+    classes = class_names(run_dir, config.dataset.num_classes)
+    if "folder" in formats:
+        _write_folder(temporary, synthetic, classes)
+    if "npz" in formats:
+        _write_npz(temporary, synthetic)
+    if "parquet" in formats:
+        _write_parquet(temporary, synthetic, classes)
+    if "generator" in formats:
+        write_generator(temporary / GENERATOR, run_dir / "model.pt", config, classes)
+    write_grid(temporary / "grid.png", synthetic.images, synthetic.labels)
+    write_json(temporary / "privacy_card.json", card)
+    (temporary / "privacy_card.md").write_text(card_markdown(card))
+    text = dataset_card(card, len(synthetic.labels), classes, formats, license_id)
+    (temporary / "README.md").write_text(text, encoding="utf-8")
+    write_json(temporary / DIGESTS, _digests(temporary))
+    if out.exists():
+        out.rmdir()
+    temporary.replace(out)
+    return out
+
+
+def release_card(config: Config, run_dir: Path) -> dict[str, Any]:
+    """The privacy card of a finished run, from its ledger.
+
+    Raises:
+        ConfigError: the run is not finished, or scope `selection` did not select it.
+        LedgerError: its ledger is missing or damaged.
+    """
+    if config.method == "non_private":
+        raise ConfigError(
+            f"'{run_dir}' holds a run of method=non_private, whose epsilon is infinite: nothing of "
+            "it may be released; release a private run"
+        )
+    path = run_dir / "evaluation.json"
+    if not path.exists():
+        raise ConfigError(f"'{run_dir}' holds no finished run (no evaluation.json): finish it")
+    result = json.loads(path.read_text())
+    chosen, objective = run_dir / SELECTED, "scores computed on real images, which are not private"
+    if chosen.exists():
+        objective = json.loads(chosen.read_text())["objective"]
+    elif config.privacy.scope == "selection":
+        raise ConfigError(
+            f"'{run_dir}' was not selected, or its sweep is not complete: under scope selection "
+            "only the best of all trials may leave, so finish the sweep and release that one"
+        )
+    return make_card(
+        ledger_of_run(config, run_dir, result["fingerprint"]),
+        result["name"],
+        PrivacyPlan.restored(json.loads((run_dir / "privacy.json").read_text())),
+        config.privacy,
+        result["identity"],
+        objective,
+        searched=chosen.exists(),
+    )
+
+
+def verify_release(folder: Path) -> int:
+    """Checks every file of a bundle against its digest; returns the number of files.
+
+    Raises:
+        ConfigError: a file is missing, changed or was added.
+    """
+    try:
+        stated: dict[str, str] = json.loads((folder / DIGESTS).read_text())
+    except (OSError, ValueError):
+        raise ConfigError(f"'{folder}' is no release: it holds no {DIGESTS}") from None
+    found = _digests(folder)
+    for name in sorted(set(stated) | set(found)):
+        if stated.get(name) != found.get(name):
+            state = "missing" if name not in found else "not listed"
+            state = "changed" if name in stated and name in found else state
+            raise ConfigError(f"'{folder / name}' is {state}: this is not the bundle as released")
+    return len(found)
+
+
+def _write_folder(out: Path, synthetic: Split, classes: Sequence[str]) -> None:
+    width = len(str(len(synthetic.labels) - 1))
+    with _open_new(out / "images" / "labels.csv") as file:
+        table = csv.writer(file)
+        table.writerow(("file", "label", "class"))
+        pairs = zip(synthetic.images, synthetic.labels.tolist(), strict=True)
+        for number, (image, label) in enumerate(pairs):
+            path = out / "images" / str(label) / f"{number:0{width}d}.png"
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(encode_png(image))
+            name = path.relative_to(out / "images").as_posix()
+            table.writerow((name, label, classes[label]))
+
+
+def _write_npz(out: Path, synthetic: Split) -> None:
+    images, labels = synthetic.images.numpy(), synthetic.labels.numpy()
+    np.savez_compressed(out / "images.npz", images=images, labels=labels)
+
+
+def _write_parquet(out: Path, synthetic: Split, classes: Sequence[str]) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    images = [{"bytes": encode_png(image), "path": None} for image in synthetic.images]
+    table = pyarrow.table(
+        {
+            "image": pyarrow.array(
+                images,
+                pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())]),
+            ),
+            "label": pyarrow.array(synthetic.labels.numpy()),
+        }
+    )
+    (out / PARQUET).parent.mkdir()
+    parquet.write_table(table.replace_schema_metadata(parquet_metadata(classes)), out / PARQUET)
+
+
+def _open_new(path: Path) -> Any:
+    path.parent.mkdir(parents=True)
+    return path.open("w", newline="", encoding="utf-8")
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file but the list itself.
+
+    Raises:
+        ConfigError: something in the folder may not be published at all.
+    """
+    found: dict[str, str] = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if path.is_symlink():
+            raise ConfigError(f"'{path}' is a link: a bundle holds files alone")
+        if NON_PRIVATE in name.parts:
+            raise ConfigError(f"'{path}' is not private: remove it, and publish nothing of it")
+        if path.is_file() and name != Path(DIGESTS):
+            found[name.as_posix()] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found

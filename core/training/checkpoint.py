@@ -1,0 +1,80 @@
+"""Atomic checkpoints of one run; they hold no key and no generator state."""
+
+import io
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from core.errors import ConfigError, stored
+from core.io.private_files import private_folder, private_opener
+
+
+@dataclass
+class Checkpoints:
+    """The latest state of a run, in one file that is either complete or absent.
+
+    Args:
+        folder: `run_dir/checkpoints`.
+        identity: of the run; another identity is refused.
+        changed: what differs from how the folder was begun, in words, for that refusal.
+    """
+
+    folder: Path
+    identity: str
+    name: str = "last.pt"
+    changed: Sequence[str] = ()
+
+    @property
+    def path(self) -> Path:
+        """The file that holds the latest state."""
+        return self.folder / self.name
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Writes `state`, or leaves the earlier file untouched.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        content = io.BytesIO()  # What fails below is the storage: torch's own errors are not.
+        torch.save({**state, "identity": self.identity}, content)
+        temporary = self.path.with_suffix(".tmp")
+        with stored(self.folder):
+            try:
+                private_folder(self.folder)
+                with open(temporary, "wb", opener=private_opener) as file:
+                    file.write(content.getbuffer())
+                    file.flush()
+                    os.fsync(file.fileno())
+                temporary.replace(self.path)
+            finally:
+                temporary.unlink(missing_ok=True)  # Half a file would keep the space.
+
+    def check(self) -> None:
+        """Whether there is no checkpoint or one of this identity.
+
+        Raises:
+            ConfigError: it is of another identity.
+        """
+        self.load()
+
+    def load(self) -> dict[str, Any] | None:
+        """The latest state, on the CPU, or None when there is none.
+
+        Raises:
+            ConfigError: the state is of another identity: nothing of it may be replayed.
+        """
+        if not self.path.exists():
+            return None
+        state = torch.load(self.path, map_location="cpu", weights_only=True)
+        if state.pop("identity") != self.identity:
+            what = "; ".join(self.changed) or "configuration, data set, trial, secret or code"
+            raise ConfigError(
+                f"the checkpoint '{self.path}' belongs to another run ({what}): restore what it "
+                "was begun with, or choose a new run folder (in a sweep remove the trial's), which "
+                "draws new noise and is charged again"
+            )
+        return state

@@ -1,0 +1,241 @@
+"""What `privacy.scope` demands of a search, and what it decides for its trials."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from core.config import Config, load
+from core.config.metrics import LIKENESS, SUFFIXES
+from core.errors import ConfigError
+from core.privacy.keys import KeyedStream, MasterSecret
+from core.privacy.plan.scopes import STAYS_INSIDE, num_trials_at
+
+DEFAULT_NUM_TRIALS = 8
+EARLY_AT = "early_scores.at"
+NON_ADAPTIVE = ("random", "grid")
+"""Samplers whose points are fixed before the first result, and stay so over restarts."""
+SEED = "seed"
+"""Under scope `selection` each trial draws its own, so that equal settings are trials apart."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """How trials are chosen.
+
+    Attributes:
+        metrics: that choose.
+        rungs: shares of the steps after which the scheduler judges a trial.
+        default_num_trials: the most that there can be if no number is given.
+    """
+
+    metrics: Sequence[str]
+    sampler: str
+    scheduler: str
+    rungs: Sequence[float]
+    default_num_trials: int = DEFAULT_NUM_TRIALS
+
+
+def scope_settings(
+    base: Config, search: Search, num_trials: int | None, final: dict[str, Any]
+) -> dict[str, Any]:
+    """Keys of the run that follow from the scope and the search.
+
+    Args:
+        base: the run with all that is fixed.
+        num_trials: as given by the user.
+        final: keys of the run on sensitive data, under scope `public`.
+
+    Returns:
+        Values by dotted key, for every trial.
+
+    Raises:
+        ConfigError: the claim of the scope would be false for this search.
+    """
+    privacy, sampler = base.privacy, search.sampler
+    _check_scores(base, search.metrics)
+    if "dp_accuracy" in search.metrics and privacy.dp_accuracy_stddev is None:
+        raise ConfigError(
+            "objective.metric='dp_accuracy' needs its noise: set privacy.dp_accuracy_stddev, in "
+            "images, such as 50"
+        )
+    if privacy.scope == "selection" and len(search.metrics) > 1:
+        raise ConfigError(
+            "privacy.scope='selection' releases the one best trial, so it needs one score: give "
+            f"one objective, not {', '.join(search.metrics)}"
+        )
+    exposed = [metric for metric in search.metrics if metric != "dp_accuracy"]
+    if privacy.scope in ("sweep", "selection") and exposed and not base.dataset.public:
+        raise ConfigError(
+            f"privacy.scope={privacy.scope!r} cannot choose by objective.metric={exposed[0]!r}, "
+            "which is computed on real images without noise: choose dp_accuracy, or a data set "
+            "with dataset.public=true"
+        )
+    if (privacy.scope == "public") != bool(final):
+        raise ConfigError(
+            "privacy.scope='public' and final belong together: final holds the keys, such as "
+            "final.dataset.path, of the one run on the sensitive data"
+        )
+    if privacy.scope == "public":
+        _check_final(base, final)
+    if privacy.scope == "selection":
+        if search.scheduler != "none":
+            raise ConfigError(
+                f"privacy.scope='selection' is proven for trials that all run whole, not for "
+                f"scheduler={search.scheduler!r}, which stops them by their results: set "
+                "scheduler=none"
+            )
+        if sampler != "random":
+            why = "takes each point once" if sampler in NON_ADAPTIVE else "learns from results"
+            raise ConfigError(
+                f"privacy.scope='selection' is proven for settings drawn alike and independently, "
+                f"not for sampler={sampler!r}, which {why}: set sampler=random"
+            )
+        if num_trials is not None:
+            raise ConfigError(
+                f"num_trials={num_trials} is not allowed under privacy.scope='selection', as the "
+                "best of a fixed number of trials is not covered: set num_trials=null; the number "
+                "is drawn secretly with mean privacy.selection_mean"
+            )
+    settings: dict[str, Any] = {}
+    if search.scheduler != "none":
+        settings = _early_settings(search)
+    if privacy.scope == "sweep":
+        # Given, the shares stay; else the target is divided among the trials asked for.
+        asked = num_trials or search.default_num_trials
+        shares = privacy.num_shares if privacy.num_shares > 1 else asked
+        adaptive = sampler not in NON_ADAPTIVE
+        settings |= {"privacy.num_shares": shares, "privacy.adaptive": adaptive}
+    return settings
+
+
+def _check_scores(base: Config, metrics: Sequence[str]) -> None:
+    extractor = base.evaluation.fid_extractor
+    for metric in metrics:
+        name = metric.removesuffix("_cnn")
+        if name in LIKENESS and metric != name + SUFFIXES[extractor]:
+            raise ConfigError(
+                f"objective.metric={metric!r} is not what evaluation.fid_extractor={extractor!r} "
+                f"scores: choose {name + SUFFIXES[extractor]!r}, or the other extractor"
+            )
+
+
+def _early_settings(search: Search) -> dict[str, Any]:
+    """What a scheduler judges by: the objective, of a small sample, and so as private as that.
+
+    Under scope `sweep` the objective is private or the data public, and the plan of a trial pays
+    for each of its scores.
+    """
+    if len(search.metrics) > 1:
+        raise ConfigError(
+            f"scheduler={search.scheduler!r} compares trials by one score: give one objective, not "
+            f"{', '.join(search.metrics)}"
+        )
+    metric = search.metrics[0].removesuffix("_cnn")
+    return {EARLY_AT: list(search.rungs), "early_scores.metric": metric}
+
+
+def shares_central_images(config: Config) -> bool:
+    """Whether trials with equal settings of the central images have them from one release.
+
+    Not under scope `selection`, whose theorem needs trials that are independent.
+    """
+    return config.privacy.scope != "selection"
+
+
+def check_searched(base: Config, keys: Sequence[str]) -> None:
+    """Refuses to search what decides the claim, or where it is recorded.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    never = (
+        "runtime.",
+        "early_scores.",
+        "dataset.family",
+        *(f"privacy.{key}" for key in ("scope", "num_", "adaptive", "selection_")),
+    )
+    shared = ("privacy.", "dataset.") if base.privacy.scope != "trial" else ()
+    for key in keys:
+        if key.startswith(never + shared):
+            raise ConfigError(
+                f"search_space.{key} cannot be searched under privacy.scope="
+                f"{base.privacy.scope!r}: all trials share what is claimed, its budget and its "
+                "ledger, so fix it"
+            )
+
+
+def check_limits(base: Config, limits: Mapping[str, float | None]) -> None:
+    """Refuses to stop a selection by what it has used.
+
+    Args:
+        limits: by key; None where there is none.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    for key, most in limits.items():
+        if most is not None and base.privacy.scope == "selection":
+            raise ConfigError(
+                f"{key}={most:g} is not allowed under privacy.scope='selection': whether a limit "
+                "is reached depends on the secret number of trials, whose law it would change; "
+                "leave it out, or lower privacy.selection_mean"
+            )
+
+
+def _check_final(base: Config, final: dict[str, Any]) -> None:
+    if not base.dataset.public:
+        raise ConfigError(
+            "privacy.scope='public' searches on public data: set dataset.public=true, and the "
+            "sensitive data set's keys under final"
+        )
+    last = load(base.model_dump(mode="json"), {"dataset.public": False, **final})
+    if last.dataset.public:
+        raise ConfigError("final.dataset.public=true: the final run is on the sensitive data")
+    if last.privacy.scope != "public":
+        raise ConfigError(
+            f"final.privacy.scope={last.privacy.scope!r}: the final run is the one that scope "
+            "public is about, so leave it out"
+        )
+
+
+def final_point(point: Mapping[str, Any], final: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of the final run: those of a trial of the search, and the keys of `final`."""
+    return {**point, "dataset.public": False, EARLY_AT: [], **final}
+
+
+def inside(sweeps: Sequence[Any]) -> str:
+    """What stands above all that tells of the trials of sweeps; a line if one is a selection."""
+    secret = any(sweep.run.privacy.scope == "selection" for sweep in sweeps)
+    return f"{STAYS_INSIDE}\n" if secret else ""
+
+
+def count_trials(
+    base: Config, num_trials: int | None, master: MasterSecret, release_id: str
+) -> int:
+    """How many trials the sweep has; under scope `selection` the secret number.
+
+    Privacy: derived from the master secret, so that a restart continues with the same number.
+    """
+    privacy = base.privacy
+    if privacy.scope != "selection":
+        return num_trials or DEFAULT_NUM_TRIALS
+    uniform = _selection_stream(master, release_id, "number of trials").uniform(0)
+    return num_trials_at(uniform, privacy.selection_law, privacy.selection_mean)
+
+
+def settings_entropy(base: Config, search_seed: int, master: MasterSecret, release_id: str) -> int:
+    """What random settings are drawn from.
+
+    Privacy: under scope `selection` secret, as the theorem needs draws that nobody can foresee: of
+        known settings the published ones would tell which trial won, and so how many there were.
+    """
+    if base.privacy.scope != "selection":
+        return search_seed
+    bits = _selection_stream(master, release_id, "settings").bits(0, 4)
+    return int.from_bytes(bits.tobytes(), "little")
+
+
+def _selection_stream(master: MasterSecret, release_id: str, purpose: str) -> KeyedStream:
+    return KeyedStream(
+        master.derive(fingerprint="", trial=release_id, stage="selection", purpose=purpose)
+    )

@@ -1,0 +1,1 @@
+"""Costs: estimates, use, prices and limits."""

@@ -1,0 +1,209 @@
+"""`--plan`: device hours and money that a sweep would take, from figures that were measured."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from core.config import Config, flatten, load_yaml
+from core.config import load as load_config
+from core.errors import ConfigError
+from sweep.config.prices import CLOUDS, price_of
+from sweep.config.sweep import SweepConfig
+from sweep.costs.usage import device_name, devices_per_trial, read_usage
+
+_SAME = (
+    "model.",
+    "dataset.image_size",
+    "dataset.channels",
+    "warm_up.",
+    "private_training.expected_batch_size",
+    "private_training.noise_multiplicity",
+    "private_training.max_physical_batch_size",
+    "training.precision",
+    "runtime.channels_last",
+)
+"""Keys on which the time of a step depends."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds of a trial's parts.
+
+    Attributes:
+        warm_up, private_training: of a step.
+        rest: of all else that was measured.
+        source: what was measured, and where.
+    """
+
+    warm_up: float
+    private_training: float
+    rest: float
+    source: str
+
+    def of_trial(self, config: Config) -> float:
+        """Seconds of a whole trial."""
+        steps = config.warm_up_steps * self.warm_up + config.private_steps * self.private_training
+        return steps + self.rest
+
+
+def print_costs(sweep: SweepConfig, config: Config, trials: float, probe: bool) -> None:
+    """Prints the hours and the price of `trials` trials like `config`, and what the limits allow.
+
+    Args:
+        config: of the trial in the middle of the space.
+        probe: whether to measure a few steps on random images, if nothing is stored.
+
+    Raises:
+        ConfigError: the probe would measure another kind of device than the trials use.
+    """
+    speed = stored_speed(sweep, config) or (probed_speed(sweep, config) if probe else None)
+    devices = f"{devices_per_trial(sweep):g} {device_name(sweep)}s"
+    hours = None
+    if speed is None:
+        print(
+            "device hours: not measured (no earlier trial of this network and device in "
+            f"'{sweep.storage_path}'; --probe measures a few steps on random images)"
+        )
+    else:
+        seconds = speed.of_trial(config)
+        hours = trials * seconds / 3600
+        print(
+            f"seconds: {speed.warm_up:.4g} a warm-up step, {speed.private_training:.4g} a DP-SGD "
+            f"step, {speed.rest:.4g} the rest of a trial ({speed.source})"
+        )
+        print(
+            f"device hours: {trials:g} trials x {devices} x {seconds:.4g} s = "
+            f"{hours * devices_per_trial(sweep):.4g}, without starting workers and machines"
+        )
+    _print_prices(sweep, hours)
+    _print_limits(sweep, hours)
+
+
+def _print_prices(sweep: SweepConfig, trial_hours: float | None) -> None:
+    if not sweep.gpus_per_worker:
+        print("cost: none known, as the price table holds machines with GPUs")
+        return
+    for cloud in (sweep.cloud,) if sweep.cloud else CLOUDS:
+        price = price_of(cloud)
+        text = f"cost on {cloud}: "
+        if trial_hours is not None:
+            gpu_hours = trial_hours * devices_per_trial(sweep)
+            # One after the other at most: side by side the head runs for less time.
+            spot, on_demand = (price.of(gpu_hours, trial_hours, spot) for spot in (True, False))
+            text += f"{spot:.4g} USD on spot machines to {on_demand:.4g} on demand; "
+        print(
+            f"{text}{price.machine} with one GPU {price.spot:g} to {price.on_demand:g} USD an "
+            f"hour, head {price.head:g} (figures of {price.date})"
+        )
+
+
+def _print_limits(sweep: SweepConfig, trial_hours: float | None) -> None:
+    """The upper bound of what the sweep will use, but for the seconds that stopping takes."""
+    usage = read_usage(sweep.folder)
+    if usage.device_seconds:
+        print(f"used so far: {usage.device_hours:.4g} device hours")
+    asked = None if trial_hours is None else trial_hours * devices_per_trial(sweep)
+    limits: list[tuple[str, float, float | None]] = []
+    for key in ("max_hours", "max_gpu_hours"):
+        if (most := getattr(sweep, key)) is not None:
+            name = f"device hours by {key}"
+            if sweep.cloud and sweep.gpus_per_worker:
+                dearest = price_of(sweep.cloud).of(most, most / devices_per_trial(sweep))
+                name += f", which cost at most {dearest:.4g} USD"
+            limits.append((name, most, asked))
+    if sweep.max_cost is not None and sweep.cloud is not None:
+        cost = None
+        if trial_hours is not None and asked is not None:
+            cost = price_of(sweep.cloud).of(asked, trial_hours)
+        limits.append(("USD by max_cost, at prices on demand", sweep.max_cost, cost))
+    for name, most, estimate in limits:
+        text = f"at most {most:g} {name}"
+        if estimate is not None:
+            text += (
+                "; that suffices" if estimate <= most else "; the sweep will stop before its end"
+            )
+        print(text)
+
+
+def stored_speed(sweep: SweepConfig, config: Config) -> Speed | None:
+    """Figures of the newest finished trial with the same network, batches and kind of device."""
+    wanted = _decisive(config)
+    for run_dir in _finished(Path(sweep.storage_path)):
+        environment = json.loads((run_dir / "environment.json").read_text())
+        if environment["world_size"] != sweep.workers_per_trial:
+            continue
+        if environment["device"] != _device(sweep, config):
+            continue
+        earlier = load_config(load_yaml(run_dir / "config.yaml"))
+        if _decisive(earlier) != wanted:
+            continue
+        steps = _seconds_per_step(run_dir / "metrics.jsonl")
+        if "private_training" not in steps or (config.warm_up_steps and "warm_up" not in steps):
+            continue
+        warm_up, private = steps.get("warm_up", 0.0), steps["private_training"]
+        training = earlier.warm_up_steps * warm_up + earlier.private_steps * private
+        total = json.loads((run_dir / "evaluation.json").read_text())["seconds"]
+        where = f"{run_dir.parent.parent.name}/{run_dir.name}"
+        device = environment.get("device_name", environment["device"])
+        # A trial that was resumed counts from its last start: the rest is then not known.
+        rest = max(0.0, total - training)
+        return Speed(warm_up, private, rest, f"measured in trial {where} on {device}")
+    return None
+
+
+def probed_speed(sweep: SweepConfig, config: Config) -> Speed:
+    """Figures measured now in this process, on random images.
+
+    Raises:
+        ConfigError: the trials use a GPU and this machine has none, or the other way round.
+    """
+    import torch
+
+    from core.commands.probe import measure
+    from core.device import config_device
+
+    device = config_device(config)
+    if (device == "cuda") != bool(sweep.gpus_per_worker):
+        raise ConfigError(
+            f"--probe would measure on {device}, but gpus_per_worker={sweep.gpus_per_worker:g}: "
+            "run it on a machine like those of the workers, or correct gpus_per_worker"
+        )
+    torch.set_num_threads(max(1, int(sweep.cpus_per_worker)))
+    found = measure(config, sweep.workers_per_trial)
+    drawing = found.image * config.evaluation.num_images / sweep.workers_per_trial
+    return Speed(
+        found.warm_up,
+        found.private_training,
+        drawing,
+        f"probed on this machine's {device} with random images and one worker's share of a batch; "
+        "the rest is drawing images, without scoring them",
+    )
+
+
+def _decisive(config: Config) -> dict[str, Any]:
+    return {key: value for key, value in flatten(config).items() if key.startswith(_SAME)}
+
+
+def _device(sweep: SweepConfig, config: Config) -> str:
+    if config.runtime.device != "auto":
+        return config.runtime.device
+    return "cuda" if sweep.gpus_per_worker else "cpu"
+
+
+def _finished(storage: Path) -> Iterator[Path]:
+    """Folders of finished trials of all sweeps, the newest first."""
+    found = storage.glob("*/trials/*/evaluation.json")
+    for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):
+        yield path.parent
+
+
+def _seconds_per_step(path: Path) -> dict[str, float]:
+    """The last mean of each stage."""
+    found: dict[str, float] = {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        metrics = json.loads(line)
+        if "seconds_per_step" in metrics:
+            found[metrics["stage"]] = metrics["seconds_per_step"]
+    return found

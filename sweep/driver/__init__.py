@@ -1,0 +1,1 @@
+"""The driver: launch, cluster, progress and checks."""

@@ -1,0 +1,274 @@
+"""Starts or joins a Ray cluster."""
+
+import json
+import logging
+import os
+import socket
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from core.errors import ConfigError
+from sweep.config.sweep import SweepConfig
+
+DRIVER_RESOURCE = "trial_driver"
+"""Trials hold this and no CPU: a trial that held CPUs could keep its own workers from starting."""
+_LOCAL_DRIVERS = 64
+_PATIENCE = 60.0
+"""Seconds that a cluster without room may launch no node before the sweep ends."""
+_ANSWER = 10.0
+"""Seconds that the head of a cluster has to answer."""
+
+# Ray reads these when it is imported.
+os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
+os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+
+def check_storage(storage_path: str) -> None:
+    """Refuses results where they cannot be written, or would not last.
+
+    Raises:
+        ConfigError: `storage_path` is no folder that can be written, or lies where Ray unpacked
+            a submitted job's files, which it deletes with the job.
+    """
+    submitted = "working_dir" in os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "")
+    if submitted and Path(storage_path).is_relative_to(Path.cwd()):
+        raise ConfigError(
+            f"storage_path='{storage_path}' lies in the copy that Ray made of the submitted "
+            "folder, and would be deleted with it: name a folder that all nodes see, such as "
+            "storage_path=/mnt/shared/runs"
+        )
+    try:
+        Path(storage_path).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=storage_path) as file:
+            file.write(b"1")
+    except (OSError, ValueError) as error:  # ValueError: a zero byte.
+        reason = (isinstance(error, OSError) and error.strerror) or error
+        raise ConfigError(
+            f"storage_path={storage_path!r} is no folder that can be written ({reason}): name one "
+            "with room in it"
+        ) from None
+
+
+def join_cluster() -> None:
+    """Joins the cluster of RAY_ADDRESS (set for submitted jobs), or starts a local one.
+
+    Raises:
+        ConfigError: the cluster cannot be joined, or does not offer the resource that trials hold.
+    """
+    import ray
+    import ray._private.worker
+    from ray.exceptions import AuthenticationError
+
+    def leave_submitted_files() -> None:
+        # A submitted job's processes begin in Ray's copy of its files. When the agent of another
+        # node on this machine unpacks the same files, the folder is a new one of the same name,
+        # and whatever asks a process in the old one for its directory fails.
+        os.chdir("/")
+
+    warnings.filterwarnings("ignore", module="ray")
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # The table tells of failed trials.
+    root = str(Path(__file__).resolve().parents[2])
+    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    # Warnings of the node, which are printed also where log_to_driver is false; Ray is pinned.
+    ray._private.worker._worker_logs_enabled = False
+    shared: dict[str, Any] = {
+        "runtime_env": {
+            "env_vars": {"PYTHONPATH": path},
+            "worker_process_setup_hook": leave_submitted_files,
+        },
+        "log_to_driver": False,
+        "logging_level": logging.ERROR,
+        "configure_logging": True,
+    }
+    if address := os.environ.get("RAY_ADDRESS"):
+        _require_answer(address)
+        try:
+            ray.init(**shared)
+        except UnicodeEncodeError as error:
+            raise _not_text(error) from None
+        except (ConnectionError, ValueError, AuthenticationError) as error:
+            reason = str(error).partition("\n")[0].rstrip(".")
+            raise ConfigError(
+                f"RAY_ADDRESS={address!r} cannot be joined ({reason}): name the head of a running "
+                "cluster as host:port, on one of its machines; if it asks for a token, set "
+                "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH as where it was started"
+            ) from error
+        if not ray.cluster_resources().get(DRIVER_RESOURCE):
+            raise ConfigError(
+                f"the cluster at RAY_ADDRESS offers no '{DRIVER_RESOURCE}' resource, which trials "
+                f"hold: start its head with --resources '{{\"{DRIVER_RESOURCE}\": 64}}'"
+            )
+    else:
+        # Workers that start with the cluster have no runtime environment, so they would idle.
+        settings = {"prestart_worker_first_driver": False}
+        local = {"address": "local", "resources": {DRIVER_RESOURCE: _LOCAL_DRIVERS}}
+        try:
+            # Who wants Ray's dashboard starts a cluster and joins it; here it would live for one
+            # sweep.
+            ray.init(**local, **shared, include_dashboard=False, _system_config=settings)
+        except UnicodeEncodeError as error:
+            raise _not_text(error) from None
+        except OSError as error:
+            raise ConfigError(
+                f"Ray cannot start here ({error}): set RAY_TMPDIR to a short folder that can be "
+                "written, such as /tmp, and HOME to one that can, or RAY_AUTH_TOKEN_PATH to a "
+                "file in one"
+            ) from error
+
+
+def _not_text(error: UnicodeEncodeError) -> ConfigError:
+    """What Ray is given, such as the command line, holds the name of a file that is no text."""
+    return ConfigError(
+        f"Ray takes no name that is not text in UTF-8, as in {error.object!r}: rename it"
+    )
+
+
+def _require_answer(address: str) -> None:
+    """Refuses a head that does not answer, for which Ray would wait minutes.
+
+    Raises:
+        ConfigError: nothing listens there.
+    """
+    host, _, port = address.rpartition(":")
+    if "://" not in address and host and port.isdecimal():
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), _ANSWER).close()
+        except (OSError, UnicodeError) as error:
+            raise ConfigError(
+                f"RAY_ADDRESS={address!r} does not answer ({error}): start the cluster, or name "
+                "its head as host:port"
+            ) from None
+
+
+def node_resources() -> list[dict[str, float]]:
+    """What each node of the cluster offers."""
+    import ray
+
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def check_room(sweep: SweepConfig, nodes: Sequence[Mapping[str, float]]) -> None:
+    """Refuses a trial that a cluster of these nodes cannot hold.
+
+    Raises:
+        ConfigError: it is too small for one trial.
+    """
+    workers = sweep.min_workers_per_trial or sweep.workers_per_trial
+    joined = bool(os.environ.get("RAY_ADDRESS"))
+    where = "the cluster at RAY_ADDRESS" if joined else "this machine"
+    remedy = "add nodes" if joined else "submit the sweep to a cluster"
+    for name, per_worker in _worker_needs(sweep).items():
+        need, has = workers * per_worker, sum(node.get(name, 0) for node in nodes)
+        if need > has:
+            key = f"{name.lower()}s_per_worker"
+            raise ConfigError(
+                f"one trial needs {need:g} {name}s (workers_per_trial={workers} with {key}="
+                f"{per_worker:g}), {where} has {has:g}: lower workers_per_trial or {key}, or "
+                f"{remedy}"
+            )
+    if (fit := _room(sweep, nodes)) < workers:
+        each = " and ".join(f"{need:g} {name}s" for name, need in _worker_needs(sweep).items())
+        raise ConfigError(
+            f"one trial needs {workers} workers with {each} each, the nodes of {where} hold {fit}: "
+            f"lower what a worker needs, or {remedy}"
+        )
+
+
+def _room(sweep: SweepConfig, nodes: Sequence[Mapping[str, float]]) -> int:
+    """Workers that fit on the nodes, each on one."""
+    needs = _worker_needs(sweep).items()
+    return sum(int(min(node.get(name, 0) / need for name, need in needs)) for node in nodes)
+
+
+def wait_for_room(sweep: SweepConfig, note: Callable[[str], None]) -> bool:
+    """Waits until the cluster holds one trial, as long as its autoscaler is launching nodes.
+
+    Ray does not tell what an autoscaler could add at most, but which nodes it is launching: one
+    that launches none for what it is asked has none to offer, or there is no autoscaler.
+
+    Args:
+        note: shows a line.
+
+    Returns:
+        Whether there was no room at first: the cluster grows as trials need it.
+
+    Raises:
+        ConfigError: there is no room, and none is coming.
+    """
+    from ray.autoscaler.sdk import request_resources
+
+    def missing() -> ConfigError | None:
+        try:
+            check_room(sweep, node_resources())
+        except ConfigError as error:
+            return error
+        return None
+
+    if (error := missing()) is None:
+        return False
+    if not os.environ.get("RAY_ADDRESS"):
+        raise error
+    note("the cluster has no room for a trial yet: asking its autoscaler for nodes")
+    workers = sweep.min_workers_per_trial or sweep.workers_per_trial
+    request_resources(bundles=[_worker_needs(sweep)] * workers)
+    try:
+        hopeful = time.monotonic()
+        while (error := missing()) is not None:
+            if _launching():
+                hopeful = time.monotonic()
+            elif time.monotonic() - hopeful > _PATIENCE:
+                raise ConfigError(
+                    f"{error}; no autoscaler has launched a node for it in {_PATIENCE:g} s"
+                )
+            time.sleep(1.0)
+    finally:
+        request_resources(bundles=[])
+    return True
+
+
+def _launching() -> bool:
+    """Whether the cluster's autoscaler, of either version, is starting a node."""
+    import ray
+    from ray.autoscaler.v2.sdk import get_cluster_status
+    from ray.autoscaler.v2.utils import is_autoscaler_v2
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    if is_autoscaler_v2(fetch_from_server=True):
+        status = get_cluster_status(ray.get_runtime_context().gcs_address)
+        return bool(status.pending_launches or status.pending_nodes)
+    report = json.loads(_internal_kv_get(b"__autoscaling_status") or b"{}")
+    report = report.get("autoscaler_report") or {}
+    return bool(report.get("pending_launches") or report.get("pending_nodes"))
+
+
+def max_concurrent(
+    sweep: SweepConfig, nodes: Sequence[Mapping[str, float]], grows: bool = False
+) -> int:
+    """As many trials as the cluster has room for, at least one.
+
+    Args:
+        grows: a cluster that adds workers as trials ask for them has room for as many trials as
+            its head has drivers; those for which the autoscaler may add no more wait.
+    """
+    if sweep.max_concurrent_trials is not None:
+        return sweep.max_concurrent_trials
+    drivers = int(sum(node.get(DRIVER_RESOURCE, 0) for node in nodes))
+    room = drivers if grows else _room(sweep, nodes) // sweep.workers_per_trial
+    return max(1, min(room, drivers))
+
+
+def _worker_needs(sweep: SweepConfig) -> dict[str, float]:
+    """Resources of one worker."""
+    needs = {"CPU": sweep.cpus_per_worker}
+    return {**needs, "GPU": sweep.gpus_per_worker} if sweep.gpus_per_worker else needs

@@ -1,0 +1,179 @@
+"""`--doctor`: whether a sweep could run here; one line for each check, with its remedy."""
+
+import platform
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from core.config import nested
+from core.errors import UserError
+from sweep.config.sweep import SweepConfig
+from sweep.driver.cluster import check_storage, join_cluster, wait_for_room
+
+_PACKAGES = ("ray", "torch", "opacus", "dp-accounting")
+_SECONDS = 300
+"""After which a node counts as not answering."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """What was looked at, and what is wrong with it and what helps; empty if nothing is."""
+
+    name: str
+    problem: str = ""
+
+
+def print_checks(sweep: SweepConfig) -> bool:
+    """Prints all checks as they are made; True if nothing is wrong.
+
+    Privacy: reads the data on every node to compare its digest, which is not printed.
+    """
+    fine = True
+    for check in checks(sweep):
+        fine = fine and not check.problem
+        print(f"{'FAIL' if check.problem else 'ok':<5} {check.name}", end="", flush=True)
+        print(f": {check.problem}" if check.problem else "", flush=True)
+    return fine
+
+
+def checks(sweep: SweepConfig) -> Iterator[Check]:
+    """Makes the checks in order; ends early where the rest would mean nothing."""
+    storage = Path(sweep.storage_path)
+    yield _check("results can be stored", lambda: check_storage(sweep.storage_path))
+    yield _check("MLflow answers", lambda: _open_tracking(sweep, storage))
+    joined = _check("cluster reachable", join_cluster)
+    yield joined
+    if joined.problem:
+        return
+    import ray
+
+    try:
+        yield _check("room for one trial", lambda: wait_for_room(sweep, lambda _: None))
+        yield from _checks_of_nodes(sweep, storage)
+    finally:
+        ray.shutdown()
+
+
+def _checks_of_nodes(sweep: SweepConfig, storage: Path) -> Iterator[Check]:
+    """Asks the nodes, who see a file that the driver has written, or not."""
+    mark = storage / f".doctor-{uuid.uuid4().hex}"
+    with suppress(OSError):  # Every node says so.
+        mark.write_text(mark.name)
+    try:
+        yield from _node_checks(sweep, mark)
+    finally:
+        for path in storage.glob(f"{mark.name}*"):
+            path.unlink()
+
+
+def _check(name: str, act: Callable[[], object]) -> Check:
+    try:
+        act()
+    except UserError as error:
+        return Check(name, str(error))
+    except Exception as error:  # A check that fails is what this command is for.
+        return Check(name, _told(error))
+    return Check(name)
+
+
+def _told(error: Exception) -> str:
+    """An unexpected error in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def _open_tracking(sweep: SweepConfig, storage: Path) -> None:
+    from sweep.tracking.client import open_experiment, tracking_uri
+
+    open_experiment(tracking_uri(storage), sweep.experiment, storage)
+
+
+def _node_checks(sweep: SweepConfig, mark: Path) -> Iterator[Check]:
+    """Asks every node the same questions and compares the answers with the driver's."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    settings = nested(sweep.trial_config({}))
+    here = examine(settings, str(mark))
+    ask = ray.remote(num_cpus=0, max_retries=0)(examine)
+    answers: dict[str, dict[str, Any]] = {}
+    for node in (node for node in ray.nodes() if node["Alive"]):
+        where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        name = node["NodeManagerAddress"]
+        try:
+            future = ask.options(scheduling_strategy=where).remote(settings, str(mark))
+            answers[name] = ray.get(future, timeout=_SECONDS)
+        except Exception as error:
+            yield Check(
+                f"node {name} answers",
+                f"{type(error).__name__}: look whether it holds this code and its packages",
+            )
+    yield Check(f"{len(answers)} nodes answer" if len(answers) != 1 else "the node answers")
+    for key, name, remedy in (
+        ("versions", "same versions", "install constraints.txt on every node"),
+        ("storage", "storage and ledger shared and writable", "name folders that all nodes see"),
+        ("secret", "same master secret", "put the same secret file on every node"),
+        ("weights", "scoring weights", "put the file on every node or choose fid_extractor=cnn"),
+        ("data", "data readable and the same", "put the same data at the same path everywhere"),
+    ):
+        wrong = {n: a[key] for n, a in answers.items() if not a[key][0] or a[key] != here[key]}
+        text = "; ".join(f"node {n}: {_difference(a, here[key])}" for n, a in wrong.items())
+        yield Check(name, f"{text}: {remedy}" if wrong else "")
+
+
+def _difference(found: tuple[bool, str], expected: tuple[bool, str]) -> str:
+    if not found[0]:
+        return found[1]
+    return "differs from the driver" if expected[0] else f"the driver fails ({expected[1]})"
+
+
+def examine(settings: dict[str, Any], mark: str) -> dict[str, tuple[bool, str]]:
+    """What one node can do: for each question whether it succeeded, and what must be the same.
+
+    Args:
+        settings: of a trial, as nested data.
+        mark: file that the driver wrote into the storage folder.
+    """
+    from core.config import load
+    from core.data import load_dataset
+    from core.evaluation.features import find_weights
+    from core.privacy.keys import MasterSecret
+
+    config = load(settings)
+
+    def versions() -> str:
+        packages = [f"{name} {metadata.version(name)}" for name in _PACKAGES]
+        return ", ".join([f"Python {platform.python_version()}", *packages])
+
+    def storage() -> str:
+        path, ledger = Path(mark), Path(config.runtime.ledger)
+        path.with_name(f"{path.name}-{uuid.uuid4().hex}").write_text("")
+        ledger.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=ledger).close()
+        return path.read_text()
+
+    def weights() -> str:
+        if config.evaluation.fid_extractor == "inception":
+            find_weights(config.evaluation.inception_weights)
+        return config.evaluation.fid_extractor
+
+    questions: dict[str, Callable[[], str]] = {
+        "versions": versions,
+        "storage": storage,
+        "secret": lambda: MasterSecret.load(create=False).public_id,
+        "weights": weights,
+        "data": lambda: load_dataset(config.dataset, Path(config.runtime.cache)).fingerprint,
+    }
+    answers: dict[str, tuple[bool, str]] = {}
+    for key, question in questions.items():
+        try:
+            answers[key] = (True, question())
+        except (UserError, OSError) as error:
+            answers[key] = (False, str(error))
+        except Exception as error:
+            answers[key] = (False, _told(error))
+    return answers

@@ -1,0 +1,213 @@
+"""What a running sweep shows: a live table on a terminal, else plain lines; sweep.log has all."""
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from core.io.terminal import ProgressLine
+from core.privacy.accounting.rounding import figure
+from core.privacy.plan.scopes import STAYS_INSIDE
+from core.record.early import ENDED_EARLY
+from sweep.config.sweep import SweepConfig, trial_id_of
+
+_LOG = logging.getLogger("sweep")
+_OTHER_LINES = 6
+"""Lines of the table that are no trials."""
+
+
+@dataclass
+class _Trial:
+    """A line of the table; `began` is when and at which step its stage was first seen."""
+
+    stage: str = "starting"
+    step: int = 0
+    total: int = 0
+    score: str = ""
+    began: tuple[float, int] = (0.0, 0)
+    ended: bool = False
+
+    @property
+    def left(self) -> str:
+        """Time to the end of training, once two steps of the stage tell how long one takes."""
+        done = self.step - self.began[1]
+        if self.ended or done <= 0 or self.step >= self.total:
+            return ""
+        return _short_time((time.monotonic() - self.began[0]) / done * (self.total - self.step))
+
+
+class Progress:
+    """The trials of a sweep: how many are done, where the running ones are, how long it will take.
+
+    Args:
+        total: trials of the sweep, `before` of them done earlier.
+        secret: whether the total is not shown, and what is shown must stay inside.
+        verbosity: -1 shows nothing, 0 a table or sparse lines, 1 a line for each report.
+    """
+
+    def __init__(
+        self, sweep: SweepConfig, total: int, before: int, secret: bool, verbosity: int = 0
+    ) -> None:
+        self._sweep, self._total, self._before, self._secret = sweep, total, before, secret
+        self._verbosity = verbosity
+        self._failed = self._pruned = self._ended = 0
+        self._began = self._last_end = time.monotonic()
+        self._trials: dict[str, _Trial] = {}
+        self._line = ProgressLine(verbosity)
+        self._console = Console(stderr=True)
+        self._live: Live | None = None
+        if self._console.is_terminal and verbosity == 0:
+            self._live = Live(
+                console=self._console,
+                get_renderable=self._table,
+                refresh_per_second=2,
+                transient=True,
+            )
+            self._live.start()
+        if secret:
+            self.note(STAYS_INSIDE)
+        if before:
+            self.note(f"{before} of {self._of} trials had finished before")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune stores its callbacks, but a terminal cannot be stored."""
+        return {}
+
+    def close(self) -> None:
+        """Takes the table away; lines that were kept stay."""
+        if self._live is not None:
+            self._live.stop()
+
+    @property
+    def _of(self) -> str:
+        return "?" if self._secret else str(self._total)
+
+    def note(self, text: str) -> None:
+        """Keeps a line about the sweep."""
+        _LOG.info(text)
+        if self._live is not None:
+            self._console.print(text, markup=False, highlight=False)
+        else:
+            self._line.keep(text)
+
+    def pruned(self, point: dict[str, Any], reason: str) -> None:
+        """Keeps a line about a point that was not tried."""
+        self._pruned += 1
+        self.note(f"pruned without compute: {_short(point)}: {reason}")
+
+    def moved(self, point: dict[str, Any], metrics: Mapping[str, Any]) -> None:
+        """Shows where a running trial is.
+
+        Args:
+            metrics: as reported: `stage`, `step`, perhaps a `note` to keep; without any, it
+                starts.
+        """
+        name = self._name(point)
+        trial = self._trials.setdefault(name, _Trial())
+        stage, step = metrics.get("stage", "starting"), int(metrics.get("step", 0))
+        if "note" in metrics:
+            self.note(f"trial {name}: {metrics['note']}")
+        if stage != trial.stage or trial.ended:
+            trial.began = (time.monotonic(), step)
+            _LOG.info("trial %s: %s, step %d (%s)", name, stage, step, _short(point))
+        trial.stage, trial.step, trial.ended = stage, step, False
+        trial.total = point.get("training.num_steps", self._sweep.run.training.num_steps)
+        if self._live is None:
+            running = {name: t for name, t in self._trials.items() if not t.ended}
+            parts = [f"[{n} {t.stage} {t.step}/{t.total}]" for n, t in running.items()]
+            self._line.show("  ".join([self._summary(), *parts]))
+
+    def ended(self, point: dict[str, Any], text: str, failed: bool, score: str = "") -> None:
+        """Keeps a line about a trial that has ended."""
+        name = self._name(point)
+        trial = self._trials.setdefault(name, _Trial())
+        trial.ended, trial.score = True, score
+        trial.stage = "failed" if failed else "finished"
+        self._ended += 1
+        self._failed += failed
+        self._last_end = time.monotonic()
+        self.note(f"trial {name} {text} ({_short(point)})")
+
+    def _name(self, point: dict[str, Any]) -> str:
+        return trial_id_of(self._sweep.trial_config(point))
+
+    def _summary(self) -> str:
+        parts = [f"trials {self._before + self._ended}/{self._of}"]
+        parts += [f"{self._failed} failed"] if self._failed else []
+        parts += [f"{self._pruned} pruned"] if self._pruned else []
+        if self._ended and not self._secret:
+            each = (self._last_end - self._began) / self._ended
+            since = time.monotonic() - self._last_end
+            left = max(0.0, each * (self._total - self._before - self._ended) - since)
+            parts.append(f"about {_short_time(left)} left")
+        return "  ".join(parts)
+
+    def _table(self) -> Table:
+        """The running trials, and above them as many of the ended ones as there is room for."""
+        table = Table(
+            box=box.SIMPLE, title=f"{self._sweep.name}  {self._summary()}", title_justify="left"
+        )
+        for name in ("trial", "stage"):
+            table.add_column(name)
+        for name in ("step", self._sweep.objective.metric, "training left"):
+            table.add_column(name, justify="right")
+        ended = [item for item in self._trials.items() if item[1].ended]
+        running = [item for item in self._trials.items() if not item[1].ended]
+        room = max(0, self._console.height - _OTHER_LINES - len(running))
+        for name, trial in [*ended[max(0, len(ended) - room) :], *running]:
+            step = f"{trial.step}/{trial.total}" if trial.total else ""
+            table.add_row(name, trial.stage, step, trial.score, trial.left)
+        return table
+
+    def callback(self) -> Any:
+        """What Tune calls."""
+        from ray import tune
+
+        progress, metrics = self, self._sweep.metrics
+
+        class Callback(tune.Callback):
+            def on_trial_start(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
+                progress.moved(trial.config, {})
+
+            def on_trial_result(
+                self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **_: Any
+            ) -> None:
+                if "failure" not in result:
+                    progress.moved(trial.config, result)
+
+            def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
+                result = trial.last_result
+                scores = [k for k in (*metrics, progress._sweep.run.early_metric) if k in result]
+                if "failure" in result:
+                    progress.ended(trial.config, f"failed: {result['failure']}", failed=True)
+                elif "seconds" in result and scores:
+                    named = [f"{name} {result[name]:.4g}" for name in scores]
+                    how = "stopped early" if result["stage"] == ENDED_EARLY else "finished"
+                    text = f"{how}: {', '.join(named)}, {result['seconds']:.0f} s"
+                    score = f"{result[scores[0]]:.4g}"
+                    progress.ended(trial.config, text, failed=False, score=score)
+
+            def on_trial_error(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
+                progress.ended(trial.config, "failed: its process died too often", failed=True)
+
+            def on_trial_recover(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
+                progress.note(f"trial {progress._name(trial.config)}: its process died, restarted")
+
+        return Callback()
+
+
+def _short_time(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _short(point: dict[str, Any]) -> str:
+    """A point in one line."""
+    return ", ".join(f"{key}={figure(key, value)}" for key, value in point.items())

@@ -1,0 +1,104 @@
+"""Who a sweep's folder belongs to: one configuration, one release, one driver at a time."""
+
+import json
+import secrets
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+from core.errors import ConfigError
+from core.io.locks import held
+from core.io.terminal import write_json
+from core.privacy.ledger.account import RELEASE_ID
+from sweep.config.sweep import SweepConfig, dump_sweep, flat
+from sweep.results.driver import LOCK
+from sweep.results.find import SWEEP_FILE
+
+_LAUNCH = "launch"
+_FREE = (
+    *("fixed.", "num_trials", "max_concurrent_trials", "cpus_per_worker", "storage_path"),
+    "experiment",
+    *("min_workers_per_trial", "max_failures", "max_same_error"),
+    *("max_hours", "max_gpu_hours", "max_cost", "cloud", "published"),
+)
+"""What may change when a sweep is continued; what is fixed stands in the base run too."""
+_LEDGER = "base.runtime.ledger"
+"""What may not, although it changes no result: another ledger would know nothing of the sweep."""
+
+
+@contextmanager
+def driver_lock(folder: Path) -> Generator[int]:
+    """Keeps a second driver out; yields the token of this launch, larger than all before.
+
+    The token goes into the ledger with every trial, where workers of an older launch are refused.
+
+    Raises:
+        ConfigError: another driver runs this sweep.
+    """
+    with held(folder / LOCK):
+        # By the clock, so that it also grows over a folder that was deleted and begun anew.
+        token = max(newest_launch(folder) + 1, int(time.time()))
+        temporary = folder / f"{_LAUNCH}.tmp"
+        temporary.write_text(str(token))
+        temporary.replace(folder / _LAUNCH)
+        yield token
+
+
+def newest_launch(folder: Path) -> int:
+    """Token of the driver that started last; 0 before the first."""
+    path = folder / _LAUNCH
+    return int(path.read_text()) if path.exists() else 0
+
+
+def require_newest_launch(folder: Path, token: int) -> None:
+    """Stops what an older driver has left running.
+
+    Raises:
+        ConfigError: another driver has started since that of `token`.
+    """
+    if (newest := newest_launch(folder)) > token:
+        raise ConfigError(
+            f"a newer driver (launch {newest}) runs sweep '{folder.name}': this worker of launch "
+            f"{token} stops; its trial goes on from its checkpoint there"
+        )
+
+
+def claim(sweep: SweepConfig) -> None:
+    """Writes the resolved sweep, or compares it with the one this name began with.
+
+    Raises:
+        ConfigError: another sweep of this name was begun in the folder.
+    """
+    path, now = sweep.folder / SWEEP_FILE, dump_sweep(sweep)
+    if not path.exists():
+        sweep.folder.mkdir(parents=True, exist_ok=True)
+        write_json(path, now)
+        return
+    old, new = flat(json.loads(path.read_text())), flat(now)
+    changed = [
+        f"{key}: {old.get(key)} -> {new.get(key)}"
+        for key in sorted(old | new)
+        if old.get(key) != new.get(key)
+        and (key == _LEDGER or not key.startswith((*_FREE, "base.runtime.")))
+    ]
+    if changed:
+        raise ConfigError(
+            f"'{sweep.folder}' holds another sweep named '{sweep.name}' ({'; '.join(changed)}): "
+            "choose another name=..., or restore what it was started with"
+        )
+    write_json(path, now)
+
+
+def release_id(sweep: SweepConfig) -> str:
+    """Random and kept: a sweep begun anew draws another secret number and other settings.
+
+    The ledger tells by it that a selection begun anew is another release.
+    """
+    path = sweep.folder / "charged" / RELEASE_ID
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(secrets.token_hex(16))
+        temporary.replace(path)
+    return path.read_text()

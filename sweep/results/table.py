@@ -1,0 +1,342 @@
+"""What a sweep has to show: read from the trials' folders, printed as a table."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from core.commands.account import COUNT, NOISE
+from core.config import Config, flatten, load, load_yaml
+from core.config.metrics import DIRECTIONS, HEADLINES
+from core.io.terminal import FAILED, SELECTED, write_json
+from core.privacy.accounting.rounding import figure, upward
+from core.privacy.ledger.account import ledger_of_run
+from core.privacy.ledger.card import all_on_this_data_set, card_markdown, make_card, three_epsilons
+from core.privacy.ledger.ledger import Ledger
+from core.privacy.plan.plan import PrivacyPlan, composed_epsilon
+from core.record.early import STOPPED
+from sweep.config.scope import SEED, inside
+from sweep.config.sweep import SweepConfig
+
+
+@dataclass(frozen=True)
+class Row:
+    """One trial.
+
+    Attributes:
+        state: `finished`, `stopped` (early, by the scheduler), `failed` or `unfinished`.
+        scores: metrics by name; empty unless finished.
+        error: why it has no scores.
+        for_good: whether it failed as it would fail again.
+        early_score: the last one of a stopped trial.
+        spent: epsilon of a stopped trial's steps.
+    """
+
+    trial: str
+    run_dir: Path
+    config: Config
+    state: str
+    scores: dict[str, float]
+    plan: PrivacyPlan
+    seconds: float
+    error: str
+    early_score: float | None = None
+    spent: float | None = None
+    for_good: bool = False
+
+    @property
+    def epsilon(self) -> float:
+        """Epsilon of this trial alone: of its plan, or of the part that it ran."""
+        return self.plan.epsilon if self.spent is None else self.spent
+
+
+def load_rows(sweep: SweepConfig) -> list[Row]:
+    """Every trial that has a folder, in the order in which they began."""
+    folders = (sweep.folder / "trials").glob("*/")
+    rows = [_row(folder) for folder in folders if (folder / "config.yaml").exists()]
+    return sorted(rows, key=lambda row: (row.run_dir / "config.yaml").stat().st_mtime_ns)
+
+
+def _row(folder: Path) -> Row:
+    config = load(load_yaml(folder / "config.yaml"))
+    plan = PrivacyPlan.restored(json.loads((folder / "privacy.json").read_text()))
+    evaluation, error = folder / "evaluation.json", folder / "error.txt"
+    stopped, failed = folder / STOPPED, folder / FAILED
+    result: dict[str, Any] = {}
+    state, reason, spent, early = "unfinished", "", None, None
+    if evaluation.exists():
+        result, state = json.loads(evaluation.read_text()), "finished"
+    elif stopped.exists():
+        result, state = json.loads(stopped.read_text()), "stopped"
+        spent, early = result["epsilon"], result[plan.early_metric]
+        reason = f"stopped at step {result['step']}: {plan.early_metric} {early:.4g}"
+    elif failed.exists():
+        state, reason = "failed", json.loads(failed.read_text())["error"]
+    elif error.exists():
+        state, reason = "failed", error.read_text().strip()
+    return Row(
+        trial=folder.name,
+        run_dir=folder,
+        config=config,
+        state=state,
+        scores={name: result[name] for name in DIRECTIONS if name in result},
+        plan=plan,
+        seconds=float(result.get("seconds", 0.0)),
+        error=reason,
+        early_score=early,
+        spent=spent,
+        for_good=state == "failed" and failed.exists(),
+    )
+
+
+def final_row(sweep: SweepConfig, rows: Sequence[Row]) -> Row | None:
+    """The one run on sensitive data after a search on public data, if it began."""
+    return next((row for row in rows if sweep.final and not row.config.dataset.public), None)
+
+
+def best(sweep: SweepConfig, rows: Sequence[Row], by: str | None = None) -> Row | None:
+    """The finished trial of the search with the best first objective, or the best `by` another.
+
+    Of trials that are equal in it the one with the best others: it lies on the front.
+    """
+    objectives = sorted(sweep.objectives, key=lambda each: each.metric != by)
+    return max(
+        _scored(sweep, rows),
+        key=lambda row: [objective.gain(row.scores) for objective in objectives],
+        default=None,
+    )
+
+
+def winners(sweep: SweepConfig, rows: Sequence[Row]) -> list[Row]:
+    """The best trial; of several objectives the Pareto front: no other trial is as good in all of
+    them and better in one.
+    """
+    if len(sweep.objectives) == 1:
+        return [row for row in [best(sweep, rows)] if row is not None]
+    scored = _scored(sweep, rows)
+    gains = [[each.gain(row.scores) for each in sweep.objectives] for row in scored]
+
+    def beaten(mine: list[float]) -> bool:
+        return any(
+            all(a >= b for a, b in zip(other, mine, strict=True)) and other != mine
+            for other in gains
+        )
+
+    return [row for row, mine in zip(scored, gains, strict=True) if not beaten(mine)]
+
+
+def _scored(sweep: SweepConfig, rows: Sequence[Row]) -> list[Row]:
+    last = final_row(sweep, rows)
+    return [row for row in rows if row is not last and set(sweep.metrics) <= set(row.scores)]
+
+
+def planned_epsilon(rows: Sequence[Row]) -> float:
+    """Epsilon of the whole plans of all trials that began, composed by PLD; needs no ledger."""
+    return composed_epsilon([row.plan for row in rows])
+
+
+def sweep_epsilon(sweep: SweepConfig, rows: Sequence[Row]) -> float:
+    """Epsilon of publishing everything that the trials computed.
+
+    Privacy: what the ledger holds of the sweep; before any trial has ended, and so told where its
+        ledger is, `planned_epsilon`.
+
+    Raises:
+        LedgerError: the ledger is missing or damaged.
+    """
+    ended = [best(sweep, rows), *(row for row in rows if row.state == "stopped")]
+    for row in filter(None, ended):
+        return _ledger(row).epsilon_of_run(sweep.name)
+    return planned_epsilon(rows)
+
+
+def sweep_card(sweep: SweepConfig, rows: Sequence[Row], released: Row) -> dict[str, Any]:
+    """The sweep's privacy card, of its `released_row`.
+
+    Raises:
+        LedgerError: the ledger is missing or damaged.
+    """
+    return make_card(
+        _ledger(released),
+        sweep.name,
+        released.plan,
+        released.config.privacy,
+        stored_result(released)["identity"],
+        _objective(sweep, rows),
+        searched=True,
+    )
+
+
+def write_card(
+    sweep: SweepConfig, rows: Sequence[Row], released: Row, complete: bool
+) -> dict[str, Any]:
+    """Writes the card into the sweep's folder; a complete sweep marks what may be released.
+
+    Of a selection only a complete one has a card; its ledger notes the trial for good.
+
+    Raises:
+        LedgerError: the ledger is missing or damaged, or notes another trial of the selection.
+    """
+    if released.config.privacy.scope == "selection":
+        _ledger(released).select(sweep.name, stored_result(released)["identity"])
+    card = sweep_card(sweep, rows, released)
+    write_json(sweep.folder / "privacy_card.json", card)
+    (sweep.folder / "privacy_card.md").write_text(card_markdown(card))
+    for row in rows:
+        (row.run_dir / SELECTED).unlink(missing_ok=True)
+    front = winners(sweep, rows)
+    for row in (front if released in front else [released]) if complete else []:
+        write_json(row.run_dir / SELECTED, {"objective": _objective(sweep, rows)})
+    return card
+
+
+def released_row(sweep: SweepConfig, rows: Sequence[Row]) -> Row | None:
+    """The one that may be published: the best trial; under scope `public` the final run.
+
+    None while there is none that has finished.
+    """
+    if not sweep.final:
+        return best(sweep, rows)
+    last = final_row(sweep, rows)
+    return last if last is not None and last.state == "finished" else None
+
+
+def claimed_row(sweep: SweepConfig, rows: Sequence[Row]) -> tuple[Row | None, str]:
+    """What a claim can be made about: what may be published, or None and why there is none yet.
+
+    Privacy: the best trial so far of a selection that is not complete is not the one that leaves.
+    """
+    released = released_row(sweep, rows)
+    if sweep.run.privacy.scope == "selection" and not any(
+        (row.run_dir / SELECTED).exists() for row in rows
+    ):
+        return None, "selection: not complete, so nothing is claimed yet"
+    return released, "final run: not finished, so nothing is claimed yet"
+
+
+def _objective(sweep: SweepConfig, rows: Sequence[Row]) -> str:
+    winner = best(sweep, rows)
+    assert winner is not None
+    return " and ".join(f"{metric} ({winner.plan.tag(metric)})" for metric in sweep.metrics)
+
+
+def three_figures(card: Mapping[str, Any]) -> dict[str, float]:
+    """The card's epsilons under the names of metrics, but for those that must stay secret."""
+    names = {
+        "epsilon": "epsilon_trial",
+        "epsilon_sweep": "epsilon_computed",
+        "epsilon_released": "epsilon_released_with_selection",
+    }
+    return {name: card[key] for name, key in names.items() if card[key] is not None}
+
+
+def shown_metrics(sweep: SweepConfig, rows: Sequence[Row]) -> list[str]:
+    """The scores that a table has columns for: the usual ones and the objective."""
+    shown = {*HEADLINES, sweep.objective.metric}
+    return [name for name in DIRECTIONS if name in shown and any(name in r.scores for r in rows)]
+
+
+def print_results(sweep: SweepConfig, rows: list[Row], pruned: int, ui: str) -> None:
+    """Prints the table, the best trial, the epsilons and where to look next."""
+    winner = best(sweep, rows)
+    metrics = shown_metrics(sweep, rows)
+    print(inside([sweep]), end="")
+    print(f"sweep {sweep.name}: {len(rows)} trials, {pruned} points pruned without compute")
+    total = sweep_epsilon(sweep, rows)
+    front = winners(sweep, rows)
+    table = results_table(sweep, rows, front, metrics, total)
+    # A narrow terminal wraps, rather than hides, figures.
+    width = max(Console().width, _WIDTH_OF_A_COLUMN * len(table.columns))
+    Console(width=width).print(table)
+    for row in rows:
+        if row.state == "failed":
+            print(f"trial {row.trial} failed: {row.error}")
+        elif row.state == "stopped":
+            print(f"trial {row.trial} {row.error}")
+    if winner is None:
+        return
+    if len(sweep.objectives) > 1:
+        print(f"Pareto front by {' and '.join(sweep.metrics)} (* in the table):")
+    title = "best trial: " if len(sweep.objectives) == 1 else "  "
+    for row in front:
+        print(f"{title}{row.trial} ({_scores(row)})")
+    released, none_yet = claimed_row(sweep, rows)
+    if released is None:
+        print(f"{none_yet}; the same command goes on")
+    else:
+        _print_released(sweep, rows, released, total)
+    print(f"compare: {ui}")
+
+
+def _print_released(sweep: SweepConfig, rows: Sequence[Row], released: Row, total: float) -> None:
+    if sweep.final:
+        print(f"final run: {released.trial} ({_scores(released)})")
+    card = sweep_card(sweep, rows, released)
+    print(f"privacy: {card['statement']}")
+    for name, value in three_epsilons({**card, "epsilon_computed": total}):
+        print(f"  {name}: {value}")
+    spent = all_on_this_data_set(card)
+    print(f"  epsilon of all runs on this data set: {spent} (python -m core ledger show)")
+    print(f"card: {sweep.folder / 'privacy_card.md'}")
+    print(f"samples: {released.run_dir / 'synthetic' / 'grid.png'}")
+
+
+def _scores(row: Row) -> str:
+    """Scores with their tags, equal tags said once."""
+    by_tag: dict[str, list[str]] = {}
+    for name, value in row.scores.items():
+        by_tag.setdefault(row.plan.tag(name), []).append(f"{name} {value:.4g}")
+    return "; ".join(f"{', '.join(scores)}: {tag}" for tag, scores in by_tag.items())
+
+
+def stored_result(row: Row) -> dict[str, Any]:
+    """What a trial that finished or was stopped reported last, with where it came from."""
+    name = STOPPED if row.state == "stopped" else "evaluation.json"
+    return json.loads((row.run_dir / name).read_text())
+
+
+def _ledger(row: Row) -> Ledger:
+    return ledger_of_run(row.config, row.run_dir, stored_result(row)["fingerprint"])
+
+
+def results_table(
+    sweep: SweepConfig,
+    rows: Sequence[Row],
+    starred: Sequence[Row],
+    metrics: Sequence[str],
+    total: float,
+) -> Table:
+    """One line for each trial; the best one, or the Pareto front, is `starred`."""
+    table = Table(box=box.SIMPLE)
+    columns = ["trial", "count", "noise", "split"]
+    others = [k for k in sweep.search_space if k not in (*_SHOWN, SEED)]
+    columns += [key.replace(".", " ") for key in others]  # Breaks there if it must.
+    columns += ["DP-SGD noise", "eps trial", "eps sweep", *metrics, "seconds"]
+    for name in columns:
+        first = name == "trial"
+        table.add_column(name, justify="left" if first else "right", no_wrap=first)
+    for row in rows:
+        flat = flatten(row.config)
+        cells = [row.trial + (" *" if row in starred else "")]
+        cells += [
+            str(flat["central_images.per_class"]) if row.plan.central else "-",
+            f"{flat['central_images.noise_multiplier']:.3g}" if row.plan.central else "-",
+            f"{flat['stage_split']:.2f}",
+        ]
+        cells += [figure(key, flat[key], 3) for key in others]
+        cells += [f"{row.plan.noise_multiplier:.4f}", upward(row.epsilon), upward(total)]
+        cells += [
+            f"{row.scores[m]:.4g}" if m in row.scores else row.state for m in metrics or ["state"]
+        ][: len(metrics)]
+        cells += [f"{row.seconds:.0f}" if row.seconds else row.state]
+        table.add_row(*cells)
+    return table
+
+
+_WIDTH_OF_A_COLUMN = 11
+_SHOWN = (COUNT, NOISE, "stage_split")

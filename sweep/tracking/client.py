@@ -1,0 +1,361 @@
+"""MLflow: one parent run a sweep, one child a trial, found again rather than created twice.
+
+With `sweep.tracking.store` the only file that imports mlflow.
+"""
+
+import base64
+import hashlib
+import json
+import tempfile
+import warnings
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from sweep.tracking.store import ACTIVE, file_of, reachable, ui_command, usable, without_user
+from sweep.tracking.store import open_experiment as open_experiment
+from sweep.tracking.store import reason as reason
+from sweep.tracking.store import tracking_uri as tracking_uri
+
+# isort: split
+from mlflow.entities import (
+    Dataset,
+    DatasetInput,
+    InputTag,
+    LoggedModelOutput,
+    Metric,
+    Param,
+    Run,
+    RunTag,
+    ViewType,
+)
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+from mlflow.utils.time import get_current_time_millis
+from PIL import Image, UnidentifiedImageError
+
+from core.errors import ConfigError
+from core.io.terminal import NON_PRIVATE
+from sweep.tracking.charts import curves
+
+UNREACHABLE = (MlflowException, OSError)
+"""What calls raise while the server, its data base or its artifact store does not answer."""
+_TEMPORARY = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED")
+_KEY = "sweep.key"
+_PARENT = "mlflow.parentRunId"
+_MAX_BATCH = 100
+_MAX_COMPARED = 100
+"""Trials in the table of a comparison; more are slow to open."""
+_LOCAL_UI = "http://127.0.0.1:5000"
+"""Where `mlflow ui` listens."""
+
+
+class Tracker:
+    """A run of MLflow that is found by its key, or created.
+
+    Args:
+        uri: tracking URI; absolute, as Ray changes the working directory.
+        experiment_id: as of `open_experiment`.
+        key: `sweep` for the parent, `sweep/trial` for a child; unique in the experiment.
+        parent_id: run id of the parent, for a child.
+    """
+
+    def __init__(
+        self, uri: str, experiment_id: str, key: str, parent_id: str | None = None
+    ) -> None:
+        self._client, self._key = MlflowClient(tracking_uri=uri), key
+        self._is_server = uri.startswith("http")
+        found = self._client.search_runs(
+            [experiment_id], filter_string=f"tags.`{_KEY}` = '{key}'", max_results=1
+        )
+        self._run = found[0] if found else self._create(experiment_id, key, parent_id)
+        self.run_id: str = self._run.info.run_id
+        self._last_step = int(self._run.data.metrics.get("step", -1))
+        self._pictures: set[tuple[str, int]] | None = None
+        self._client.update_run(self.run_id, status="RUNNING")
+
+    def _create(self, experiment_id: str, key: str, parent_id: str | None) -> Run:
+        tags = {_KEY: key, **({_PARENT: parent_id} if parent_id else {})}
+        return self._client.create_run(experiment_id, tags=tags, run_name=key.rsplit("/", 1)[-1])
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Logs parameters; those that are logged already stay as they are."""
+        known = self._run.data.params
+        new = [Param(k, str(v)[:6000]) for k, v in params.items() if k not in known]
+        for start in range(0, len(new), _MAX_BATCH):
+            self._client.log_batch(self.run_id, params=new[start : start + _MAX_BATCH])
+
+    def log_tags(self, tags: Mapping[str, str]) -> None:
+        """Sets tags."""
+        self._client.log_batch(self.run_id, tags=[RunTag(k, v) for k, v in tags.items()])
+
+    def log_step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Logs a point of the curves, unless a run before a restart has logged it."""
+        if step > self._last_step:
+            self._last_step = step
+            self.log_metrics({**metrics, "step": step}, step)
+
+    def log_once(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Logs numbers of a step that a restart tells again, unless they are logged already."""
+        for name, value in metrics.items():
+            known = self._client.get_metric_history(self.run_id, name)
+            if step not in {metric.step for metric in known}:
+                self.log_metrics({name: value}, step)
+
+    def log_missing_steps(self, path: Path) -> None:
+        """Logs the points of a run's `metrics.jsonl` that were lost with the process they were in.
+
+        Privacy: the loss is not private.
+        """
+        known = {point.step for point in self._client.get_metric_history(self.run_id, "step")}
+        for line in path.read_text().splitlines():
+            report = json.loads(line)
+            if "loss" in report and report["step"] not in known:
+                self.log_metrics({**curves(report), "step": report["step"]}, report["step"])
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
+        """Logs numbers at a step."""
+        now = get_current_time_millis()
+        self._client.log_batch(
+            self.run_id, metrics=[Metric(k, float(v), now, step) for k, v in metrics.items()]
+        )
+
+    def log_file(self, path: Path, folder: str = "") -> None:
+        """Uploads a file, if it exists, as an artifact.
+
+        Raises:
+            ValueError: the file is for the owner of the data alone.
+        """
+        _require_publishable(path)
+        if path.exists():
+            self._client.log_artifact(self.run_id, str(path), folder or None)
+
+    def log_picture(self, key: str, step: int, path: Path) -> None:
+        """Logs a PNG file as the image of a key at a step; once, also after a restart."""
+        _require_publishable(path)
+        if self._pictures is None:
+            found = self._client.list_artifacts(self.run_id, "images")
+            names = [Path(file.path).name.split("+") for file in found]  # key+step+STEP+...
+            self._pictures = {(name[0], int(name[2])) for name in names}
+        if (key, step) not in self._pictures:
+            with Image.open(path) as image:
+                self._client.log_image(self.run_id, image, key=key, step=step)
+            self._pictures.add((key, step))
+
+    def log_dataset(self, name: str, facts: Mapping[str, Any]) -> None:
+        """Says on which data set the run is trained, by public facts alone.
+
+        Privacy: the digest is that of the facts; the content's never leaves the ledger.
+        """
+        text = json.dumps(facts, sort_keys=True)
+        rows = json.dumps({"num_rows": facts["num_examples"]})
+        digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+        dataset = Dataset(name, digest, source_type="public facts", source=text, profile=rows)
+        tags = [InputTag("mlflow.data.context", "training")]
+        self._client.log_inputs(self.run_id, [DatasetInput(dataset, tags)])
+
+    def log_charts(self, name: str, state: str) -> None:
+        """Saves a state of the page of runs, JSON, with the experiment.
+
+        The page stores its own in the same way when a person shares a view.
+        """
+        content = base64.b64encode(zlib.compress(state.encode(), 9)).decode()
+        experiment_id = self._run.info.experiment_id
+        self._client.set_experiment_tag(
+            experiment_id, f"mlflow.sharedViewState.{name}", f"deflate;{content}"
+        )
+
+    def register_generator(self, trial: str, run_dir: Path, scope: str, statement: str) -> None:
+        """Logs the generator of one of the sweep's trials as a model and registers it, once.
+
+        `mlflow.pyfunc.load_model("models:/SWEEP@best")` gives it on any machine with torch: labels
+        in, images out.
+
+        Args:
+            scope: `privacy.scope`, a tag of the version.
+            statement: of the privacy card, its description.
+
+        Privacy: averaged weights and the public configuration, post-processing of a private model;
+            the caller decides which trial may leave.
+        """
+        client, sweep, experiment_id = self._client, self._key, self._run.info.experiment_id
+        run_id = self._run_of(trial)
+        try:
+            client.create_registered_model(sweep)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        known = client.search_model_versions(f"name = '{sweep}' and run_id = '{run_id}'")
+        if known:
+            version = known[0].version
+        else:
+            model = client.create_logged_model(experiment_id, "generator", source_run_id=run_id)
+            with tempfile.TemporaryDirectory() as folder:
+                _save_model(run_dir, Path(folder), model.model_id)
+                client.log_model_artifacts(model.model_id, f"{folder}/model")
+            client.finalize_logged_model(model.model_id, "READY")
+            client.log_outputs(run_id, [LoggedModelOutput(model.model_id, 0)])
+            version = client.create_model_version(
+                sweep,
+                # A server takes the name alone; without one the name means another data base.
+                f"models:/{model.model_id}" if self._is_server else model.artifact_location,
+                run_id,
+                tags={"trial": trial, "privacy.scope": scope},
+                description=statement,
+                model_id=model.model_id,
+            ).version
+        client.set_registered_model_alias(sweep, "best", version)
+
+    def _run_of(self, trial: str) -> str:
+        """Id of a trial's run; restored if it was deleted, new if it is gone."""
+        place, key = self._run.info.experiment_id, f"{self._key}/{trial}"
+        found = self._client.search_runs([place], f"tags.`{_KEY}` = '{key}'", ViewType.ALL)
+        if not found:
+            return self._create(place, key, self.run_id).info.run_id
+        active = [run for run in found if run.info.lifecycle_stage == ACTIVE]
+        if not active:
+            self._client.restore_run(found[0].info.run_id)
+        return (active or found)[0].info.run_id
+
+    def restored(self) -> bool:
+        """Restores the run if it was deleted in MLflow's UI; whether it was."""
+        if self._client.get_run(self.run_id).info.lifecycle_stage == ACTIVE:
+            return False
+        self._client.restore_run(self.run_id)
+        return True
+
+    def finish(self, status: str) -> None:
+        """Ends the run as FINISHED, FAILED or KILLED."""
+        self._client.set_terminated(self.run_id, status)
+
+
+def is_temporary(error: BaseException) -> bool:
+    """Whether the same call may succeed later; False where its content is refused or not there."""
+    if isinstance(error, FileNotFoundError | UnidentifiedImageError):  # Here, not at the server.
+        return False
+    return not isinstance(error, MlflowException) or error.error_code in _TEMPORARY
+
+
+def recorded(uri: str, experiment_id: str, sweep: str) -> set[str]:
+    """Keys of the sweep and of its trials whose runs have ended as they should, or were deleted.
+
+    What was deleted stays so, unless something is still written to it.
+    """
+    runs = _runs_of(MlflowClient(tracking_uri=uri), experiment_id, sweep, ViewType.ALL)
+    # A trial that was stopped early has ended, although it counts as killed.
+    pending = {
+        run.data.tags[_KEY]
+        for run in runs
+        if run.info.lifecycle_stage == ACTIVE
+        and run.info.status != "FINISHED"
+        and run.data.tags.get("sweep.state") != "stopped"
+    }
+    return {run.data.tags[_KEY] for run in runs} - pending
+
+
+def kill_stale(uri: str, experiment_id: str, parent_id: str, sweep: str) -> None:
+    """Makes the parent that of all the sweep's trials; another may have been deleted.
+
+    Marks trials that an interrupted driver left running; those tried again are reopened.
+    """
+    client = MlflowClient(tracking_uri=uri)
+    for run in _runs_of(client, experiment_id, sweep):
+        if run.info.run_id == parent_id:
+            continue
+        if run.data.tags.get(_PARENT) != parent_id:
+            client.set_tag(run.info.run_id, _PARENT, parent_id)
+        if run.info.status == "RUNNING":
+            client.set_terminated(run.info.run_id, "KILLED")
+
+
+def _save_model(run_dir: Path, folder: Path, model_id: str) -> None:
+    import numpy
+    import pydantic
+    import torch
+    from mlflow import pyfunc
+    from mlflow.models import Model, ModelSignature
+    from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec
+
+    import core
+    from core.config import load
+    from core.generation.generator import write_generator
+    from core.io.terminal import class_names
+
+    config = load(run_dir / "config.yaml")
+    names = class_names(run_dir, config.dataset.num_classes)
+    write_generator(folder / "generator", run_dir / "model.pt", config, names)
+    image = (config.dataset.channels, config.dataset.image_size, config.dataset.image_size)
+    packages = {p.__name__: p.__version__.split("+")[0] for p in (torch, numpy, pydantic)}
+    with warnings.catch_warnings(action="ignore"):  # That there is no example of an input.
+        pyfunc.save_model(
+            folder / "model",
+            loader_module="core.generation.generator",
+            data_path=str(folder / "generator"),
+            code_paths=[str(Path(core.__file__).parent)],
+            mlflow_model=Model(model_id=model_id),
+            metadata={"class_names": names},
+            signature=ModelSignature(
+                Schema([TensorSpec(numpy.dtype("int64"), (-1,))]),
+                Schema([TensorSpec(numpy.dtype("uint8"), (-1, *image))]),
+                ParamSchema([ParamSpec("seed", "long", config.seed)]),
+            ),
+            pip_requirements=[f"{name}=={version}" for name, version in packages.items()],
+        )
+
+
+def _require_publishable(path: Path) -> None:
+    if NON_PRIVATE in path.parts:
+        raise ValueError(f"'{path}' is not private and stays out of MLflow")
+
+
+def how_to_compare(uri: str, experiment: str, sweep: str) -> str:
+    """What opens the MLflow UI, and there a sweep's charts and the table of its trials.
+
+    The addresses are left out if the sweep is not recorded, or the server does not answer.
+    """
+    lines = [ui_command(uri)]
+    number, trials = "", []
+    try:
+        with usable(uri):
+            if (path := file_of(uri)) is None or path.exists():
+                number, trials = _trials_of(uri, experiment, sweep)
+    except ConfigError as error:
+        lines += [f"  {error}"]
+    if number:
+        page = without_user(uri).rstrip("/") if uri.startswith("http") else _LOCAL_UI
+        chosen, where = (
+            quote(json.dumps(ids, separators=(",", ":")))
+            for ids in (trials[:_MAX_COMPARED], [number])
+        )
+        query = f"compareRunsMode=CHART&viewStateShareKey={sweep}"
+        lines += [f"  charts: {page}/#/experiments/{number}/runs?{query}"]
+        if trials:
+            lines += [f"  table: {page}/#/compare-runs?runs={chosen}&experiments={where}"]
+    return "\n".join(lines)
+
+
+def _trials_of(uri: str, experiment: str, sweep: str) -> tuple[str, list[str]]:
+    """Id of the experiment, empty if there is no run of the sweep, and of its finished trials.
+
+    Others have no figures to compare, and MLflow's table breaks on runs without artifacts.
+    """
+    reachable(uri)
+    client = MlflowClient(tracking_uri=uri)
+    found = client.get_experiment_by_name(experiment)
+    if found is None:
+        return "", []
+    runs = [
+        run for run in _runs_of(client, found.experiment_id, sweep) if run.data.tags[_KEY] != sweep
+    ]
+    finished = [run.info.run_id for run in runs if run.info.status == "FINISHED"]
+    return found.experiment_id if runs else "", finished
+
+
+def _runs_of(
+    client: MlflowClient, experiment_id: str, sweep: str, view: int = ViewType.ACTIVE_ONLY
+) -> list[Run]:
+    condition = f"tags.`{_KEY}` LIKE '{sweep}%'"
+    found = client.search_runs([experiment_id], condition, view, max_results=50_000)
+    return [run for run in found if run.data.tags[_KEY].split("/")[0] == sweep]

@@ -1,0 +1,1 @@
+"""Trials: a group of Ray Train workers inside a Ray Tune trial."""

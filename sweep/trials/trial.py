@@ -1,0 +1,257 @@
+"""One trial: a Tune function that runs a Ray Train group of `core.run.pipeline.run` workers."""
+
+import threading
+import traceback
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from core.config import Config, nested
+from core.errors import UserError
+from core.record.early import ENDED_EARLY
+from sweep.config.scope import shares_central_images
+from sweep.config.sweep import SweepConfig, trial_id_of
+from sweep.results.claim import newest_launch, require_newest_launch
+
+Train = Callable[["Context", Config, str], Iterator[dict[str, Any]]]
+TRACEBACK = "traceback.txt"
+ENDS = ("done", ENDED_EARLY)
+"""Stages of a trial's last report, which holds its result."""
+
+
+class TrialError(Exception):
+    """A trial ended without a result; the text is for the sweep's table."""
+
+
+class _ControllerDiedError(Exception):
+    """What supervises the workers died, not they: they go on with another."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every trial of one sweep shares; small, as it is sent to each.
+
+    Attributes:
+        launch: token of the driver that started this; the ledger refuses workers of an older one.
+        is_final: whether this is the run on sensitive data after a search on public data.
+        verdicts: where workers ask after each early score whether to go on; None without.
+        train: what trains a trial and yields its reports; None: a group of Ray Train.
+    """
+
+    sweep: SweepConfig
+    launch: int
+    is_final: bool = False
+    verdicts: Any = None
+    train: "Train | None" = None
+
+    def run_dir(self, trial_id: str) -> Path:
+        """Folder of a trial."""
+        return self.sweep.folder / "trials" / trial_id
+
+
+def run_trial(parameters: dict[str, Any], context: Context) -> None:
+    """Trains one point of the search space; reports progress and, last, the scores to Tune.
+
+    A trial that fails reports `failure`, the reason, as its last result: what Tune sees raised is
+    the death of this process, after which it starts the trial again.
+    """
+    from ray import tune
+
+    config = context.sweep.trial_config(parameters)
+    trial_id = trial_id_of(config)
+    result: dict[str, Any] | None = None
+    try:
+        for metrics in (context.train or _supervised)(context, config, trial_id):
+            if metrics["stage"] in ENDS:
+                result = metrics  # Reported when the workers have ended.
+            else:
+                tune.report({**metrics, "trial": trial_id})
+        if result is None:
+            raise TrialError("the workers ended without a result")
+        tune.report({**result, "trial": trial_id})
+    except TrialError as error:
+        if newest_launch(context.sweep.folder) == context.launch:  # Else it is another's trial.
+            _note_failure(context.run_dir(trial_id), error)
+        tune.report({"failure": str(error), "trial": trial_id})
+
+
+def _note_failure(run_dir: Path, error: TrialError) -> None:
+    """Privacy: a traceback may quote values computed from private data; it stays in the folder."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "error.txt").write_text(f"{error}\n")
+        (run_dir / TRACEBACK).write_text(f"{error.__cause__ or error}\n")
+    except OSError:
+        pass  # The storage is what failed: the sweep's output says so.
+
+
+def _supervised(context: Context, config: Config, trial_id: str) -> Iterator[dict[str, Any]]:
+    """Yields what rank 0 reports; begins again when the workers' supervisor died.
+
+    Raises:
+        TrialError: the run was refused, or workers or supervisor failed more often than allowed.
+    """
+    for attempt in range(context.sweep.max_failures + 1):
+        try:
+            yield from _train(context, config, trial_id)
+            return
+        except _ControllerDiedError as error:
+            if attempt == context.sweep.max_failures:
+                raise TrialError(_reason(error)) from error
+
+
+def _train(context: Context, config: Config, trial_id: str) -> Iterator[dict[str, Any]]:
+    """Yields what rank 0 reports, while Ray Train supervises the workers."""
+    import ray.train
+    from ray.util.queue import Empty
+
+    from sweep.trials.ray_train import Trainer
+
+    sweep, reports, attempt = context.sweep, _queue(), uuid.uuid4().hex
+    resources = {"CPU": sweep.cpus_per_worker}
+    if sweep.gpus_per_worker:
+        resources["GPU"] = sweep.gpus_per_worker
+    trainer = Trainer(
+        train_worker,
+        train_loop_config={
+            "config": nested(config),
+            "run_dir": str(context.run_dir(trial_id)),
+            "name": sweep.name,
+            "folder": str(sweep.folder),
+            "shares": shares_central_images(config),
+            "launch": context.launch,
+            "verdicts": context.verdicts,
+            "trial": trial_id,
+            "threads": max(1, int(sweep.cpus_per_worker)),
+        },
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=sweep.num_workers,
+            use_gpu=sweep.gpus_per_worker > 0,
+            resources_per_worker=resources,
+        ),
+        run_config=ray.train.RunConfig(
+            name=f"{trial_id}-{context.launch}",
+            storage_path=str(sweep.folder / "ray" / "train"),
+            callbacks=[_relay(reports, attempt)],
+            failure_config=ray.train.FailureConfig(max_failures=sweep.max_failures),
+        ),
+    )
+    failure: list[BaseException] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=fit, daemon=True)
+    thread.start()
+    running, refused = True, ""
+    while running:
+        running = thread.is_alive()  # Before the queue is read, so that nothing is missed.
+        try:
+            while True:
+                sender, metrics = reports.get(timeout=0.5 if running else 0.01)
+                if sender == attempt:  # Else of a controller that died since.
+                    refused = metrics.get("refused", "")
+                    if not refused:
+                        yield metrics
+        except Empty:
+            pass
+    # Only now: else the supervisor is killed before it has given back what it had asked the cluster
+    # for, which then counts as in use for minutes. How the workers ended then does not matter.
+    if refused:
+        raise TrialError(refused)
+    if not failure:
+        return
+    if isinstance(failure[0], ray.train.WorkerGroupError):
+        raise TrialError(_reason(failure[0])) from failure[0]
+    raise _ControllerDiedError(_reason(failure[0])) from failure[0]
+
+
+@cache
+def _queue() -> Any:
+    """From the controllers of this process's trials to it; an actor, so kept for the next trial."""
+    from ray.util.queue import Queue
+
+    return Queue(maxsize=256, actor_options={"num_cpus": 0})
+
+
+def _relay(reports: Any, attempt: str) -> Any:
+    import ray.train
+
+    class Relay(ray.train.UserCallback):
+        """Hands rank 0's reports from the Train controller to the trial."""
+
+        def after_report(self, run_context: Any, metrics: list[dict], checkpoint: Any) -> None:
+            reports.put((attempt, metrics[0]))
+
+    return Relay()
+
+
+def train_worker(settings: dict[str, Any]) -> None:
+    """What each Ray Train worker runs: the core, reporting through Ray.
+
+    A user's error is reported, not raised: it would be the same after a restart. All ranks see
+    it, as a report waits for all.
+    """
+    import ray.train
+    import torch
+
+    from core import distributed
+    from core.config import load
+    from core.privacy.keys import MasterSecret
+    from core.run.pipeline import run
+    from sweep.trials.machine import MachineUse
+    from sweep.trials.ray_train import use_own_device
+
+    use_own_device()
+    use = MachineUse()
+    torch.set_num_threads(settings["threads"])
+    folder, launch = Path(settings["folder"]), settings["launch"]
+
+    def report(metrics: dict[str, Any]) -> None:
+        distributed.on_rank_0(lambda: require_newest_launch(folder, launch))
+        ray.train.report({**metrics, **use()})
+
+    def goes_on(progress: float) -> bool:
+        verdicts = settings["verdicts"]
+        return verdicts is None or ray.get(verdicts.ask.remote(settings["trial"], progress))
+
+    try:
+        run(
+            load(settings["config"]),
+            Path(settings["run_dir"]),
+            master=distributed.together(lambda: MasterSecret.load(create=False)),
+            name=settings["name"],
+            report=report,
+            lease=launch,
+            charged=folder / "charged",
+            shared=folder / "shared" if settings["shares"] else None,
+            goes_on=goes_on,
+        )
+    except UserError as error:
+        ray.train.report({"refused": str(error), "stage": "refused", "step": 0})
+    distributed.leave()
+
+
+def _reason(error: BaseException) -> str:
+    """The line of a nested remote traceback that a person wants to read first."""
+    from ray.exceptions import OutOfMemoryError, RayActorError
+
+    causes = list((getattr(error, "worker_failures", None) or {}).values())
+    causes = [getattr(cause, "health_check_failure", cause) for cause in causes]
+    # When a process dies, the others fail too, as they lose the connection to it.
+    if any(isinstance(cause, RayActorError | OutOfMemoryError) for cause in causes):
+        return (
+            "a worker's process was killed, more often than max_failures allows; if memory ran out "
+            "(the system's log says so), set private_training.max_physical_batch_size=auto or "
+            "lower, or give each worker more memory"
+        )
+    if causes:
+        return traceback.format_exception_only(causes[0])[-1].strip()
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

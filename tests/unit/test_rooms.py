@@ -1,0 +1,139 @@
+"""The laws of the tree: light below heavy, no import runs upward, no circle."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+FLOORS = (
+    "core.errors",
+    "core.io",
+    "core.config",
+    "core.record",
+    "core.privacy.keys",
+    "core.privacy.accounting",
+    "core.privacy.plan",
+    "core.privacy.ledger",
+    "core.seeds",
+    "core.distributed",
+    "core.device",
+    "core.data",
+    "core.diffusion",
+    "core.privacy.mechanisms",
+    "core.training",
+    "core.generation",
+    "core.evaluation",
+    "core.run",
+    "core.publish",
+    "core.commands",
+    "core.__main__",
+    "sweep.config",
+    "sweep.results",
+    "sweep.costs",
+    "sweep.search",
+    "sweep.trials",
+    "sweep.tracking",
+    "sweep.report",
+    "sweep.driver",
+    "sweep.__main__",
+    "sweep.run",
+)
+"""Rooms from the ground up: each imports only from those before it."""
+LIGHT = FLOORS[: FLOORS.index("core.seeds")]
+"""Rooms that drivers, trials and commands that only look may load: never torch."""
+
+
+def modules() -> list[str]:
+    paths = [path for name in ("core", "sweep") for path in (ROOT / name).rglob("*.py")]
+    return sorted(".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths)
+
+
+MODULES = modules()
+
+
+def room_of(module: str) -> str:
+    """The longest floor that the module lies in; empty for the packages themselves."""
+    parts = module.removesuffix(".__init__").split(".")
+    names = (".".join(parts[:size]) for size in range(len(parts), 0, -1))
+    return next((name for name in names if name in FLOORS), "")
+
+
+def imported(source: str) -> Iterator[str]:
+    """Every module of the project that a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports hide where they go"
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                yield full if full in MODULES else node.module or ""
+
+
+def arrows(module: str) -> set[str]:
+    path = ROOT / (module.replace(".", "/") + ".py")
+    own = {name for name in imported(path.read_text()) if name.split(".")[0] in ("core", "sweep")}
+    return own - {module}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_module_has_a_room_and_imports_run_downward(module):
+    room = room_of(module)
+    assert room or module in ("core.__init__", "core.privacy.__init__", "sweep.__init__"), (
+        f"{module} has no room: give it one, or add its room to FLOORS"
+    )
+    for target in arrows(module):
+        if (other := room_of(target)) and room:
+            assert FLOORS.index(other) <= FLOORS.index(room), f"{module} imports {target}: upward"
+
+
+def test_an_upward_import_is_seen():
+    found = set(imported("def f():\n    from core.run import pipeline\nimport sweep.run"))
+    assert found == {"core.run.pipeline", "sweep.run"}
+    assert room_of("core.privacy.plan.releases") == "core.privacy.plan"
+    assert room_of("core.flat") == ""
+
+
+def test_no_circle_of_modules():
+    graph = {module: arrows(module) for module in MODULES}
+    state: dict[str, str] = {}
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert state.get(module) != "open", " -> ".join((*path, module))
+        if module in state or module not in graph:
+            return
+        state[module] = "open"
+        for target in graph[module]:
+            visit(target, (*path, module))
+        state[module] = "done"
+
+    for module in MODULES:
+        visit(module, ())
+
+
+@pytest.mark.parametrize("room", LIGHT)
+def test_light_rooms_never_load_torch(room):
+    names = [module for module in MODULES if room_of(module) == room]
+    assert names
+    code = f"import sys, {', '.join(names)}; sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=120)
+    assert done.returncode == 0, f"{room} loads torch"
+
+
+@pytest.mark.parametrize(("package", "most"), [("core", 6), ("sweep", 4)])
+def test_few_files_lie_at_the_top(package, most):
+    assert len(list((ROOT / package).glob("*.py"))) <= most
+
+
+def test_no_two_modules_of_a_room_differ_only_by_their_ending():
+    stems: dict[tuple[str, str], str] = {}
+    for module in MODULES:
+        *parents, leaf = module.split(".")
+        stem = leaf.rstrip("s").removesuffix("ing").removesuffix("er")
+        key = (".".join(parents), stem)
+        assert key not in stems, f"{module} beside {stems[key]}"
+        stems[key] = module
