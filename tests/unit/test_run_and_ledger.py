@@ -180,6 +180,20 @@ def test_the_folder_of_a_run_knows_of_an_older_ledger(tmp_path, plan):
     assert ledger_of_run(config_of(tmp_path), tmp_path / "first", DATA).verify() > 1
 
 
+@pytest.mark.parametrize("folder", ["run/charged", "sweep/charged"])
+def test_the_mark_of_an_earlier_version_is_known_by_its_name(tmp_path, plan, folder):
+    """An empty file named by the digest itself."""
+    mark = tmp_path / folder / DATA[:16]
+    mark.parent.mkdir(parents=True)
+    mark.touch()
+    config = config_of(tmp_path)
+    shared = tmp_path / "sweep" / "charged"
+    spending = Spending(config, plan, tmp_path / "ledger", "run", tmp_path / "run", shared)
+    with pytest.raises(LedgerError, match=rf"no ledger at .*'{mark}' knows of it"):
+        spending.reserve(DATA, "trial")
+    assert not (tmp_path / "ledger").exists()
+
+
 def test_what_was_never_charged_needs_no_ledger(tmp_path, plan):
     ceiling = config_of(tmp_path, method="non_private")
     free = make_plan(ceiling)

@@ -169,7 +169,9 @@ class Spending:
         # A run or sweep that has begun must find the ledger that it was charged to, not a new one.
         known = any(charged_to(s.fingerprint, s.family) == account for s in charged)
         path = ledger_path(self.folder, account)
-        notes = dict.fromkeys([_note(self.charged, path), _note_of(self.run_dir, path)])
+        folders = (self.charged, self.run_dir / _CHARGED)
+        earlier = [mark for folder in folders if (mark := folder / account[:16]).exists()]
+        notes = dict.fromkeys([*(folder / path.stem for folder in folders), *earlier])
         beside_cache = ledger_path(Path(self.config.runtime.cache).parent / "ledger", account)
         if not path.exists() and beside_cache.exists():
             raise LedgerError(
@@ -207,15 +209,7 @@ def ledger_of_run(config: Config, run_dir: Path, fingerprint: str) -> Ledger:
     """
     account = charged_to(fingerprint, config.dataset.family)
     path = ledger_path(Path(config.runtime.ledger), account)
-    return Ledger.at(path, [_note_of(run_dir, path)])
-
-
-def _note(folder: Path, ledger: Path) -> Path:
-    return folder / ledger.stem
-
-
-def _note_of(run_dir: Path, ledger: Path) -> Path:
-    return _note(run_dir / _CHARGED, ledger)
+    return Ledger.at(path, [run_dir / _CHARGED / path.stem])
 
 
 def _source(config: Config) -> str:
