@@ -22,10 +22,10 @@ DP_SGD, CENTRAL = "core/privacy/dp_sgd.py", "core/privacy/central_images.py"
 PLAN, SAMPLING = "core/privacy/plan.py", "core/privacy/sampling.py"
 STAGE_PLANS, FREQUENCY = "core/privacy/stage_plans.py", "core/privacy/frequency.py"
 NOISE = "flat = flat + (self.noise_multiplier * self.max_grad_norm) * noise"
-NORMS = "norms = _norm(torch.stack([_norm(row, dim=1) for row in rows]), dim=0)"
-CLIP = "(self.max_grad_norm / (norms + 1e-6)).clamp(max=1.0)"
+NORMS = "norms = _norm(torch.stack([_norms(pieces) for pieces in rows]), dim=0)"
+CLIP = "(self.max_grad_norm / norms).clamp(max=1.0)"
 SUMS = "sums = class_sums(small[chosen], train.labels[chosen], num_classes, config)"
-RELEASE = "yield sums + plan.noise_stddev * noise.normal(release, sums.numel()).view_as(sums)"
+RELEASE = "yield (sums + plan.noise_stddev * drawn).float()"
 FEATURES = "sums + plan.noise_stddev * noise.normal(0, sums.numel()).view_as(sums)"
 REDUCE = """        if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(flat, op=dist.ReduceOp.SUM)
@@ -64,7 +64,8 @@ MUTANTS = (
         "the batch is clipped, not each example",
         DP_SGD,
         NORMS,
-        "norms = torch.cat([row.sum(0) for row in rows]).norm().expand(len(rows[0]))",
+        "norms = torch.cat([torch.cat(pieces).sum(0) for pieces in rows]).double().norm()"
+        ".expand(sum(map(len, rows[0])))",
     ),
     Mutant(
         "K copies counted as examples",
@@ -88,10 +89,34 @@ MUTANTS = (
         "no noise on one class's central images",
         CENTRAL,
         RELEASE,
-        "drawn = noise.normal(release, sums.numel()).view_as(sums); drawn[0] = 0; "
-        "yield sums + plan.noise_stddev * drawn",
+        f"drawn[0] = 0; {RELEASE}",
     ),
-    Mutant("central noise halved", CENTRAL, RELEASE, RELEASE.replace("* noise", "/ 2 * noise")),
+    Mutant("central noise halved", CENTRAL, RELEASE, RELEASE.replace("* drawn", "/ 2 * drawn")),
+    Mutant(
+        "central sums rounded before the noise",
+        CENTRAL,
+        RELEASE,
+        "yield sums.float() + (plan.noise_stddev * drawn).float()",
+    ),
+    Mutant(
+        "norms of gradients in float32",
+        DP_SGD,
+        "_norm(piece, dim=1, dtype=torch.float64)",
+        "_norm(piece, dim=1).double()",
+    ),
+    Mutant(
+        "clipped gradients summed in float32",
+        DP_SGD,
+        "(part @ finite_piece)",
+        "(part.float() @ finite_piece.float())",
+    ),
+    Mutant(
+        "noise rounded before it is added",
+        "core/privacy/keys.py",
+        "torch.empty(2 * pairs, dtype=torch.float64)",
+        "torch.empty(2 * pairs)",
+        ("tests/statistical/test_frequency.py",),
+    ),
     Mutant(
         "central images divided by the actual class count",
         CENTRAL,

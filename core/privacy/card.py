@@ -49,11 +49,15 @@ STOPPING = (
 )
 NOT_COVERED = (
     "metrics that are tagged non-private, and choices made by them beyond what is stated above",
-    "floating-point attacks on the noise, which is drawn in float64 and rounded to float32",
+    "floating-point effects: noise is float64 and rounded to float32 with the sum that it is added "
+    "to; the last digits of a record's gradient may depend on the rest of its batch",
     "side channels such as timing, memory use and logs of the machines that trained",
     "other releases of the same data: those in this ledger add their epsilon, others are unknown",
     "compositions over trials whose noise was chosen by earlier results: PLD, which gives the "
     "figure, is proven for noise fixed beforehand (scope sweep is proven for both)",
+    "numbers of steps that depend on results: a run ended by a time limit, by hand or by scores is "
+    "charged for the steps that began, for which PLD is proven if their number was fixed "
+    "beforehand (scope sweep is proven for both)",
     "facts about groups of records, which the guarantee covers only at a multiple of epsilon",
 )
 PUBLIC = (
