@@ -22,12 +22,12 @@ def account(options: argparse.Namespace) -> None:
     """Prints the plan, what each scope would ask for, and what-if figures over count and noise."""
     config = load(options.config, parse_overrides(options.overrides))
     privacy = config.privacy
+    plan = make_plan(config)
     print(
         f"N={config.dataset.num_examples}, epsilon {privacy.target_epsilon:g}, delta "
         f"{privacy.target_delta:g}, {privacy.neighboring_relation}, scope {privacy.scope} "
-        f"({accountant_of(privacy)})"
+        f"({accountant_of(privacy, plan.summary()['accountant'])})"
     )
-    plan = make_plan(config)
     print(plan.statement)
     if not plan.is_private:
         return

@@ -6,6 +6,7 @@ from typing import Any
 
 from core.config import PrivacyConfig
 from core.privacy.ledger import Ledger
+from core.privacy.mechanisms import LARGEST
 from core.privacy.plan import PrivacyPlan
 from core.privacy.scopes import share_of
 
@@ -105,6 +106,8 @@ def make_card(
     }.get(privacy.scope, privacy.target_epsilon)
     if secret:
         entries = [entry for entry in entries if entry["trial"] == identity]
+    # The ledger's own grid depends on how many trials it holds.
+    accountant = plan.summary()["accountant"] if secret else summary["accountant"]
     sentence = SCOPES[privacy.scope]
     stopping = ""
     if plan.early_metric and trials > 1:
@@ -150,9 +153,8 @@ def make_card(
                 ("epsilon_released_with_selection", released),
             )
         },
-        # The ledger's own grid depends on how many trials it holds.
-        "accountant": plan.summary()["accountant"] if secret else summary["accountant"],
-        "accountant_of_the_scope": accountant_of(privacy),
+        "accountant": accountant,
+        "accountant_of_the_scope": accountant_of(privacy, accountant),
         "events": [
             {"trial": entry["trial"], "state": entry["state"], **event}
             for entry in entries
@@ -167,11 +169,11 @@ def make_card(
     }
 
 
-def accountant_of(privacy: PrivacyConfig) -> str:
-    """What bounds the epsilon of the scope, in words."""
+def accountant_of(privacy: PrivacyConfig, composition: str) -> str:
+    """What bounds the epsilon of the scope, in words; `composition` where all is composed."""
     share = share_of(privacy)
     if share is None:
-        return "PLD of all that is released (Koskela et al. 2020)"
+        return f"{composition}, of all that is released"
     orders = " and ".join(str(order) for order in share.orders)
     theorem = {
         "sweep": "filter of Feldman and Zrnic 2021, valid for adaptively chosen trials",
@@ -182,8 +184,11 @@ def accountant_of(privacy: PrivacyConfig) -> str:
 
 def odds(epsilon: float) -> str:
     """Epsilon in words (Nanayakkara et al. 2023): how much more likely any outcome may become."""
-    times = math.exp(epsilon)
-    figure = f"{times:.2f}" if times < 100 else f"{times:,.0f}" if times < 1e6 else f"{times:.2g}"
+    if epsilon < LARGEST:
+        times = math.exp(epsilon)
+        figure = f"{times:,.{2 if times < 100 else 0}f}" if times < 1e6 else f"{times:.2g}"
+    else:
+        figure = f"exp({epsilon:.4g})"
     return (
         f"whatever somebody concludes from the release, they are at most {figure} times as likely "
         "to conclude it because one record was in the data"

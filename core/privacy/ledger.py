@@ -1,14 +1,14 @@
 """The privacy ledger of one data set: every release is reserved before it and settled after it.
 
 What is not reserved may not run; a reservation counts in full until it is settled; the budget, if
-there is one, bounds everything that counts. Charges are composed by PLD with equal mechanisms
-grouped, an upper bound at any discretisation. `ledger_file` stores, locks and detects edits.
+there is one, bounds everything that counts. Charges are composed by PLD, or where that ends by
+Renyi DP, with equal mechanisms grouped, an upper bound at any discretisation. `ledger_file` stores,
+locks and detects edits.
 """
 
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -212,7 +212,7 @@ class Ledger:
 
         Returns:
             The terms and the unit; `epsilon_committed` (settled steps), a part of
-            `epsilon_committed_and_reserved` (all that counts against the budget); `accountant`;
+            `epsilon_committed_and_reserved` (all that counts against the budget); its `accountant`;
             and `entries`: for each key its state, events and the `epsilon` of it alone, to about
             2e-6.
         """
@@ -221,6 +221,7 @@ class Ledger:
         counted = [event for charge in charges.values() for event in charge.counted]
         settled = [event for charge in charges.values() for event in charge.settled]
         grid = self._discretization(counted)  # One for all figures, so that they compare.
+        everything = self._epsilon(counted, grid)
         entries = [
             {
                 **asdict(key),
@@ -237,8 +238,8 @@ class Ledger:
             **asdict(self.terms),
             "unit": UNIT,
             "epsilon_committed": self._epsilon(settled, grid),
-            "epsilon_committed_and_reserved": self._epsilon(counted, grid),
-            "accountant": _accountant(grid),
+            "epsilon_committed_and_reserved": everything,
+            "accountant": self._accountant(everything, counted, grid),
             "entries": entries,
         }
 
@@ -307,7 +308,7 @@ class Ledger:
         grid = self._discretization(counted)
         total = self._epsilon(counted, grid)
         if total <= budget:
-            return {"epsilon_after": total, "accountant": _accountant(grid)}
+            return {"epsilon_after": total, "accountant": self._accountant(total, counted, grid)}
         spent = [event for charge in book.charges.values() for event in charge.settled]
         held = [event for charge in others if charge.open for event in charge.events]
         raise BudgetExceededError(
@@ -329,6 +330,11 @@ class Ledger:
         return accounting.epsilon_of_mechanisms(
             _mechanisms(events), delta, relation, discretization, of_record
         )
+
+    def _accountant(self, epsilon: float, events: Iterable[Event], discretization: float) -> str:
+        delta, relation = self.terms.delta, self.terms.neighboring_relation
+        mechanisms = _mechanisms(events)
+        return accounting.accountant_of(epsilon, mechanisms, delta, relation, discretization)
 
 
 def _taken_over(run: str, owner: str, token: int, mine: int | None) -> str:
@@ -381,8 +387,3 @@ def _check_request(asked: Reservation) -> None:
     require(key.first_step >= 0, "first_step", key.first_step, "at least 0")
     steps = key.end_step - key.first_step
     require(steps == sum(counts), "steps of the key", steps, f"the DP-SGD count {sum(counts)}")
-
-
-def _accountant(discretization: float) -> str:
-    version = metadata.version("dp-accounting")
-    return f"PLD, dp-accounting {version}, discretization {discretization:g}"
