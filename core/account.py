@@ -5,6 +5,7 @@ import argparse
 from core.config import Config, load, nested, parse_overrides
 from core.errors import ConfigError, InfeasibleError
 from core.privacy.card import accountant_of
+from core.privacy.mechanisms import LARGEST
 from core.privacy.plan import (
     PrivacyPlan,
     estimated_composition,
@@ -31,6 +32,11 @@ def account(options: argparse.Namespace) -> None:
     print(plan.statement)
     if not plan.is_private:
         return
+    if privacy.target_epsilon > LARGEST >= plan.epsilon and privacy.scope == "trial":
+        print(
+            f"PLD, which ends at epsilon {LARGEST:g}, asks for less noise than Renyi DP does at "
+            f"{privacy.target_epsilon:g}: so much of the target is spent"
+        )
     print(f"central images     epsilon {plan.epsilon_central:.4g} alone")
     if plan.frequency is not None:
         print(f"frequency          epsilon {plan.epsilon_frequency:.4g} alone")
@@ -49,11 +55,12 @@ def _print_scopes(config: Config, plan: PrivacyPlan) -> None:
     target = config.privacy.target_epsilon
     trial = _under(config, scope="trial")
     alone = plan.noise_multiplier if plan.scope == "trial" else estimated_noise_multiplier(trial)
-    together = estimated_composition(trial, alone, _TRIALS)
+    together, accountant = estimated_composition(trial, alone, _TRIALS)
     print("\n" + _LINE.format("scope", "DP-SGD noise", f"what epsilon {target:g} then covers"))
     text = f"one trial; {_TRIALS} trials and the choice among them: {together:.3g}"
-    print(_LINE.format("trial", f"{alone:.3f}", text))
-    print(_LINE.format("public", f"{alone:.3f}", "the one run on this data, tuned on public data"))
+    text += " by Renyi DP" if accountant.startswith("Renyi") else ""
+    print(_LINE.format("trial", _noise(alone), text))
+    print(_LINE.format("public", _noise(alone), "the one run on this data, tuned on public data"))
     rows: list[tuple[str, dict[str, object], str]] = []
     for shares in (2, 4, 8, _TRIALS):
         text = f"all of {shares} trials, whatever chooses them"
@@ -67,7 +74,7 @@ def _print_scopes(config: Config, plan: PrivacyPlan) -> None:
     for name, settings, text in rows:
         try:
             changed = _under(config, scope=name.split()[0], data_set_budget=None, **settings)
-            figure = f"{estimated_noise_multiplier(changed):.3f}"
+            figure = _noise(estimated_noise_multiplier(changed))
         except (ConfigError, InfeasibleError):
             figure = "-"
         print(_LINE.format(name, figure, text))
@@ -88,10 +95,14 @@ def _print_what_if(config: Config) -> None:
                 figure = estimated_noise_multiplier(
                     load(nested(config), {COUNT: count, NOISE: noise})
                 )
-                cells.append(f"{figure:.3f}")
+                cells.append(_noise(figure))
             except InfeasibleError:
                 cells.append("-")
         print(f"{count:>8}" + "".join(f"{cell:>10}" for cell in cells))
+
+
+def _noise(multiplier: float) -> str:
+    return f"{multiplier:.3f}" if multiplier >= 0.1 else f"{multiplier:.3g}"
 
 
 def _under(config: Config, **privacy: object) -> Config:

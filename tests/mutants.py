@@ -31,6 +31,7 @@ REDUCE = """        if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(flat, op=dist.ReduceOp.SUM)
 """
 SCOPES = "core/privacy/scopes.py"
+FAR = ("tests/unit/test_far_accounting.py",)
 KEPT = ("tests/unit/test_plan.py",)
 SPENDING = ("tests/integration/test_scope_spending.py",)
 EARLY = ("tests/integration/test_early_scores.py",)
@@ -251,6 +252,34 @@ MUTANTS = (
         "release.self_compose(count)",
         "release",
         ("tests/unit/test_loss_distribution.py",),
+    ),
+    Mutant(
+        "a figure of Renyi DP called PLD",
+        "core/privacy/accounting.py",
+        "(LARGEST < epsilon < math.inf or delta < least):\n        return",
+        "False:\n        return",
+        FAR,
+    ),
+    Mutant(
+        "PLD believed below the delta that it resolves",
+        "core/privacy/mechanisms.py",
+        "return 1e-12 + 1e-14 * sum(count for *_, count in mechanisms)",
+        "return 1e-15",
+        FAR,
+    ),
+    Mutant(
+        "Renyi DP of one relation taken for the other",
+        "core/privacy/accounting.py",
+        'renyi.epsilon(mechanisms, delta), relation == "zero_out"',
+        "renyi.epsilon(mechanisms, delta), True",
+        FAR,
+    ),
+    Mutant(
+        "a term of Renyi DP's small orders lost",
+        "core/privacy/renyi.py",
+        "for power, side in ((j, 1.0), (order - j, -1.0))",
+        "for power, side in ((j[:2], 1.0), (order - j[:2], -1.0))",
+        FAR,
     ),
     Mutant(
         "a rank whose group is lost trains alone",

@@ -56,15 +56,19 @@ def epsilon_of_mechanisms(
     if proven and (delta < least_delta(mechanisms) or bound > 2 * LARGEST):
         return bound
     # Imported here, as the accountant of record takes a second for it.
+    from core.privacy.accountant import exact_epsilon
+
     if len(mechanisms) > FEW:
         from core.privacy.accountant import epsilon_of_many as epsilon_of
     elif of_record and discretization <= FINE and sum(n for *_, n in mechanisms) <= _MOST_RELEASES:
-        from core.privacy.accountant import exact_epsilon as epsilon_of
+        epsilon_of = exact_epsilon
     else:
         from core.privacy.loss_distribution import quick_epsilon as epsilon_of
     grid = fitting_grid(mechanisms, discretization, bound)
     epsilon = epsilon_of(mechanisms, delta, relation, grid)
-    return bound if proven and epsilon > LARGEST else epsilon
+    if epsilon > LARGEST and proven:
+        return bound
+    return epsilon if epsilon < math.inf else exact_epsilon(mechanisms, delta, relation, grid)
 
 
 def accountant_of(
@@ -125,7 +129,7 @@ def check_room(
     """
     cheapest = (*spent, (sample_rate, MAX_NOISE_MULTIPLIER, num_steps))
     if epsilon_of_mechanisms(cheapest, delta, relation, quick_grid(cheapest)) > target_epsilon:
-        raise InfeasibleError(too_little(f"epsilon {target_epsilon:g}"))
+        raise InfeasibleError(too_little(f"epsilon {target_epsilon:g}", spent))
 
 
 def solve_noise_multiplier(
@@ -168,7 +172,7 @@ def solve_noise_multiplier(
         epsilon = quick_epsilon(mechanisms, delta, relation, grid)
         return min(epsilon, 4 * LARGEST) - target_epsilon
 
-    low, high = _bracket(excess, guess, target_epsilon)
+    low, high = _bracket(excess, guess, target_epsilon, spent)
     coarse = renyi.find_root(excess, low, high, rtol=2e-3)
     # The grid's error falls with its square, so that of a quarter of it is about a fifteenth of
     # the difference. One Newton step, then rounded up, and a proof on the finest grid.
@@ -181,7 +185,7 @@ def solve_noise_multiplier(
         step = min(step, 0.02 * noise_multiplier)
         noise_multiplier = rounded_up(noise_multiplier * (1 + 1e-9) + step)
         if noise_multiplier > MAX_NOISE_MULTIPLIER:
-            raise InfeasibleError(too_little(f"epsilon {target_epsilon:g}"))
+            raise InfeasibleError(too_little(f"epsilon {target_epsilon:g}", spent))
     return noise_multiplier, epsilon
 
 
@@ -232,14 +236,17 @@ def estimated_noise_multiplier(
 
 
 def _bracket(
-    excess: Callable[[float], float], guess: float, target_epsilon: float
+    excess: Callable[[float], float],
+    guess: float,
+    target_epsilon: float,
+    spent: Sequence[Mechanism],
 ) -> tuple[float, float]:
     """Interval that holds the root of `excess`; RDP, cheap, over-estimates it by 1-14 %."""
     low, high = 0.7 * guess, 1.01 * guess
     while excess(high) > 0:
         low, high = high, 2 * high
         if high > MAX_NOISE_MULTIPLIER:
-            raise InfeasibleError(too_little(f"epsilon {target_epsilon:g}"))
+            raise InfeasibleError(too_little(f"epsilon {target_epsilon:g}", spent))
     while excess(low) < 0:
         low, high = low / 2, low
         if low < MIN_NOISE_MULTIPLIER:
@@ -277,7 +284,7 @@ def _beyond_pld(
         return None
     low, high = math.log(MIN_NOISE_MULTIPLIER), math.log(MAX_NOISE_MULTIPLIER)
     if excess(high) > 0:
-        raise InfeasibleError(too_little(f"epsilon {target_epsilon:g}"))
+        raise InfeasibleError(too_little(f"epsilon {target_epsilon:g}", spent))
     if excess(low) < 0:
         raise InfeasibleError(too_much(f"epsilon {target_epsilon:g}"))
     found = rounded_up(math.exp(renyi.find_root(excess, low, high, xtol=1e-9)) * (1 + 1e-8))
@@ -325,8 +332,14 @@ def too_much(budget: str) -> str:
     )
 
 
-def too_little(budget: str) -> str:
+def too_little(budget: str, spent: Sequence[Mechanism]) -> str:
     """Why no DP-SGD noise fits into what the other releases leave of `budget`."""
+    if not spent:
+        return (
+            f"{budget} is too little for DP-SGD, whose noise multiplier would exceed "
+            f"{MAX_NOISE_MULTIPLIER:g}: raise privacy.target_epsilon, or lower training.num_steps "
+            "or private_training.expected_batch_size"
+        )
     return (
         f"the other releases leave too little of {budget} for DP-SGD, whose noise multiplier would "
         f"exceed {MAX_NOISE_MULTIPLIER:g}: lower central_images.per_class, or raise "

@@ -173,7 +173,7 @@ def accountant_of(privacy: PrivacyConfig, composition: str) -> str:
     """What bounds the epsilon of the scope, in words; `composition` where all is composed."""
     share = share_of(privacy)
     if share is None:
-        return f"{composition}, of all that is released"
+        return composition
     orders = " and ".join(str(order) for order in share.orders)
     theorem = {
         "sweep": "filter of Feldman and Zrnic 2021, valid for adaptively chosen trials",

@@ -309,11 +309,18 @@ def estimated_noise_multiplier(config: Config) -> float:
     return accounting.estimated_noise_multiplier(*_question(config))
 
 
-def estimated_composition(config: Config, noise_multiplier: float, trials: int) -> float:
-    """Epsilon of `trials` equal trials together, slightly too large and quick: to show."""
+def estimated_composition(
+    config: Config, noise_multiplier: float, trials: int
+) -> tuple[float, str]:
+    """Epsilon of `trials` equal trials together, slightly too large and quick: to show; by what."""
     dp_sgd = (dp_sgd_sample_rate(config), noise_multiplier, config.private_steps)
     mechanisms = _repeated([*_fixed(config), dp_sgd], trials)
-    return _epsilon(mechanisms, config.privacy, quick_grid(mechanisms))
+    privacy, grid = config.privacy, quick_grid(mechanisms)
+    epsilon = _epsilon(mechanisms, privacy, grid)
+    by = accounting.accountant_of(
+        epsilon, mechanisms, privacy.target_delta, privacy.neighboring_relation
+    )
+    return epsilon, by
 
 
 def composed_epsilon(plans: Sequence[PrivacyPlan]) -> float:

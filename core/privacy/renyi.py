@@ -91,7 +91,7 @@ def _small(sample_rate: float, noise_multiplier: float, order: float) -> float:
         + special.log_ndtr(side * (middle - power) / noise_multiplier)
         for power, side in ((j, 1.0), (order - j, -1.0))
     ]
-    return max(0.0, cast(float, special.logsumexp(terms))) / (order - 1)
+    return max(0.0, float(np.logaddexp.reduce(terms, axis=None))) / (order - 1)
 
 
 @lru_cache(maxsize=256)

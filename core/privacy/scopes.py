@@ -44,7 +44,7 @@ class Share:
             return self.used([*spent, (sample_rate, noise_multiplier, num_steps)]) - 1
 
         if excess(accounting.MAX_NOISE_MULTIPLIER) > 0:
-            raise InfeasibleError(accounting.too_little("the trial's share of the budget"))
+            raise InfeasibleError(accounting.too_little("the trial's share of the budget", spent))
         low, high = accounting.MIN_NOISE_MULTIPLIER, accounting.MAX_NOISE_MULTIPLIER
         if excess(low) < 0:
             raise InfeasibleError(accounting.too_much("the trial's share of the budget"))
