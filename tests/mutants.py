@@ -22,15 +22,16 @@ DP_SGD, CENTRAL = "core/privacy/mechanisms/dp_sgd.py", "core/privacy/mechanisms/
 PLAN, SAMPLING = "core/privacy/plan/plan.py", "core/privacy/mechanisms/sampling.py"
 STAGE_PLANS, FREQUENCY = "core/privacy/plan/releases.py", "core/privacy/mechanisms/frequency.py"
 NOISE = "flat = flat + (self.noise_multiplier * self.max_grad_norm) * noise"
-NORMS = "norms = _norm(torch.stack([_norm(row, dim=1) for row in rows]), dim=0)"
-CLIP = "(self.max_grad_norm / (norms + 1e-6)).clamp(max=1.0)"
+NORMS = "norms = _norm(torch.stack([_norms(pieces) for pieces in rows]), dim=0)"
+CLIP = "(self.max_grad_norm / norms).clamp(max=1.0)"
 SUMS = "sums = class_sums(small[chosen], train.labels[chosen], num_classes, config)"
-RELEASE = "yield sums + plan.noise_stddev * noise.normal(release, sums.numel()).view_as(sums)"
+RELEASE = "yield (sums + plan.noise_stddev * drawn).float()"
 FEATURES = "sums + plan.noise_stddev * noise.normal(0, sums.numel()).view_as(sums)"
 REDUCE = """        if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(flat, op=dist.ReduceOp.SUM)
 """
 SCOPES = "core/privacy/plan/scopes.py"
+FAR = ("tests/unit/test_far_accounting.py",)
 KEPT = ("tests/unit/test_plan.py",)
 SPENDING_CODE, CHARGES = "core/privacy/ledger/account.py", ("tests/unit/test_run_and_ledger.py",)
 LOSSES_OF_LEDGERS = ("tests/unit/test_ledger_losses.py",)
@@ -69,7 +70,8 @@ MUTANTS = (
         "the batch is clipped, not each example",
         DP_SGD,
         NORMS,
-        "norms = torch.cat([row.sum(0) for row in rows]).norm().expand(len(rows[0]))",
+        "norms = torch.cat([torch.cat(pieces).sum(0) for pieces in rows]).double().norm()"
+        ".expand(sum(map(len, rows[0])))",
     ),
     Mutant(
         "K copies counted as examples",
@@ -114,10 +116,34 @@ MUTANTS = (
         "no noise on one class's central images",
         CENTRAL,
         RELEASE,
-        "drawn = noise.normal(release, sums.numel()).view_as(sums); drawn[0] = 0; "
-        "yield sums + plan.noise_stddev * drawn",
+        f"drawn[0] = 0; {RELEASE}",
     ),
-    Mutant("central noise halved", CENTRAL, RELEASE, RELEASE.replace("* noise", "/ 2 * noise")),
+    Mutant("central noise halved", CENTRAL, RELEASE, RELEASE.replace("* drawn", "/ 2 * drawn")),
+    Mutant(
+        "central sums rounded before the noise",
+        CENTRAL,
+        RELEASE,
+        "yield sums.float() + (plan.noise_stddev * drawn).float()",
+    ),
+    Mutant(
+        "norms of gradients in float32",
+        DP_SGD,
+        "_norm(piece, dim=1, dtype=torch.float64)",
+        "_norm(piece, dim=1).double()",
+    ),
+    Mutant(
+        "clipped gradients summed in float32",
+        DP_SGD,
+        "(part @ finite_piece)",
+        "(part.float() @ finite_piece.float())",
+    ),
+    Mutant(
+        "noise rounded before it is added",
+        "core/privacy/keys.py",
+        "torch.empty(2 * pairs, dtype=torch.float64)",
+        "torch.empty(2 * pairs)",
+        ("tests/statistical/test_frequency.py",),
+    ),
     Mutant(
         "central images divided by the actual class count",
         CENTRAL,
@@ -371,6 +397,34 @@ MUTANTS = (
         "release.self_compose(count)",
         "release",
         ("tests/unit/test_loss_distribution.py",),
+    ),
+    Mutant(
+        "a figure of Renyi DP called PLD",
+        "core/privacy/accounting/solve.py",
+        "(LARGEST < epsilon < math.inf or delta < least):\n        return",
+        "False:\n        return",
+        FAR,
+    ),
+    Mutant(
+        "PLD believed below the delta that it resolves",
+        "core/privacy/accounting/mechanism.py",
+        "return 1e-12 + 1e-14 * sum(count for *_, count in mechanisms)",
+        "return 1e-15",
+        FAR,
+    ),
+    Mutant(
+        "Renyi DP of one relation taken for the other",
+        "core/privacy/accounting/solve.py",
+        'renyi.epsilon(mechanisms, delta), relation == "zero_out"',
+        "renyi.epsilon(mechanisms, delta), True",
+        FAR,
+    ),
+    Mutant(
+        "a term of Renyi DP's small orders lost",
+        "core/privacy/accounting/renyi.py",
+        "for power, side in ((j, 1.0), (order - j, -1.0))",
+        "for power, side in ((j[:2], 1.0), (order - j[:2], -1.0))",
+        FAR,
     ),
     Mutant(
         "a rank whose group is lost trains alone",

@@ -4,6 +4,7 @@ import argparse
 
 from core.config import Config, load, nested, parse_overrides
 from core.errors import ConfigError, InfeasibleError
+from core.privacy.accounting.mechanism import LARGEST
 from core.privacy.accounting.rounding import upward
 from core.privacy.ledger.card import accountant_of
 from core.privacy.plan.plan import (
@@ -23,15 +24,20 @@ def account(options: argparse.Namespace) -> None:
     """Prints the plan, what each scope would ask for, and what-if figures over count and noise."""
     config = load(options.config, parse_overrides(options.overrides))
     privacy = config.privacy
+    plan = make_plan(config)
     print(
         f"N={config.dataset.num_examples}, epsilon {upward(privacy.target_epsilon)}, delta "
         f"{upward(privacy.target_delta, 6)}, {privacy.neighboring_relation}, scope {privacy.scope} "
-        f"({accountant_of(privacy)})"
+        f"({accountant_of(privacy, plan.summary()['accountant'])})"
     )
-    plan = make_plan(config)
     print(plan.statement)
     if not plan.is_private:
         return
+    if privacy.target_epsilon > LARGEST >= plan.epsilon and privacy.scope == "trial":
+        print(
+            f"PLD, which ends at epsilon {LARGEST:g}, asks for less noise than Renyi DP does at "
+            f"{upward(privacy.target_epsilon)}: so much of the target is spent"
+        )
     print(f"central images     epsilon {upward(plan.epsilon_central)} alone")
     if plan.frequency is not None:
         print(f"frequency          epsilon {upward(plan.epsilon_frequency)} alone")
@@ -50,13 +56,14 @@ def _print_scopes(config: Config, plan: PrivacyPlan) -> None:
     target = config.privacy.target_epsilon
     trial = _under(config, scope="trial")
     alone = plan.noise_multiplier if plan.scope == "trial" else estimated_noise_multiplier(trial)
-    together = estimated_composition(trial, alone, _TRIALS)
+    together, accountant = estimated_composition(trial, alone, _TRIALS)
     print(
         "\n" + _LINE.format("scope", "DP-SGD noise", f"what epsilon {upward(target)} then covers")
     )
     text = f"one trial; {_TRIALS} trials and the choice among them: {upward(together, 3)}"
-    print(_LINE.format("trial", f"{alone:.3f}", text))
-    print(_LINE.format("public", f"{alone:.3f}", "the one run on this data, tuned on public data"))
+    text += " by Renyi DP" if accountant.startswith("Renyi") else ""
+    print(_LINE.format("trial", _noise(alone), text))
+    print(_LINE.format("public", _noise(alone), "the one run on this data, tuned on public data"))
     rows: list[tuple[str, dict[str, object], str]] = []
     for shares in (2, 4, 8, _TRIALS):
         text = f"all of {shares} trials, whatever chooses them"
@@ -70,7 +77,7 @@ def _print_scopes(config: Config, plan: PrivacyPlan) -> None:
     for name, settings, text in rows:
         try:
             changed = _under(config, scope=name.split()[0], data_set_budget=None, **settings)
-            figure = f"{estimated_noise_multiplier(changed):.3f}"
+            figure = _noise(estimated_noise_multiplier(changed))
         except (ConfigError, InfeasibleError):
             figure = "-"
         print(_LINE.format(name, figure, text))
@@ -91,10 +98,14 @@ def _print_what_if(config: Config) -> None:
                 figure = estimated_noise_multiplier(
                     load(nested(config), {COUNT: count, NOISE: noise})
                 )
-                cells.append(f"{figure:.3f}")
+                cells.append(_noise(figure))
             except InfeasibleError:
                 cells.append("-")
         print(f"{count:>8}" + "".join(f"{cell:>10}" for cell in cells))
+
+
+def _noise(multiplier: float) -> str:
+    return f"{multiplier:.3f}" if multiplier >= 0.1 else f"{multiplier:.3g}"
 
 
 def _under(config: Config, **privacy: object) -> Config:

@@ -159,16 +159,17 @@ class KeyedStream:
         return (float(self.bits(step, 1)[0] >> np.uint64(11)) + 0.5) * 2.0**-53
 
     def normal(self, step: int, count: int) -> "torch.Tensor":
-        """`count` independent standard normal numbers, float32 `[count]`.
+        """`count` independent standard normal numbers, float64 `[count]`.
 
-        Box and Muller (1958) in float64 from 53-bit uniforms, so that |x| <= 8.6.
+        Box and Muller (1958) from 53-bit uniforms, so that |x| <= 8.6. To be rounded only after
+        it was added to what it hides.
         """
         import torch  # Here, as drivers and trials, which use keys, draw none.
 
         pairs = (count + 1) // 2
         uniform = self.bits(step, 2 * pairs) >> np.uint64(11)
-        values = torch.empty(2 * pairs)
-        # Piece by piece and in place: the float64 numbers in between never leave the cache.
+        values = torch.empty(2 * pairs, dtype=torch.float64)
+        # Piece by piece and in place: the numbers in between never leave the cache.
         for start in range(0, pairs, _PIECE):
             part = slice(start, min(start + _PIECE, pairs))
             radius, angle = (

@@ -112,7 +112,7 @@ def print_plan(sweep: SweepConfig, probe: bool = False) -> None:
     else:
         print(
             f"epsilon that scope {privacy.scope} claims: {upward(privacy.target_epsilon)}, by "
-            f"{accountant_of(privacy)}"
+            f"{accountant_of(privacy, plan.summary()['accountant'])}"
         )
     print_costs(sweep, config, privacy.selection_mean if secret else total, probe)
 

@@ -1,7 +1,10 @@
 """Hypothesis tests with a stated error rate: a right value fails once in a million runs."""
 
 import numpy as np
+import torch
 from scipy import stats
+
+from core.privacy.keys import KeyedStream
 
 ALPHA = 1e-6
 
@@ -16,6 +19,16 @@ def is_normal(values: np.ndarray, stddev: float) -> bool:
     scale = stats.chi2.cdf(np.sum((values / stddev) ** 2), n)
     shape = stats.kstest(values / stddev, "norm").pvalue
     return bool(ALPHA / 2 < scale < 1 - ALPHA / 2 and shape > ALPHA)
+
+
+def box_muller(stream: KeyedStream, step: int, count: int) -> torch.Tensor:
+    """The standard normal numbers of a stream, unrounded: float64 `[count]`, made by hand."""
+    pairs = (count + 1) // 2
+    bits = (stream.bits(step, 2 * pairs) >> np.uint64(11)).astype(np.float64)
+    first, second = np.split((bits + 0.5) / 2**53, 2)
+    radius, angle = np.sqrt(-2 * np.log(first)), 2 * np.pi * second
+    numbers = np.concatenate((radius * np.cos(angle), radius * np.sin(angle)))[:count]
+    return torch.from_numpy(numbers)
 
 
 def is_binomial(successes: int, trials: int, probability: float) -> bool:

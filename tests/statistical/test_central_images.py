@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from checks import is_normal
+from checks import box_muller, is_normal
 
 from core.config import CentralImagesConfig, load
 from core.data import Split
@@ -20,6 +20,8 @@ from core.privacy.plan.releases import CentralPlan, central_plan
 
 MASKS, NOISE = KeyedStream(b"m" * 32), KeyedStream(b"n" * 32)
 CLASSES = 3
+TINY = 1e-9
+"""What rounding may add to a sensitivity, relative: sums and norms are float64."""
 
 
 def blank(count: int, value: int = 0, side: int = 14, channels: int = 1) -> Split:
@@ -56,7 +58,7 @@ def test_noise_has_the_planned_scale_on_every_class(kind):
 
 
 @pytest.mark.parametrize("kind", ["mean", "mode"])
-@pytest.mark.parametrize("center", [0.0, 0.5])
+@pytest.mark.parametrize("center", [0.0, 0.3, 0.5])
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("record", [0, 255, "random"])
 def test_one_record_moves_the_sums_by_at_most_the_sensitivity(kind, center, channels, record):
@@ -74,10 +76,10 @@ def test_one_record_moves_the_sums_by_at_most_the_sensitivity(kind, center, chan
     difference = class_sums(small, data.labels, CLASSES, config) - class_sums(
         small[without], data.labels[without], CLASSES, config
     )
-    assert difference.norm() <= sensitivity * (1 + 1e-5)
+    assert difference.norm() <= sensitivity * (1 + TINY)
     assert difference[[c for c in range(CLASSES) if c != 7 % CLASSES]].abs().max() == 0
     if kind == "mode" or ((record == 255 or center == 0.5) and record != "random"):
-        assert difference.norm() >= sensitivity * (1 - 1e-5)  # The bound is tight.
+        assert difference.norm() >= sensitivity * (1 - TINY)  # The bound is tight.
 
 
 @pytest.mark.parametrize("center", [0.0, 0.25, 0.5])
@@ -100,10 +102,10 @@ def test_a_clipped_record_moves_the_sums_by_at_most_the_plans_sensitivity(center
             small[without], labels[without], CLASSES, config
         )
         assert torch.isfinite(moved).all()
-        assert moved.norm() <= plan.sensitivity * (1 + 1e-5)
+        assert moved.norm() <= plan.sensitivity * (1 + TINY)
         assert moved[[c for c in range(CLASSES) if c != 7 % CLASSES]].abs().max() == 0
     if record == 255.0 and max_norm < whole / 2:
-        assert moved.norm() >= plan.sensitivity * (1 - 1e-4)  # The bound is tight.
+        assert moved.norm() >= plan.sensitivity * (1 - TINY)  # The bound is tight.
 
 
 def test_clipping_keeps_directions_and_lowers_the_noise():
@@ -119,8 +121,24 @@ def test_clipping_keeps_directions_and_lowers_the_noise():
         assert not is_normal(noise, wrong * 15.0)
     pair = torch.stack((torch.full((1, 8, 8), 0.1), torch.rand(1, 8, 8)))
     kept, scaled = class_sums(pair, torch.tensor([0, 1]), 2, config)
-    assert torch.equal(kept, pair[0])  # Of norm 0.8: left as it is.
-    assert torch.allclose(scaled, pair[1] * 3.0 / pair[1].norm())
+    assert torch.equal(kept, pair[0].double())  # Of norm 0.8: left as it is.
+    assert torch.allclose(scaled, pair[1].double() * 3.0 / pair[1].double().norm())
+
+
+@pytest.mark.parametrize("kind", ["mean", "mode"])
+def test_sums_and_noise_are_rounded_once_and_together(kind):
+    config = CentralImagesConfig(kind=kind, per_class=3, image_size=8, pixel_center=0.3)
+    plan, data = plan_for(config, noise_multiplier=0.37), blank(5_000, side=8)
+    generator = torch.Generator().manual_seed(6)
+    data.images.copy_(torch.randint(0, 256, data.images.shape, generator=generator))
+    everyone = class_sums(down_scaled(data.images, config), data.labels, CLASSES, config)
+    assert everyone.dtype == torch.float64
+    for number, released in enumerate(
+        noisy_class_sums(data, CLASSES, config, plan, MASKS, NOISE)  # Of all, as q is 1.
+    ):
+        drawn = box_muller(NOISE, number, everyone.numel()).view_as(everyone)
+        assert torch.equal(released, (everyone + plan.noise_stddev * drawn).float())
+        assert not torch.equal(released, everyone.float() + (plan.noise_stddev * drawn).float())
 
 
 def test_mode_images_are_not_clipped():

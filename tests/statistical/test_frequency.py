@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 from by_library import dp_events, epsilon_of, subsampled_gaussian
-from checks import is_normal
+from checks import box_muller, is_normal
 from dp_accounting.pld import PLDAccountant, privacy_loss_distribution
 from test_plan_and_release import RELATIONS, SMALL
 
@@ -55,6 +55,18 @@ def test_one_record_moves_the_sums_by_exactly_the_sensitivity(record):
     assert difference.norm().item() == pytest.approx(1.0, abs=1e-9)
     assert difference[[0, 2]].abs().max() < 1e-9  # It is of class 1.
     assert FrequencyPlan(1.0, 1.0).sensitivity == 1.0
+
+
+def test_sums_and_noise_are_rounded_once_and_together():
+    generator = torch.Generator().manual_seed(0)
+    images = 255 * torch.rand((3_000, 1, 8, 8), generator=generator)
+    split = Split(images, torch.arange(3_000) % CLASSES)
+    features, plan = features_of(2_000), FrequencyPlan(1.7, expected_class_count=1.0)
+    sums = feature_sums(split, features, CLASSES)
+    noise = plan.noise_stddev * box_muller(NOISE, 0, sums.numel()).view_as(sums)
+    released = release_features(split, features, CLASSES, plan, NOISE)
+    assert torch.equal(released, (sums + noise).float())
+    assert not torch.equal(released, (sums + noise.float()).float())
 
 
 def test_divisor_is_the_public_expected_count():

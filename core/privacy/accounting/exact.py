@@ -6,12 +6,17 @@ numbers alone.
 """
 # dp_accounting's types come without stubs:
 # pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
+# pyright: reportPrivateUsage=false
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 from dp_accounting.pld import privacy_loss_distribution
+from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
 
-from core.privacy.accounting.mechanism import Mechanism
+from core.privacy.accounting.mechanism import LARGEST, Mechanism
 from core.privacy.accounting.quick import library_release, one_release
 
 
@@ -26,7 +31,7 @@ def exact_epsilon(
     for sample_rate, noise_multiplier, count in mechanisms:
         release = library_release(sample_rate, noise_multiplier, relation, discretization)
         total = total.compose(release.self_compose(count))
-    return float(total.get_epsilon_for_delta(delta))
+    return _epsilon(total, delta)
 
 
 def epsilon_of_many(
@@ -50,4 +55,22 @@ def epsilon_of_many(
             pairs = zip(parts[::2], parts[1::2], strict=False)
             parts = [one.compose(other) for one, other in pairs] + parts[len(parts) & ~1 :]
         total = parts[0]
-    return float(total.get_epsilon_for_delta(delta))
+    return _epsilon(total, delta)
+
+
+def _epsilon(total: PrivacyLossDistribution, delta: float) -> float:
+    """The library's conversion; where exp(-loss) vanishes in it, what is a little more.
+
+    There it is the loss that is exceeded with probability at most `delta`.
+    """
+    with np.errstate(over="ignore"):
+        epsilon = float(total.get_epsilon_for_delta(delta))
+    if epsilon <= LARGEST:
+        return epsilon
+    quantiles: list[float] = []
+    for pmf in (total._pmf_remove, total._pmf_add):
+        dense: Any = pmf.to_dense_pmf()
+        above = dense._infinity_mass + np.cumsum(dense._probs[::-1])
+        place = len(above) - int(np.searchsorted(above, delta, side="right"))
+        quantiles.append((dense._lower_loss + place - 1) * dense._discretization)
+    return math.inf if total._pmf_remove._infinity_mass > delta else max(quantiles)

@@ -1,6 +1,7 @@
-"""Renyi DP at integer orders: what adaptive composition and private selection are proven for.
+"""Renyi DP: what adaptive composition and private selection are proven for, and where PLD ends.
 
-PLD is tighter but composes only mechanisms that were fixed beforehand. Where the noise of a later
+PLD is tighter but composes only mechanisms that were fixed beforehand, and ends at large epsilons
+and small deltas. Where the noise of a later
 trial depends on earlier results, the proven filter is that of Renyi DP at one fixed order (Feldman
 and Zrnic 2021, theorem 4.3); so is the theorem on releasing the best of a secret number of runs
 (Papernot and Steinke 2022, theorem 2).
@@ -18,7 +19,9 @@ import numpy as np
 from core.privacy.accounting.mechanism import Mechanism
 
 ORDERS = (*range(2, 65), 80, 96, 128, 192, 256, 512, 1024)
-"""Integers only: fractional orders do not converge at the small noise that epsilon 10 allows."""
+"""Integers, at which the divergence is a finite sum."""
+SMALL_ORDERS = tuple(1 + 1e-3 * 1.25**k for k in range(31))
+"""Between 1 and 2, at which a bound is taken: the best where epsilon is far above 10."""
 SHAPES = {"geometric": 1.0, "logarithmic": 0.0}
 """Shape of the truncated negative binomial law of the number of runs."""
 
@@ -34,7 +37,7 @@ def find_root(function: Callable[[float], float], low: float, high: float, **wit
     return cast(float, optimize.brentq(function, low, high, **within))
 
 
-def divergence(mechanisms: Iterable[Mechanism], order: int) -> float:
+def divergence(mechanisms: Iterable[Mechanism], order: float) -> float:
     """Renyi divergence at `order` of Poisson-subsampled Gaussian mechanisms, composed.
 
     Mironov, Talwar and Zhang (2019), section 3.3, for the zero-out (add or remove) relation: the
@@ -42,14 +45,17 @@ def divergence(mechanisms: Iterable[Mechanism], order: int) -> float:
     taken less the binomial's own, whose sum is 1, so that small divergences keep their digits.
 
     Args:
-        order: integer a >= 2.
+        order: integer a >= 2, or real in (1, 2): then an upper bound, as of `_small`.
     """
     return sum(count * _one(rate, sigma, order) for rate, sigma, count in mechanisms)
 
 
-def _one(sample_rate: float, noise_multiplier: float, order: int) -> float:
+@lru_cache(maxsize=2**16)
+def _one(sample_rate: float, noise_multiplier: float, order: float) -> float:
     if sample_rate == 1:
         return order / (2 * noise_multiplier**2)
+    if not isinstance(order, int):
+        return _small(sample_rate, noise_multiplier, order)
     k, log_binomial = _binomial(order)
     exponent = k * (k - 1) / (2 * noise_multiplier**2)
     small = np.log(np.expm1(np.minimum(exponent, 1.0)))
@@ -59,6 +65,33 @@ def _one(sample_rate: float, noise_multiplier: float, order: int) -> float:
     largest = terms.max()
     total = largest + math.log(np.exp(terms - largest).sum())
     return float(np.logaddexp(0.0, total)) / (order - 1)
+
+
+def _small(sample_rate: float, noise_multiplier: float, order: float) -> float:
+    """An upper bound at orders a in (1, 2), close at little noise, where these are the best.
+
+    With r the ratio of the densities of N(1, sigma^2) and N(0, sigma^2), the divergence is
+    log E (1-q + q r)^a / (a-1) under the latter (Mironov, Talwar and Zhang 2019, section 3.2: no
+    other direction is worse). For u >= v >= 0 Taylor's series in v / u, whose next term is
+    negative, gives (u + v)^a <= u^a + a u^(a-1) v + a (a-1) / 2 u^(a-2) v^2; so each side of r at
+    which q r = 1-q is a sum of moments of r, that of r^k being exp(k (k-1) / (2 sigma^2)) times
+    the part of N(k, sigma^2) that lies there.
+    """
+    from scipy import special
+
+    log_rest, log_rate = math.log1p(-sample_rate), math.log(sample_rate)
+    middle = 0.5 + noise_multiplier**2 * (log_rest - log_rate)
+    j = np.arange(3)
+    log_factor = np.log([1.0, order, order * (order - 1) / 2])
+    terms = [
+        log_factor
+        + (order - power) * log_rest
+        + power * log_rate
+        + power * (power - 1) / (2 * noise_multiplier**2)
+        + special.log_ndtr(side * (middle - power) / noise_multiplier)
+        for power, side in ((j, 1.0), (order - j, -1.0))
+    ]
+    return max(0.0, float(np.logaddexp.reduce(terms, axis=None))) / (order - 1)
 
 
 @lru_cache(maxsize=256)
@@ -73,14 +106,15 @@ def _binomial(order: int) -> tuple[np.ndarray, np.ndarray]:
     return k, log_binomial
 
 
-def offset(order: int, delta: float) -> float:
+def offset(order: float, delta: float) -> float:
     """What epsilon at `delta` exceeds the divergence by (Canonne et al. 2020, proposition 12)."""
     return math.log1p(-1 / order) - math.log(delta * order) / (order - 1)
 
 
 def epsilon(mechanisms: Sequence[Mechanism], delta: float) -> float:
     """Epsilon at `delta` of all mechanisms together, by the order at which it is least."""
-    return min(divergence(mechanisms, order) + offset(order, delta) for order in ORDERS)
+    orders = (*SMALL_ORDERS, *ORDERS)
+    return min(divergence(mechanisms, order) + offset(order, delta) for order in orders)
 
 
 def best_order(target: float, delta: float) -> int:

@@ -1,21 +1,33 @@
 """From what the two stages release to epsilon, and back to the DP-SGD noise that the budget leaves.
 
-By privacy loss distributions (PLD), discretised at 1e-4; RDP (Mironov 2017) brackets the search.
+By privacy loss distributions (PLD), discretised at about 1e-4; RDP (Mironov 2017) brackets the
+search, and gives the figure where PLD ends: above epsilon 600, and below the delta that its Fourier
+transforms resolve.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from importlib import metadata
 
 from core.errors import InfeasibleError
 from core.privacy.accounting import renyi
-from core.privacy.accounting.mechanism import FEW, FINE, Mechanism, quick_grid
+from core.privacy.accounting.mechanism import (
+    FEW,
+    FINE,
+    LARGEST,
+    Mechanism,
+    fitting_grid,
+    least_delta,
+    quick_grid,
+)
 from core.privacy.accounting.rounding import upward
 
 _MOST_SECANTS = 6
-MAX_NOISE_MULTIPLIER = 1e4
-_LEAST = 0.02
-_DECIMALS = 4
+MIN_NOISE_MULTIPLIER, MAX_NOISE_MULTIPLIER = 1e-4, 1e4
+_DIGITS = 4
+_MOST_RELEASES = 2_000_000
+"""Beyond so many the library takes minutes; the quick figure, equal to about 2e-6, is taken."""
 
 
 @lru_cache(maxsize=4096)
@@ -28,7 +40,11 @@ def epsilon_of_mechanisms(
 ) -> float:
     """Epsilon at `delta` of many mechanisms together, as of `grouped`; 0 when there are none.
 
+    By PLD, and where that ends by Renyi DP, which is proven here for the zero-out relation alone:
+    `accountant_of` names it.
+
     Args:
+        discretization: grid of PLD; made to fit, see `fitting_grid`.
         of_record: whether on the fine grid the figure of a few is that of the accountant of
             record; else it is so to about 2e-6, in a tenth of the time: to show.
     """
@@ -36,14 +52,67 @@ def epsilon_of_mechanisms(
         return 0.0
     if any(noise_multiplier == 0 for _, noise_multiplier, _ in mechanisms):
         return math.inf  # A release without noise.
+    # Cheap, and never far below the figure of PLD, of which it bounds the cost.
+    bound, proven = renyi.epsilon(mechanisms, delta), relation == "zero_out"
+    if proven and (delta < least_delta(mechanisms) or bound > 2 * LARGEST):
+        return bound
     # Imported here, as the accountant of record takes a second for it.
+    from core.privacy.accounting.exact import exact_epsilon
+
     if len(mechanisms) > FEW:
         from core.privacy.accounting.exact import epsilon_of_many as epsilon_of
-    elif of_record and discretization <= FINE:
-        from core.privacy.accounting.exact import exact_epsilon as epsilon_of
+    elif of_record and discretization <= FINE and sum(n for *_, n in mechanisms) <= _MOST_RELEASES:
+        epsilon_of = exact_epsilon
     else:
         from core.privacy.accounting.quick import quick_epsilon as epsilon_of
-    return epsilon_of(mechanisms, delta, relation, discretization)
+    grid = fitting_grid(mechanisms, discretization, bound)
+    epsilon = epsilon_of(mechanisms, delta, relation, grid)
+    if epsilon > LARGEST and proven:
+        return bound
+    return epsilon if epsilon < math.inf else exact_epsilon(mechanisms, delta, relation, grid)
+
+
+def accountant_of(
+    epsilon: float,
+    mechanisms: Sequence[Mechanism],
+    delta: float,
+    relation: str,
+    discretization: float | None = None,
+) -> str:
+    """What gave `epsilon`, a figure of `epsilon_of_mechanisms`: PLD, or Renyi DP where that ends.
+
+    Args:
+        discretization: what `epsilon_of_mechanisms` was given, to name the grid.
+    """
+    least = least_delta(mechanisms)
+    if relation == "zero_out" and (LARGEST < epsilon < math.inf or delta < least):
+        return (
+            f"Renyi DP (Mironov 2017), as PLD ends at epsilon {LARGEST:g} and, for so many "
+            f"releases, delta {least:.2g}"
+        )
+    name = f"PLD, dp-accounting {metadata.version('dp-accounting')}"
+    if discretization is None:
+        return name
+    grid = fitting_grid(mechanisms, discretization, renyi.epsilon(mechanisms, delta))
+    return f"{name}, discretization {grid:g}"
+
+
+def check_reach(
+    target_epsilon: float, mechanisms: Sequence[Mechanism], delta: float, relation: str
+) -> None:
+    """Whether some accountant reaches a target.
+
+    Raises:
+        InfeasibleError: PLD ends before it, and Renyi DP is proven for another relation.
+    """
+    least = least_delta(mechanisms)
+    if relation != "zero_out" and (target_epsilon > LARGEST or delta < least):
+        raise InfeasibleError(
+            f"epsilon {upward(target_epsilon)} at delta {upward(delta, 6)} is out of reach of PLD, "
+            f"which ends at epsilon {LARGEST:g} and, for so many releases, delta {least:.2g}, and "
+            "Renyi DP is proven here for privacy.neighboring_relation='zero_out' alone: choose that, or "
+            "lower privacy.target_epsilon or raise privacy.target_delta to what PLD reaches"
+        )
 
 
 def check_room(
@@ -61,7 +130,7 @@ def check_room(
     """
     cheapest = (*spent, (sample_rate, MAX_NOISE_MULTIPLIER, num_steps))
     if epsilon_of_mechanisms(cheapest, delta, relation, quick_grid(cheapest)) > target_epsilon:
-        raise InfeasibleError(too_little(f"epsilon {upward(target_epsilon)}"))
+        raise InfeasibleError(too_little(f"epsilon {upward(target_epsilon)}", spent))
 
 
 def solve_noise_multiplier(
@@ -86,36 +155,39 @@ def solve_noise_multiplier(
     Raises:
         InfeasibleError: no noise multiplier up to 10,000 keeps the total within the target.
     """
-    from core.privacy.accounting.exact import exact_epsilon
     from core.privacy.accounting.quick import quick_epsilon
 
+    def exact(noise_multiplier: float) -> float:
+        mechanisms = (*spent, (sample_rate, noise_multiplier, num_steps))
+        return epsilon_of_mechanisms(mechanisms, delta, relation, FINE)
+
+    beyond = _beyond_pld(spent, sample_rate, num_steps, target_epsilon, delta, relation)
+    if beyond is not None:
+        return beyond, exact(beyond)
+    target_epsilon = min(target_epsilon, LARGEST)
     guess = _guess(spent, sample_rate, num_steps, target_epsilon, delta, relation)
-    grid = 2 * quick_grid([*spent, (sample_rate, guess, num_steps)])  # Its error is removed.
 
-    def quick(noise_multiplier: float, discretization: float) -> float:
-        dp_sgd = (sample_rate, noise_multiplier, num_steps)
-        return quick_epsilon([*spent, dp_sgd], delta, relation, discretization)
+    def excess(noise_multiplier: float, part: float = 1.0) -> float:
+        mechanisms = [*spent, (sample_rate, noise_multiplier, num_steps)]
+        grid = 2 * quick_grid(mechanisms) * part  # Its error is removed below.
+        epsilon = quick_epsilon(mechanisms, delta, relation, grid)
+        return min(epsilon, 4 * LARGEST) - target_epsilon
 
-    def excess(noise_multiplier: float) -> float:
-        return quick(noise_multiplier, grid) - target_epsilon
-
-    low, high = _bracket(excess, guess, target_epsilon)
+    low, high = _bracket(excess, guess, target_epsilon, spent)
     coarse = renyi.find_root(excess, low, high, rtol=2e-3)
     # The grid's error falls with its square, so that of a quarter of it is about a fifteenth of
-    # the difference. One Newton step, then up to four decimals, and a proof on the finest grid.
-    at_root, finer = excess(coarse), quick(coarse, grid / 4) - target_epsilon
+    # the difference. One Newton step, then rounded up, and a proof on the finest grid.
+    at_root, finer = excess(coarse), excess(coarse, 0.25)
     slope = (excess(1.005 * coarse) - at_root) / (0.005 * coarse)
-    fine = coarse - (finer - (at_root - finer) / 15) / slope
-    noise_multiplier = math.ceil(fine * 10**_DECIMALS) / 10**_DECIMALS
-    while True:
-        dp_sgd = (sample_rate, noise_multiplier, num_steps)
-        epsilon = exact_epsilon([*spent, dp_sgd], delta, relation, FINE)
-        if epsilon <= target_epsilon:
-            return noise_multiplier, epsilon
-        step = max((epsilon - target_epsilon) / -slope, 10.0**-_DECIMALS)
-        noise_multiplier = math.ceil((noise_multiplier + step) * 10**_DECIMALS) / 10**_DECIMALS
+    fine = coarse - (finer - (at_root - finer) / 15) / slope if slope < 0 else coarse
+    noise_multiplier = rounded_up(fine if low < fine < high else coarse)
+    while (epsilon := exact(noise_multiplier)) > target_epsilon:
+        step = (epsilon - target_epsilon) / -slope if slope < 0 else math.inf
+        step = min(step, 0.02 * noise_multiplier)
+        noise_multiplier = rounded_up(noise_multiplier * (1 + 1e-9) + step)
         if noise_multiplier > MAX_NOISE_MULTIPLIER:
-            raise InfeasibleError(too_little(f"epsilon {upward(target_epsilon)}"))
+            raise InfeasibleError(too_little(f"epsilon {upward(target_epsilon)}", spent))
+    return noise_multiplier, epsilon
 
 
 def estimated_noise_multiplier(
@@ -135,12 +207,16 @@ def estimated_noise_multiplier(
     """
     from core.privacy.accounting.quick import quick_epsilon
 
+    beyond = _beyond_pld(spent, sample_rate, num_steps, target_epsilon, delta, relation)
+    if beyond is not None:
+        return beyond
+    target_epsilon = min(target_epsilon, LARGEST)
     guess = _guess(spent, sample_rate, num_steps, target_epsilon, delta, relation)
-    grid = quick_grid([*spent, (sample_rate, guess, num_steps)])
 
     def excess(log_noise: float) -> float:
-        dp_sgd = (sample_rate, math.exp(log_noise), num_steps)
-        return math.log(quick_epsilon([*spent, dp_sgd], delta, relation, grid) / target_epsilon)
+        mechanisms = [*spent, (sample_rate, math.exp(log_noise), num_steps)]
+        epsilon = quick_epsilon(mechanisms, delta, relation, quick_grid(mechanisms))
+        return math.log(min(max(epsilon, 1e-12), 4 * LARGEST) / target_epsilon)
 
     one = math.log(0.94 * guess)
     at_one = excess(one)
@@ -161,22 +237,68 @@ def estimated_noise_multiplier(
 
 
 def _bracket(
-    excess: Callable[[float], float], guess: float, target_epsilon: float
+    excess: Callable[[float], float],
+    guess: float,
+    target_epsilon: float,
+    spent: Sequence[Mechanism],
 ) -> tuple[float, float]:
     """Interval that holds the root of `excess`; RDP, cheap, over-estimates it by 1-14 %."""
     low, high = 0.7 * guess, 1.01 * guess
     while excess(high) > 0:
         low, high = high, 2 * high
         if high > MAX_NOISE_MULTIPLIER:
-            raise InfeasibleError(too_little(f"epsilon {upward(target_epsilon)}"))
+            raise InfeasibleError(too_little(f"epsilon {upward(target_epsilon)}", spent))
     while excess(low) < 0:
         low, high = low / 2, low
-        if low < 1e-3:
-            raise InfeasibleError(
-                f"epsilon {upward(target_epsilon)} is so large that DP-SGD would need no noise; "
-                "lower privacy.target_epsilon"
-            )
+        if low < MIN_NOISE_MULTIPLIER:
+            raise InfeasibleError(too_much(f"epsilon {upward(target_epsilon)}"))
     return low, high
+
+
+def _beyond_pld(
+    spent: Sequence[Mechanism],
+    sample_rate: float,
+    num_steps: int,
+    target_epsilon: float,
+    delta: float,
+    relation: str,
+) -> float | None:
+    """The noise multiplier by Renyi DP, rounded up; None where PLD solves for one.
+
+    Above `LARGEST` Renyi DP may ask for more noise than PLD at that: then PLD solves, for less
+    than the target.
+
+    Raises:
+        InfeasibleError: PLD does not reach the target, and Renyi DP is proven for another
+            relation; or no noise multiplier up to 10,000 keeps the total within the target.
+    """
+
+    def mechanisms(noise_multiplier: float) -> tuple[Mechanism, ...]:
+        return (*spent, (sample_rate, noise_multiplier, num_steps))
+
+    def excess(log_noise: float) -> float:
+        return renyi.epsilon(mechanisms(math.exp(log_noise)), delta) - target_epsilon
+
+    check_reach(target_epsilon, mechanisms(1.0), delta, relation)
+    too_fine = delta < least_delta(mechanisms(1.0))
+    if not too_fine and target_epsilon <= LARGEST:
+        return None
+    low, high = math.log(MIN_NOISE_MULTIPLIER), math.log(MAX_NOISE_MULTIPLIER)
+    if excess(high) > 0:
+        raise InfeasibleError(too_little(f"epsilon {target_epsilon:g}", spent))
+    if excess(low) < 0:
+        raise InfeasibleError(too_much(f"epsilon {target_epsilon:g}"))
+    found = rounded_up(math.exp(renyi.find_root(excess, low, high, xtol=1e-9)) * (1 + 1e-8))
+    asked = mechanisms(found)
+    if too_fine or epsilon_of_mechanisms(asked, delta, relation, quick_grid(asked)) > LARGEST:
+        return found
+    return None
+
+
+def rounded_up(noise_multiplier: float) -> float:
+    """To four decimals, or to four digits where those are fewer."""
+    decimals = max(_DIGITS, _DIGITS - 1 - math.floor(math.log10(noise_multiplier)))
+    return round(math.ceil(noise_multiplier * 10**decimals) / 10**decimals, decimals)
 
 
 def _guess(
@@ -196,15 +318,29 @@ def _guess(
         mechanisms = [*spent, (sample_rate, math.exp(log_noise), num_steps)]
         return renyi.epsilon(mechanisms, delta) - target_epsilon
 
-    low, high = math.log(_LEAST), math.log(MAX_NOISE_MULTIPLIER)
+    low, high = math.log(MIN_NOISE_MULTIPLIER), math.log(MAX_NOISE_MULTIPLIER)
     if excess(high) >= 0 or excess(low) <= 0:
         return 1.0
     found = math.exp(renyi.find_root(excess, low, high, xtol=1e-3))
     return found if relation == "zero_out" else 2 * found
 
 
-def too_little(budget: str) -> str:
+def too_much(budget: str) -> str:
+    """Why no DP-SGD noise is so little that `budget` would be spent."""
+    return (
+        f"{budget} is so large that DP-SGD's noise multiplier would fall below "
+        f"{MIN_NOISE_MULTIPLIER:g}, the least that is solved for: lower privacy.target_epsilon"
+    )
+
+
+def too_little(budget: str, spent: Sequence[Mechanism]) -> str:
     """Why no DP-SGD noise fits into what the other releases leave of `budget`."""
+    if not spent:
+        return (
+            f"{budget} is too little for DP-SGD, whose noise multiplier would exceed "
+            f"{MAX_NOISE_MULTIPLIER:g}: raise privacy.target_epsilon, or lower training.num_steps "
+            "or private_training.expected_batch_size"
+        )
     return (
         f"the other releases leave too little of {budget} for DP-SGD, whose noise multiplier would "
         f"exceed {MAX_NOISE_MULTIPLIER:g}: lower central_images.per_class, or raise "

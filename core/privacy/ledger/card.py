@@ -59,13 +59,17 @@ STOPPING = (
 )
 NOT_COVERED = (
     "metrics that are tagged non-private, and choices made by them beyond what is stated above",
-    "floating-point attacks on the noise, which is drawn in float64 and rounded to float32",
+    "floating-point effects: noise is float64 and rounded to float32 with the sum that it is added "
+    "to; the last digits of a record's gradient may depend on the rest of its batch",
     "side channels such as timing, memory use and logs of the machines that trained",
     "other releases of the same data: those in this ledger add their epsilon, others are unknown",
     "other data sets with the same records: this card knows only runs on exactly this content, in "
     "this order, format and numbering of classes, or on what shares its dataset.family",
     "compositions over trials whose noise was chosen by earlier results: PLD, which gives the "
     "figure, is proven for noise fixed beforehand (scope sweep is proven for both)",
+    "numbers of steps that depend on results: a run ended by a time limit, by hand or by scores is "
+    "charged for the steps that began, for which PLD is proven if their number was fixed "
+    "beforehand (scope sweep is proven for both)",
     "facts about groups of records, which the guarantee covers only at a multiple of epsilon",
 )
 PUBLIC = (
@@ -133,6 +137,8 @@ def make_card(
         "trial": everything if by_all else plan.epsilon if trials == 1 else computed,
         "public": plan.epsilon,
     }.get(privacy.scope, privacy.target_epsilon)
+    # The ledger's own grid depends on how many trials it holds.
+    accountant = plan.summary()["accountant"] if secret else summary["accountant"]
     sentence = SCOPES[privacy.scope]
     stopping = ""
     if plan.early_metric and trials > 1:  # Never of a selection.
@@ -186,8 +192,8 @@ def make_card(
                 ("epsilon_released_with_selection", released),
             )
         },
-        "accountant": plan.summary()["accountant"] if secret else summary["accountant"],
-        "accountant_of_the_scope": accountant_of(privacy),
+        "accountant": accountant,
+        "accountant_of_the_scope": accountant_of(privacy, accountant),
         "accountant_of_all_on_this_data_set": _accountant_of_all(summary),
         "events": [
             {"trial": entry["trial"], "state": entry["state"], **event}
@@ -221,11 +227,11 @@ def _of_losses(summary: Mapping[str, Any]) -> str:
     )
 
 
-def accountant_of(privacy: PrivacyConfig) -> str:
-    """What bounds the epsilon of the scope, in words."""
+def accountant_of(privacy: PrivacyConfig, composition: str) -> str:
+    """What bounds the epsilon of the scope, in words; `composition` where all is composed."""
     share = share_of(privacy)
     if share is None:
-        return "PLD of all that is released (Koskela et al. 2020)"
+        return composition
     orders = " and ".join(str(order) for order in share.orders)
     theorem = {
         "sweep": "filter of Feldman and Zrnic 2021, valid for adaptively chosen trials",

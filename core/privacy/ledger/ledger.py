@@ -1,8 +1,9 @@
 """The privacy ledger of one data set: every release is reserved before it and settled after it.
 
 What is not reserved may not run; a reservation counts in full until it is settled; the budget, if
-there is one, bounds everything that counts. Charges are composed by PLD with equal mechanisms
-grouped, an upper bound at any discretisation. `ledger_file` stores, locks and detects edits.
+there is one, bounds everything that counts. Charges are composed by PLD, or where that ends by
+Renyi DP, with equal mechanisms grouped, an upper bound at any discretisation. `ledger_file` stores,
+locks and detects edits.
 """
 
 import hashlib
@@ -11,7 +12,6 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from decimal import Decimal
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -281,7 +281,8 @@ class Ledger:
         with self._locked() as chain:
             book = self._book(chain)
         # One for all figures, so that they compare.
-        grid = self._discretization([event for charge in book.apart for event in charge.counted])
+        apart = [event for charge in book.apart for event in charge.counted]
+        grid = self._discretization(apart)
         committed, _ = self._together(book, lambda charge: charge.settled, grid)
         everything, delta = self._together(book, lambda charge: charge.counted, grid)
         entries = [
@@ -304,7 +305,7 @@ class Ledger:
             "epsilon_committed_and_reserved": everything,
             "delta_committed_and_reserved": delta,
             "num_releases": len(book.apart) + len(book.selections),
-            "accountant": _accountant(grid),
+            "accountant": self._accountant(self._epsilon(apart, grid), apart, grid),
             "selections": list(book.selections),
             "entries": entries,
             "losses": [*book.losses],
@@ -383,7 +384,7 @@ class Ledger:
         grid = self._discretization(counted)
         total = self._epsilon(counted, grid)
         if total <= budget:
-            return {"epsilon_after": total, "accountant": _accountant(grid)}
+            return {"epsilon_after": total, "accountant": self._accountant(total, counted, grid)}
         spent = [event for charge in book.charges.values() for event in charge.settled]
         held = [event for charge in others if charge.open for event in charge.events]
         raise BudgetExceededError(
@@ -423,6 +424,11 @@ class Ledger:
         return solve.epsilon_of_mechanisms(
             _mechanisms(events), delta, relation, discretization, of_record
         )
+
+    def _accountant(self, epsilon: float, events: Iterable[Event], discretization: float) -> str:
+        delta, relation = self.terms.delta, self.terms.neighboring_relation
+        mechanisms = _mechanisms(events)
+        return solve.accountant_of(epsilon, mechanisms, delta, relation, discretization)
 
 
 def _taken_over(run: str, owner: str, token: int, mine: int | None) -> str:
@@ -486,8 +492,3 @@ def _check_request(asked: Reservation) -> None:
     require(key.first_step >= 0, "first_step", key.first_step, "at least 0")
     steps = key.end_step - key.first_step
     require(steps == sum(counts), "steps of the key", steps, f"the DP-SGD count {sum(counts)}")
-
-
-def _accountant(discretization: float) -> str:
-    version = metadata.version("dp-accounting")
-    return f"PLD, dp-accounting {version}, discretization {discretization:g}"

@@ -72,16 +72,18 @@ def noisy_class_sums(
     masks: KeyedStream,
     noise: KeyedStream,
 ) -> Iterator[torch.Tensor]:
-    """Yields the released sums, one tensor as of `class_sums` for each release.
+    """Yields the released sums, float32 of the shape of `class_sums`, one for each release.
 
-    Privacy: the subsampled Gaussian mechanism itself; everything made of its output is free.
+    Privacy: the subsampled Gaussian mechanism itself; everything made of its output is free. Sums
+    and noise are float64 and rounded once, together.
     """
     small = down_scaled(train.images, config)
     sampler = PoissonSampler(masks, len(small), plan.sample_rate)
     for release in range(plan.num_releases):
         chosen = sampler.indices(release)
         sums = class_sums(small[chosen], train.labels[chosen], num_classes, config)
-        yield sums + plan.noise_stddev * noise.normal(release, sums.numel()).view_as(sums)
+        drawn = noise.normal(release, sums.numel()).view_as(sums)
+        yield (sums + plan.noise_stddev * drawn).float()
 
 
 def down_scaled(images: torch.Tensor, config: CentralImagesConfig) -> torch.Tensor:
@@ -109,29 +111,27 @@ def class_sums(
         labels: their classes `[B]`.
 
     Returns:
-        float32 `[num_classes, C, h, w]` for mean images, `[num_classes, bins, C, h, w]` for mode.
+        float64 `[num_classes, C, h, w]` for mean images, `[num_classes, bins, C, h, w]` for mode.
 
     Privacy: not private by itself. Each image adds a vector of L2 norm at most the plan's
     sensitivity to the row of its own class and nothing to the others.
     """
     if config.kind == "mean":
-        features = _clipped(small - config.pixel_center, config.max_norm)
+        features = _clipped(small.double() - config.pixel_center, config.max_norm)
     else:
         bins = (small * config.num_bins).long().clamp(max=config.num_bins - 1)
         features = F.one_hot(bins, config.num_bins).movedim(-1, 1)
     sums = torch.zeros((num_classes, *features.shape[1:]), dtype=torch.float64)
-    return sums.index_add_(0, labels, features.double()).float()
+    return sums.index_add_(0, labels, features.double())
 
 
 def _clipped(features: torch.Tensor, max_norm: float | None) -> torch.Tensor:
-    """Scales each `[B, ...]` whose L2 norm exceeds `max_norm` down to it; None changes nothing.
+    """Scales each of float64 `[B, ...]` whose L2 norm exceeds `max_norm` down to it, if given.
 
-    Privacy: acts on each image alone. One whose norm is not finite counts as zero. Norms are
-    float64: the bound must hold to the last digits of float32.
+    Privacy: acts on each image alone. One whose norm is not finite counts as zero.
     """
     if max_norm is None:
         return features
-    features = features.double()
     norms = features.flatten(1).square().sum(1).sqrt().view(-1, *[1] * (features.ndim - 1))
     scaled = features * (max_norm / norms).clamp(max=1.0)  # Norm 0: infinity, clamped to 1.
     return torch.where(torch.isfinite(norms), scaled, 0.0)

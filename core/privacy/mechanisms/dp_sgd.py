@@ -14,6 +14,8 @@ from core.privacy.keys import KeyedStream
 from core.privacy.plan.releases import DpSgdPlan
 
 _norm = cast(Callable[..., torch.Tensor], torch.linalg.vector_norm)
+_PIECE = 2**20
+"""Values that are float64 at once: a copy of all gradients would take twice their memory."""
 
 
 class DpSgdOptimizer(DPOptimizer):
@@ -29,7 +31,9 @@ class DpSgdOptimizer(DPOptimizer):
         noise: secret stream; step s always draws the same noise, so a replay is no new release.
 
     Privacy: the sum has L2 sensitivity `plan.max_grad_norm`; its noise has standard deviation
-    `plan.noise_stddev`; the divisor is public.
+    `plan.noise_stddev`; the divisor is public. Norms, factors, sums and noise are float64, so that
+    no clipped example exceeds the bound by more than 1e-9 of it; what is released is rounded to
+    float32 once, after the noise.
     """
 
     def __init__(self, optimizer: Optimizer, plan: DpSgdPlan, noise: KeyedStream) -> None:
@@ -68,16 +72,21 @@ class DpSgdOptimizer(DPOptimizer):
         destroy, abort or reveal itself in the step. All sums change or, where memory runs out,
         none.
         """
-        rows: list[torch.Tensor] = [g.flatten(1).float() for g in self.grad_samples]
-        norms = _norm(torch.stack([_norm(row, dim=1) for row in rows]), dim=0)
+        rows = [_pieces(gradient.flatten(1)) for gradient in self.grad_samples]
+        norms = _norm(torch.stack([_norms(pieces) for pieces in rows]), dim=0)
         finite = torch.isfinite(norms)
-        factors = torch.where(finite, (self.max_grad_norm / (norms + 1e-6)).clamp(max=1.0), 0.0)
+        factors = torch.where(finite, (self.max_grad_norm / norms).clamp(max=1.0), 0.0)
         sums: list[torch.Tensor] = []
-        for parameter, row in zip(self.params, rows, strict=True):
-            # Zero times NaN is NaN; in place, as these gradients are dropped after this.
-            total = (factors @ row.nan_to_num_(0.0, 0.0, 0.0)).view_as(parameter)
-            earlier = parameter.summed_grad
-            sums.append(total if earlier is None else earlier + total)
+        for parameter, pieces in zip(self.params, rows, strict=True):
+            total = torch.zeros(parameter.shape, dtype=torch.float64, device=parameter.device)
+            if parameter.summed_grad is not None:
+                total += parameter.summed_grad
+            parts = torch.split(factors, [len(piece) for piece in pieces])
+            for part, piece in zip(parts, pieces, strict=True):
+                # Zero times NaN is NaN.
+                finite_piece = piece.double().nan_to_num_(0.0, 0.0, 0.0)
+                total += (part @ finite_piece).view_as(total)
+            sums.append(total)
         for parameter, total in zip(self.params, sums, strict=True):
             parameter.summed_grad = total
 
@@ -92,16 +101,26 @@ class DpSgdOptimizer(DPOptimizer):
                 (torch.zeros_like(p) if p.summed_grad is None else p.summed_grad).flatten()
                 for p in self.params
             ]
-        )
+        ).double()
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(flat, op=dist.ReduceOp.SUM)
         noise = self._noise.normal(self._step, flat.numel()).to(flat.device)
         flat = flat + (self.noise_multiplier * self.max_grad_norm) * noise
         parts = torch.split(flat, [parameter.numel() for parameter in self.params])
         for parameter, part in zip(self.params, parts, strict=True):
-            parameter.grad = part.view_as(parameter).clone()
+            parameter.grad = part.view_as(parameter).to(parameter.dtype)
 
     def scale_grad(self) -> None:
         """Divides by the public expected batch size, never by the size of the batch at hand."""
         for parameter in self.params:
             parameter.grad /= self.expected_batch_size
+
+
+def _pieces(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Splits gradients `[B, n]` by examples."""
+    return torch.split(rows, max(1, _PIECE // rows.shape[1]))
+
+
+def _norms(pieces: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """L2 norms `[B]` in float64, where no square overflows: float32 is off by up to 1e-4."""
+    return torch.cat([_norm(piece, dim=1, dtype=torch.float64) for piece in pieces])

@@ -77,7 +77,7 @@ def release_features(
 
     Privacy: the Gaussian mechanism on all records, once. Each record adds a vector of norm
     `plan.sensitivity` to the row of its class and nothing to the others; every entry of every
-    class gets noise of `plan.noise_stddev`. All after the noise is post-processing.
+    class gets noise of `plan.noise_stddev`, in float64. All after the noise is post-processing.
     """
     sums = feature_sums(train, features, num_classes)
     noisy = sums + plan.noise_stddev * noise.normal(0, sums.numel()).view_as(sums)

@@ -8,13 +8,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
-from importlib import metadata
 from typing import Any
 
 from core.config import Config, PrivacyConfig
 from core.errors import ConfigError, InfeasibleError
 from core.io.terminal import numbers
-from core.privacy.accounting import renyi, solve
+from core.privacy.accounting import solve
 from core.privacy.accounting.mechanism import (
     FINE,
     Mechanism,
@@ -43,7 +42,7 @@ _ROUNDING = 1e-6
 
 @dataclass(frozen=True)
 class PrivacyPlan:
-    """Everything one trial releases, and what it costs by PLD.
+    """Everything one trial releases, and what it costs, as of `accounting`.
 
     Attributes:
         target_epsilon: what `scope` covers, which may be more than this trial.
@@ -153,7 +152,9 @@ class PrivacyPlan:
         """Plain data for privacy.json."""
         return {
             **asdict(self),
-            "accountant": f"PLD, dp-accounting {metadata.version('dp-accounting')}",
+            "accountant": solve.accountant_of(
+                self.epsilon, self.mechanisms, self.delta, self.neighboring_relation
+            ),
             "statement": self.statement,
         }
 
@@ -165,8 +166,12 @@ def check_central(config: Config, exact: bool = True) -> float:
         exact: False is faster and about 0.1 % too large.
 
     Raises:
-        InfeasibleError: it exceeds what one trial may spend.
+        InfeasibleError: it exceeds what one trial may spend, or no accountant reaches the target.
     """
+    if config.method != "non_private":
+        *_, target, delta, relation = question = _question(config)
+        fixed, rate, steps = question[:3]
+        solve.check_reach(target, [*fixed, (rate, 1.0, steps)], delta, relation)
     central = config.central_images
     remedy = (
         f"lower central_images.per_class ({central.per_class}) or raise "
@@ -267,12 +272,11 @@ def _disagreements(config: Config, plan: PrivacyPlan) -> list[str]:
     if private:
         if not 0 < plan.noise_multiplier < math.inf:
             return ["noise_multiplier"]
-        # Renyi DP first: it is cheap where far too little noise would fill the memory.
-        if renyi.epsilon(plan.mechanisms, plan.delta) > 3 * privacy.target_epsilon:
-            return ["target_epsilon"]
     elif plan.noise_multiplier:
         return ["noise_multiplier"]
     found = _plan_with(config, plan.noise_multiplier, None if private else math.inf)
+    if private and found.epsilon > 3 * privacy.target_epsilon:  # Whatever epsilon it states.
+        return ["target_epsilon"]
     for name in ("epsilon", "epsilon_central", "epsilon_frequency", "epsilon_score"):
         stated, value = getattr(plan, name), getattr(found, name)
         if not math.isclose(stated, value, rel_tol=_ROUNDING, abs_tol=_ROUNDING):
@@ -315,11 +319,18 @@ def estimated_noise_multiplier(config: Config) -> float:
     return solve.estimated_noise_multiplier(*_question(config))
 
 
-def estimated_composition(config: Config, noise_multiplier: float, trials: int) -> float:
-    """Epsilon of `trials` equal trials together, slightly too large and quick: to show."""
+def estimated_composition(
+    config: Config, noise_multiplier: float, trials: int
+) -> tuple[float, str]:
+    """Epsilon of `trials` equal trials together, slightly too large and quick: to show; by what."""
     dp_sgd = (dp_sgd_sample_rate(config), noise_multiplier, config.private_steps)
     mechanisms = _repeated([*_fixed(config), dp_sgd], trials)
-    return _epsilon(mechanisms, config.privacy, quick_grid(mechanisms))
+    privacy, grid = config.privacy, quick_grid(mechanisms)
+    epsilon = _epsilon(mechanisms, privacy, grid)
+    by = solve.accountant_of(
+        epsilon, mechanisms, privacy.target_delta, privacy.neighboring_relation
+    )
+    return epsilon, by
 
 
 def composed_epsilon(plans: Sequence[PrivacyPlan]) -> float:

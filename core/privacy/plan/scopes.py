@@ -16,7 +16,6 @@ from core.privacy.accounting import renyi, solve
 from core.privacy.accounting.mechanism import Mechanism, discretization_for, grouped
 from core.privacy.accounting.rounding import upward
 
-_LEAST_NOISE, _DECIMALS = 0.05, 4
 STAYS_INSIDE = (
     "For the owner of the data alone, to stay inside: this tells of a selection's trials, whose "
     "number must be secret for its guarantee to hold."
@@ -52,16 +51,14 @@ class Share:
             return self.used([*spent, (sample_rate, noise_multiplier, num_steps)]) - 1
 
         if excess(solve.MAX_NOISE_MULTIPLIER) > 0:
-            raise InfeasibleError(solve.too_little("the trial's share of the budget"))
-        if excess(_LEAST_NOISE) < 0:
-            raise InfeasibleError(
-                "the trial's share of the budget is so large that DP-SGD would need no noise: "
-                "lower privacy.target_epsilon"
-            )
-        found = renyi.find_root(excess, _LEAST_NOISE, solve.MAX_NOISE_MULTIPLIER, xtol=1e-6)
-        noise_multiplier = math.ceil(found * 10**_DECIMALS) / 10**_DECIMALS
+            raise InfeasibleError(solve.too_little("the trial's share of the budget", spent))
+        low, high = solve.MIN_NOISE_MULTIPLIER, solve.MAX_NOISE_MULTIPLIER
+        if excess(low) < 0:
+            raise InfeasibleError(solve.too_much("the trial's share of the budget"))
+        found = renyi.find_root(excess, low, high, xtol=1e-9, rtol=1e-8)
+        noise_multiplier = solve.rounded_up(found)
         while excess(noise_multiplier) > 0:
-            noise_multiplier = round(noise_multiplier + 10.0**-_DECIMALS, _DECIMALS)
+            noise_multiplier = solve.rounded_up(noise_multiplier * (1 + 1e-6))
         return noise_multiplier
 
 
@@ -71,7 +68,7 @@ def share_of(privacy: PrivacyConfig) -> Share | None:
     Both depend on public numbers alone, so all trials of a sweep have the same.
 
     Raises:
-        InfeasibleError: the selection alone takes the whole target.
+        InfeasibleError: the bound itself takes the whole target.
     """
     if privacy.scope == "selection":
         return _selection_share(privacy)
@@ -79,6 +76,12 @@ def share_of(privacy: PrivacyConfig) -> Share | None:
         epsilon, delta = privacy.target_epsilon, privacy.target_delta
         order = renyi.best_order(epsilon, delta)
         room = epsilon - renyi.offset(order, delta)
+        if room <= 0:
+            raise InfeasibleError(
+                f"at delta {delta:g} the bound on adaptively chosen trials takes all of epsilon "
+                f"{epsilon:g}: raise privacy.target_epsilon or privacy.target_delta, or search "
+                "with sampler=random or grid"
+            )
         return Share((order,), math.sqrt(2 * room / order / privacy.num_shares))
     return None
 
