@@ -13,7 +13,8 @@ from test_plan import reference
 from core.errors import InfeasibleError
 from core.privacy.accounting import renyi, solve
 from core.privacy.accounting.mechanism import FINE, LARGEST, Mechanism, least_delta, quick_grid
-from core.privacy.ledger.card import card_markdown, make_card, odds
+from core.privacy.accounting.rounding import odds
+from core.privacy.ledger.card import card_markdown, make_card
 from core.privacy.ledger.file import Key, Terms
 from core.privacy.ledger.ledger import Ledger, events_of
 from core.privacy.plan.plan import (
@@ -216,17 +217,17 @@ def test_the_ledger_and_the_card_name_renyi_dp(tmp_path: Path):
     said = [line["accountant"] for line in lines if "epsilon_after" in line]
     assert said[0].startswith("PLD, ")
     assert said[-1].startswith(RENYI)
-    card = make_card(ledger, "run", plan, config.privacy, "0", "accuracy")
+    card = make_card(ledger, "run", plan, config.privacy, "0", "accuracy", searched=True)
     assert card["accountant"] == card["accountant_of_the_scope"] == summary["accountant"]
-    assert "exp(" in card["odds"]["epsilon_released_with_selection"]
+    assert "e^" in card["odds"]["epsilon_released_with_selection"]
     assert RENYI in card_markdown(card)
 
 
 def test_any_epsilon_has_its_odds():
     assert "at most 2.72 times" in odds(1.0)
-    assert "at most 22,026 times" in odds(10.0)
-    assert "at most exp(1e+06) times" in odds(1e6)
-    assert "at most exp(inf) times" in odds(math.inf)
+    assert "at most 22,027 times" in odds(10.0)
+    assert "at most e^1e+06 times" in odds(1e6)
+    assert "at most e^inf times" in odds(math.inf)
 
 
 def test_a_bound_that_takes_all_is_refused_with_the_reason():

@@ -147,27 +147,26 @@ def test_a_run_needs_no_package_but_the_required_ones(tmp_path):
         # Drivers, trials and the commands that only look.
         (
             (
-                "run",
-                "launch",
-                "trial",
-                "outbox",
-                "results",
-                "__main__",
+                "sweep.run",
+                "sweep.driver.launch",
+                "sweep.trials.trial",
+                "sweep.tracking.outbox",
+                "sweep.results.table",
+                "sweep.__main__",
                 "core.privacy.ledger.account",
             ),
             {"torch", "dp_accounting"},
         ),
         # Trials, whose reports the driver records.
-        (("trial",), {"torch", "mlflow"}),
+        (("sweep.trials.trial",), {"torch", "mlflow"}),
         (("core.io.code_digest",), {"torch", "numpy"}),
         # Workers whose plan another rank solves.
-        (("trial", "core.run.pipeline"), {"dp_accounting"}),
+        (("sweep.trials.trial", "core.run.pipeline"), {"dp_accounting"}),
     ],
 )
 def test_a_process_loads_only_what_it_uses(modules, unneeded):
     """It begins sooner, and takes less memory."""
-    names = ", ".join(name if "." in name else f"sweep.{name}" for name in modules)
-    code = f"import sys, {names}; sys.exit(str({unneeded} & set(sys.modules)))"
+    code = f"import sys, {', '.join(modules)}; sys.exit(str({unneeded} & set(sys.modules)))"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=CORE.parent, timeout=120, capture_output=True, text=True
     )

@@ -9,7 +9,7 @@ RELATIONS = ("zero_out", "replace_one")
 """Neighbouring relations: a record becomes an empty one, or any other."""
 COARSE, FINE = 1e-3, 1e-4
 """Grids of privacy losses; the finer is that of all that a plan states."""
-_COARSEST, _POINTS = 5e-3, 2**17
+_FINEST, _COARSEST, _POINTS = 1e-9, 5e-3, 2**17
 LARGEST = 600.0
 """Largest epsilon that PLD gives: exp(-epsilon) of a small probability is nearly 0."""
 FEW = 4
@@ -49,7 +49,7 @@ def quick_grid(mechanisms: Iterable[Mechanism]) -> float:
         total += count
         far = min(0.5 * noise_multiplier**-2 + 10 / noise_multiplier, _COARSEST * _POINTS)
         largest = max(largest, math.log1p(sample_rate * math.expm1(far)))
-    return min(max(math.sqrt(variance / total) / 15, largest / _POINTS), _COARSEST)
+    return min(max(math.sqrt(variance / total) / 15, largest / _POINTS, _FINEST), _COARSEST)
 
 
 def fitting_grid(mechanisms: Sequence[Mechanism], discretization: float, scale: float) -> float:

@@ -93,8 +93,9 @@ def accountant_of(
     name = f"PLD, dp-accounting {metadata.version('dp-accounting')}"
     if discretization is None:
         return name
-    grid = fitting_grid(mechanisms, discretization, renyi.epsilon(mechanisms, delta))
-    return f"{name}, discretization {grid:g}"
+    if mechanisms:
+        discretization = fitting_grid(mechanisms, discretization, renyi.epsilon(mechanisms, delta))
+    return f"{name}, discretization {discretization:g}"
 
 
 def check_reach(
@@ -110,8 +111,8 @@ def check_reach(
         raise InfeasibleError(
             f"epsilon {upward(target_epsilon)} at delta {upward(delta, 6)} is out of reach of PLD, "
             f"which ends at epsilon {LARGEST:g} and, for so many releases, delta {least:.2g}, and "
-            "Renyi DP is proven here for privacy.neighboring_relation='zero_out' alone: choose that, or "
-            "lower privacy.target_epsilon or raise privacy.target_delta to what PLD reaches"
+            "Renyi DP is proven here for privacy.neighboring_relation='zero_out' alone: choose "
+            "that, lower privacy.target_epsilon or raise privacy.target_delta to what PLD reaches"
         )
 
 
@@ -285,9 +286,9 @@ def _beyond_pld(
         return None
     low, high = math.log(MIN_NOISE_MULTIPLIER), math.log(MAX_NOISE_MULTIPLIER)
     if excess(high) > 0:
-        raise InfeasibleError(too_little(f"epsilon {target_epsilon:g}", spent))
+        raise InfeasibleError(too_little(f"epsilon {upward(target_epsilon)}", spent))
     if excess(low) < 0:
-        raise InfeasibleError(too_much(f"epsilon {target_epsilon:g}"))
+        raise InfeasibleError(too_much(f"epsilon {upward(target_epsilon)}"))
     found = rounded_up(math.exp(renyi.find_root(excess, low, high, xtol=1e-9)) * (1 + 1e-8))
     asked = mechanisms(found)
     if too_fine or epsilon_of_mechanisms(asked, delta, relation, quick_grid(asked)) > LARGEST:

@@ -78,9 +78,9 @@ def share_of(privacy: PrivacyConfig) -> Share | None:
         room = epsilon - renyi.offset(order, delta)
         if room <= 0:
             raise InfeasibleError(
-                f"at delta {delta:g} the bound on adaptively chosen trials takes all of epsilon "
-                f"{epsilon:g}: raise privacy.target_epsilon or privacy.target_delta, or search "
-                "with sampler=random or grid"
+                f"at delta {upward(delta, 6)} the bound on adaptively chosen trials takes all of "
+                f"epsilon {upward(epsilon)}: raise privacy.target_epsilon or privacy.target_delta, "
+                "or search with sampler=random or grid"
             )
         return Share((order,), math.sqrt(2 * room / order / privacy.num_shares))
     return None
