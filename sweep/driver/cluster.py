@@ -34,6 +34,16 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 
+def check_places(sweep: SweepConfig) -> None:
+    """Refuses folders of results and of the ledger that cannot be written, or would not last.
+
+    Raises:
+        ConfigError: names the key and the remedy.
+    """
+    check_storage(sweep.storage_path)
+    check_folder("runtime.ledger", sweep.trial_config({}).runtime.ledger, mode=0o700)
+
+
 def check_storage(storage_path: str) -> None:
     """Refuses results where they cannot be written, or would not last.
 
@@ -48,15 +58,24 @@ def check_storage(storage_path: str) -> None:
             "folder, and would be deleted with it: name a folder that all nodes see, such as "
             "storage_path=/mnt/shared/runs"
         )
+    check_folder("storage_path", storage_path)
+
+
+def check_folder(key: str, folder: str, mode: int = 0o777) -> None:
+    """Refuses a folder that cannot be made or written.
+
+    Raises:
+        ConfigError: names its key.
+    """
     try:
-        Path(storage_path).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=storage_path) as file:
+        Path(folder).mkdir(parents=True, exist_ok=True, mode=mode)
+        with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"1")
     except (OSError, ValueError) as error:  # ValueError: a zero byte.
         reason = (isinstance(error, OSError) and error.strerror) or error
         raise ConfigError(
-            f"storage_path={storage_path!r} is no folder that can be written ({reason}): name one "
-            "with room in it"
+            f"{key}={folder!r} is no folder that can be written ({reason}): name one with room in "
+            "it"
         ) from None
 
 
@@ -119,11 +138,12 @@ def join_cluster() -> None:
             ray.init(**local, **shared, include_dashboard=False, _system_config=settings)
         except UnicodeEncodeError as error:
             raise _not_text(error) from None
-        except OSError as error:
+        except (OSError, AuthenticationError) as error:
+            reason = str(error).partition("\n")[0]
             raise ConfigError(
-                f"Ray cannot start here ({error}): set RAY_TMPDIR to a short folder that can be "
+                f"Ray cannot start here ({reason}): set RAY_TMPDIR to a short folder that can be "
                 "written, such as /tmp, and HOME to one that can, or RAY_AUTH_TOKEN_PATH to a "
-                "file in one"
+                "file of yours with 64 random hexadecimal digits"
             ) from error
 
 

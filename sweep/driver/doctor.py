@@ -1,7 +1,6 @@
 """`--doctor`: whether a sweep could run here; one line for each check, with its remedy."""
 
 import platform
-import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -13,7 +12,7 @@ from typing import Any
 from core.config import nested
 from core.errors import UserError
 from sweep.config.sweep import SweepConfig
-from sweep.driver.cluster import check_storage, join_cluster, wait_for_room
+from sweep.driver.cluster import check_folder, check_places, join_cluster, wait_for_room
 
 _PACKAGES = ("ray", "torch", "opacus", "dp-accounting")
 _SECONDS = 300
@@ -44,7 +43,7 @@ def print_checks(sweep: SweepConfig) -> bool:
 def checks(sweep: SweepConfig) -> Iterator[Check]:
     """Makes the checks in order; ends early where the rest would mean nothing."""
     storage = Path(sweep.storage_path)
-    yield _check("results can be stored", lambda: check_storage(sweep.storage_path))
+    yield _check("results can be stored", lambda: check_places(sweep))
     yield _check("MLflow answers", lambda: _open_tracking(sweep, storage))
     joined = _check("cluster reachable", join_cluster)
     yield joined
@@ -150,10 +149,9 @@ def examine(settings: dict[str, Any], mark: str) -> dict[str, tuple[bool, str]]:
         return ", ".join([f"Python {platform.python_version()}", *packages])
 
     def storage() -> str:
-        path, ledger = Path(mark), Path(config.runtime.ledger)
+        path = Path(mark)
         path.with_name(f"{path.name}-{uuid.uuid4().hex}").write_text("")
-        ledger.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=ledger).close()
+        check_folder("runtime.ledger", config.runtime.ledger, mode=0o700)
         return path.read_text()
 
     def weights() -> str:

@@ -18,7 +18,7 @@ from sweep.config.sweep import SweepConfig
 from sweep.costs.usage import Meter
 from sweep.driver.cluster import (
     DRIVER_RESOURCE,
-    check_storage,
+    check_places,
     join_cluster,
     max_concurrent,
     node_resources,
@@ -76,7 +76,7 @@ def run_sweep(sweep: SweepConfig, verbosity: int = 0, train: Train | None = None
     """
     from sweep.tracking import client
 
-    check_storage(sweep.storage_path)
+    check_places(sweep)
     sweep = with_num_trials(sweep)
     master = MasterSecret.load()  # Created at the latest here: no two workers create their own.
     storage = Path(sweep.storage_path)

@@ -10,6 +10,7 @@ import pytest
 from core.errors import ConfigError
 from sweep.config.sweep import load_sweep
 from sweep.driver.cluster import check_room, check_storage, join_cluster, max_concurrent
+from sweep.driver.launch import run_sweep
 from sweep.search.search import SameError
 
 QUICKSTART = "sweep/configs/quickstart.yaml"
@@ -86,33 +87,39 @@ UNUSABLE = """
 import os, sys
 from core.errors import ConfigError
 from sweep.driver.cluster import join_cluster
-for given in ("HOME=/proc/nohome", f"RAY_TMPDIR={sys.argv[1]}", "RAY_TMPDIR=/proc/x"):
-    os.environ.update([given.split("=")])
+for name, value in (setting.split("=") for setting in sys.argv[1:]):
+    kept = os.environ.get(name)
+    os.environ[name] = value
     try:
         join_cluster()
     except ConfigError as error:
         print(str(error).splitlines())
-    os.environ["HOME"] = sys.argv[2]
+    os.environ.pop(name) if kept is None else os.environ.update({name: kept})
 """
 
 
 def test_folders_in_which_ray_cannot_start_are_one_sentence(tmp_path):
     (long := tmp_path / ("scratch" * 12)).mkdir()
+    others = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    reasons = {
+        "HOME=/proc/nohome": "/proc/nohome",
+        "RAY_AUTH_TOKEN_PATH=/dev/null": "file cannot be opened or is empty",
+        f"RAY_TMPDIR={long}": "107 bytes",
+        "RAY_TMPDIR=/proc/x": "/proc/x",
+    }
     ended = subprocess.run(
-        [sys.executable, "-c", UNUSABLE, long, tmp_path],
-        env={
-            k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_AUTH_TOKEN_PATH")
-        },
+        [sys.executable, "-c", UNUSABLE, *reasons],
+        env={**others, "HOME": str(tmp_path)},
         capture_output=True,
         text=True,
         check=True,
         timeout=120,
     )
-    home, sockets, absent = map(ast.literal_eval, ended.stdout.splitlines())
-    for (line,), reason in ((home, "/proc/nohome"), (sockets, "107 bytes"), (absent, "/proc/x")):
+    lines = [ast.literal_eval(told) for told in ended.stdout.splitlines()]
+    for (line,), reason in zip(lines, reasons.values(), strict=True):
         assert reason in line.partition("): set ")[0]
         assert "set RAY_TMPDIR to a short folder that can be written" in line
-        assert "and HOME to one that can, or RAY_AUTH_TOKEN_PATH to a file" in line
+        assert "and HOME to one that can, or RAY_AUTH_TOKEN_PATH to a file of yours" in line
 
 
 @pytest.mark.parametrize(
@@ -138,3 +145,11 @@ def test_a_storage_path_that_cannot_be_written_is_one_sentence(tmp_path, folder,
 def test_a_storage_path_is_made_and_nothing_stays_in_it(tmp_path):
     check_storage(str(tmp_path / "new" / "line\n "))
     assert not list((tmp_path / "new" / "line\n ").iterdir())
+
+
+def test_a_ledger_that_cannot_be_written_is_told_before_anything_is_claimed(tmp_path):
+    (tmp_path / "file").touch()
+    settings = {"storage_path": str(tmp_path / "runs"), "runtime.ledger": str(tmp_path / "file")}
+    with pytest.raises(ConfigError, match=r"runtime\.ledger='.*/file' is no folder that can be"):
+        run_sweep(sweep(**settings))
+    assert not list((tmp_path / "runs").iterdir())
