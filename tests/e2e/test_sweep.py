@@ -47,7 +47,7 @@ SPACE = f"""  central_images.per_class:
     high: 20.0
     log: true
   private_training.learning_rate:
-    choices: [1e-3, 50.0]
+    choices: [1e-3, 2.0]
 {SPLIT}  dataset.name:
     choices: [digits, idx]
 """
@@ -189,7 +189,7 @@ def rows(folder, stories) -> list[Row]:
 def test_a_poor_trial_is_shown_as_stopped_everywhere(folder, stories, rows, capsys):
     out, err = stories[1][1]
     (stopped,) = [row for row in rows if row.state == "stopped"]
-    assert stopped.config.private_training.learning_rate == 50.0
+    assert stopped.config.private_training.learning_rate == 2.0
     assert f"trial {stopped.trial} stopped at step 10: early_fid_cnn" in out
     assert f"trial {stopped.trial} stopped early: early_fid_cnn" in err
     assert stopped.epsilon < stopped.plan.epsilon
