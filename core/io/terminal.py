@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from core.errors import ConfigError
+
 NON_PRIVATE = "non_private"
 """Folder of a run for its owner's eyes: real images and attacks. Neither bundle nor MLflow may
 hold it."""
@@ -179,6 +181,21 @@ def class_names(folder: Path, num_classes: int) -> list[str]:
     if not path.exists():
         return [str(label) for label in range(num_classes)]
     return json.loads(path.read_text())["class_names"]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads what `write_json` wrote.
+
+    Raises:
+        ConfigError: the file is damaged or cannot be read.
+    """
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"'{path}' cannot be read ({type(error).__name__}): restore it, or choose a new run "
+            "folder"
+        ) from None
 
 
 def write_json(

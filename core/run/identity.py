@@ -35,7 +35,7 @@ from core.errors import ConfigError
 from core.io.code_digest import code_digest
 from core.io.locks import held
 from core.io.private_files import private_opener
-from core.io.terminal import to_json, write_json
+from core.io.terminal import read_json, to_json, write_json
 from core.privacy.keys import SECRET_FILE_VARIABLE
 from core.privacy.plan.plan import PrivacyPlan
 
@@ -49,6 +49,8 @@ _CODE = "code of core"
 _PATIENCE = 60.0
 SHOWN = "changed since this run was finished ({}): its result is shown as it was, nothing is drawn"
 _AGAIN = "changed since this run was begun ({}): it draws new noise and is charged again"
+_NOT_NOTED = "what it was begun with is not noted"
+_PERHAPS = f"{_NOT_NOTED}: where that differs, it draws new noise and is charged again"
 _REDRAWN = (
     "changed since the sweep drew its central images ({}): others are drawn, and charged once more"
 )
@@ -150,7 +152,10 @@ class Identity:
 
         Privacy: the file holds the fingerprint of the data; it is its owner's alone.
         """
-        told = [_AGAIN.format("; ".join(self.changed))] if self.changed and self.charged else []
+        told: list[str] = []
+        if self.changed and self.charged:
+            unknown = self.changed == [_NOT_NOTED]
+            told.append(_PERHAPS if unknown else _AGAIN.format("; ".join(self.changed)))
         distributed.on_rank_0(lambda: _note_parts(run_dir, self.parts))
         if shared is not None and self.shared_central:
             by = {"computed by": self.parts["computed by"]}
@@ -206,14 +211,14 @@ def identify(
     changed = distributed.on_rank_0(lambda: _changed_since(run_dir, parts))
     if changed is None:  # Of an earlier version, if it was charged.
         known = not distributed.on_rank_0((run_dir / "charged").exists)
-        changed = [] if known else ["what it was begun with is not noted"]
+        changed = [] if known else [_NOT_NOTED]
     return Identity(run, shared_central, changed, parts, plan.is_private)
 
 
 def _changed_since(folder: Path, now: Parts) -> list[str] | None:
     """What has changed since the folder was begun; None where nothing is noted."""
     path = folder / FILE
-    return differences(json.loads(path.read_text()), now) if path.exists() else None
+    return differences(read_json(path), now) if path.exists() else None
 
 
 def _note_parts(folder: Path, parts: Parts) -> list[str]:

@@ -37,6 +37,7 @@ from core.io.terminal import (
     Report,
     log_to,
     numbers,
+    read_json,
     report_line,
     write_class_names,
     write_json,
@@ -403,7 +404,7 @@ def _finished(run_dir: Path, identity: str, fingerprint: str) -> dict[str, Any] 
     ends = [path for name in (*_ENDS, FAILED) if (path := run_dir / name).exists()]
     if not ends:
         return None
-    found = json.loads(ends[0].read_text())
+    found = read_json(ends[0])
     if "error" in found:
         if found["identity"] != identity:
             return None  # What other code failed with says nothing of this.

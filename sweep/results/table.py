@@ -17,6 +17,7 @@ from core.io.terminal import FAILED, SELECTED, write_json
 from core.privacy.accounting.rounding import figure, upward
 from core.privacy.ledger.account import ledger_of_run
 from core.privacy.ledger.card import all_on_this_data_set, card_markdown, make_card, three_epsilons
+from core.privacy.ledger.file import LedgerError
 from core.privacy.ledger.ledger import Ledger
 from core.privacy.plan.plan import PrivacyPlan, composed_epsilon
 from core.record.early import STOPPED
@@ -183,6 +184,12 @@ def write_card(
         LedgerError: the ledger is missing or damaged, or notes another trial of the selection.
     """
     if released.config.privacy.scope == "selection":
+        left = [row for row in rows if (row.run_dir / SELECTED).exists()]
+        if left and released not in left:  # Also where the ledger has lost its note of it.
+            raise LedgerError(
+                f"trial {left[0].trial} of selection {sweep.name} may have left already, and no "
+                "other may: choose another name for another selection"
+            )
         _ledger(released).select(sweep.name, stored_result(released)["identity"])
     card = sweep_card(sweep, rows, released)
     write_json(sweep.folder / "privacy_card.json", card)

@@ -17,6 +17,7 @@ from tiny_sweep import sweep_text
 from core.__main__ import main
 from core.privacy.keys import MasterSecret
 from core.privacy.ledger.account import RELEASE_ID
+from core.privacy.ledger.file import LedgerError
 from core.privacy.ledger.ledger import Ledger
 from core.privacy.plan.scopes import STAYS_INSIDE
 from sweep.__main__ import main as sweep_main
@@ -24,7 +25,7 @@ from sweep.config.scope import count_trials
 from sweep.config.sweep import load_sweep
 from sweep.driver.launch import Outcome
 from sweep.results.find import open_sweep
-from sweep.results.table import best, load_rows
+from sweep.results.table import best, load_rows, write_card
 from sweep.run import main as run_main
 
 TINY = sweep_text("tiny", f"{HEAD}\nworkers_per_trial: 1\nmax_concurrent_trials: 1")
@@ -152,6 +153,10 @@ def test_mlflow_is_told_of_one_trial_and_all_else_says_that_it_stays_inside(
     assert main(["ledger", "show", "--folder", ledgers]) == 0
     assert capsys.readouterr().out.startswith(STAYS_INSIDE)
 
+    rows = load_rows(sweep)
+    other = next(row for row in rows if row.trial != winner.trial)
+    with pytest.raises(LedgerError, match="may have left already, and no other may"):
+        write_card(sweep, rows, other, True)
     (sweep.folder / "trials" / winner.trial / "selected.json").unlink()  # As before its end.
     assert sweep_main(["show", "tiny", "--storage", str(tmp_path / "runs")]) == 0
     told = capsys.readouterr().out

@@ -165,3 +165,22 @@ def test_differences_name_values_but_no_digest():
     now = {"computed by": {"torch": "2", "code of core": "b"}, "others": {"data": "e" * 64}}
     assert differences(earlier, earlier) == []
     assert differences(earlier, now) == ["torch 1 -> 2", "code of core changed", "data changed"]
+
+
+@pytest.mark.parametrize("name", [identity.FILE, "failed.json", "evaluation.json"])
+def test_a_damaged_file_of_a_run_is_one_sentence(tmp_path, name):
+    with pytest.raises(StopRunError):
+        tiny_run(tmp_path, stop_at(1), **SETTINGS)
+    (tmp_path / name).write_text("{")
+    with pytest.raises(ConfigError, match=rf"{name}' cannot be read \(JSONDecodeError\): restore"):
+        tiny_run(tmp_path, **SETTINGS)
+
+
+def test_where_nothing_is_noted_nothing_is_claimed_to_have_changed(tmp_path):
+    """The run goes on with the same noise, and is charged once."""
+    with pytest.raises(StopRunError):
+        tiny_run(tmp_path, stop_at(1), **SETTINGS)
+    (tmp_path / identity.FILE).unlink()
+    reports = tiny_run(tmp_path, **SETTINGS)
+    assert "is not noted: where that differs, it draws new noise" in reports[0]["note"]
+    assert len(entries(tmp_path)) == 1
