@@ -20,7 +20,7 @@ from core.privacy.plan.plan import PrivacyPlan, make_plan
 DRIVE = """
 import functools, sys
 from stand_in import stand_in
-from sweep import launch
+from sweep.driver import launch
 launch.run_sweep = functools.partial(launch.run_sweep, train=stand_in)
 from sweep.run import main
 sys.exit(main(sys.argv[1:]))
