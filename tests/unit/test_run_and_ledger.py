@@ -71,6 +71,11 @@ def counter(folder: Path) -> Path:
     return path
 
 
+def own_counter(folder: Path) -> Path:
+    (path,) = (folder / "run" / "charged").glob("*.begun")
+    return path
+
+
 def test_a_run_whose_folder_was_emptied_pays_for_what_it_ran_before(tmp_path, plan):
     Start(tmp_path, plan).train(160)  # Killed.
     shutil.rmtree(tmp_path / "run")
@@ -103,7 +108,52 @@ def test_a_count_older_than_the_checkpoint_is_none(tmp_path, plan):
     older = counter(tmp_path).read_bytes()
     Start(tmp_path, plan, resumed=20).train(160, since=20)
     counter(tmp_path).write_bytes(older)
+    own_counter(tmp_path).unlink()
     assert Start(tmp_path, plan, resumed=150).train(152, since=150).settle() == STEPS
+
+
+def test_a_count_older_than_that_in_the_runs_folder_does_not_make_steps_fewer(tmp_path, plan):
+    """As when the ledger's folder is restored from a copy: its lines are the same."""
+    Start(tmp_path, plan).train(20)
+    older = counter(tmp_path).read_bytes()
+    Start(tmp_path, plan).train(160)
+    counter(tmp_path).write_bytes(older)
+    assert Start(tmp_path, plan).train(20).settle() == 175
+    assert entry(tmp_path)["executed_steps"] == 175
+
+
+def test_what_the_original_of_a_copied_run_counts_outlives_what_its_copy_settles(tmp_path, plan):
+    original = Start(tmp_path, plan).train(110)
+    other = Start(tmp_path, plan)  # The copy: the same name and identity.
+    assert other.settle() == 125
+    original.train(160, since=110)  # And is killed.
+    shutil.rmtree(tmp_path / "run")
+    assert Start(tmp_path, plan).settle() == 175
+
+
+def lose_all_but_the_first_line(folder: Path) -> None:
+    (path,) = (folder / "ledger").glob("*.jsonl")
+    path.write_bytes(path.read_bytes().splitlines(keepends=True)[0])
+    accept_loss(path, "disk failure")
+
+
+def test_an_accepted_loss_does_not_discard_the_count_of_a_run(tmp_path, plan):
+    Start(tmp_path, plan).train(160)
+    lose_all_but_the_first_line(tmp_path)
+    shutil.rmtree(tmp_path / "run")
+    assert Start(tmp_path, plan).train(20).settle() == 175
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_all_steps_of_a_run_count_whose_charge_an_accepted_loss_took(tmp_path, plan, ended, caplog):
+    start = Start(tmp_path, plan).train(160)
+    if ended:
+        start.settle()
+    lose_all_but_the_first_line(tmp_path)
+    assert Start(tmp_path, plan, run="another").train(20).settle() == 25
+    assert "all 200 count" not in caplog.text
+    assert Start(tmp_path, plan).train(20).settle() == STEPS
+    assert "all 200 count" in caplog.text
 
 
 def test_a_count_below_what_was_settled_is_none(tmp_path, plan):
@@ -121,6 +171,8 @@ def test_while_nothing_is_open_the_ledger_itself_knows(tmp_path, plan):
     assert again.train(62, since=60).settle() == 75
     assert Start(tmp_path, plan, resumed=62).train(80, since=62).settle() == 100
     assert Start(tmp_path, plan).settle() == 100  # From the beginning: a replay, not fewer steps.
+    shutil.rmtree(tmp_path / "run")
+    assert Start(tmp_path, plan).settle() == 100
 
 
 def test_a_checkpoint_that_the_ledger_knows_nothing_of_counts_in_full(tmp_path, plan):

@@ -168,11 +168,19 @@ class Ledger:
                 chain.append("reserve", body)
         return asked
 
-    def begun(self, key: Key) -> tuple[int, bool]:
-        """DP-SGD steps of a key that were settled, and whether it is open: more may have run."""
+    def begun(self, key: Key) -> tuple[int, bool, bool]:
+        """What is known of the DP-SGD steps of a key.
+
+        Returns:
+            How many were settled; whether it is open, so that more may have run; and whether its
+            charge may have been lost: there is none, and a loss of lines was accepted.
+        """
         with self._locked() as chain:
-            charge = self._book(chain).charges.get(key)
-        return (charge.committed or 0, charge.open) if charge else (0, False)
+            book = self._book(chain)
+        charge = book.charges.get(key)
+        if charge is None:
+            return 0, False, bool(book.losses)
+        return charge.committed or 0, charge.open, False
 
     def commit(self, reservation: Reservation, executed_steps: int) -> None:
         """Settles a reservation: of its DP-SGD steps only the executed ones count from now on.
