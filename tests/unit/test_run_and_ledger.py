@@ -261,6 +261,18 @@ def test_what_was_never_charged_needs_no_ledger(tmp_path, plan):
     assert json.loads((folder / "sources.json").read_text()).popitem()[1]["charged"]
 
 
+def test_what_is_not_charged_does_not_rename_the_family_of_what_was(tmp_path, plan):
+    Start(tmp_path, plan).settle()
+    ceiling = config_of(tmp_path, method="non_private", dataset__family="patients")
+    run_dir = tmp_path / "ceiling"
+    free = make_plan(ceiling)
+    folder = tmp_path / "ledger"
+    Spending(ceiling, free, folder, "ceiling", run_dir, run_dir / "charged").remember(DATA)
+    Start(tmp_path, plan, run="another").settle()
+    (source,) = json.loads((folder / "sources.json").read_text()).values()
+    assert (source["family"], source["charged"]) == (None, True)
+
+
 def test_sources_of_an_older_version_are_read_and_damaged_ones_named(tmp_path, plan):
     Start(tmp_path, plan)
     path = tmp_path / "ledger" / "sources.json"
@@ -274,6 +286,34 @@ def test_sources_of_an_older_version_are_read_and_damaged_ones_named(tmp_path, p
         path.write_text(content)
         with pytest.raises(LedgerError, match=r"sources.json' is not as it was written"):
             spending.known_fingerprint()
+
+
+def as_an_older_version_noted_it(folder: Path) -> None:
+    path = folder / "ledger" / "sources.json"
+    path.write_text(json.dumps(dict.fromkeys(json.loads(path.read_text()), DATA)))
+
+
+def test_a_note_of_an_older_version_alone_tells_of_no_ledger(tmp_path, plan):
+    """It wrote the same for a run without privacy."""
+    ceiling = config_of(tmp_path, method="non_private")
+    (tmp_path / "ledger").mkdir()
+    free, where = make_plan(ceiling), tmp_path / "ledger"
+    Spending(ceiling, free, where, "c", tmp_path / "c", tmp_path / "c" / "charged").remember(DATA)
+    as_an_older_version_noted_it(tmp_path)
+    Start(tmp_path, plan).settle()
+
+
+@pytest.mark.parametrize("kept", [".lock", ".head"])
+def test_a_lock_or_head_beside_it_tells_of_one(tmp_path, plan, kept):
+    Start(tmp_path, plan).settle()
+    as_an_older_version_noted_it(tmp_path)
+    (path,) = (tmp_path / "ledger").glob("*.jsonl")
+    beside_secret(path).unlink()
+    for suffix in {".jsonl", ".lock", ".head"} - {kept}:
+        path.with_suffix(suffix).unlink()
+    path.with_suffix(kept).rename(path.with_name(DATA[:16] + kept))  # Named as it was then.
+    with pytest.raises(LedgerError, match=r"no ledger at|0 whole lines"):
+        Start(tmp_path, plan, run="another")
 
 
 def test_a_ledger_where_earlier_versions_kept_it_is_not_passed_over(tmp_path, plan):
@@ -306,6 +346,13 @@ def test_a_family_is_named_before_the_first_run(tmp_path, plan):
     Start(tmp_path, plan, run="third", data="ef" * 32, dataset__family="patients").settle()
     with pytest.raises(LedgerError, match=r"dataset.family=None, but .* with 'patients' before"):
         Start(tmp_path, plan, run="fourth", data="ef" * 32)
+
+
+def test_a_family_is_not_named_beside_a_ledger_that_the_sources_do_not_know(tmp_path, plan):
+    Start(tmp_path, plan).settle()
+    (tmp_path / "ledger" / "sources.json").unlink()
+    with pytest.raises(LedgerError, match=r"'patients', but this data set was charged alone"):
+        Start(tmp_path, plan, run="another", dataset__family="patients")
 
 
 def test_show_warns_where_one_path_was_read_as_several_data_sets(tmp_path, plan, capsys):

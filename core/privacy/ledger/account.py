@@ -13,7 +13,7 @@ from typing import Any
 from core.config import Config, flatten
 from core.errors import ConfigError, DataError, stored
 from core.io.durable import replace_durably
-from core.privacy.ledger.file import Key, LedgerError, Terms
+from core.privacy.ledger.file import Key, LedgerError, Terms, traces
 from core.privacy.ledger.ledger import Ledger, Reservation, charged_to, events_of
 from core.privacy.ledger.names import ledger_path
 from core.privacy.ledger.sources import Source, Sources
@@ -179,6 +179,12 @@ class Spending:
                     f"{source.family!r} before, where its charges are: restore that; a family is "
                     "named before its first run"
                 )
+        single = ledger_path(self.folder, fingerprint)
+        if dataset.family and traces(single):
+            raise LedgerError(
+                f"dataset.family={dataset.family!r}, but this data set was charged alone before, "
+                f"in '{single}': leave the family out; a family is named before its first run"
+            )
         # A run or sweep that has begun must find the ledger that it was charged to, not a new one.
         known = any(charged_to(s.fingerprint, s.family) == account for s in charged)
         path = self._path(fingerprint)

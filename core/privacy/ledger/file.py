@@ -173,6 +173,12 @@ class Chain:
         self.entries.append(entry)
 
 
+def traces(path: Path) -> list[Path]:
+    """What there is of a ledger at `path`, beside it and beside the master secret."""
+    beside = (path, _head(path), path.with_suffix(".lock"), beside_secret(path))
+    return [place for place in beside if os.path.exists(place)]
+
+
 @contextmanager
 def locked(
     path: Path, create: bool = False, notes: Sequence[Path] = ()

@@ -27,7 +27,7 @@ class Source:
     fingerprint: str
     path: str | None = None
     family: str | None = None
-    charged: bool = True  # As far as anybody knows of those that older versions wrote.
+    charged: bool = True
 
 
 @dataclass(frozen=True)
@@ -58,14 +58,20 @@ class Sources:
             ) from None
 
     def remember(self, key: str, source: Source) -> None:
-        """Keeps what a source held; what was ever charged stays so."""
-        before = self.read()
-        source = replace(source, charged=source.charged or _charged(before, key, source))
-        if before.get(key) == source:
+        """Keeps what a source held; what was ever charged stays so, with the family it was with."""
+        if self._after(key, source) == self.read():
             return
         with held(self.folder / "sources.lock", _PATIENCE):
-            content = {k: asdict(v) for k, v in (self.read() | {key: source}).items()}
+            content = {k: asdict(v) for k, v in self._after(key, source).items()}
             replace_durably(self._path, json.dumps(content, indent=1).encode())
+
+    def _after(self, key: str, source: Source) -> dict[str, Source]:
+        sources = self.read()
+        before = sources.get(key)
+        if before and before.charged and before.fingerprint == source.fingerprint:
+            family = source.family if source.charged else before.family
+            source = replace(source, charged=True, family=family)
+        return sources | {key: source}
 
     def shared_paths(self) -> list[str]:
         """Paths that were read as several data sets, each with a ledger of its own."""
@@ -78,9 +84,6 @@ class Sources:
 
 
 def _source(value: str | Mapping[str, Any]) -> Source:
-    return Source(value) if isinstance(value, str) else Source(**value)
-
-
-def _charged(before: Mapping[str, Source], key: str, source: Source) -> bool:
-    earlier = before.get(key)
-    return earlier is not None and earlier.charged and earlier.fingerprint == source.fingerprint
+    # Older versions noted the digest alone, also where nothing was charged: of a ledger that is lost
+    # they prove nothing, but its lock, head and notes do.
+    return Source(value, charged=False) if isinstance(value, str) else Source(**value)
