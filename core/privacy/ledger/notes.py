@@ -63,5 +63,5 @@ def contradiction(place: Path, entries: Sequence[dict[str, Any]]) -> str:
     except (ValueError, KeyError, TypeError):
         return f"the note '{place}' of its last line is not as it was written"
     if number < len(entries):
-        return f"its line {number + 1} is another than that which '{place}' knows"
-    return f"it holds {len(entries)} lines, but '{place}' knows of {number + 1}"
+        return f"it is another than '{place}' knows"
+    return f"it is shorter than '{place}' knows"  # How long would tell of a selection's trials.
