@@ -253,6 +253,27 @@ def test_a_loss_needs_a_reason_and_the_name_of_a_ledger(tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+def test_no_loss_is_accepted_of_what_nothing_knows(tmp_path, capsys):
+    path = tmp_path / "ledger" / ("0" * 16 + ".jsonl")
+    assert main(["ledger", "accept-loss", "--file", str(path), "--reason", "fire"]) == 2
+    assert "nothing knows of this one" in capsys.readouterr().err
+    assert not path.parent.exists()
+
+
+@pytest.mark.parametrize("empty", [True, False])
+def test_a_loss_of_which_a_runs_note_alone_tells_can_be_accepted(tmp_path, empty):
+    note = tmp_path / "run" / "note"
+    ledger = begun(tmp_path / "ledger", note)
+    shutil.rmtree(tmp_path / "ledger")
+    beside_secret(ledger.path).unlink()
+    if empty:  # Of an older version.
+        note.write_bytes(b"")
+    with pytest.raises(LedgerError, match="knows of it"):
+        Ledger.open(tmp_path / "ledger", TERMS, notes=[note])
+    assert accept_loss(ledger.path, "fire") == 0
+    assert Ledger.open(tmp_path / "ledger", TERMS, notes=[note]).verify() == 2
+
+
 def test_show_tells_of_losses_and_of_all_ledgers_beside_a_damaged_one(tmp_path, capsys):
     ledger = begun(tmp_path, tmp_path / "note")
     damaged = Ledger.open(tmp_path, replace(TERMS, fingerprint="cd" * 32))

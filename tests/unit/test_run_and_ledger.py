@@ -210,7 +210,7 @@ def test_sources_know_which_ledger_must_be_there(tmp_path, plan, gone):
                 each.unlink()
     with pytest.raises(LedgerError, match="no ledger at"):
         Start(tmp_path, plan, run="another")
-    accept_loss(path, "disk failure")
+    assert main(["ledger", "accept-loss", "--file", str(path), "--reason", "disk failure"]) == 0
     Start(tmp_path, plan, run="another").train(STEPS).settle()
     found = Ledger.at(path).summary()
     assert [each["run"] for each in found["entries"]] == ["another"]

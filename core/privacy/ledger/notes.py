@@ -46,6 +46,16 @@ def write_notes(path: Path, places: Sequence[Path], entry: dict[str, Any]) -> No
         _LOG.warning("no note of the ledger beside the master secret: %s", error)
 
 
+def copy_note(path: Path, place: Path) -> None:
+    """Keeps what a run's note knows beside the master secret too, as far as that can be written."""
+    own = beside_secret(path)
+    try:
+        own.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        replace_durably(own, place.read_bytes())
+    except OSError as error:
+        _LOG.warning("no note of the ledger beside the master secret: %s", error)
+
+
 def contradiction(place: Path, entries: Sequence[dict[str, Any]]) -> str:
     """What the note at `place` knows that the lines of the ledger do not; empty if they agree.
 

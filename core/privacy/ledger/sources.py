@@ -9,6 +9,8 @@ from typing import Any
 from core.io.durable import replace_durably
 from core.io.locks import held
 from core.privacy.ledger.file import LedgerError
+from core.privacy.ledger.ledger import charged_to
+from core.privacy.ledger.names import ledger_path
 
 _PATIENCE = 60.0
 
@@ -73,6 +75,12 @@ class Sources:
             source = replace(source, charged=True, family=family)
         return sources | {key: source}
 
+    def know_of(self, path: Path) -> bool:
+        """Whether anything was charged to the ledger at `path`."""
+        charged = [source for source in self.read().values() if source.charged]
+        accounts = {charged_to(source.fingerprint, source.family) for source in charged}
+        return path in {ledger_path(self.folder, account) for account in accounts}
+
     def shared_paths(self) -> list[str]:
         """Paths that were read as several data sets, each with a ledger of its own."""
         accounts: dict[str, set[str]] = {}
@@ -84,6 +92,6 @@ class Sources:
 
 
 def _source(value: str | Mapping[str, Any]) -> Source:
-    # Older versions noted the digest alone, also where nothing was charged: of a ledger that is lost
-    # they prove nothing, but its lock, head and notes do.
+    # Older versions noted the digest alone, also where nothing was charged: it proves no ledger;
+    # a lock, head or note of one does.
     return Source(value, charged=False) if isinstance(value, str) else Source(**value)
