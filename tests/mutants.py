@@ -324,22 +324,22 @@ MUTANTS = (
     Mutant(
         "a lost count of an open run is taken for none",
         SPENDING_CODE,
-        "    except (FileNotFoundError, ValueError):\n        return None",
-        "    except (FileNotFoundError, ValueError):\n        return 0",
+        "    except ValueError:\n        return None",
+        "    except ValueError:\n        return 0",
         CHARGES,
     ),
     Mutant(
         "a count older than the checkpoint is believed",
         SPENDING_CODE,
-        "max(settled, resumed) <= begun",
-        "settled <= begun",
+        "not resumed <= begun",
+        "not settled <= begun",
         CHARGES,
     ),
     Mutant(
         "what the ledger has settled is forgotten when a run goes on",
         SPENDING_CODE,
-        "_read_count(self._counter) if is_open else settled",
-        "_read_count(self._counter) if is_open else 0",
+        "begun = max(settled, *(",
+        "begun = max(0, *(",
         CHARGES,
     ),
     Mutant(

@@ -97,7 +97,8 @@ def ledger(options: argparse.Namespace) -> None:
     if options.action == "accept-loss":
         if options.file is None:
             raise ConfigError("name the lost or damaged ledger with --file")
-        accept_loss(options.file, options.reason)
+        known = Sources(options.file.parent).know_of(options.file)
+        accept_loss(options.file, options.reason, known)
         print(f"{options.file}: what still verifies is kept; every card now states the loss")
         return
     folder = options.folder or Path(default_ledger())

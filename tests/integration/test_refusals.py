@@ -73,7 +73,7 @@ def unopened(monkeypatch):
         ({"private_training__expected_batch_size": 1438}, "the sample rate may not exceed 1"),
         ({"central_images__expected_batch_size": 1438}, "the sample rate may not exceed 1"),
         ({"central_images__per_class": 500}, "central images alone spend epsilon"),
-        ({"seed": 1}, "of its budget 1.1 (spent 0.99"),
+        ({"seed": 1}, "of its budget 1.1 (spent or reserved 0.99"),
         ({"privacy__data_set_budget": 50}, "was begun with 1.1, which never changes"),
         ({"privacy__target_delta": 1e-6}, "was begun with 1e-05, which never changes"),
         (

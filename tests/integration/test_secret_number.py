@@ -18,7 +18,7 @@ from core.privacy.accounting.mechanism import COARSE
 from core.privacy.ledger.account import RELEASE_ID, Spending
 from core.privacy.ledger.card import make_card
 from core.privacy.ledger.file import Key, LedgerError, Terms
-from core.privacy.ledger.ledger import Ledger, events_of, ledger_path
+from core.privacy.ledger.ledger import BudgetExceededError, Ledger, events_of, ledger_path
 from core.privacy.plan.plan import PrivacyPlan, make_plan
 from core.privacy.plan.scopes import STAYS_INSIDE, run_budget
 
@@ -262,7 +262,7 @@ def test_only_one_trial_of_a_selection_ever_leaves(plans, tmp_path):
 
 
 def test_no_budget_of_a_data_set_depends_on_a_selection(plans, tmp_path):
-    """A ledger with a budget takes no selection, so no refusal can tell of one."""
+    """No run of one asks for such a budget, nor finds a ledger with one: its terms differ."""
     with pytest.raises(ConfigError, match=r"cannot be combined with privacy.scope='selection'"):
         load(nested(SELECTION), {"privacy.data_set_budget": 9.0})
     plan = plans["selection"]
@@ -274,3 +274,37 @@ def test_no_budget_of_a_data_set_depends_on_a_selection(plans, tmp_path):
     one = Spending(SELECTION, plan, tmp_path / "ledger", "best", run_dir, charged)
     with pytest.raises(LedgerError, match="was begun with"):
         one.reserve(FINGERPRINT, "a")
+
+
+@pytest.mark.parametrize("budget", [1.3 * TARGET, 2.1 * TARGET])
+def test_a_budget_that_meets_a_selection_counts_it_as_one_release(plans, tmp_path, budget):
+    """Whatever its number of trials, none but the first of which is ever refused."""
+    plan, answers = plans["selection"], []
+    for number in (1, 2, 20):
+        terms = Terms(FINGERPRINT, plan.num_examples, plan.delta, plan.neighboring_relation, budget)
+        ledger = Ledger.open(tmp_path / str(number), terms)
+        select(ledger, plan, number)
+        try:
+            charge(ledger, plans["trial"], "lone", "its identity")
+            answers.append(json.loads(ledger.path.read_text().splitlines()[-2])["epsilon_after"])
+        except BudgetExceededError as refused:
+            answers.append(str(refused))
+        summary = ledger.summary()
+        assert len([e for e in summary["entries"] if e["run"] == "best"]) == number
+        assert summary["epsilon_committed_and_reserved"] <= budget
+    assert answers[0] == answers[1] == answers[2]
+    if budget > 2 * TARGET:
+        assert answers[0] == pytest.approx(2 * TARGET, abs=1e-3)
+    else:
+        assert "to 4" in answers[0] or "to 3.99" in answers[0]
+        assert f"of its budget {budget:g} (spent or reserved 2)" in answers[0]
+
+
+def test_the_first_trial_of_a_selection_is_refused_where_the_budget_cannot_pay_it(plans, tmp_path):
+    plan = plans["selection"]
+    terms = Terms(FINGERPRINT, plan.num_examples, plan.delta, plan.neighboring_relation, 3.0)
+    ledger = Ledger.open(tmp_path, terms)
+    charge(ledger, plans["trial"], "lone", "its identity")
+    with pytest.raises(BudgetExceededError, match=r"reserving epsilon 2 for .* of run best"):
+        select(ledger, plan, 1)
+    assert len(ledger.summary()["entries"]) == 1

@@ -71,6 +71,11 @@ def counter(folder: Path) -> Path:
     return path
 
 
+def own_counter(folder: Path) -> Path:
+    (path,) = (folder / "run" / "charged").glob("*.begun")
+    return path
+
+
 def test_a_run_whose_folder_was_emptied_pays_for_what_it_ran_before(tmp_path, plan):
     Start(tmp_path, plan).train(160)  # Killed.
     shutil.rmtree(tmp_path / "run")
@@ -103,7 +108,52 @@ def test_a_count_older_than_the_checkpoint_is_none(tmp_path, plan):
     older = counter(tmp_path).read_bytes()
     Start(tmp_path, plan, resumed=20).train(160, since=20)
     counter(tmp_path).write_bytes(older)
+    own_counter(tmp_path).unlink()
     assert Start(tmp_path, plan, resumed=150).train(152, since=150).settle() == STEPS
+
+
+def test_a_count_older_than_that_in_the_runs_folder_does_not_make_steps_fewer(tmp_path, plan):
+    """As when the ledger's folder is restored from a copy: its lines are the same."""
+    Start(tmp_path, plan).train(20)
+    older = counter(tmp_path).read_bytes()
+    Start(tmp_path, plan).train(160)
+    counter(tmp_path).write_bytes(older)
+    assert Start(tmp_path, plan).train(20).settle() == 175
+    assert entry(tmp_path)["executed_steps"] == 175
+
+
+def test_what_the_original_of_a_copied_run_counts_outlives_what_its_copy_settles(tmp_path, plan):
+    original = Start(tmp_path, plan).train(110)
+    other = Start(tmp_path, plan)  # The copy: the same name and identity.
+    assert other.settle() == 125
+    original.train(160, since=110)  # And is killed.
+    shutil.rmtree(tmp_path / "run")
+    assert Start(tmp_path, plan).settle() == 175
+
+
+def lose_all_but_the_first_line(folder: Path) -> None:
+    (path,) = (folder / "ledger").glob("*.jsonl")
+    path.write_bytes(path.read_bytes().splitlines(keepends=True)[0])
+    accept_loss(path, "disk failure")
+
+
+def test_an_accepted_loss_does_not_discard_the_count_of_a_run(tmp_path, plan):
+    Start(tmp_path, plan).train(160)
+    lose_all_but_the_first_line(tmp_path)
+    shutil.rmtree(tmp_path / "run")
+    assert Start(tmp_path, plan).train(20).settle() == 175
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_all_steps_of_a_run_count_whose_charge_an_accepted_loss_took(tmp_path, plan, ended, caplog):
+    start = Start(tmp_path, plan).train(160)
+    if ended:
+        start.settle()
+    lose_all_but_the_first_line(tmp_path)
+    assert Start(tmp_path, plan, run="another").train(20).settle() == 25
+    assert "all 200 count" not in caplog.text
+    assert Start(tmp_path, plan).train(20).settle() == STEPS
+    assert "all 200 count" in caplog.text
 
 
 def test_a_count_below_what_was_settled_is_none(tmp_path, plan):
@@ -121,6 +171,8 @@ def test_while_nothing_is_open_the_ledger_itself_knows(tmp_path, plan):
     assert again.train(62, since=60).settle() == 75
     assert Start(tmp_path, plan, resumed=62).train(80, since=62).settle() == 100
     assert Start(tmp_path, plan).settle() == 100  # From the beginning: a replay, not fewer steps.
+    shutil.rmtree(tmp_path / "run")
+    assert Start(tmp_path, plan).settle() == 100
 
 
 def test_a_checkpoint_that_the_ledger_knows_nothing_of_counts_in_full(tmp_path, plan):
@@ -158,7 +210,7 @@ def test_sources_know_which_ledger_must_be_there(tmp_path, plan, gone):
                 each.unlink()
     with pytest.raises(LedgerError, match="no ledger at"):
         Start(tmp_path, plan, run="another")
-    accept_loss(path, "disk failure")
+    assert main(["ledger", "accept-loss", "--file", str(path), "--reason", "disk failure"]) == 0
     Start(tmp_path, plan, run="another").train(STEPS).settle()
     found = Ledger.at(path).summary()
     assert [each["run"] for each in found["entries"]] == ["another"]
@@ -173,9 +225,9 @@ def test_the_folder_of_a_run_knows_of_an_older_ledger(tmp_path, plan):
     older.rename(tmp_path / "ledger")
     (path,) = (tmp_path / "ledger").glob("*.jsonl")
     beside_secret(path).unlink()
-    with pytest.raises(LedgerError, match=r"but '.*/second/charged/.*' knows of"):
+    with pytest.raises(LedgerError, match=r"it is shorter than '.*/second/charged/[^/]*' knows;"):
         Start(tmp_path, plan, run="second")
-    with pytest.raises(LedgerError, match=r"but '.*/second/charged/.*' knows of"):
+    with pytest.raises(LedgerError, match=r"it is shorter than '.*/second/charged/[^/]*' knows;"):
         ledger_of_run(config_of(tmp_path), tmp_path / "second", DATA)
     assert ledger_of_run(config_of(tmp_path), tmp_path / "first", DATA).verify() > 1
 
@@ -209,6 +261,18 @@ def test_what_was_never_charged_needs_no_ledger(tmp_path, plan):
     assert json.loads((folder / "sources.json").read_text()).popitem()[1]["charged"]
 
 
+def test_what_is_not_charged_does_not_rename_the_family_of_what_was(tmp_path, plan):
+    Start(tmp_path, plan).settle()
+    ceiling = config_of(tmp_path, method="non_private", dataset__family="patients")
+    run_dir = tmp_path / "ceiling"
+    free = make_plan(ceiling)
+    folder = tmp_path / "ledger"
+    Spending(ceiling, free, folder, "ceiling", run_dir, run_dir / "charged").remember(DATA)
+    Start(tmp_path, plan, run="another").settle()
+    (source,) = json.loads((folder / "sources.json").read_text()).values()
+    assert (source["family"], source["charged"]) == (None, True)
+
+
 def test_sources_of_an_older_version_are_read_and_damaged_ones_named(tmp_path, plan):
     Start(tmp_path, plan)
     path = tmp_path / "ledger" / "sources.json"
@@ -222,6 +286,34 @@ def test_sources_of_an_older_version_are_read_and_damaged_ones_named(tmp_path, p
         path.write_text(content)
         with pytest.raises(LedgerError, match=r"sources.json' is not as it was written"):
             spending.known_fingerprint()
+
+
+def as_an_older_version_noted_it(folder: Path) -> None:
+    path = folder / "ledger" / "sources.json"
+    path.write_text(json.dumps(dict.fromkeys(json.loads(path.read_text()), DATA)))
+
+
+def test_a_note_of_an_older_version_alone_tells_of_no_ledger(tmp_path, plan):
+    """It wrote the same for a run without privacy."""
+    ceiling = config_of(tmp_path, method="non_private")
+    (tmp_path / "ledger").mkdir()
+    free, where = make_plan(ceiling), tmp_path / "ledger"
+    Spending(ceiling, free, where, "c", tmp_path / "c", tmp_path / "c" / "charged").remember(DATA)
+    as_an_older_version_noted_it(tmp_path)
+    Start(tmp_path, plan).settle()
+
+
+@pytest.mark.parametrize("kept", [".lock", ".head"])
+def test_a_lock_or_head_beside_it_tells_of_one(tmp_path, plan, kept):
+    Start(tmp_path, plan).settle()
+    as_an_older_version_noted_it(tmp_path)
+    (path,) = (tmp_path / "ledger").glob("*.jsonl")
+    beside_secret(path).unlink()
+    for suffix in {".jsonl", ".lock", ".head"} - {kept}:
+        path.with_suffix(suffix).unlink()
+    path.with_suffix(kept).rename(path.with_name(DATA[:16] + kept))  # Named as it was then.
+    with pytest.raises(LedgerError, match=r"no ledger at|0 whole lines"):
+        Start(tmp_path, plan, run="another")
 
 
 def test_a_ledger_where_earlier_versions_kept_it_is_not_passed_over(tmp_path, plan):
@@ -254,6 +346,13 @@ def test_a_family_is_named_before_the_first_run(tmp_path, plan):
     Start(tmp_path, plan, run="third", data="ef" * 32, dataset__family="patients").settle()
     with pytest.raises(LedgerError, match=r"dataset.family=None, but .* with 'patients' before"):
         Start(tmp_path, plan, run="fourth", data="ef" * 32)
+
+
+def test_a_family_is_not_named_beside_a_ledger_that_the_sources_do_not_know(tmp_path, plan):
+    Start(tmp_path, plan).settle()
+    (tmp_path / "ledger" / "sources.json").unlink()
+    with pytest.raises(LedgerError, match=r"'patients', but this data set was charged alone"):
+        Start(tmp_path, plan, run="another", dataset__family="patients")
 
 
 def test_show_warns_where_one_path_was_read_as_several_data_sets(tmp_path, plan, capsys):

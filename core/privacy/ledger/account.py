@@ -13,7 +13,7 @@ from typing import Any
 from core.config import Config, flatten
 from core.errors import ConfigError, DataError, stored
 from core.io.durable import replace_durably
-from core.privacy.ledger.file import Key, LedgerError, Terms
+from core.privacy.ledger.file import Key, LedgerError, Terms, traces
 from core.privacy.ledger.ledger import Ledger, Reservation, charged_to, events_of
 from core.privacy.ledger.names import ledger_path
 from core.privacy.ledger.sources import Source, Sources
@@ -35,9 +35,10 @@ class Spending:
     The ledger of a data set is known by the fingerprint of its content, which is known without
     opening the data from the second run on: the folder remembers which source had which content.
 
-    The DP-SGD steps that ever began are counted beside the ledger while the reservation is open;
-    before and after, the ledger itself knows them. So no lost, restored or emptied folder of a run
-    makes them fewer, and where the count is lost, all steps count.
+    The DP-SGD steps that ever began are counted beside the ledger while the reservation is open,
+    and in the run's folder; before and after, the ledger itself knows them. The largest of all
+    that is found counts, so that neither an emptied folder of a run nor an older copy of the
+    ledger's makes them fewer; where the count beside the ledger is lost, all steps count.
 
     Args:
         folder: of the ledgers, `runtime.ledger`.
@@ -55,7 +56,7 @@ class Spending:
     charged: Path
     lease: int | None = None
     _counted: bool = field(default=False, init=False)
-    _counter: Path = field(default=Path(), init=False)
+    _counters: tuple[Path, Path] = field(default=(Path(), Path()), init=False)
     _begun: int = field(default=0, init=False)
 
     def known_fingerprint(self) -> str | None:
@@ -79,11 +80,13 @@ class Spending:
             LedgerError: the ledger is lost, damaged or another than this run or its folder knows.
         """
         within = run_budget(self.config, self._selection())
+        own, path = self.run_dir / _CHARGED, self._path(fingerprint)
+        noted = (own / path.stem).exists()
         ledger = self._ledger(fingerprint)
         if self.lease is not None:
             ledger.take_over(self.run, f"{socket.gethostname()}:{os.getpid()}", self.lease)
         key = Key(self.run, identity, "all", 0, self.plan.dp_sgd.num_steps)
-        settled, is_open = ledger.begun(key)
+        settled, is_open, may_be_lost = ledger.begun(key)
         reservation = ledger.reserve(
             key,
             events_of(self.plan, central),
@@ -91,9 +94,14 @@ class Spending:
             within=within,
         )
         name = hashlib.sha256(json.dumps(asdict(key)).encode()).hexdigest()[:16]
-        self._counter = ledger.path.with_name(f"{ledger.path.stem}-{name}.begun")
-        begun = _read_count(self._counter) if is_open else settled
-        if begun is None or not max(settled, resumed) <= begun <= key.end_step:
+        counter = ledger.path.with_name(f"{ledger.path.stem}-{name}.begun")
+        self._counters = (counter, own / counter.name)
+        counts = [_read_count(place) for place in self._counters if place.exists()]
+        lost = (noted and may_be_lost) or None in counts
+        if is_open:  # Then one lies beside the ledger.
+            lost |= not counter.exists() or (_read_count(counter) or 0) < settled
+        begun = max(settled, *(count or 0 for count in counts), 0)
+        if lost or not resumed <= begun <= key.end_step:
             _LOG.warning("how many steps began is not known any more: all %d count", key.end_step)
             begun = key.end_step
         self._write_count(begun)
@@ -106,7 +114,7 @@ class Spending:
             How many they are.
         """
         self._ledger(fingerprint).commit(reservation, self._begun)
-        self._counter.unlink(missing_ok=True)
+        self._counters[0].unlink(missing_ok=True)
         return self._begun
 
     def begins_block(self, step: int) -> bool:
@@ -132,8 +140,10 @@ class Spending:
             self._write_count(end)
 
     def _write_count(self, steps: int) -> None:
-        with stored(self._counter.parent):
-            replace_durably(self._counter, str(steps).encode())
+        for place in self._counters:
+            with stored(place.parent):
+                place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+                replace_durably(place, str(steps).encode())
         self._begun = steps
 
     def remember(self, fingerprint: str) -> None:
@@ -146,6 +156,9 @@ class Spending:
     @property
     def _sources(self) -> Sources:
         return Sources(self.folder)
+
+    def _path(self, fingerprint: str) -> Path:
+        return ledger_path(self.folder, charged_to(fingerprint, self.config.dataset.family))
 
     def _ledger(self, fingerprint: str) -> Ledger:
         privacy, dataset = self.config.privacy, self.config.dataset
@@ -166,9 +179,15 @@ class Spending:
                     f"{source.family!r} before, where its charges are: restore that; a family is "
                     "named before its first run"
                 )
+        single = ledger_path(self.folder, fingerprint)
+        if dataset.family and traces(single):
+            raise LedgerError(
+                f"dataset.family={dataset.family!r}, but this data set was charged alone before, "
+                f"in '{single}': leave the family out; a family is named before its first run"
+            )
         # A run or sweep that has begun must find the ledger that it was charged to, not a new one.
         known = any(charged_to(s.fingerprint, s.family) == account for s in charged)
-        path = ledger_path(self.folder, account)
+        path = self._path(fingerprint)
         folders = (self.charged, self.run_dir / _CHARGED)
         earlier = [mark for folder in folders if (mark := folder / account[:16]).exists()]
         notes = dict.fromkeys([*(folder / path.stem for folder in folders), *earlier])
@@ -226,11 +245,12 @@ def _absolute(path: str | None) -> str | None:
 
 
 def _read_count(path: Path) -> int | None:
-    """What the file counts; None where it is missing or says no number."""
+    """What the file counts; None where it says no number of steps."""
     try:
-        return int(path.read_text())
-    except (FileNotFoundError, ValueError):
+        count = int(path.read_text())
+    except ValueError:
         return None
+    return count if count >= 0 else None
 
 
 def require_same_data(stated: str, found: str, config: Config) -> None:

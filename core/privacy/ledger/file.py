@@ -29,7 +29,7 @@ from core.errors import UserError
 from core.io.durable import replace_durably, sync_folder, write_and_sync
 from core.io.private_files import private_opener
 from core.privacy.accounting.mechanism import RELATIONS
-from core.privacy.ledger.notes import beside_secret, contradiction, write_notes
+from core.privacy.ledger.notes import beside_secret, contradiction, copy_note, write_notes
 
 Entry = dict[str, Any]
 _BEFORE_FIRST = "0" * 64
@@ -173,6 +173,12 @@ class Chain:
         self.entries.append(entry)
 
 
+def traces(path: Path) -> list[Path]:
+    """What there is of a ledger at `path`, beside it and beside the master secret."""
+    beside = (path, _head(path), path.with_suffix(".lock"), beside_secret(path))
+    return [place for place in beside if os.path.exists(place)]
+
+
 @contextmanager
 def locked(
     path: Path, create: bool = False, notes: Sequence[Path] = ()
@@ -192,6 +198,8 @@ def locked(
     witnesses = [*known, *filter(Path.exists, [path.with_suffix(".lock")])]
     absent = not path.exists() and not _head(path).exists()
     if absent and (witnesses or not create):
+        if witnesses and not traces(path):  # So that the loss can be accepted.
+            copy_note(path, witnesses[0])
         raise _missing(path, witnesses)
     with _lock(path, create=absent) as descriptor:
         begun = os.fstat(descriptor).st_size > 0
@@ -227,22 +235,27 @@ def _lock(path: Path, create: bool) -> Generator[int, None, None]:
         ) from None
 
 
-def accept_loss(path: Path, reason: str) -> int:
+def accept_loss(path: Path, reason: str, known: bool = False) -> int:
     """Goes on with the lines that still verify, and a new one that says that others were lost.
 
     A file with other lines, or none, is kept aside. What was spent in lost lines counts no more:
     the new line stays, for every card that is made from the ledger.
 
+    Args:
+        known: whether anything else than `traces` tells that there was a ledger.
+
     Returns:
         How many lines are left.
 
     Raises:
-        LedgerError: no reason is given, or `path` is no name of a ledger.
+        LedgerError: no reason is given, or `path` is no name of a ledger of which anything knows.
     """
     reason = " ".join(reason.split())
     require(bool(reason), "--reason", reason, "a sentence, which every privacy card will quote")
     is_name = path.suffix == ".jsonl" and len(path.stem) == 16
     require(is_name, "--file", str(path), "a ledger, such as FOLDER/0123456789abcdef.jsonl")
+    exists = known or bool(traces(path))
+    require(exists, "--file", str(path), "a ledger that was begun: nothing knows of this one")
     with _lock(path, create=False):
         content = path.read_bytes() if path.exists() else b""
         entries: list[Entry] = []

@@ -10,7 +10,7 @@ import hashlib
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -161,18 +161,26 @@ class Ledger:
                 )
             if earlier is None or earlier.counted != asked.events:
                 self._check_run(book, asked, within)
-                figures = self._admit(book, asked)
+                figures = self._admit(book, asked, within)
                 plain = [asdict(event) for event in asked.events]
                 body = {"key": asdict(key), "events": plain, "note": note, **figures}
                 body["within"] = asdict(within) if within else None
                 chain.append("reserve", body)
         return asked
 
-    def begun(self, key: Key) -> tuple[int, bool]:
-        """DP-SGD steps of a key that were settled, and whether it is open: more may have run."""
+    def begun(self, key: Key) -> tuple[int, bool, bool]:
+        """What is known of the DP-SGD steps of a key.
+
+        Returns:
+            How many were settled; whether it is open, so that more may have run; and whether its
+            charge may have been lost: there is none, and a loss of lines was accepted.
+        """
         with self._locked() as chain:
-            charge = self._book(chain).charges.get(key)
-        return (charge.committed or 0, charge.open) if charge else (0, False)
+            book = self._book(chain)
+        charge = book.charges.get(key)
+        if charge is None:
+            return 0, False, bool(book.losses)
+        return charge.committed or 0, charge.open, False
 
     def commit(self, reservation: Reservation, executed_steps: int) -> None:
         """Settles a reservation: of its DP-SGD steps only the executed ones count from now on.
@@ -374,25 +382,38 @@ class Ledger:
         reserved = _mechanisms(event for charge in charges for event in charge.reserved)
         return within.total(executed, reserved, self.terms.delta, self.terms.neighboring_relation)
 
-    def _admit(self, book: Book, asked: Reservation) -> dict[str, Any]:
-        """The new total and its accountant, for the record; None where no budget asks for it."""
+    def _admit(self, book: Book, asked: Reservation, within: RunBudget | None) -> dict[str, Any]:
+        """The new total and its accountant, for the record; None where no budget asks for it.
+
+        Privacy: a selection is charged whole, with its first trial. Later ones are never refused,
+            which would bound their secret number, and no figure depends on it.
+        """
         budget = self.terms.budget
         if budget is None:
             return {"epsilon_after": None, "accountant": None}
-        others = [charge for key, charge in book.charges.items() if key != asked.key]
-        counted = [*(event for charge in others for event in charge.counted), *asked.events]
-        grid = self._discretization(counted)
-        total = self._epsilon(counted, grid)
-        if total <= budget:
-            return {"epsilon_after": total, "accountant": self._accountant(total, counted, grid)}
-        spent = [event for charge in book.charges.values() for event in charge.settled]
-        held = [event for charge in others if charge.open for event in charge.events]
+        others = replace(book, charges={k: c for k, c in book.charges.items() if k != asked.key})
+        new = {asked.key: Charge(asked.events, "", "", within)}
+        after = replace(book, charges=others.charges | new)
+        apart = [event for charge in after.apart for event in charge.counted]
+        grid = self._discretization(apart)
+
+        def counted(part: Book) -> float:
+            return self._together(part, lambda charge: charge.counted, grid)[0]
+
+        total = counted(after)
+        paid = (
+            within is not None
+            and within.selection
+            and any(charge.counted for charge in others.of_run(asked.key.run))
+        )
+        if paid or total <= budget:
+            accountant = self._accountant(self._epsilon(apart, grid), apart, grid)
+            return {"epsilon_after": total, "accountant": accountant}
         raise BudgetExceededError(
-            f"reserving epsilon {upward(self._epsilon(asked.events, grid), 6)} for {asked.key} "
-            f"would bring its data set to {upward(total, 6)} of its "
-            f"budget {upward(budget, 6)} (spent {upward(self._epsilon(spent, grid), 6)}, reserved "
-            f"{upward(self._epsilon(held, grid), 6)}): plan fewer steps, more noise or fewer "
-            "trials, as a budget is never raised"
+            f"reserving epsilon {upward(counted(replace(book, charges=new)), 6)} for {asked.key} "
+            f"would bring its data set to {upward(total, 6)} of its budget {upward(budget, 6)} "
+            f"(spent or reserved {upward(counted(others), 6)}): plan fewer steps, more noise or "
+            "fewer trials, as a budget is never raised"
         )
 
     def _together(

@@ -4,8 +4,7 @@ import json
 from pathlib import Path
 
 from core.privacy.keys import MasterSecret
-from core.privacy.ledger.file import LedgerError
-from core.privacy.ledger.notes import beside_secret
+from core.privacy.ledger.file import LedgerError, traces
 
 
 def ledger_path(folder: Path, account: str) -> Path:
@@ -31,7 +30,7 @@ def ledger_path(folder: Path, account: str) -> Path:
     if found:
         return found[0]
     earlier = folder / f"{account[:16]}.jsonl"
-    if any(map(Path.exists, (earlier.with_suffix(".lock"), beside_secret(earlier)))):
+    if traces(earlier):
         return earlier
     return folder / f"{shown_name(account)}.jsonl"
 

@@ -46,6 +46,16 @@ def write_notes(path: Path, places: Sequence[Path], entry: dict[str, Any]) -> No
         _LOG.warning("no note of the ledger beside the master secret: %s", error)
 
 
+def copy_note(path: Path, place: Path) -> None:
+    """Keeps what a run's note knows beside the master secret too, as far as that can be written."""
+    own = beside_secret(path)
+    try:
+        own.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        replace_durably(own, place.read_bytes())
+    except OSError as error:
+        _LOG.warning("no note of the ledger beside the master secret: %s", error)
+
+
 def contradiction(place: Path, entries: Sequence[dict[str, Any]]) -> str:
     """What the note at `place` knows that the lines of the ledger do not; empty if they agree.
 
@@ -63,5 +73,5 @@ def contradiction(place: Path, entries: Sequence[dict[str, Any]]) -> str:
     except (ValueError, KeyError, TypeError):
         return f"the note '{place}' of its last line is not as it was written"
     if number < len(entries):
-        return f"its line {number + 1} is another than that which '{place}' knows"
-    return f"it holds {len(entries)} lines, but '{place}' knows of {number + 1}"
+        return f"it is another than '{place}' knows"
+    return f"it is shorter than '{place}' knows"  # How long would tell of a selection's trials.

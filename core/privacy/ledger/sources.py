@@ -9,6 +9,8 @@ from typing import Any
 from core.io.durable import replace_durably
 from core.io.locks import held
 from core.privacy.ledger.file import LedgerError
+from core.privacy.ledger.ledger import charged_to
+from core.privacy.ledger.names import ledger_path
 
 _PATIENCE = 60.0
 
@@ -27,7 +29,7 @@ class Source:
     fingerprint: str
     path: str | None = None
     family: str | None = None
-    charged: bool = True  # As far as anybody knows of those that older versions wrote.
+    charged: bool = True
 
 
 @dataclass(frozen=True)
@@ -58,14 +60,26 @@ class Sources:
             ) from None
 
     def remember(self, key: str, source: Source) -> None:
-        """Keeps what a source held; what was ever charged stays so."""
-        before = self.read()
-        source = replace(source, charged=source.charged or _charged(before, key, source))
-        if before.get(key) == source:
+        """Keeps what a source held; what was ever charged stays so, with the family it was with."""
+        if self._after(key, source) == self.read():
             return
         with held(self.folder / "sources.lock", _PATIENCE):
-            content = {k: asdict(v) for k, v in (self.read() | {key: source}).items()}
+            content = {k: asdict(v) for k, v in self._after(key, source).items()}
             replace_durably(self._path, json.dumps(content, indent=1).encode())
+
+    def _after(self, key: str, source: Source) -> dict[str, Source]:
+        sources = self.read()
+        before = sources.get(key)
+        if before and before.charged and before.fingerprint == source.fingerprint:
+            family = source.family if source.charged else before.family
+            source = replace(source, charged=True, family=family)
+        return sources | {key: source}
+
+    def know_of(self, path: Path) -> bool:
+        """Whether anything was charged to the ledger at `path`."""
+        charged = [source for source in self.read().values() if source.charged]
+        accounts = {charged_to(source.fingerprint, source.family) for source in charged}
+        return path in {ledger_path(self.folder, account) for account in accounts}
 
     def shared_paths(self) -> list[str]:
         """Paths that were read as several data sets, each with a ledger of its own."""
@@ -78,9 +92,6 @@ class Sources:
 
 
 def _source(value: str | Mapping[str, Any]) -> Source:
-    return Source(value) if isinstance(value, str) else Source(**value)
-
-
-def _charged(before: Mapping[str, Source], key: str, source: Source) -> bool:
-    earlier = before.get(key)
-    return earlier is not None and earlier.charged and earlier.fingerprint == source.fingerprint
+    # Older versions noted the digest alone, also where nothing was charged: it proves no ledger;
+    # a lock, head or note of one does.
+    return Source(value, charged=False) if isinstance(value, str) else Source(**value)
