@@ -88,7 +88,7 @@ class PrivacyConfig(Section):
     """Scope `selection`: law of the secret number of trials (Papernot and Steinke 2022)."""
     selection_mean: Annotated[float, Field(gt=1, le=10_000)] = 16.0
     """Scope `selection`: its mean."""
-    dp_accuracy_stddev: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = None
+    dp_accuracy_stddev: Annotated[float, Field(ge=1, le=1e9)] | None = None
     """Noise, in images, on the number of private images that the downstream classifier gets
     right; its charge is part of the trial's. Null: there is no `dp_accuracy`."""
     data_set_budget: Positive | None = None

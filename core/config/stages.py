@@ -12,7 +12,7 @@ class CentralImagesConfig(Section):
 
     kind: Literal["mean", "mode"] = "mean"
     per_class: Annotated[int, Field(ge=1, le=100_000)] = 5
-    noise_multiplier: Annotated[float, Field(ge=0.3, allow_inf_nan=False)] = 5.0
+    noise_multiplier: Annotated[float, Field(ge=0.3, le=1e9)] = 5.0
     """Noise standard deviation over sensitivity; below 0.3 a single release is hardly private."""
     expected_batch_size: PositiveInt = 144
     """Expected number of images in the Poisson sample of one release, over all classes."""
@@ -43,7 +43,7 @@ class CentralImagesConfig(Section):
 class FrequencyConfig(Section):
     """The easy stage's second release, of method `feta_pro`, and the generator fitted to it."""
 
-    noise_multiplier: Annotated[float, Field(ge=0.3, allow_inf_nan=False)] = 26.0
+    noise_multiplier: Annotated[float, Field(ge=0.3, le=1e9)] = 26.0
     """Noise standard deviation over sensitivity of the one release, which covers all images."""
     num_features: Annotated[int, Field(ge=2, le=1_000_000)] = 4000
     """Random Fourier features of an image: cosine and sine of half as many frequencies."""

@@ -9,7 +9,7 @@ RELATIONS = ("zero_out", "replace_one")
 """Neighbouring relations: a record becomes an empty one, or any other."""
 COARSE, FINE = 1e-3, 1e-4
 """Grids of privacy losses; the finer is that of all that a plan states."""
-_FINEST, _COARSEST, _POINTS = 1e-9, 5e-3, 2**17
+_FINEST, _COARSEST, _POINTS = 1e-9, 5e-3, 2**16
 LARGEST = 600.0
 """Largest epsilon that PLD gives: exp(-epsilon) of a small probability is nearly 0."""
 FEW = 4
@@ -57,7 +57,7 @@ def fitting_grid(mechanisms: Sequence[Mechanism], discretization: float, scale: 
     seconds would be spent on digits that nobody sees; less of the fine grid for the smallest.
     """
     enough = quick_grid(mechanisms)
-    grid = max(discretization, min(FINE * scale / 20, enough))
+    grid = max(discretization, min(FINE * scale / 20, max(enough, scale / 2**20)))
     if discretization == FINE:
         grid = min(grid, enough)
     return discretization * 2.0 ** round(math.log2(grid / discretization))

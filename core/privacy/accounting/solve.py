@@ -26,6 +26,10 @@ from core.privacy.accounting.rounding import upward
 _MOST_SECANTS = 6
 MIN_NOISE_MULTIPLIER, MAX_NOISE_MULTIPLIER = 1e-4, 1e4
 _DIGITS = 4
+_END = 0.999 * LARGEST
+"""Where PLD solves for what is above its end, so that rounding does not lead beyond it."""
+_LARGEST_SCALE = 1e5
+"""Where PLD alone is proven, what would exceed this is not composed."""
 _MOST_RELEASES = 2_000_000
 """Beyond so many the library takes minutes; the quick figure, equal to about 2e-6, is taken."""
 
@@ -56,6 +60,8 @@ def epsilon_of_mechanisms(
     bound, proven = renyi.epsilon(mechanisms, delta), relation == "zero_out"
     if proven and (delta < least_delta(mechanisms) or bound > 2 * LARGEST):
         return bound
+    if bound > _LARGEST_SCALE:
+        return math.inf
     # Imported here, as the accountant of record takes a second for it.
     from core.privacy.accounting.exact import exact_epsilon
 
@@ -165,7 +171,7 @@ def solve_noise_multiplier(
     beyond = _beyond_pld(spent, sample_rate, num_steps, target_epsilon, delta, relation)
     if beyond is not None:
         return beyond, exact(beyond)
-    target_epsilon = min(target_epsilon, LARGEST)
+    target_epsilon = min(target_epsilon, _END)
     guess = _guess(spent, sample_rate, num_steps, target_epsilon, delta, relation)
 
     def excess(noise_multiplier: float, part: float = 1.0) -> float:
@@ -211,25 +217,29 @@ def estimated_noise_multiplier(
     beyond = _beyond_pld(spent, sample_rate, num_steps, target_epsilon, delta, relation)
     if beyond is not None:
         return beyond
-    target_epsilon = min(target_epsilon, LARGEST)
+    target_epsilon = min(target_epsilon, _END)
     guess = _guess(spent, sample_rate, num_steps, target_epsilon, delta, relation)
 
     def excess(log_noise: float) -> float:
         mechanisms = [*spent, (sample_rate, math.exp(log_noise), num_steps)]
         epsilon = quick_epsilon(mechanisms, delta, relation, quick_grid(mechanisms))
-        return math.log(min(max(epsilon, 1e-12), 4 * LARGEST) / target_epsilon)
+        return math.log(max(epsilon, 1e-12) / target_epsilon)
 
     one = math.log(0.94 * guess)
     at_one = excess(one)
     if abs(at_one) < 1e-9:
         return math.exp(one)
-    other = one + at_one  # As if epsilon were inverse to the noise.
-    for _ in range(_MOST_SECANTS):
+    # As if epsilon were inverse to the noise; at most halved, as little noise takes long.
+    other = one + max(at_one, -math.log(2))
+    for _ in range(_MOST_SECANTS if math.isfinite(at_one) else 0):  # Infinite: beyond PLD.
         at_other = excess(other)
+        if math.isinf(at_other):
+            other = (one + other) / 2
+            continue
         slope = (at_other - at_one) / (other - one)
         if slope > -0.4:  # More noise hardly helps: the rest has spent nearly all.
             break
-        found = other - at_other / slope
+        found = other - min(at_other / slope, math.log(2))
         if abs(found - other) < 0.04:  # Where epsilon is a power, to the second order of this.
             return math.exp(found)
         one, at_one, other = other, at_other, found
