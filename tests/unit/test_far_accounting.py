@@ -78,7 +78,7 @@ def test_where_pld_no_longer_resolves_delta_it_is_not_asked():
 
 
 @pytest.mark.parametrize("rate", [1e-4, 0.01, 0.07, 0.5, 0.99])
-@pytest.mark.parametrize("noise", [0.15, 0.3, 0.6, 1.5])
+@pytest.mark.parametrize("noise", [0.02, 0.06, 0.15, 0.3, 0.6, 1.5, 5.0, 40.0])
 def test_the_bound_at_orders_below_2_is_no_less_than_the_divergence_and_near_it(rate, noise):
     for order in (1.003, 1.05, 1.3, 1.8, 1.99):
         # By quadrature, in deviations of N(0, noise^2); analytic, so that the error is tiny.
@@ -90,8 +90,8 @@ def test_the_bound_at_orders_below_2_is_no_less_than_the_divergence_and_near_it(
         found = renyi.divergence([(rate, noise, 1)], order)
         true = log_mean / (order - 1)
         assert found >= true * (1 - 1e-6) - 1e-11
-        if noise < 0.5:
-            assert found <= true * 1.05 + 1e-11
+        if noise < 0.5 or rate < 0.1:
+            assert found <= true * (1.06 if noise < 0.5 or noise > 3 else 1.2) + 1e-11
     assert renyi.divergence([(rate, noise, 1)], 2 - 1e-12) == pytest.approx(
         renyi.divergence([(rate, noise, 1)], 2), rel=1e-6
     )

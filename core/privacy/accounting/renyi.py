@@ -68,14 +68,15 @@ def _one(sample_rate: float, noise_multiplier: float, order: float) -> float:
 
 
 def _small(sample_rate: float, noise_multiplier: float, order: float) -> float:
-    """An upper bound at orders a in (1, 2), close at little noise, where these are the best.
+    """An upper bound at orders a in (1, 2): the smaller of two, for little and for much noise.
 
     With r the ratio of the densities of N(1, sigma^2) and N(0, sigma^2), the divergence is
     log E (1-q + q r)^a / (a-1) under the latter (Mironov, Talwar and Zhang 2019, section 3.2: no
     other direction is worse). For u >= v >= 0 Taylor's series in v / u, whose next term is
     negative, gives (u + v)^a <= u^a + a u^(a-1) v + a (a-1) / 2 u^(a-2) v^2; so each side of r at
     which q r = 1-q is a sum of moments of r, that of r^k being exp(k (k-1) / (2 sigma^2)) times
-    the part of N(k, sigma^2) that lies there.
+    the part of N(k, sigma^2) that lies there. And with w = q (r-1), for which E w = 0, (1 + w)^a <=
+    1 + a w + a (a-1) / 2 w^2, but for w < 0, where -w^3 <= q w^2, what the next term comes to.
     """
     from scipy import special
 
@@ -91,7 +92,14 @@ def _small(sample_rate: float, noise_multiplier: float, order: float) -> float:
         + special.log_ndtr(side * (middle - power) / noise_multiplier)
         for power, side in ((j, 1.0), (order - j, -1.0))
     ]
-    return max(0.0, float(np.logaddexp.reduce(terms, axis=None))) / (order - 1)
+    few = max(0.0, float(np.logaddexp.reduce(terms, axis=None)))
+    if noise_multiplier < 0.05:  # The other's square overflows, and is far more.
+        return few / (order - 1)
+    square = sample_rate**2 * math.expm1(noise_multiplier**-2)
+    next_term = (2 - order) / 3 * sample_rate * (1 - sample_rate) ** (order - 3)
+    much = math.log1p(order * (order - 1) / 2 * square * (1 + next_term))
+    without_sampling = order / (2 * noise_multiplier**2)
+    return min(few / (order - 1), much / (order - 1), without_sampling)
 
 
 @lru_cache(maxsize=256)
