@@ -420,13 +420,6 @@ MUTANTS = (
         FAR,
     ),
     Mutant(
-        "Renyi DP at small orders without the term of its series' tail",
-        "core/privacy/renyi.py",
-        "square * (1 + next_term)",
-        "square",
-        FAR,
-    ),
-    Mutant(
         "a term of Renyi DP's small orders lost",
         "core/privacy/accounting/renyi.py",
         "for power, side in ((j, 1.0), (order - j, -1.0))",
