@@ -63,10 +63,10 @@ def epsilon_of_mechanisms(
     if bound > _LARGEST_SCALE:
         return math.inf
     # Imported here, as the accountant of record takes a second for it.
-    from core.privacy.accounting.exact import exact_epsilon
+    from core.privacy.accounting.exact import epsilon_of_many, exact_epsilon
 
     if len(mechanisms) > FEW:
-        from core.privacy.accounting.exact import epsilon_of_many as epsilon_of
+        epsilon_of = epsilon_of_many
     elif of_record and discretization <= FINE and sum(n for *_, n in mechanisms) <= _MOST_RELEASES:
         epsilon_of = exact_epsilon
     else:
@@ -75,7 +75,8 @@ def epsilon_of_mechanisms(
     epsilon = epsilon_of(mechanisms, delta, relation, grid)
     if epsilon > LARGEST and proven:
         return bound
-    return epsilon if epsilon < math.inf else exact_epsilon(mechanisms, delta, relation, grid)
+    # Infinite: the quick figure beyond its end.
+    return epsilon if epsilon < math.inf else epsilon_of_many(mechanisms, delta, relation, grid)
 
 
 def accountant_of(
