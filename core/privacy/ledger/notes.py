@@ -8,7 +8,7 @@ written after its line has reached the disk, so it may lag behind the ledger, ne
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,20 +38,19 @@ def write_notes(path: Path, places: Sequence[Path], entry: dict[str, Any]) -> No
     for place in places:
         place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         replace_durably(place, content)
-    own = beside_secret(path)
-    try:
-        own.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        replace_durably(own, content)
-    except OSError as error:
-        _LOG.warning("no note of the ledger beside the master secret: %s", error)
+    _keep_beside_secret(path, lambda: content)
 
 
 def copy_note(path: Path, place: Path) -> None:
     """Keeps what a run's note knows beside the master secret too, as far as that can be written."""
+    _keep_beside_secret(path, place.read_bytes)
+
+
+def _keep_beside_secret(path: Path, content: Callable[[], bytes]) -> None:
     own = beside_secret(path)
     try:
         own.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        replace_durably(own, place.read_bytes())
+        replace_durably(own, content())
     except OSError as error:
         _LOG.warning("no note of the ledger beside the master secret: %s", error)
 
