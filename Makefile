@@ -38,7 +38,7 @@ check: setup
 mutants: setup
 	@$(BIN)/python tests/mutants.py
 
-# Rewrites the table in README.md: eight to ten minutes on two cores.
+# Rewrites the table in tests/benchmarks/README.md: eight to ten minutes on two cores.
 bench: setup
 	@$(BIN)/python tests/benchmarks/bench.py --readme
 

@@ -73,7 +73,7 @@ VARIANTS: dict[str, Changes] = {
         "private_training.optimizer": "adam_bc", "private_training.learning_rate": 1e-3,
     },
 }  # fmt: skip
-AVERAGES = {f"base, average of length {length}": length for length in (0.05, 0.1, 0.2)}
+AVERAGES = {f"base, EMA length {length}": length for length in (0.05, 0.1, 0.2)}
 """Rows made of the base's run by averaging its weights over another share of the training."""
 RDP = "noise as of RDP"
 """The row whose target is what RDP's noise really spends."""

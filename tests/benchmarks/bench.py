@@ -1,7 +1,7 @@
 """What DP-SGD, FID, sampling and an empty trial cost on a CPU: `make bench`, in about ten minutes.
 
 CPU seconds of one thread, in one process, the variants taking turns; writes `runs/bench.json`
-(flat keys) and prints a Markdown table, or puts it between the markers in README.md.
+(flat keys) and prints a Markdown table, or puts it between the markers in README.md beside it.
 
 Keys of two shapes B x K, such as `dp_over_sgd_8x16`, are also given as the worse of both.
 `grad_memory_ratio` is what our per-example gradients hold over what Opacus's hold.
@@ -224,7 +224,7 @@ def table(figures: Figures) -> str:
 def main() -> None:
     """Measures, writes and prints."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--readme", action="store_true", help="rewrite the table in README.md")
+    parser.add_argument("--readme", action="store_true", help="rewrite the tables in README.md")
     parser.add_argument("--repeats", type=int, default=5)
     parts = {
         "fid": fid,
@@ -255,7 +255,7 @@ def main() -> None:
     text = table(figures)
     print(text)
     if options.readme:
-        readme = variants.ROOT / "README.md"
+        readme = Path(__file__).with_name("README.md")
         before, rest = readme.read_text().split(START)
         readme.write_text(f"{before}{START}\n{text}\n{END}{rest.split(END)[1]}")
 
