@@ -1,1 +1,1 @@
-"""Machines that a sweep runs on: launcher files, manifests, and one cluster on this machine."""
+"""Clusters for a sweep: launcher files, manifests, and one cluster on this machine."""

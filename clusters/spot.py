@@ -1,4 +1,4 @@
-"""Node providers that start an on-demand machine where no spot machine can be had.
+"""Node providers that start an on-demand machine where no spot machine is available.
 
 Ray's autoscaler asks for the same node type again whenever a launch fails, so a second, on-demand
 node type would never get its turn while spot capacity is short. Here the launch itself falls back:

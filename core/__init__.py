@@ -1,4 +1,4 @@
-"""Two-stage differentially private image synthesis: the trainers, free of Ray and MLflow."""
+"""Two-stage differentially private image synthesis: one run, free of Ray and MLflow."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""`python -m core`: one run without Ray and MLflow, and what can be done with its folder."""
+"""Command line of one run and its folder, without Ray and MLflow: `python -m core`."""
 
 import argparse
 import importlib

@@ -1,4 +1,4 @@
-"""Where a run computes."""
+"""Device of a run."""
 
 import os
 import platform

@@ -1,4 +1,4 @@
-"""The few collective operations that the trainers need; all are no-ops in a single process."""
+"""Collective operations of the trainers; all are no-ops in a single process."""
 
 import threading
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The errors a user can cause, each one clear sentence: value, allowed range, remedy."""
+"""Errors that a user can cause, each one clear sentence: value, allowed range, remedy."""
 
 import unicodedata
 from collections.abc import Generator

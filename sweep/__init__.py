@@ -1,1 +1,1 @@
-"""Searches central-image count, noise and stage split with Ray Tune, Optuna and Ray Train."""
+"""Search of central-image count, noise and stage split with Ray Tune, Optuna and Ray Train."""

@@ -1,4 +1,4 @@
-"""Looks at sweeps, stops and exports them; `python sweep/run.py` starts them.
+"""Commands that look at sweeps, stop and export them; `python sweep/run.py` starts them.
 
 Scores that these commands show are computed from real images and are not private.
 """

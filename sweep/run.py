@@ -1,4 +1,4 @@
-"""Runs a sweep: `python sweep/run.py --config sweep/configs/quickstart.yaml [key=value ...]`.
+"""Command line of a sweep: `python sweep/run.py --config FILE [key=value ...]`.
 
 The same command starts a sweep, continues an interrupted one, or shows the results of a complete
 one. `ray job submit --working-dir . -- python sweep/run.py ...` runs it on a cluster.

@@ -1,4 +1,4 @@
-"""Runs a command on an autoscaling cluster of this machine: the rehearsal for a cloud.
+"""Rehearsal of a cloud: a command on an autoscaling cluster of this machine.
 
 `python clusters/local/cluster.py -- python sweep/run.py --config ... max_concurrent_trials=2`
 starts a head that holds the trials, adds worker "nodes" (each a few processes) as trials need

@@ -1,4 +1,4 @@
-"""Ray's fake nodes of one machine, each with a folder of its own, as real nodes have.
+"""Node provider of one machine whose fake nodes have folders of their own, as real nodes have.
 
 In one folder each node would unpack submitted code over that of the others, while it is in use.
 """

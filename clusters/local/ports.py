@@ -1,4 +1,4 @@
-"""Ports for processes that are told where to listen, and begin to only seconds later."""
+"""Free ports for processes that begin to listen only seconds after they are told where."""
 
 import random
 import socket

@@ -1,4 +1,4 @@
-"""Configuration as people write it: files in a small part of YAML, with inheritance; overrides."""
+"""Configuration files in a small part of YAML, with inheritance, and overrides."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Configuration keys as people write them, and their names, ranges and near misses in words."""
+"""Configuration keys: their names, ranges and near misses in words."""
 
 import difflib
 from collections.abc import Collection

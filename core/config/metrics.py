@@ -1,4 +1,4 @@
-"""The scores by name."""
+"""Names of the scores."""
 
 DIRECTIONS = {
     "accuracy": "maximize",

@@ -1,4 +1,4 @@
-"""The diffusion model's sections of the configuration, and what every section is made of."""
+"""Configuration sections of the diffusion model, and the base of every section."""
 
 from typing import Annotated, Literal, Self
 

@@ -1,4 +1,4 @@
-"""The two stages' sections of the configuration: what each releases, and how it trains."""
+"""Configuration sections of the two stages: what each releases, and how it trains."""
 
 from typing import Annotated, Literal, Self
 
@@ -103,4 +103,4 @@ class TrainingConfig(Section):
     """Keeps 24 copies of the weights, of which `--ema-length` makes the average of any length."""
     label_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the network while it is trained; weights, norms, sums and noise are always float32."""
+    """Of the network while it is trained; weights are float32, norms, sums and noise float64."""

@@ -1,4 +1,4 @@
-"""Reads and writes the part of YAML that configuration files use, without a dependency.
+"""Reader and writer of the part of YAML that configuration files use, without a dependency.
 
 The part: nested mappings by indentation, scalars, flow lists of scalars, `#` comments. Whatever
 lies outside is an error that names the line, so a file never means something else here than to a

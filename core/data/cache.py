@@ -1,4 +1,4 @@
-"""Images decoded once for all runs and workers that see a folder, mapped into their memory."""
+"""Cache of decoded images, mapped into memory by all runs and workers that see its folder."""
 
 import hashlib
 import json

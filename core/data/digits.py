@@ -1,4 +1,4 @@
-"""The handwritten digits that come with scikit-learn."""
+"""Reader of the handwritten digits that come with scikit-learn."""
 
 import importlib.util
 from pathlib import Path

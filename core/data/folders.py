@@ -1,4 +1,4 @@
-"""Data sets of one file for each image: a folder of classes, an archive's index, EuroSAT."""
+"""Readers of one file per image: folders of classes, an archive's index, EuroSAT."""
 
 import hashlib
 import json

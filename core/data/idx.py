@@ -1,4 +1,4 @@
-"""The format of MNIST and its kin."""
+"""Reader of the IDX format: MNIST and its kin."""
 
 import gzip
 import hashlib

@@ -1,4 +1,4 @@
-"""Decoding of single image files: what is damaged or ambiguous is refused by name."""
+"""Decoder of single image files, which refuses damaged or ambiguous ones by name."""
 
 import importlib.util
 import io

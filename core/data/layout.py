@@ -1,4 +1,4 @@
-"""What the entries of a data set's folder are: hidden ones, splits, and the order of the rest."""
+"""Entries of a data set's folder: hidden ones, splits, and the order of the rest."""
 
 import os
 import re

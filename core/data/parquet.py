@@ -1,4 +1,4 @@
-"""Image data sets of the Hugging Face hub in their parquet files."""
+"""Reader of parquet files of the Hugging Face Hub."""
 
 import importlib.util
 import json

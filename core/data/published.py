@@ -1,4 +1,4 @@
-"""CIFAR as torchvision stores it, and the published digests of all that torchvision knows."""
+"""Reader of CIFAR as torchvision stores it, and published digests that torchvision knows."""
 
 import importlib
 import importlib.util

@@ -1,4 +1,4 @@
-"""What every reader of a data set hands over, and what each image goes through on the way."""
+"""Records that every reader hands over, and the processing that each image receives."""
 
 import hashlib
 import os

@@ -1,4 +1,4 @@
-"""Data sets whose tables say which picture is what: CelebA and Camelyon17."""
+"""Readers of data sets with tables of labels: CelebA and Camelyon17."""
 
 import codecs
 import csv

@@ -1,4 +1,4 @@
-"""Averages of any length after training (Karras et al. 2024, "EDM2", section 3).
+"""EMA of any length after training (Karras et al. 2024, "EDM2", section 3).
 
 Two power-function averages are tracked while training and snapshots of both kept; the average of
 another length is the linear combination of the snapshots whose weights come closest to its own.

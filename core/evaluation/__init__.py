@@ -1,1 +1,1 @@
-"""Scores of synthetic images: Frechet distances and downstream classification accuracy."""
+"""Scores of synthetic images: distribution metrics and downstream accuracy."""

@@ -1,4 +1,4 @@
-"""Training and accuracy of classifiers that learn from synthetic, or from real, images."""
+"""Classifiers that learn from synthetic or real images: training and accuracy."""
 
 import math
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Feature extractors for the scores of likeness: Inception, or a small network on real images."""
+"""Feature extractors of the distribution metrics: Inception, or a small network."""
 
 import hashlib
 import http.client

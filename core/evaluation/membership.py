@@ -1,4 +1,4 @@
-"""A membership inference attack by loss, beside what epsilon allows any attack to reach."""
+"""Membership inference attack by loss, beside the bound that epsilon gives."""
 
 import math
 from typing import Any

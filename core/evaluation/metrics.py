@@ -1,4 +1,4 @@
-"""The scores of a set of synthetic images against the real ones; only `dp_accuracy` is private."""
+"""Scores of synthetic images against real ones; only `dp_accuracy` is private."""
 
 import logging
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The nearest real training image of each synthetic one, in features and in pixels."""
+"""Nearest real training image of each synthetic one, in features and in pixels."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

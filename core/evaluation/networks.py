@@ -1,4 +1,4 @@
-"""The classifiers by name: a small convolutional one, residual ones, two without convolution."""
+"""Classifiers by name: a small convolutional one, residual ones, two without convolution."""
 
 import itertools
 import math

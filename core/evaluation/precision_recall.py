@@ -1,4 +1,4 @@
-"""Improved precision and recall: how real the images look, and how much of the real they cover."""
+"""Improved precision and recall: realism of the images, and coverage of the real ones."""
 
 import torch
 

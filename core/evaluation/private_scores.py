@@ -1,4 +1,4 @@
-"""The scores of a run that carry noise: each is drawn once, and kept before it is used."""
+"""Private scores of a run: each is drawn once, and stored before it is used."""
 
 import json
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The real side of the scores of likeness, computed once for all runs on the same data."""
+"""Real side of the distribution metrics, computed once for all runs on the same data."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""All scores of a run, shared among ranks, with what must be equal for them to compare."""
+"""Scoring of a run across ranks, with what must be equal for scores to compare."""
 
 import math
 import statistics

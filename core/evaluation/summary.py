@@ -1,4 +1,4 @@
-"""What scores of likeness need of a set of images: moments of all features, and some features."""
+"""Summary of a set of images for distribution metrics: moments, and some features."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""A trained generator in a folder of its own: labels in, images out.
+"""Released generator in a folder of its own: labels in, images out.
 
 The folder holds the averaged weights, the names of the classes and what drawing needs of the
 configuration: no optimizer, no key, no ledger, no path. Bundles hold one, and so does MLflow's

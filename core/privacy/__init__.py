@@ -1,1 +1,1 @@
-"""Everything that a privacy claim rests on: plan, accounting, keys, sampling, releases, DP-SGD."""
+"""Privacy: plan, accounting, ledger and mechanisms, which every claim rests on."""

@@ -1,4 +1,4 @@
-"""Keys and keyed random streams: what masks and noise are drawn from.
+"""Keys and keyed random streams, from which masks and noise are drawn.
 
 Every stream is derived by HKDF (RFC 5869, SHA-256) from a master secret that the user keeps
 outside the repository and the run folder. A stream is SHAKE-256 of the key and a counter, so any

@@ -1,1 +1,1 @@
-"""What leaves a run folder: the release bundle; and what its owner alone may see."""
+"""Publication: the release bundle, and the page for the owner alone."""

@@ -1,4 +1,4 @@
-"""The Hugging Face dataset card of a bundle, and the types that its parquet file states."""
+"""Dataset card of a bundle for the Hugging Face Hub, and the types of its parquet file."""
 
 import json
 from collections.abc import Mapping, Sequence

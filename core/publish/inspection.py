@@ -1,4 +1,4 @@
-"""What the owner of the data may look at, and nobody else: neighbours and a membership attack."""
+"""Inspection for the owner of the data alone: nearest neighbours and a membership attack."""
 
 import base64
 import html

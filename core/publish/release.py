@@ -1,4 +1,4 @@
-"""The release bundle of a run: synthetic images, generator and privacy card, never real images."""
+"""Release bundle of a run: synthetic images, generator and privacy card, never real images."""
 
 import csv
 import hashlib

@@ -1,4 +1,4 @@
-"""One entry of a search space: the values of a key, and whether they make sense for it."""
+"""Dimension of a search space: the values of a key, and whether they suit it."""
 
 from typing import Annotated, Any
 

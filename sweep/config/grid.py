@@ -1,4 +1,4 @@
-"""What a grid is: all combinations of choices, and a published one to draw beside its results."""
+"""Grids: all combinations of choices, and a published one to draw beside them."""
 
 from collections.abc import Mapping, Sequence
 from itertools import product

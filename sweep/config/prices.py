@@ -1,4 +1,4 @@
-"""What the machines of the launcher files cost, from `clusters/prices.yaml`."""
+"""Prices of the launcher files' machines, from `clusters/prices.yaml`."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What `privacy.scope` demands of a search, and what it decides for its trials."""
+"""Demands of `privacy.scope` on a search, and its settings for the trials."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""`--plan`: device hours and money that a sweep would take, from figures that were measured."""
+"""Estimate of device hours and money for `--plan`, from measured figures."""
 
 import json
 from collections.abc import Iterator

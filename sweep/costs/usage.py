@@ -1,4 +1,4 @@
-"""What a sweep has used, and where it must stop: device hours, GPU hours, money.
+"""Usage of a sweep and its limits: device hours, GPU hours, money.
 
 The driver notes what it used in one small file of the sweep's folder, every few seconds, so that
 also an interrupted trial, a failed one, and a driver that was killed count after a restart.

@@ -1,4 +1,4 @@
-"""One HTML file about a sweep that opens without a server and asks the network for nothing."""
+"""Report of a sweep: one HTML file that opens without a server and fetches nothing."""
 
 from sweep.report.page import write_report
 

@@ -1,4 +1,4 @@
-"""The plot of count x noise: what was tried, how it scored, and what the budget cannot pay."""
+"""Plot of count x noise: tried points, their scores, and what the budget cannot pay."""
 
 import math
 from collections.abc import Sequence

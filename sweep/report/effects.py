@@ -1,4 +1,4 @@
-"""What the search learnt: which parameter mattered, and which points no budget can pay."""
+"""Findings of the search: which parameter mattered, and which points no budget can pay."""
 
 import math
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The report's plots as plain Plotly figures; colours are names of the page's CSS variables."""
+"""Plots of the report as plain Plotly figures; colours are names of the page's CSS variables."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

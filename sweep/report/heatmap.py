@@ -1,4 +1,4 @@
-"""A grid of two keys as annotated heat maps: the sweep's own, and a published one beside it."""
+"""Annotated heat maps of a grid of two keys: the sweep's own, and a published one beside it."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

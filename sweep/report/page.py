@@ -1,4 +1,4 @@
-"""Gathers what the report says and fills the page."""
+"""Page of the report: its content, and the template that it fills."""
 
 import time
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Grids of a trial's images as data that stands in the page itself."""
+"""Grids of a trial's images as data inside the page."""
 
 import base64
 import io

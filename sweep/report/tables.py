@@ -1,4 +1,4 @@
-"""The report's tables, as text."""
+"""Tables of the report, as text."""
 
 import json
 from collections.abc import Sequence

@@ -1,1 +1,1 @@
-"""The folder of a sweep and what is read from it."""
+"""Folder of a sweep, and its readers."""

@@ -1,4 +1,4 @@
-"""Who a sweep's folder belongs to: one configuration, one release, one driver at a time."""
+"""Claim of a sweep's folder: one configuration, one release, one driver at a time."""
 
 import json
 import secrets

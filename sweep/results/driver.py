@@ -1,4 +1,4 @@
-"""The process that drives a sweep: whether there is one, and how to ask it to stop."""
+"""Driver process of a sweep: whether it runs, and how to stop it."""
 
 import fcntl
 import json

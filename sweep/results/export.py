@@ -1,4 +1,4 @@
-"""A trial as one flat record: for scripts, tables of other programs, and comparisons."""
+"""Flat record of a trial for scripts, tables of other programs, and comparisons."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Sweeps and their trials found again by name, from what lies in a storage folder."""
+"""Finder of sweeps and trials by name in a storage folder."""
 
 import json
 from collections.abc import Sequence

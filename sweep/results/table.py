@@ -1,4 +1,4 @@
-"""What a sweep has to show: read from the trials' folders, printed as a table."""
+"""Results table of a sweep, read from the trials' folders."""
 
 import json
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Early stopping: ASHA judges scores during training, and poor trials are told to end themselves.
+"""Early stopping by ASHA: scores during training end poor trials.
 
 A worker asks after each early score whether to go on, and waits. So a trial ends exactly there,
 pays for no later step, settles with the ledger, and leaves no process that Tune would have to kill.

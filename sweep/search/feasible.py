@@ -1,4 +1,4 @@
-"""What a sweep would run and which of its points the budget can pay; reads no data."""
+"""Feasible points of a sweep and its plan; reads no data."""
 
 import math
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""The search over the space, where points that the budget cannot pay never become trials."""
+"""Search of the space, in which points that the budget cannot pay never become trials."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""What the sweep's study is in Optuna's terms; read by the search and, without Ray, by reports."""
+"""Study of a sweep in Optuna's terms, for the search and, without Ray, for reports."""
 
 from pathlib import Path
 from typing import Any

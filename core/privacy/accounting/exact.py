@@ -1,6 +1,6 @@
-"""Privacy loss distributions of dp-accounting, composed: what a plan and a ledger state.
+"""Accountant of record: privacy loss distributions of dp-accounting, composed.
 
-The accountant of record is `dp_accounting.pld.PLDAccountant` (Koskela et al. 2020; Doroshenko et
+It is `dp_accounting.pld.PLDAccountant` (Koskela et al. 2020; Doroshenko et
 al. 2022). Loads dp-accounting, so only who composes imports this: most workers need a plan's
 numbers alone.
 """

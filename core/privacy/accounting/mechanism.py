@@ -1,4 +1,4 @@
-"""What is composed: Poisson-subsampled Gaussian mechanisms, and the grids of their losses."""
+"""Poisson-subsampled Gaussian mechanisms, and the grids of their losses."""
 
 import math
 from collections.abc import Iterable, Sequence

@@ -1,4 +1,4 @@
-"""Privacy loss distributions as dp-accounting's, in a tenth of its time: to search and to show.
+"""Quick accountant: dp-accounting's distributions in a tenth of its time, for search and display.
 
 The library visits every point of its grid in Python; here an array holds them all. What a plan
 states in the end is the library's own figure: see `accounting`.

@@ -1,10 +1,9 @@
-"""Renyi DP: what adaptive composition and private selection are proven for, and where PLD ends.
+"""Renyi DP: adaptive composition, private selection, and figures where PLD ends.
 
 PLD is tighter but composes only mechanisms that were fixed beforehand, and ends at large epsilons
-and small deltas. Where the noise of a later
-trial depends on earlier results, the proven filter is that of Renyi DP at one fixed order (Feldman
-and Zrnic 2021, theorem 4.3); so is the theorem on releasing the best of a secret number of runs
-(Papernot and Steinke 2022, theorem 2).
+and small deltas. Where the noise of a later trial depends on earlier results, the proven filter is
+that of Renyi DP at one fixed order (Feldman and Zrnic 2021, theorem 4.3). The theorem on releasing
+the best of a secret number of runs is one of Renyi DP, too (Papernot and Steinke 2022, theorem 2).
 """
 # scipy has no types:
 # pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false

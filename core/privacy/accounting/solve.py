@@ -1,4 +1,4 @@
-"""From what the two stages release to epsilon, and back to the DP-SGD noise that the budget leaves.
+"""Solver of a plan: from releases to epsilon, and from the budget to the noise of DP-SGD.
 
 By privacy loss distributions (PLD), discretised at about 1e-4; RDP (Mironov 2017) brackets the
 search, and gives the figure where PLD ends: above epsilon 600, and below the delta that its Fourier

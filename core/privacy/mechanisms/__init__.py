@@ -1,1 +1,1 @@
-"""Keys, sampling, and the mechanisms that touch private images."""
+"""Sampling, and the mechanisms that touch private images."""

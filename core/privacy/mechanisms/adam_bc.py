@@ -1,4 +1,4 @@
-"""DP-AdamBC: Adam whose second moment is less the variance that DP-SGD's noise adds to it.
+"""DP-AdamBC: Adam without the variance that DP-SGD's noise adds to its second moment.
 
 Tang, Shpilevskiy and Lecuyer (2024), "DP-AdamBC: Your DP-Adam Is Actually DP-SGD (Unless You Apply
 Bias Correction)", algorithm 1. The second moment of a noisy gradient is that of the gradient plus

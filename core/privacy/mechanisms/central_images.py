@@ -1,4 +1,4 @@
-"""The easy stage's release: noisy central images of random private samples.
+"""Central images: the easy stage's release, noisy aggregates of random private samples.
 
 DP-FETA (Li et al. 2024), section on central images. For each class c and release j the released
 object is `(sum over the Poisson sample j of class c of h(x)) + N(0, (sigma * S)^2 I)`; dividing by

@@ -1,4 +1,4 @@
-"""Weight gradients of a convolution, one for each example, by the way that fits its shape."""
+"""Per-example weight gradients of a convolution, by the way that fits its shape."""
 # torch's operators have no types:
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownArgumentType=false

@@ -1,4 +1,4 @@
-"""The frequency stage's release: noisy random Fourier features of all private images.
+"""Frequency features: noisy random Fourier features of all private images.
 
 FETA-Pro (Gong et al. 2025) with the features of Rahimi and Recht (2007) as DP-MERF (Harder et al.
 2021) uses them: an image x has `phi(x) = sqrt(2/D) [cos(W x), sin(W x)]`, and for each class the

@@ -1,1 +1,1 @@
-"""The privacy plan: what a trial releases, under which scope, at which noise."""
+"""Privacy plan: the releases of a trial, its scope and its noise."""

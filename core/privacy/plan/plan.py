@@ -1,4 +1,4 @@
-"""The privacy plan: the only source of numbers that enter a sampler, a clip, a noise or a report.
+"""Privacy plan: the only source of numbers for samplers, clips, noise and reports.
 
 `make_plan(config)` solves the DP-SGD noise multiplier that is left after the easy stage's releases,
 so that both stages together spend the target epsilon. It touches no data.

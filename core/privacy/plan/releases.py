@@ -1,4 +1,4 @@
-"""What each stage of a trial releases: the parts of its privacy plan, asked for by it alone."""
+"""Releases of a trial's stages: the parts of its privacy plan."""
 
 import math
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What the target epsilon covers beyond one trial, and the share of it that one trial may spend.
+"""Scopes: what the target epsilon covers beyond one trial, and the share of one trial.
 
 `trial`: each trial spends the target. `public`: likewise, by the only run on the data. `sweep`: all
 trials together. `selection`: the best of a secret number of trials. Under the last two a trial's
