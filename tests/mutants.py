@@ -162,14 +162,14 @@ MUTANTS = (
     Mutant(
         "frequency features not charged",
         PLAN,
-        "stages = (self.central, self.frequency, self.dp_sgd, self.score)",
-        "stages = (self.central, self.dp_sgd, self.score)",
+        "for name in RELEASES if (each :=",
+        "for name in RELEASES if name != 'frequency' and (each :=",
     ),
     Mutant(
         "frequency features not paid for by DP-SGD",
         PLAN,
-        "stages = (central_plan(config), frequency_plan(config), score_plan(config))",
-        "stages = (central_plan(config), score_plan(config))",
+        'if plan and name != "dp_sgd"',
+        'if plan and name not in ("dp_sgd", "frequency")',
     ),
     Mutant("half of the steps charged", STAGE_PLANS, DP_SGD_EVENT, f"{DP_SGD_EVENT} // 2"),
     Mutant(
@@ -219,15 +219,15 @@ MUTANTS = (
     Mutant(
         "private scores during training not charged",
         STAGE_PLANS,
-        "ScorePlan(stddev, 1 + at_early + by_epoch)",
-        "ScorePlan(stddev, 1 + by_epoch)",
+        "cls(stddev, 1 + at_early + by_epoch)",
+        "cls(stddev, 1 + by_epoch)",
         EARLY,
     ),
     Mutant(
         "the choice of a classifier's epoch not charged",
         STAGE_PLANS,
-        "ScorePlan(stddev, 1 + at_early + by_epoch)",
-        "ScorePlan(stddev, 1 + at_early)",
+        "cls(stddev, 1 + at_early + by_epoch)",
+        "cls(stddev, 1 + at_early)",
         EPOCHS,
     ),
     Mutant(
@@ -240,8 +240,8 @@ MUTANTS = (
     Mutant(
         "private accuracy not charged",
         PLAN,
-        "stages = (self.central, self.frequency, self.dp_sgd, self.score)",
-        "stages = (self.central, self.frequency, self.dp_sgd)",
+        "for name in RELEASES if (each :=",
+        "for name in RELEASES if name != 'score' and (each :=",
         ("tests/unit/test_scopes.py",),
     ),
     Mutant(

@@ -48,7 +48,7 @@ def scaled_down(config: Config, factor: float) -> Config:
     smaller = max(1, round(batch / factor))
     plan = make_plan(config)
     rate, noise, steps = plan.dp_sgd.mechanism
-    shrunk = (*plan.beside_dp_sgd, (rate * smaller / batch, noise * smaller / batch, steps))
+    shrunk = (*plan.other_mechanisms, (rate * smaller / batch, noise * smaller / batch, steps))
     epsilon = solve.epsilon_of_mechanisms(
         shrunk, plan.delta, plan.neighboring_relation, quick_grid(shrunk)
     )

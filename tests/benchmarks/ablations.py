@@ -83,7 +83,7 @@ SCALED = "scaled down by 2, as on public data"
 
 def noise_by_rdp(plan: PrivacyPlan) -> float:
     """The DP-SGD noise multiplier that RDP, at integer orders, asks for in place of PLD's."""
-    others, (rate, _, steps) = plan.beside_dp_sgd, plan.dp_sgd.mechanism
+    others, (rate, _, steps) = plan.other_mechanisms, plan.dp_sgd.mechanism
     low, high = plan.noise_multiplier / 2, plan.noise_multiplier * 2
     for _ in range(40):
         middle = (low + high) / 2
@@ -94,7 +94,7 @@ def noise_by_rdp(plan: PrivacyPlan) -> float:
 
 def rdp_changes(plan: PrivacyPlan) -> Changes:
     """The target at which PLD's noise is the one that RDP asks for at the plan's own."""
-    others, (rate, _, steps) = plan.beside_dp_sgd, plan.dp_sgd.mechanism
+    others, (rate, _, steps) = plan.other_mechanisms, plan.dp_sgd.mechanism
     mechanisms = (*others, (rate, noise_by_rdp(plan), steps))
     epsilon = solve.epsilon_of_mechanisms(mechanisms, plan.delta, plan.neighboring_relation, FINE)
     return {"privacy.target_epsilon": round(epsilon, 4)}

@@ -16,7 +16,7 @@ from core.privacy.mechanisms.central_images import (
     noisy_class_sums,
     release_central_images,
 )
-from core.privacy.plan.releases import CentralPlan, central_plan
+from core.privacy.plan.releases import CentralPlan
 
 MASKS, NOISE = KeyedStream(b"m" * 32), KeyedStream(b"n" * 32)
 CLASSES = 3
@@ -88,7 +88,7 @@ def test_one_record_moves_the_sums_by_at_most_the_sensitivity(kind, center, chan
 def test_a_clipped_record_moves_the_sums_by_at_most_the_plans_sensitivity(center, max_norm, record):
     settings = {"image_size": 8, "pixel_center": center, "max_norm": max_norm}
     run = load({}, {f"central_images.{key}": value for key, value in settings.items()})
-    config, plan = run.central_images, central_plan(run)
+    config, plan = run.central_images, CentralPlan.of(run)
     whole = 8 * max(center, 1 - center)
     assert plan.sensitivity == pytest.approx(min(max_norm, whole))
     images = torch.zeros(30, 1, 8, 8)
@@ -111,7 +111,7 @@ def test_a_clipped_record_moves_the_sums_by_at_most_the_plans_sensitivity(center
 def test_clipping_keeps_directions_and_lowers_the_noise():
     settings = {"per_class": 400, "image_size": 8, "max_norm": 3.0, "noise_multiplier": 5.0}
     run = load({}, {f"central_images.{key}": value for key, value in settings.items()})
-    config, plan = run.central_images, central_plan(run)
+    config, plan = run.central_images, CentralPlan.of(run)
     assert plan.noise_stddev == pytest.approx(15.0)
     empty = Split(torch.zeros((0, 1, 8, 8), dtype=torch.uint8), torch.zeros(0, dtype=torch.long))
     sums = torch.stack(list(noisy_class_sums(empty, CLASSES, config, plan, MASKS, NOISE)))

@@ -14,7 +14,7 @@ from core.data import Split
 from core.privacy.keys import KeyedStream
 from core.privacy.ledger.ledger import events_of
 from core.privacy.mechanisms.frequency import FourierFeatures, feature_sums, release_features
-from core.privacy.plan.plan import PrivacyPlan, check_frequency, make_plan
+from core.privacy.plan.plan import PrivacyPlan, check_stages, make_plan
 from core.privacy.plan.releases import FrequencyPlan
 
 CLASSES, NOISE = 3, KeyedStream(b"n" * 32)
@@ -83,7 +83,7 @@ def test_divisor_is_the_public_expected_count():
 def test_the_charge_is_that_of_the_gaussian_mechanism(relation):
     """Replacing a record by an empty one moves the sum by 1, by any other one by up to 2."""
     terms = {"privacy.neighboring_relation": relation, "privacy.target_epsilon": 3.0}
-    found = check_frequency(load({}, PRO | terms))
+    found = check_stages(load({}, PRO | terms))["frequency"]
     distance = {"zero_out": 1.0, "replace_one": 2.0}[relation]
     exact = privacy_loss_distribution.from_gaussian_mechanism(6.0, sensitivity=distance)
     assert found == pytest.approx(exact.get_epsilon_for_delta(1e-4), rel=1e-3)

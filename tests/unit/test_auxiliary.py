@@ -90,7 +90,7 @@ def test_settings_out_of_range_are_refused(key, value, reason):
 def test_what_no_step_trains_on_is_not_released(share, steps):
     config = pro(frequency__share=share, frequency__noise_multiplier=9, training__num_steps=20)
     assert (config.warm_up_steps - config.frequency_steps, config.frequency_steps) == steps
-    released = plan._fixed(config)
+    released = plan._problem(config).spent
     assert ((1.0, 9.0, 1) in released) == (steps[1] > 0)
     assert len(released) == (steps[0] > 0) + (steps[1] > 0)
     others = {"method": "dp_feta", "training.num_steps": 20, "frequency.share": share}

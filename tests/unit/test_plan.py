@@ -14,7 +14,7 @@ from core.privacy.accounting import solve
 from core.privacy.accounting.mechanism import COARSE, FINE
 from core.privacy.plan.plan import (
     PrivacyPlan,
-    check_central,
+    check_stages,
     composed_epsilon,
     kept_plan,
     make_plan,
@@ -66,7 +66,7 @@ def test_central_images_over_the_budget_are_refused_with_the_reason():
     with pytest.raises(InfeasibleError, match=r"central images alone spend epsilon 1\.099 of 1"):
         make_plan(config)
     with pytest.raises(InfeasibleError, match=r"lower central_images\.per_class"):
-        check_central(config)
+        check_stages(config)
 
 
 def test_central_images_that_leave_too_little_are_refused():
@@ -130,7 +130,6 @@ def test_a_kept_plan_is_taken_as_it_is_and_not_solved_again(changes, monkeypatch
         raise AssertionError("solved again")
 
     monkeypatch.setattr(solve, "solve_noise_multiplier", never)
-    monkeypatch.setattr("core.privacy.plan.plan._solve", never)
     monkeypatch.setattr("core.privacy.plan.scopes.Share.solve_noise_multiplier", never)
     assert kept_plan(config, PrivacyPlan.restored(kept)) == plan
 

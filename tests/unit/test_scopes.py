@@ -93,7 +93,8 @@ def test_noise_for_the_work_of_several_runs_is_golden(total, runs, golden):
     A grid of 1e-3 is too coarse for the small steps at epsilon 1: it asks for 24.5 and 50.7.
     """
     central, steps = (0.1, 5.0, 5), (4096 / 60_000, 2197 * runs)
-    found = solve.estimated_noise_multiplier([central], *steps, total, DELTA, "zero_out")
+    problem = solve.Problem((central,), *steps, total, DELTA, "zero_out")
+    found = solve.estimated_noise_multiplier(problem)
     assert found == pytest.approx(golden, rel=3e-3)
     accountant = pld_privacy_accountant.PLDAccountant(LIBRARY_RELATIONS["zero_out"], 3e-5)
     for rate, noise, count in (central, (steps[0], found, steps[1])):

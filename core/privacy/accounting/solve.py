@@ -7,8 +7,10 @@ transforms resolve.
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import metadata
+from typing import NoReturn
 
 from core.errors import InfeasibleError
 from core.privacy.accounting import renyi
@@ -123,38 +125,55 @@ def check_reach(
         )
 
 
-def check_room(
-    spent: Sequence[Mechanism],
-    sample_rate: float,
-    num_steps: int,
-    target_epsilon: float,
-    delta: float,
-    relation: str,
-) -> None:
-    """Whether the largest noise multiplier keeps the total within the target; see the solver.
+@dataclass(frozen=True)
+class Problem:
+    """Which DP-SGD noise multiplier keeps the total within a target.
+
+    Attributes:
+        spent: mechanisms already fixed (those of the easy stage, a private score).
+        sample_rate: Poisson sample rate q of DP-SGD, in (0, 1].
+        num_steps: DP-SGD steps, at least 1.
+    """
+
+    spent: tuple[Mechanism, ...]
+    sample_rate: float
+    num_steps: int
+    target_epsilon: float
+    delta: float
+    relation: str
+
+    def with_noise(self, noise_multiplier: float) -> tuple[Mechanism, ...]:
+        """All that is released at this noise multiplier of DP-SGD."""
+        return (*self.spent, (self.sample_rate, noise_multiplier, self.num_steps))
+
+    def epsilon(self, noise_multiplier: float, discretization: float | None = None) -> float:
+        """The total at this noise multiplier, by default on the quick grid."""
+        mechanisms = self.with_noise(noise_multiplier)
+        grid = discretization or quick_grid(mechanisms)
+        return epsilon_of_mechanisms(mechanisms, self.delta, self.relation, grid)
+
+    def refuse_too_little(self) -> NoReturn:
+        """Raises `InfeasibleError`: the target is too little for any noise that is solved for."""
+        raise InfeasibleError(too_little(f"epsilon {upward(self.target_epsilon)}", self.spent))
+
+    def refuse_too_much(self) -> NoReturn:
+        """Raises `InfeasibleError`: the target is too much for it."""
+        raise InfeasibleError(too_much(f"epsilon {upward(self.target_epsilon)}"))
+
+
+def check_room(problem: Problem) -> None:
+    """Whether the largest noise multiplier keeps the total within the target.
 
     Raises:
         InfeasibleError: it does not.
     """
-    cheapest = (*spent, (sample_rate, MAX_NOISE_MULTIPLIER, num_steps))
-    if epsilon_of_mechanisms(cheapest, delta, relation, quick_grid(cheapest)) > target_epsilon:
-        raise InfeasibleError(too_little(f"epsilon {upward(target_epsilon)}", spent))
+    if problem.epsilon(MAX_NOISE_MULTIPLIER) > problem.target_epsilon:
+        problem.refuse_too_little()
 
 
-def solve_noise_multiplier(
-    spent: Sequence[Mechanism],
-    sample_rate: float,
-    num_steps: int,
-    target_epsilon: float,
-    delta: float,
-    relation: str,
-) -> tuple[float, float]:
+@lru_cache(maxsize=1024)
+def solve_noise_multiplier(problem: Problem) -> tuple[float, float]:
     """Finds the smallest DP-SGD noise multiplier that keeps the total within the target.
-
-    Args:
-        spent: mechanisms already fixed (those of the easy stage, a private score).
-        sample_rate: Poisson sample rate q of DP-SGD, in (0, 1].
-        num_steps: DP-SGD steps, at least 1.
 
     Returns:
         The noise multiplier, rounded up to four decimals, and the total epsilon it spends,
@@ -165,23 +184,19 @@ def solve_noise_multiplier(
     """
     from core.privacy.accounting.quick import quick_epsilon
 
-    def exact(noise_multiplier: float) -> float:
-        mechanisms = (*spent, (sample_rate, noise_multiplier, num_steps))
-        return epsilon_of_mechanisms(mechanisms, delta, relation, FINE)
-
-    beyond = _beyond_pld(spent, sample_rate, num_steps, target_epsilon, delta, relation)
+    beyond = _beyond_pld(problem)
     if beyond is not None:
-        return beyond, exact(beyond)
-    target_epsilon = min(target_epsilon, _END)
-    guess = _guess(spent, sample_rate, num_steps, target_epsilon, delta, relation)
+        return beyond, problem.epsilon(beyond, FINE)
+    problem = replace(problem, target_epsilon=min(problem.target_epsilon, _END))
+    target_epsilon = problem.target_epsilon
 
     def excess(noise_multiplier: float, part: float = 1.0) -> float:
-        mechanisms = [*spent, (sample_rate, noise_multiplier, num_steps)]
+        mechanisms = problem.with_noise(noise_multiplier)
         grid = 2 * quick_grid(mechanisms) * part  # Its error is removed below.
-        epsilon = quick_epsilon(mechanisms, delta, relation, grid)
+        epsilon = quick_epsilon(mechanisms, problem.delta, problem.relation, grid)
         return min(epsilon, 4 * LARGEST) - target_epsilon
 
-    low, high = _bracket(excess, guess, target_epsilon, spent)
+    low, high = _bracket(excess, problem)
     coarse = renyi.find_root(excess, low, high, rtol=2e-3)
     # The grid's error falls with its square, so that of a quarter of it is about a fifteenth of
     # the difference. One Newton step, then rounded up, and a proof on the finest grid.
@@ -189,23 +204,16 @@ def solve_noise_multiplier(
     slope = (excess(1.005 * coarse) - at_root) / (0.005 * coarse)
     fine = coarse - (finer - (at_root - finer) / 15) / slope if slope < 0 else coarse
     noise_multiplier = rounded_up(fine if low < fine < high else coarse)
-    while (epsilon := exact(noise_multiplier)) > target_epsilon:
+    while (epsilon := problem.epsilon(noise_multiplier, FINE)) > target_epsilon:
         step = (epsilon - target_epsilon) / -slope if slope < 0 else math.inf
         step = min(step, 0.02 * noise_multiplier)
         noise_multiplier = rounded_up(noise_multiplier * (1 + 1e-9) + step)
         if noise_multiplier > MAX_NOISE_MULTIPLIER:
-            raise InfeasibleError(too_little(f"epsilon {upward(target_epsilon)}", spent))
+            problem.refuse_too_little()
     return noise_multiplier, epsilon
 
 
-def estimated_noise_multiplier(
-    spent: Sequence[Mechanism],
-    sample_rate: float,
-    num_steps: int,
-    target_epsilon: float,
-    delta: float,
-    relation: str,
-) -> float:
+def estimated_noise_multiplier(problem: Problem) -> float:
     """As `solve_noise_multiplier`, to about 0.3 % and in a tenth of its time: to show, not to use.
 
     Secants in logarithms, where epsilon is nearly a power of the noise multiplier: mostly one.
@@ -215,18 +223,18 @@ def estimated_noise_multiplier(
     """
     from core.privacy.accounting.quick import quick_epsilon
 
-    beyond = _beyond_pld(spent, sample_rate, num_steps, target_epsilon, delta, relation)
+    beyond = _beyond_pld(problem)
     if beyond is not None:
         return beyond
-    target_epsilon = min(target_epsilon, _END)
-    guess = _guess(spent, sample_rate, num_steps, target_epsilon, delta, relation)
+    problem = replace(problem, target_epsilon=min(problem.target_epsilon, _END))
 
     def excess(log_noise: float) -> float:
-        mechanisms = [*spent, (sample_rate, math.exp(log_noise), num_steps)]
-        epsilon = quick_epsilon(mechanisms, delta, relation, quick_grid(mechanisms))
-        return math.log(max(epsilon, 1e-12) / target_epsilon)
+        mechanisms = problem.with_noise(math.exp(log_noise))
+        grid = quick_grid(mechanisms)
+        epsilon = quick_epsilon(mechanisms, problem.delta, problem.relation, grid)
+        return math.log(max(epsilon, 1e-12) / problem.target_epsilon)
 
-    one = math.log(0.94 * guess)
+    one = math.log(0.94 * _guess(problem))
     at_one = excess(one)
     if abs(at_one) < 1e-9:
         return math.exp(one)
@@ -244,37 +252,38 @@ def estimated_noise_multiplier(
         if abs(found - other) < 0.04:  # Where epsilon is a power, to the second order of this.
             return math.exp(found)
         one, at_one, other = other, at_other, found
-    check_room(spent, sample_rate, num_steps, target_epsilon, delta, relation)
-    return solve_noise_multiplier(spent, sample_rate, num_steps, target_epsilon, delta, relation)[0]
+    check_room(problem)
+    return solve_noise_multiplier(problem)[0]
 
 
-def _bracket(
-    excess: Callable[[float], float],
-    guess: float,
-    target_epsilon: float,
-    spent: Sequence[Mechanism],
-) -> tuple[float, float]:
+def _bracket(excess: Callable[[float], float], problem: Problem) -> tuple[float, float]:
     """Interval that holds the root of `excess`; RDP, cheap, over-estimates it by 1-14 %."""
+    guess = _guess(problem)
     low, high = 0.7 * guess, 1.01 * guess
     while excess(high) > 0:
         low, high = high, 2 * high
         if high > MAX_NOISE_MULTIPLIER:
-            raise InfeasibleError(too_little(f"epsilon {upward(target_epsilon)}", spent))
+            problem.refuse_too_little()
     while excess(low) < 0:
         low, high = low / 2, low
         if low < MIN_NOISE_MULTIPLIER:
-            raise InfeasibleError(too_much(f"epsilon {upward(target_epsilon)}"))
+            problem.refuse_too_much()
     return low, high
 
 
-def _beyond_pld(
-    spent: Sequence[Mechanism],
-    sample_rate: float,
-    num_steps: int,
-    target_epsilon: float,
-    delta: float,
-    relation: str,
-) -> float | None:
+def _guess(problem: Problem) -> float:
+    """The noise multiplier by Renyi DP for the zero-out relation; 1 where that finds none.
+
+    Replacing a record moves a sum twice as far as leaving it out, and costs about twice.
+    """
+    try:
+        found = _by_renyi(problem, 1e-3)
+    except InfeasibleError:
+        return 1.0
+    return found if problem.relation == "zero_out" else 2 * found
+
+
+def _beyond_pld(problem: Problem) -> float | None:
     """The noise multiplier by Renyi DP, rounded up; None where PLD solves for one.
 
     Above `LARGEST` Renyi DP may ask for more noise than PLD at that: then PLD solves, for less
@@ -284,57 +293,38 @@ def _beyond_pld(
         InfeasibleError: PLD does not reach the target, and Renyi DP is proven for another
             relation; or no noise multiplier up to 10,000 keeps the total within the target.
     """
+    some = problem.with_noise(1.0)
+    check_reach(problem.target_epsilon, some, problem.delta, problem.relation)
+    too_fine = problem.delta < least_delta(some)
+    if not too_fine and problem.target_epsilon <= LARGEST:
+        return None
+    found = rounded_up(_by_renyi(problem, 1e-9) * (1 + 1e-8))
+    return found if too_fine or problem.epsilon(found) > LARGEST else None
 
-    def mechanisms(noise_multiplier: float) -> tuple[Mechanism, ...]:
-        return (*spent, (sample_rate, noise_multiplier, num_steps))
+
+def _by_renyi(problem: Problem, tolerance: float) -> float:
+    """The noise multiplier at which Renyi DP gives the target, to a relative `tolerance`.
+
+    Raises:
+        InfeasibleError: there is none between the least and the largest that are solved for.
+    """
 
     def excess(log_noise: float) -> float:
-        return renyi.epsilon(mechanisms(math.exp(log_noise)), delta) - target_epsilon
+        mechanisms = problem.with_noise(math.exp(log_noise))
+        return renyi.epsilon(mechanisms, problem.delta) - problem.target_epsilon
 
-    check_reach(target_epsilon, mechanisms(1.0), delta, relation)
-    too_fine = delta < least_delta(mechanisms(1.0))
-    if not too_fine and target_epsilon <= LARGEST:
-        return None
     low, high = math.log(MIN_NOISE_MULTIPLIER), math.log(MAX_NOISE_MULTIPLIER)
     if excess(high) > 0:
-        raise InfeasibleError(too_little(f"epsilon {upward(target_epsilon)}", spent))
+        problem.refuse_too_little()
     if excess(low) < 0:
-        raise InfeasibleError(too_much(f"epsilon {upward(target_epsilon)}"))
-    found = rounded_up(math.exp(renyi.find_root(excess, low, high, xtol=1e-9)) * (1 + 1e-8))
-    asked = mechanisms(found)
-    if too_fine or epsilon_of_mechanisms(asked, delta, relation, quick_grid(asked)) > LARGEST:
-        return found
-    return None
+        problem.refuse_too_much()
+    return math.exp(renyi.find_root(excess, low, high, xtol=tolerance))
 
 
 def rounded_up(noise_multiplier: float) -> float:
     """To four decimals, or to four digits where those are fewer."""
     decimals = max(_DIGITS, _DIGITS - 1 - math.floor(math.log10(noise_multiplier)))
     return round(math.ceil(noise_multiplier * 10**decimals) / 10**decimals, decimals)
-
-
-def _guess(
-    spent: Sequence[Mechanism],
-    sample_rate: float,
-    num_steps: int,
-    target_epsilon: float,
-    delta: float,
-    relation: str,
-) -> float:
-    """The noise multiplier by Renyi DP for the zero-out relation; 1 where that finds none.
-
-    Replacing a record moves a sum twice as far as leaving it out, and costs about twice.
-    """
-
-    def excess(log_noise: float) -> float:
-        mechanisms = [*spent, (sample_rate, math.exp(log_noise), num_steps)]
-        return renyi.epsilon(mechanisms, delta) - target_epsilon
-
-    low, high = math.log(MIN_NOISE_MULTIPLIER), math.log(MAX_NOISE_MULTIPLIER)
-    if excess(high) >= 0 or excess(low) <= 0:
-        return 1.0
-    found = math.exp(renyi.find_root(excess, low, high, xtol=1e-3))
-    return found if relation == "zero_out" else 2 * found
 
 
 def too_much(budget: str) -> str:

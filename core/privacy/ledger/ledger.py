@@ -481,16 +481,9 @@ def events_of(plan: PrivacyPlan, central: str = "") -> tuple[Event, ...]:
     Args:
         central: identity of the release of central images, if other trials have them from it too.
     """
-    stages = (
-        ("central_images", plan.central),
-        ("frequency", plan.frequency),
-        ("dp_sgd", plan.dp_sgd),
-        ("dp_accuracy", plan.score),
-    )
     return tuple(
-        Event(kind, *stage.mechanism, release=central if kind == "central_images" else "")
-        for kind, stage in stages
-        if stage is not None
+        Event(each.kind, *each.mechanism, release=central if each.is_shared else "")
+        for each in plan.releases
     )
 
 

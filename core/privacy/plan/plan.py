@@ -5,9 +5,8 @@ so that both stages together spend the target epsilon. It touches no data.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from functools import lru_cache
 from typing import Any
 
 from core.config import Config, PrivacyConfig
@@ -23,15 +22,13 @@ from core.privacy.accounting.mechanism import (
 )
 from core.privacy.accounting.rounding import upward
 from core.privacy.plan.releases import (
+    RELEASES,
+    Aggregate,
     CentralPlan,
     DpSgdPlan,
     FrequencyPlan,
+    Release,
     ScorePlan,
-    central_plan,
-    dp_sgd_plan,
-    dp_sgd_sample_rate,
-    frequency_plan,
-    score_plan,
 )
 from core.privacy.plan.scopes import Share, share_of
 
@@ -117,36 +114,37 @@ class PrivacyPlan:
         )
 
     @property
-    def mechanisms(self) -> list[Mechanism]:
+    def releases(self) -> list[Release]:
         """All that is released, in the order in which it runs."""
-        stages = (self.central, self.frequency, self.dp_sgd, self.score)
-        return [stage.mechanism for stage in stages if stage is not None]
+        return [each for name in RELEASES if (each := getattr(self, name)) is not None]
 
     @property
-    def beside_dp_sgd(self) -> list[Mechanism]:
+    def mechanisms(self) -> list[Mechanism]:
+        """What the accountant composes."""
+        return [each.mechanism for each in self.releases]
+
+    @property
+    def other_mechanisms(self) -> list[Mechanism]:
         """What is released in any case, however many DP-SGD steps run and at whatever noise."""
-        stages = (self.central, self.frequency, self.score)
-        return [stage.mechanism for stage in stages if stage is not None]
+        return [each.mechanism for each in self.releases if each is not self.dp_sgd]
 
     def epsilon_after(self, steps: int) -> float:
         """Epsilon of this trial when it ends after so many DP-SGD steps; its scores count whole."""
         rate, noise_multiplier, _ = self.dp_sgd.mechanism
         executed = [(rate, noise_multiplier, steps)] if steps else []
         return solve.epsilon_of_mechanisms(
-            (*self.beside_dp_sgd, *executed), self.delta, self.neighboring_relation, FINE
+            (*self.other_mechanisms, *executed), self.delta, self.neighboring_relation, FINE
         )
 
     @classmethod
     def restored(cls, summary: Mapping[str, Any]) -> "PrivacyPlan":
         """The plan whose `summary` was kept; nothing is solved again."""
-        central = CentralPlan(**summary["central"]) if summary["central"] else None
-        kept = summary.get("frequency")  # Older summaries have none.
-        frequency = FrequencyPlan(**kept) if kept else None
-        score = ScorePlan(**summary["score"]) if summary["score"] else None
-        dp_sgd = DpSgdPlan(**numbers(summary["dp_sgd"]))
-        names = {field.name for field in fields(cls)} - {"central", "frequency", "dp_sgd", "score"}
-        rest = numbers({name: summary[name] for name in names if name in summary})
-        return cls(central=central, frequency=frequency, dp_sgd=dp_sgd, score=score, **rest)
+        kept: dict[str, Any] = {
+            name: kind(**numbers(summary[name])) if summary.get(name) else None
+            for name, kind in RELEASES.items()
+        }
+        names = {field.name for field in fields(cls)} & summary.keys() - RELEASES.keys()
+        return cls(**kept, **numbers({name: summary[name] for name in names}))
 
     def summary(self) -> dict[str, Any]:
         """Plain data for privacy.json."""
@@ -159,41 +157,28 @@ class PrivacyPlan:
         }
 
 
-def check_central(config: Config, exact: bool = True) -> float:
-    """Epsilon that the central images alone spend; quick, as DP-SGD is not solved.
+def check_stages(config: Config, exact: bool = True) -> dict[str, float]:
+    """Epsilon that each release of the easy stage alone spends; quick, as DP-SGD is not solved.
 
     Args:
         exact: False is faster and about 0.1 % too large.
 
+    Returns:
+        The figures by the release's field in the plan; 0 for one that is not made.
+
     Raises:
-        InfeasibleError: it exceeds what one trial may spend, or no accountant reaches the target.
+        InfeasibleError: one exceeds what a trial may spend, or no accountant reaches the target.
     """
     if config.method != "non_private":
-        *_, target, delta, relation = question = _question(config)
-        fixed, rate, steps = question[:3]
-        solve.check_reach(target, [*fixed, (rate, 1.0, steps)], delta, relation)
-    central = config.central_images
-    remedy = (
-        f"lower central_images.per_class ({central.per_class}) or raise "
-        f"central_images.noise_multiplier ({central.noise_multiplier:g})"
-    )
-    return _check_alone("central images", remedy, central_plan(config), config.privacy, exact)
+        problem = _problem(config)
+        mechanisms = problem.with_noise(1.0)
+        solve.check_reach(problem.target_epsilon, mechanisms, problem.delta, problem.relation)
+    stages = {name: kind for name, kind in RELEASES.items() if issubclass(kind, Aggregate)}
+    return {name: _check_alone(kind, config, exact) for name, kind in stages.items()}
 
 
-def check_frequency(config: Config, exact: bool = True) -> float:
-    """The same for the frequency features."""
-    remedy = f"raise frequency.noise_multiplier ({config.frequency.noise_multiplier:g})"
-    plan = frequency_plan(config)
-    return _check_alone("frequency features", remedy, plan, config.privacy, exact)
-
-
-def _check_alone(
-    name: str,
-    remedy: str,
-    plan: CentralPlan | FrequencyPlan | None,
-    privacy: PrivacyConfig,
-    exact: bool,
-) -> float:
+def _check_alone(kind: type[Aggregate], config: Config, exact: bool) -> float:
+    plan, privacy = kind.of(config), config.privacy
     if plan is None:
         return 0.0
     discretization = FINE if exact else quick_grid([plan.mechanism])
@@ -207,7 +192,9 @@ def _check_alone(
         too_dear = f"alone spend epsilon {upward(alone)} of"
         too_dear = too_dear if alone >= privacy.target_epsilon else ""
     if too_dear:
-        raise InfeasibleError(f"the {name} {too_dear} {upward(privacy.target_epsilon)}: {remedy}")
+        raise InfeasibleError(
+            f"the {kind.title} {too_dear} {upward(privacy.target_epsilon)}: {kind.remedy(config)}"
+        )
     return epsilon
 
 
@@ -219,12 +206,11 @@ def check_feasible(config: Config) -> None:
     """
     if config.method == "non_private":
         return
-    check_central(config)
-    check_frequency(config)
+    check_stages(config)
     if (share := share_of(config.privacy)) is not None:
         _solve_within(share, config)
     else:
-        solve.check_room(*_question(config))
+        solve.check_room(_problem(config))
 
 
 def make_plan(config: Config) -> PrivacyPlan:
@@ -233,15 +219,14 @@ def make_plan(config: Config) -> PrivacyPlan:
     Raises:
         InfeasibleError: the budget cannot pay; says which stage is too dear and the remedy.
     """
-    check_central(config)
-    check_frequency(config)
+    check_stages(config)
     privacy, total = config.privacy, None
     if config.method == "non_private":
         noise_multiplier, total = 0.0, math.inf
     elif (share := share_of(privacy)) is not None:
         noise_multiplier = _solve_within(share, config)
     else:
-        noise_multiplier, of_all = _solve(*_question(config))
+        noise_multiplier, of_all = solve.solve_noise_multiplier(_problem(config))
         total = of_all if privacy.scope != "sweep" else None
     return _plan_with(config, noise_multiplier, total)
 
@@ -294,15 +279,18 @@ def _disagreements(config: Config, plan: PrivacyPlan) -> list[str]:
 def _plan_with(config: Config, noise_multiplier: float, total: float | None) -> PrivacyPlan:
     """The plan at a noise multiplier; `total` is its epsilon, if that is known."""
     privacy, terms = config.privacy, _terms(config, noise_multiplier)
-    central, frequency, dp_sgd = terms["central"], terms["frequency"], terms["dp_sgd"]
-    stages = [stage.mechanism for stage in (central, frequency, dp_sgd) if stage is not None]
-    total = total or _epsilon([*_fixed(config), dp_sgd.mechanism], privacy)
+    releases = {name: plan for name in RELEASES if (plan := terms[name]) is not None}
+    total = total or _epsilon([plan.mechanism for plan in releases.values()], privacy)
+    alone = check_stages(config)
+    by_score = 0.0
+    if releases.pop("score", None) is not None:
+        by_score = total - _epsilon([plan.mechanism for plan in releases.values()], privacy)
     return PrivacyPlan(
         **terms,
         epsilon=total,
-        epsilon_central=check_central(config),
-        epsilon_score=0.0 if terms["score"] is None else total - _epsilon(stages, privacy),
-        epsilon_frequency=check_frequency(config),
+        epsilon_central=alone["central"],
+        epsilon_frequency=alone["frequency"],
+        epsilon_score=by_score,
     )
 
 
@@ -312,19 +300,18 @@ def estimated_noise_multiplier(config: Config) -> float:
     Raises:
         InfeasibleError: the budget cannot pay.
     """
-    check_central(config, exact=False)
-    check_frequency(config, exact=False)
+    check_stages(config, exact=False)
     if (share := share_of(config.privacy)) is not None:
         return _solve_within(share, config)
-    return solve.estimated_noise_multiplier(*_question(config))
+    return solve.estimated_noise_multiplier(_problem(config))
 
 
 def estimated_composition(
     config: Config, noise_multiplier: float, trials: int
 ) -> tuple[float, str]:
     """Epsilon of `trials` equal trials together, slightly too large and quick: to show; by what."""
-    dp_sgd = (dp_sgd_sample_rate(config), noise_multiplier, config.private_steps)
-    mechanisms = _repeated([*_fixed(config), dp_sgd], trials)
+    problem = _problem(config, trials)
+    mechanisms = problem.with_noise(noise_multiplier)
     privacy, grid = config.privacy, quick_grid(mechanisms)
     epsilon = _epsilon(mechanisms, privacy, grid)
     by = solve.accountant_of(
@@ -359,11 +346,9 @@ def _terms(config: Config, noise_multiplier: float) -> dict[str, Any]:
         "neighboring_relation": privacy.neighboring_relation,
         "scope": privacy.scope,
         "public_data": config.dataset.public,
-        "central": central_plan(config),
-        "dp_sgd": dp_sgd_plan(config, noise_multiplier),
-        "score": score_plan(config),
+        **{name: kind.of(config) for name, kind in RELEASES.items()},
+        "dp_sgd": DpSgdPlan.of(config, noise_multiplier),
         "early_metric": config.early_metric,
-        "frequency": frequency_plan(config),
     }
 
 
@@ -377,15 +362,8 @@ def _epsilon(
     )
 
 
-def _fixed(config: Config) -> tuple[Mechanism, ...]:
-    """What a trial releases beside DP-SGD."""
-    stages = (central_plan(config), frequency_plan(config), score_plan(config))
-    return tuple(stage.mechanism for stage in stages if stage is not None)
-
-
 def _solve_within(share: Share, config: Config) -> float:
-    rate = dp_sgd_sample_rate(config)
-    return share.solve_noise_multiplier(_fixed(config), rate, config.private_steps)
+    return share.solve_noise_multiplier(_problem(config, trials=1))
 
 
 def _copies(privacy: PrivacyConfig) -> int:
@@ -393,26 +371,22 @@ def _copies(privacy: PrivacyConfig) -> int:
     return privacy.num_shares if privacy.scope == "sweep" else 1
 
 
-def _repeated(mechanisms: Sequence[Mechanism], times: int) -> list[Mechanism]:
-    return [(rate, noise_multiplier, times * n) for rate, noise_multiplier, n in mechanisms]
+def _repeated(mechanisms: Iterable[Mechanism], times: int) -> tuple[Mechanism, ...]:
+    return tuple((rate, noise_multiplier, times * n) for rate, noise_multiplier, n in mechanisms)
 
 
-def _question(
-    config: Config,
-) -> tuple[tuple[Mechanism, ...], float, int, float, float, str]:
-    """What is spent beside DP-SGD, its sample rate and steps, target, delta, relation."""
-    privacy = config.privacy
-    dp_sgd = (dp_sgd_sample_rate(config), 0.0, config.private_steps)
-    *fixed, (rate, _, steps) = _repeated([*_fixed(config), dp_sgd], _copies(privacy))
-    return (
-        tuple(fixed),
+def _problem(config: Config, trials: int | None = None) -> solve.Problem:
+    """Which DP-SGD noise the target leaves; for so many trials together, by default its copies."""
+    privacy, times = config.privacy, trials or _copies(config.privacy)
+    plans = {name: kind.of(config) for name, kind in RELEASES.items()}
+    rate, _, steps = DpSgdPlan.of(config).mechanism
+    others = [plan.mechanism for name, plan in plans.items() if plan and name != "dp_sgd"]
+    return solve.Problem(
+        _repeated(others, times),
         rate,
-        steps,
+        times * steps,
         # Trials that differ do not compose exactly like equal ones: a little is kept for that.
         privacy.target_epsilon * (1 - _MIXTURE if privacy.scope == "sweep" else 1),
         privacy.target_delta,
         privacy.neighboring_relation,
     )
-
-
-_solve = lru_cache(maxsize=1024)(solve.solve_noise_multiplier)

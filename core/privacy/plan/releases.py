@@ -1,7 +1,8 @@
-"""Releases of a trial's stages: the parts of its privacy plan."""
+"""Releases of a trial: one class for each kind, in one table that plan, ledger and card read."""
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar, Self
 
 from core.config import Config
 from core.errors import ConfigError
@@ -10,9 +11,53 @@ from core.privacy.accounting.mechanism import Mechanism
 NO_SAMPLING = 1.0
 
 
+class Release:
+    """One kind of release.
+
+    Attributes:
+        kind: its name in the ledger.
+        is_shared: whether several trials of a sweep may have it from one release.
+    """
+
+    kind: ClassVar[str]
+    is_shared: ClassVar[bool] = False
+
+    @property
+    def mechanism(self) -> Mechanism:
+        """Sample rate, noise multiplier, count: what the accountant composes."""
+        raise NotImplementedError
+
+    @classmethod
+    def of(cls, config: Config) -> Self | None:
+        """The plan of this release; None where the configuration asks for none."""
+        raise NotImplementedError
+
+
+class Aggregate(Release):
+    """A release of the easy stage: a noisy sum over images.
+
+    Attributes:
+        title: what messages call it.
+    """
+
+    title: ClassVar[str]
+    noise_multiplier: float
+    sensitivity: float
+
+    @property
+    def noise_stddev(self) -> float:
+        """Absolute noise standard deviation on every entry of a sum."""
+        return self.noise_multiplier * self.sensitivity
+
+    @staticmethod
+    def remedy(config: Config) -> str:
+        """How it costs less."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
-class CentralPlan:
-    """The easy stage's releases.
+class CentralPlan(Aggregate):
+    """The central images.
 
     Attributes:
         num_releases: central images of each class, n.
@@ -24,6 +69,7 @@ class CentralPlan:
         expected_class_count: public divisor, q * N / number of classes; never a count of data.
     """
 
+    kind, title, is_shared = "central_images", "central images", True
     num_releases: int
     sample_rate: float
     noise_multiplier: float
@@ -31,18 +77,40 @@ class CentralPlan:
     expected_class_count: float
 
     @property
-    def noise_stddev(self) -> float:
-        """Absolute noise standard deviation on every entry of a sum."""
-        return self.noise_multiplier * self.sensitivity
-
-    @property
     def mechanism(self) -> Mechanism:
-        """Sample rate, noise multiplier, count: what the accountant composes."""
+        """As of `Release`."""
         return self.sample_rate, self.noise_multiplier, self.num_releases
+
+    @classmethod
+    def of(cls, config: Config) -> Self | None:
+        """The plan; None where no step trains on them: then none is made or charged."""
+        if config.warm_up_steps == config.frequency_steps:
+            return None
+        central, dataset = config.central_images, config.dataset
+        # So far a pixel in [0, 1] lies from the public centre; a histogram entry is 0 or 1.
+        center = central.pixel_center
+        reach = max(center, 1 - center) if central.kind == "mean" else 1.0
+        sensitivity = reach * math.sqrt(central.image_size**2 * dataset.channels)
+        return cls(
+            num_releases=central.per_class,
+            sample_rate=central.expected_batch_size / dataset.num_examples,
+            noise_multiplier=central.noise_multiplier,
+            sensitivity=min(sensitivity, central.max_norm or math.inf),
+            expected_class_count=central.expected_batch_size / dataset.num_classes,
+        )
+
+    @staticmethod
+    def remedy(config: Config) -> str:
+        """As of `Aggregate`."""
+        central = config.central_images
+        return (
+            f"lower central_images.per_class ({central.per_class}) or raise "
+            f"central_images.noise_multiplier ({central.noise_multiplier:g})"
+        )
 
 
 @dataclass(frozen=True)
-class FrequencyPlan:
+class FrequencyPlan(Aggregate):
     """The frequency stage's one release: a sum of random Fourier features of all images.
 
     Attributes:
@@ -52,25 +120,37 @@ class FrequencyPlan:
             of the same phases.
     """
 
+    kind, title = "frequency", "frequency features"
     noise_multiplier: float
     expected_class_count: float
     sensitivity: float = 1.0
 
     @property
-    def noise_stddev(self) -> float:
-        """Absolute noise standard deviation on every entry of the sum."""
-        return self.noise_multiplier * self.sensitivity
-
-    @property
     def mechanism(self) -> Mechanism:
-        """Sample rate, noise multiplier, count: what the accountant composes."""
+        """As of `Release`."""
         return NO_SAMPLING, self.noise_multiplier, 1
+
+    @classmethod
+    def of(cls, config: Config) -> Self | None:
+        """The plan; None where it has no steps."""
+        if config.frequency_steps == 0:
+            return None
+        return cls(
+            noise_multiplier=config.frequency.noise_multiplier,
+            expected_class_count=config.dataset.num_examples / config.dataset.num_classes,
+        )
+
+    @staticmethod
+    def remedy(config: Config) -> str:
+        """As of `Aggregate`."""
+        return f"raise frequency.noise_multiplier ({config.frequency.noise_multiplier:g})"
 
 
 @dataclass(frozen=True)
-class DpSgdPlan:
+class DpSgdPlan(Release):
     """The hard stage's releases: `num_steps` noisy sums of clipped per-example gradients."""
 
+    kind = "dp_sgd"
     num_steps: int
     sample_rate: float
     noise_multiplier: float
@@ -84,12 +164,24 @@ class DpSgdPlan:
 
     @property
     def mechanism(self) -> Mechanism:
-        """Sample rate, noise multiplier, count: what the accountant composes."""
+        """As of `Release`."""
         return self.sample_rate, self.noise_multiplier, self.num_steps
+
+    @classmethod
+    def of(cls, config: Config, noise_multiplier: float = math.inf) -> Self:
+        """The plan at a noise multiplier, which is 0 for `method=non_private`: it clips nothing."""
+        private = config.private_training
+        return cls(
+            num_steps=config.private_steps,
+            sample_rate=private.expected_batch_size / config.dataset.num_examples,
+            noise_multiplier=noise_multiplier,
+            max_grad_norm=math.inf if config.method == "non_private" else private.max_grad_norm,
+            expected_batch_size=private.expected_batch_size,
+        )
 
 
 @dataclass(frozen=True)
-class ScorePlan:
+class ScorePlan(Release):
     """The score's releases: how many private images the classifier gets right, with noise.
 
     One image changes the count by at most 1, so the noise multiplier is the standard deviation.
@@ -99,76 +191,42 @@ class ScorePlan:
             those of each classifier's epochs if they choose one.
     """
 
+    kind = "dp_accuracy"
     noise_stddev: float
     num_releases: int = 1
 
     @property
     def mechanism(self) -> Mechanism:
-        """Sample rate, noise multiplier, count."""
+        """As of `Release`."""
         return NO_SAMPLING, self.noise_stddev, self.num_releases
 
+    @classmethod
+    def of(cls, config: Config) -> Self | None:
+        """The plan of all private scores; None without any.
 
-def dp_sgd_sample_rate(config: Config) -> float:
-    """Poisson sample rate q of a DP-SGD step."""
-    return config.private_training.expected_batch_size / config.dataset.num_examples
-
-
-def dp_sgd_plan(config: Config, noise_multiplier: float) -> DpSgdPlan:
-    """The hard stage's plan; without noise, for `method=non_private`, nothing is clipped."""
-    private = config.private_training
-    return DpSgdPlan(
-        num_steps=config.private_steps,
-        sample_rate=dp_sgd_sample_rate(config),
-        noise_multiplier=noise_multiplier,
-        max_grad_norm=math.inf if config.method == "non_private" else private.max_grad_norm,
-        expected_batch_size=private.expected_batch_size,
-    )
-
-
-def score_plan(config: Config) -> ScorePlan | None:
-    """The private scores' plan; None without any.
-
-    Raises:
-        ConfigError: there are some, but their noise is not stated.
-    """
-    stddev, early = config.privacy.dp_accuracy_stddev, config.early_scores
-    settings = config.evaluation
-    at_early = len(early.at) if early.metric == "dp_accuracy" else 0
-    by_epoch = len(settings.classifiers) * settings.num_repeats * settings.classifier_epochs
-    by_epoch = by_epoch if settings.epoch_chosen_on == "dp" else 0
-    if stddev is None:
-        if at_early or by_epoch:
-            key = "early_scores.metric" if at_early else "evaluation.epoch_chosen_on"
-            raise ConfigError(
-                f"{key}={'dp_accuracy' if at_early else 'dp'!r} needs its noise: set "
-                "privacy.dp_accuracy_stddev, in images, such as 50"
-            )
-        return None
-    return ScorePlan(stddev, 1 + at_early + by_epoch)
+        Raises:
+            ConfigError: there are some, but their noise is not stated.
+        """
+        stddev, early = config.privacy.dp_accuracy_stddev, config.early_scores
+        settings = config.evaluation
+        at_early = len(early.at) if early.metric == "dp_accuracy" else 0
+        by_epoch = len(settings.classifiers) * settings.num_repeats * settings.classifier_epochs
+        by_epoch = by_epoch if settings.epoch_chosen_on == "dp" else 0
+        if stddev is None:
+            if at_early or by_epoch:
+                key = "early_scores.metric" if at_early else "evaluation.epoch_chosen_on"
+                raise ConfigError(
+                    f"{key}={'dp_accuracy' if at_early else 'dp'!r} needs its noise: set "
+                    "privacy.dp_accuracy_stddev, in images, such as 50"
+                )
+            return None
+        return cls(stddev, 1 + at_early + by_epoch)
 
 
-def central_plan(config: Config) -> CentralPlan | None:
-    """The central images' plan; None where no step trains on them: then none is made or charged."""
-    if config.warm_up_steps == config.frequency_steps:
-        return None
-    central, dataset = config.central_images, config.dataset
-    # A pixel in [0, 1] lies at most this far from the public centre; a histogram entry is 0 or 1.
-    reach = max(central.pixel_center, 1 - central.pixel_center) if central.kind == "mean" else 1.0
-    sensitivity = reach * math.sqrt(central.image_size**2 * dataset.channels)
-    return CentralPlan(
-        num_releases=central.per_class,
-        sample_rate=central.expected_batch_size / dataset.num_examples,
-        noise_multiplier=central.noise_multiplier,
-        sensitivity=min(sensitivity, central.max_norm or math.inf),
-        expected_class_count=central.expected_batch_size / dataset.num_classes,
-    )
-
-
-def frequency_plan(config: Config) -> FrequencyPlan | None:
-    """The frequency stage's plan; None where it has no steps."""
-    if config.frequency_steps == 0:
-        return None
-    return FrequencyPlan(
-        noise_multiplier=config.frequency.noise_multiplier,
-        expected_class_count=config.dataset.num_examples / config.dataset.num_classes,
-    )
+RELEASES: dict[str, type[Release]] = {
+    "central": CentralPlan,
+    "frequency": FrequencyPlan,
+    "dp_sgd": DpSgdPlan,
+    "score": ScorePlan,
+}
+"""All kinds by their field in the privacy plan, in the order in which they run."""

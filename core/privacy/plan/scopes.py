@@ -38,20 +38,23 @@ class Share:
             renyi.divergence(mechanisms, order) / (order * self.mu**2 / 2) for order in self.orders
         )
 
-    def solve_noise_multiplier(
-        self, spent: Sequence[Mechanism], sample_rate: float, num_steps: int
-    ) -> float:
+    def solve_noise_multiplier(self, problem: solve.Problem) -> float:
         """The smallest DP-SGD noise multiplier within the share, rounded up to four decimals.
+
+        Args:
+            problem: of one trial; its target, delta and relation are those of the share.
 
         Raises:
             InfeasibleError: none up to 10,000 is.
         """
 
         def excess(noise_multiplier: float) -> float:
-            return self.used([*spent, (sample_rate, noise_multiplier, num_steps)]) - 1
+            return self.used(problem.with_noise(noise_multiplier)) - 1
 
         if excess(solve.MAX_NOISE_MULTIPLIER) > 0:
-            raise InfeasibleError(solve.too_little("the trial's share of the budget", spent))
+            raise InfeasibleError(
+                solve.too_little("the trial's share of the budget", problem.spent)
+            )
         low, high = solve.MIN_NOISE_MULTIPLIER, solve.MAX_NOISE_MULTIPLIER
         if excess(low) < 0:
             raise InfeasibleError(solve.too_much("the trial's share of the budget"))
