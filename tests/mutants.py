@@ -253,21 +253,21 @@ MUTANTS = (
     ),
     Mutant(
         "a sweep forgets its earlier trials",
-        "core/privacy/ledger/ledger.py",
-        'self._total_within(within, [*others, Charge(asked.events, "", "")])',
-        'self._total_within(within, [Charge(asked.events, "", "")])',
+        "core/privacy/ledger/admission.py",
+        'totals.within(within, [*others, Charge(asked.events, "", "")])',
+        'totals.within(within, [Charge(asked.events, "", "")])',
         SPENDING,
     ),
     Mutant(
         "a selection's trials counted one by one elsewhere",
         "core/privacy/ledger/book.py",
-        "return self.within.epsilon if self.within is not None and self.within.selection else 0.0",
+        "return self.within.epsilon if self.within.selection else 0.0",
         "return 0.0",
         SECRET,
     ),
     Mutant(
         "the delta of a selection not added",
-        "core/privacy/ledger/ledger.py",
+        "core/privacy/ledger/totals.py",
         "bool(events) + len(targets)",
         "bool(events)",
         SECRET,
@@ -357,6 +357,13 @@ MUTANTS = (
         LOSSES_OF_LEDGERS,
     ),
     Mutant(
+        "a loss that is noted already explains an older copy",
+        "core/privacy/ledger/notes.py",
+        'any(entry["hash"] not in note["losses"] for entry in losses)',
+        "bool(losses)",
+        LOSSES_OF_LEDGERS,
+    ),
+    Mutant(
         "a lost ledger that a note knows of is begun anew",
         "core/privacy/ledger/file.py",
         "for place in (beside_secret(path), *notes) if os.path.exists(place)]",
@@ -386,7 +393,7 @@ MUTANTS = (
     ),
     Mutant(
         "data sets of a family have a budget each",
-        "core/privacy/ledger/ledger.py",
+        "core/privacy/ledger/names.py",
         "hexdigest() if family else fingerprint",
         "hexdigest() if family is None else fingerprint",
         CHARGES,
@@ -449,7 +456,7 @@ MUTANTS = (
     ),
     Mutant(
         "different central images of a sweep counted as one release",
-        "core/privacy/ledger/ledger.py",
+        "core/privacy/ledger/totals.py",
         '(event.release, event) if event.release else ("", number)',
         '("", event.kind) if event.release else ("", number)',
         SHARED,

@@ -119,7 +119,7 @@ class SweepConfig(Section):
     asha: AshaConfig = AshaConfig()
     final: Annotated[dict[str, Any], Field(default_factory=dict)]
     """Scope `public`: dotted keys that turn the best trial into the one run on sensitive data."""
-    num_trials: PositiveInt | None = None
+    num_trials: Annotated[int, Field(ge=1, le=100_000)] | None = None
     """8 if not given, of a grid all points that the budget can pay; under scope `selection` drawn
     secretly, and never given."""
     workers_per_trial: PositiveInt = 2

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,7 @@ from two_ranks import TINY
 from core.__main__ import main
 from core.config import Config, load
 from core.privacy.ledger.account import Spending, ledger_of_run
-from core.privacy.ledger.file import LedgerError, accept_loss
+from core.privacy.ledger.file import LedgerError, accept_loss, locked
 from core.privacy.ledger.ledger import Ledger
 from core.privacy.ledger.notes import beside_secret
 from core.privacy.plan.plan import PrivacyPlan, make_plan
@@ -191,7 +191,8 @@ def test_a_finished_run_that_is_resumed_changes_nothing(tmp_path, plan):
 def test_a_voided_reservation_begins_at_none(tmp_path, plan):
     start = Start(tmp_path, plan)
     (path,) = (tmp_path / "ledger").glob("*.jsonl")
-    Ledger.at(path).void(start.reservation)
+    with locked(path, notes=[tmp_path / "run" / "charged" / path.stem]) as chain:
+        chain.append("void", {"key": asdict(start.reservation.key)})  # By an earlier version.
     assert Start(tmp_path, plan).train(10).settle() == 25
 
 
@@ -312,7 +313,7 @@ def test_a_lock_or_head_beside_it_tells_of_one(tmp_path, plan, kept):
     for suffix in {".jsonl", ".lock", ".head"} - {kept}:
         path.with_suffix(suffix).unlink()
     path.with_suffix(kept).rename(path.with_name(DATA[:16] + kept))  # Named as it was then.
-    with pytest.raises(LedgerError, match=r"no ledger at|0 whole lines"):
+    with pytest.raises(LedgerError, match=r"no ledger at|shorter than its head"):
         Start(tmp_path, plan, run="another")
 
 
@@ -321,6 +322,25 @@ def test_a_ledger_where_earlier_versions_kept_it_is_not_passed_over(tmp_path, pl
     with pytest.raises(LedgerError, match=r"has a ledger '.*', where earlier versions kept it"):
         Start(tmp_path, plan, run="another", runtime__ledger=str(tmp_path / "data"))
     assert not (tmp_path / "data").exists()
+
+
+def test_one_in_the_working_directory_is_not_passed_over_either(tmp_path, plan, monkeypatch):
+    """Also where an upgrade has begun a second one already."""
+    monkeypatch.chdir(tmp_path)
+    Start(tmp_path, plan, runtime__ledger="runs/ledger").settle()  # Itself it does not refuse.
+    moved = {"runtime__cache": str(tmp_path / "elsewhere" / "cache")}
+    with pytest.raises(LedgerError, match=r"'runs/ledger/.*' from there to '.*/ledger'"):
+        Start(tmp_path, plan, run="another", **moved)
+    assert not (tmp_path / "ledger").exists()
+    (tmp_path / "runs").rename(tmp_path / "away")
+    Start(tmp_path, plan, run="another", **moved).settle()
+    (tmp_path / "away").rename(tmp_path / "runs")
+    before = entry(tmp_path)
+    with pytest.raises(LedgerError, match=r"move the one away whose charges '.*' holds too"):
+        Start(tmp_path, plan, run="third", **moved)
+    assert entry(tmp_path) == before
+    moved["runtime__ledger"] = str(tmp_path / "runs" / "ledger")  # As the message asks.
+    Start(tmp_path, plan, run="third", **moved).settle()
 
 
 # Data sets that charge together.

@@ -1,5 +1,6 @@
 """What the lines of a ledger add up to: a charge for each key, the writers of each run."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -7,10 +8,15 @@ from pathlib import Path
 from core.privacy.ledger.file import Chain, Entry, Event, Key, LedgerError, Terms
 from core.privacy.plan.scopes import RunBudget
 
+UNBOUNDED = (
+    " A selection of an earlier version is charged to this data set without its claim: it counts "
+    "as unbounded, as the sum of its trials would tell their secret number."
+)
+
 
 @dataclass(frozen=True)
 class Reservation:
-    """Leave to run `events` once; handed to `commit` or `void`."""
+    """Leave to run `events` once; handed to `commit`."""
 
     key: Key
     events: tuple[Event, ...]
@@ -44,8 +50,14 @@ class Charge:
 
     @property
     def target(self) -> float:
-        """Epsilon of the selection whose trial it is, of which only the best leaves; else 0."""
-        return self.within.epsilon if self.within is not None and self.within.selection else 0.0
+        """Epsilon of the selection whose trial it is, of which only the best leaves; else 0.
+
+        Infinite where an earlier version charged it, which recorded no target: what its trials
+        come to would tell their secret number.
+        """
+        if self.within is None:
+            return math.inf if self.note == "scope selection" else 0.0
+        return self.within.epsilon if self.within.selection else 0.0
 
     @property
     def state(self) -> str:
@@ -103,17 +115,16 @@ class Book:
 
 def stated_terms(path: Path, chain: Chain) -> Terms:
     """The terms in the first line, or in that after an accepted loss of all lines."""
-    number = next((i for i, e in enumerate(chain.entries) if e.get("kind") != "loss"), None)
-    if number is None:
+    first = next((entry for entry in chain.entries if entry.get("kind") != "loss"), None)
+    if first is None:
         raise LedgerError(
             f"the ledger '{path}' holds an accepted loss alone: the next run on this data begins it"
         )
-    first = chain.entries[number]
     names = ("fingerprint", "num_examples", "delta", "neighboring_relation", "budget")
     try:
         return Terms(**{name: first[name] for name in names}, family=first.get("family"))
     except (KeyError, TypeError):
-        raise _unknown(path, number + 1) from None
+        raise _unknown(path) from None
 
 
 _added_up: dict[Path, tuple[int, str, Book]] = {}
@@ -130,11 +141,11 @@ def add_up(path: Path, chain: Chain) -> Book:
     count, last, book = _added_up.pop(path, afresh)
     if count > len(chain.entries) or chain.entries[count - 1]["hash"] != last:
         count, last, book = afresh
-    for number, entry in enumerate(chain.entries[count:], count + 1):
+    for entry in chain.entries[count:]:
         try:
             _enter(book, entry)
         except (KeyError, TypeError):
-            raise _unknown(path, number) from None
+            raise _unknown(path) from None
     _added_up[path] = (len(chain.entries), chain.entries[-1]["hash"], book)
     return book
 
@@ -167,10 +178,10 @@ def _enter(book: Book, entry: Entry) -> None:
         raise KeyError(entry["kind"])
 
 
-def _unknown(path: Path, number: int) -> LedgerError:
+def _unknown(path: Path) -> LedgerError:
     return LedgerError(
-        f"line {number} of the ledger '{path}' is of a form that this version does not know: use "
-        "the version that wrote it"
+        f"a line of the ledger '{path}' is of a form that this version does not know: use the "
+        "version that wrote it"
     )
 
 
