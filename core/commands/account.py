@@ -33,7 +33,7 @@ def account(options: argparse.Namespace) -> None:
     print(plan.statement)
     if not plan.is_private:
         return
-    if privacy.target_epsilon > LARGEST >= plan.epsilon and privacy.scope == "trial":
+    if privacy.target_epsilon > LARGEST >= plan.epsilon and not privacy.covers.covers_choice:
         print(
             f"PLD, which ends at epsilon {LARGEST:g}, asks for less noise than Renyi DP does at "
             f"{upward(privacy.target_epsilon)}: so much of the target is spent"
@@ -55,7 +55,8 @@ def _print_scopes(config: Config, plan: PrivacyPlan) -> None:
     """One line a scope: the noise that it asks for, and what the target then covers."""
     target = config.privacy.target_epsilon
     trial = _under(config, scope="trial")
-    alone = plan.noise_multiplier if plan.scope == "trial" else estimated_noise_multiplier(trial)
+    shared = config.privacy.covers.covers_choice
+    alone = estimated_noise_multiplier(trial) if shared else plan.noise_multiplier
     together, accountant = estimated_composition(trial, alone, _TRIALS)
     print(
         "\n" + _LINE.format("scope", "DP-SGD noise", f"what epsilon {upward(target)} then covers")

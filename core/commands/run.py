@@ -36,7 +36,7 @@ from core.run.pipeline import run as run_pipeline
 def run(options: argparse.Namespace) -> None:
     """Trains, generates and scores one model."""
     config = load(options.config, parse_overrides(options.overrides))
-    if config.privacy.scope == "selection":
+    if config.privacy.covers.is_secret:
         raise ConfigError(
             "privacy.scope='selection': one run alone is no selection; run a sweep, or choose "
             "another scope"

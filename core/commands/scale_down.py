@@ -16,7 +16,6 @@ from core.privacy.accounting.rounding import upward
 from core.privacy.plan.plan import make_plan
 
 BATCH, TARGET = "private_training.expected_batch_size", "privacy.target_epsilon"
-_SCOPES = ("trial", "public")
 
 
 def scaled_down(config: Config, factor: float) -> Config:
@@ -38,10 +37,10 @@ def scaled_down(config: Config, factor: float) -> Config:
             "dataset.public=false: a run at less noise spends more than its target on private "
             "data; scale down on a public stand-in, with dataset.public=true"
         )
-    if privacy.scope not in _SCOPES or config.method == "non_private":
+    if privacy.covers.covers_choice or config.method == "non_private":
         raise ConfigError(
             f"privacy.scope={privacy.scope!r} with method={config.method!r} cannot be scaled down: "
-            f"choose one of the scopes {_SCOPES} and a private method"
+            "choose a scope whose target is that of one trial and a private method"
         )
     if not 1 < factor <= batch:
         raise ConfigError(f"--factor={factor:g} must lie in (1, {BATCH}={batch}]")

@@ -26,6 +26,7 @@ from core.config.network import (
     SamplerConfig,
     Section,
 )
+from core.config.scopes import SCOPES, Scope
 from core.config.stages import (
     CentralImagesConfig,
     FrequencyConfig,
@@ -93,6 +94,16 @@ class PrivacyConfig(Section):
     right; its charge is part of the trial's. Null: there is no `dp_accuracy`."""
     data_set_budget: Positive | None = None
     """Epsilon that all runs ever made on this data set may spend together; null is no cap."""
+
+    @property
+    def covers(self) -> Scope:
+        """The scope's entry in `SCOPES`."""
+        return SCOPES[self.scope]
+
+    @property
+    def needs_filter(self) -> bool:
+        """Whether trials get a share each at fixed orders of Renyi DP; else PLD composes all."""
+        return self.covers.is_secret or (self.covers.splits_target and self.adaptive)
 
 
 class EvaluationConfig(Section):
@@ -244,16 +255,15 @@ class Config(Section):
                 f"1/dataset.num_examples={1 / count:.3g}): a larger delta allows publishing records"
             )
         privacy = self.privacy
-        renyi = privacy.scope == "selection" or (privacy.scope == "sweep" and privacy.adaptive)
-        if renyi and privacy.neighboring_relation != "zero_out":
+        if privacy.needs_filter and privacy.neighboring_relation != "zero_out":
             raise ValueError(
                 f"privacy.scope={privacy.scope!r} is proven for privacy.neighboring_relation="
                 f"'zero_out' alone, not for {privacy.neighboring_relation!r}: choose that, or "
                 "scope 'trial'"
             )
-        if privacy.scope == "selection" and privacy.data_set_budget is not None:
+        if privacy.covers.is_secret and privacy.data_set_budget is not None:
             raise ValueError(
-                "privacy.data_set_budget cannot be combined with privacy.scope='selection': a "
+                f"privacy.data_set_budget cannot be combined with {privacy.scope=!s}: a "
                 "refused trial would change the law of their secret number; set it to null"
             )
         if self.method == "non_private":

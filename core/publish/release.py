@@ -125,7 +125,7 @@ def release_card(config: Config, run_dir: Path) -> dict[str, Any]:
     chosen, objective = run_dir / SELECTED, "scores computed on real images, which are not private"
     if chosen.exists():
         objective = json.loads(chosen.read_text())["objective"]
-    elif config.privacy.scope == "selection":
+    elif config.privacy.covers.is_secret:
         raise ConfigError(
             f"'{run_dir}' was not selected, or its sweep is not complete: under scope selection "
             "only the best of all trials may leave, so finish the sweep and release that one"

@@ -58,26 +58,26 @@ def scope_settings(
             "objective.metric='dp_accuracy' needs its noise: set privacy.dp_accuracy_stddev, in "
             "images, such as 50"
         )
-    if privacy.scope == "selection" and len(search.metrics) > 1:
+    if privacy.covers.is_secret and len(search.metrics) > 1:
         raise ConfigError(
             "privacy.scope='selection' releases the one best trial, so it needs one score: give "
             f"one objective, not {', '.join(search.metrics)}"
         )
     exposed = [metric for metric in search.metrics if metric != "dp_accuracy"]
-    if privacy.scope in ("sweep", "selection") and exposed and not base.dataset.public:
+    if privacy.covers.covers_choice and exposed and not base.dataset.public:
         raise ConfigError(
             f"privacy.scope={privacy.scope!r} cannot choose by objective.metric={exposed[0]!r}, "
             "which is computed on real images without noise: choose dp_accuracy, or a data set "
             "with dataset.public=true"
         )
-    if (privacy.scope == "public") != bool(final):
+    if privacy.covers.chosen_on_public_data != bool(final):
         raise ConfigError(
             "privacy.scope='public' and final belong together: final holds the keys, such as "
             "final.dataset.path, of the one run on the sensitive data"
         )
-    if privacy.scope == "public":
+    if final:
         _check_final(base, final)
-    if privacy.scope == "selection":
+    if privacy.covers.is_secret:
         if search.scheduler != "none":
             raise ConfigError(
                 f"privacy.scope='selection' is proven for trials that all run whole, not for "
@@ -99,7 +99,7 @@ def scope_settings(
     settings: dict[str, Any] = {}
     if search.scheduler != "none":
         settings = _early_settings(search)
-    if privacy.scope == "sweep":
+    if privacy.covers.splits_target:
         # Given, the shares stay; else the target is divided among the trials asked for.
         asked = num_trials or search.default_num_trials
         shares = privacy.num_shares if privacy.num_shares > 1 else asked
@@ -139,7 +139,7 @@ def shares_central_images(config: Config) -> bool:
 
     Not under scope `selection`, whose theorem needs trials that are independent.
     """
-    return config.privacy.scope != "selection"
+    return not config.privacy.covers.is_secret
 
 
 def check_searched(base: Config, keys: Sequence[str]) -> None:
@@ -154,7 +154,7 @@ def check_searched(base: Config, keys: Sequence[str]) -> None:
         "dataset.family",
         *(f"privacy.{key}" for key in ("scope", "num_", "adaptive", "selection_")),
     )
-    shared = ("privacy.", "dataset.") if base.privacy.scope != "trial" else ()
+    shared = ("privacy.", "dataset.") if not base.privacy.covers.claims_each else ()
     for key in keys:
         if key.startswith(never + shared):
             raise ConfigError(
@@ -174,7 +174,7 @@ def check_limits(base: Config, limits: Mapping[str, float | None]) -> None:
         ConfigError: names the key.
     """
     for key, most in limits.items():
-        if most is not None and base.privacy.scope == "selection":
+        if most is not None and base.privacy.covers.is_secret:
             raise ConfigError(
                 f"{key}={most:g} is not allowed under privacy.scope='selection': whether a limit "
                 "is reached depends on the secret number of trials, whose law it would change; "
@@ -191,7 +191,7 @@ def _check_final(base: Config, final: dict[str, Any]) -> None:
     last = load(base.model_dump(mode="json"), {"dataset.public": False, **final})
     if last.dataset.public:
         raise ConfigError("final.dataset.public=true: the final run is on the sensitive data")
-    if last.privacy.scope != "public":
+    if not last.privacy.covers.chosen_on_public_data:
         raise ConfigError(
             f"final.privacy.scope={last.privacy.scope!r}: the final run is the one that scope "
             "public is about, so leave it out"
@@ -205,7 +205,7 @@ def final_point(point: Mapping[str, Any], final: Mapping[str, Any]) -> dict[str,
 
 def inside(sweeps: Sequence[Any]) -> str:
     """What stands above all that tells of the trials of sweeps; a line if one is a selection."""
-    secret = any(sweep.run.privacy.scope == "selection" for sweep in sweeps)
+    secret = any(sweep.run.privacy.covers.is_secret for sweep in sweeps)
     return f"{STAYS_INSIDE}\n" if secret else ""
 
 
@@ -217,7 +217,7 @@ def count_trials(
     Privacy: derived from the master secret, so that a restart continues with the same number.
     """
     privacy = base.privacy
-    if privacy.scope != "selection":
+    if not privacy.covers.is_secret:
         return num_trials or DEFAULT_NUM_TRIALS
     uniform = _selection_stream(master, release_id, "number of trials").uniform(0)
     return num_trials_at(uniform, privacy.selection_law, privacy.selection_mean)
@@ -229,7 +229,7 @@ def settings_entropy(base: Config, search_seed: int, master: MasterSecret, relea
     Privacy: under scope `selection` secret, as the theorem needs draws that nobody can foresee: of
         known settings the published ones would tell which trial won, and so how many there were.
     """
-    if base.privacy.scope != "selection":
+    if not base.privacy.covers.is_secret:
         return search_seed
     bits = _selection_stream(master, release_id, "settings").bits(0, 4)
     return int.from_bytes(bits.tobytes(), "little")

@@ -359,7 +359,7 @@ def _scoped(sweep: SweepConfig) -> SweepConfig:
                 f"{sweep.scheduler!r}, which need {value}: leave it out"
             )
     space = dict(sweep.search_space)
-    if base.privacy.scope == "selection":
+    if base.privacy.covers.is_secret:
         if SEED in {*space, *sweep.fixed}:
             raise ConfigError(
                 "seed cannot be fixed or searched under privacy.scope='selection', where each "

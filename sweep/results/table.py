@@ -198,7 +198,7 @@ def write_card(
     Raises:
         LedgerError: the ledger is missing or damaged, or notes another trial of the selection.
     """
-    if released.config.privacy.scope == "selection":
+    if released.config.privacy.covers.is_secret:
         left = [row for row in rows if (row.run_dir / SELECTED).exists()]
         if left and released not in left:  # Also where the ledger has lost its note of it.
             raise LedgerError(
@@ -234,7 +234,7 @@ def claimed_row(sweep: SweepConfig, rows: Sequence[Row]) -> tuple[Row | None, st
     Privacy: the best trial so far of a selection that is not complete is not the one that leaves.
     """
     released = released_row(sweep, rows)
-    if sweep.run.privacy.scope == "selection" and not any(
+    if sweep.run.privacy.covers.is_secret and not any(
         (row.run_dir / SELECTED).exists() for row in rows
     ):
         return None, f"selection: not complete, {_NO_CLAIM}"

@@ -82,7 +82,7 @@ def print_plan(sweep: SweepConfig, probe: bool = False) -> None:
     config = sweep.trial_config(middle)
     privacy = config.privacy
     total = sweep.num_trials or DEFAULT_NUM_TRIALS
-    secret = privacy.scope == "selection"
+    secret = privacy.covers.is_secret
     trials = f"a secret number of trials (mean {privacy.selection_mean:g})"
     trials = trials if secret else f"{total} trials"
     print(
@@ -106,7 +106,7 @@ def print_plan(sweep: SweepConfig, probe: bool = False) -> None:
         print(f"the middle of the space cannot be paid: {error}")
         return
     print(f"epsilon of one trial in the middle of the space: {upward(plan.epsilon)}")
-    if privacy.scope == "trial":
+    if privacy.covers.claims_each:
         together = composed_epsilon([plan] * total)
         print(f"epsilon of all {total} together, and so of choosing among them: {upward(together)}")
     else:

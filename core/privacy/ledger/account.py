@@ -211,7 +211,7 @@ class Spending:
             ConfigError: the sweep's folder does not hold it.
         """
         path = self.charged / RELEASE_ID
-        if self.config.privacy.scope != "selection":
+        if not self.config.privacy.covers.is_secret:
             return ""
         if not path.exists():
             raise ConfigError(

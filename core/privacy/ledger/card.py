@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from core.config import PrivacyConfig
+from core.config.scopes import Scope
 from core.privacy.accounting.rounding import odds, upward
 from core.privacy.ledger.book import UNBOUNDED
 from core.privacy.ledger.file import LedgerError
@@ -16,33 +17,6 @@ RELATIONS = {
     "zero_out": "a record is replaced by an empty one; the number of records N is public",
     "replace_one": "a record is replaced by any other; the number of records N is public",
 }
-SCOPES = {
-    "trial": (
-        "Each trial alone is ({trial}, {delta})-differentially private. The choice among {trials} "
-        "trials used their results and metrics that are not private; the end-to-end guarantee is "
-        "not {trial} but {computed} by composition, and does not cover those metrics."
-    ),
-    "sweep": (
-        "All {trials} trials together, whatever chose them, whenever they were stopped and "
-        "whichever is published, are ({target}, {delta})-differentially private; what ran comes to "
-        "{computed}. Metrics tagged non-private are not covered and chose nothing."
-    ),
-    "selection": (
-        "The one trial that leaves, the best by {objective} of a secret number of trials "
-        "({law} law of mean {mean:g}) whose settings were drawn alike, is ({target}, {delta})-"
-        "differentially private with its selection. The other trials, their number, their scores "
-        "and this sweep's logs must stay inside."
-    ),
-    "public": (
-        "All settings were chosen on other, public data. The one run on this data is ({trial}, "
-        "{delta})-differentially private."
-    ),
-}
-STATED = (
-    "As the owner of the data states, all settings were chosen on other, public data; no search of "
-    "this project vouches for it. The one run on this data is ({trial}, {delta})-differentially "
-    "private."
-)
 ALONE = (
     "This one run, with settings given beforehand, is ({trial}, {delta})-differentially private."
 )
@@ -122,7 +96,7 @@ def make_card(
         LedgerError: it has no entry of this trial, as after a loss, so there is nothing to state;
             or of its selection another trial leaves, or none yet.
     """
-    summary, secret = ledger.summary(), privacy.scope == "selection"
+    summary, secret = ledger.summary(), privacy.covers.is_secret
     entries = _entries_of(ledger, summary["entries"], run, identity, secret)
     trials = len(entries)
     others = summary["num_releases"] - trials
@@ -130,11 +104,11 @@ def make_card(
     delta, delta_of_all = summary["delta"], summary["delta_committed_and_reserved"]
     computed = 0.0 if secret else ledger.epsilon_of_run(run)
     largest = plan.epsilon if trials == 1 else max(plan.epsilon, ledger.largest_epsilon(run))
-    by_all = trials == 1 and others > 0 and privacy.scope == "trial"
-    released = {
-        "trial": everything if by_all else plan.epsilon if trials == 1 else computed,
-        "public": plan.epsilon,
-    }.get(privacy.scope, privacy.target_epsilon)
+    by_all = trials == 1 and others > 0 and privacy.covers.claims_each
+    of_trial = plan.epsilon if trials == 1 or not privacy.covers.claims_each else computed
+    released = everything if by_all else of_trial
+    if privacy.covers.covers_choice:
+        released = privacy.target_epsilon
     # The ledger's own grid depends on how many trials it holds.
     accountant = plan.summary()["accountant"] if secret else summary["accountant"]
     return {
@@ -167,7 +141,9 @@ def make_card(
             for entry in entries
             for event in entry["events"]
         ],
-        "hyperparameters_chosen_by": _chosen_by(privacy.scope, trials, others, objective, searched),
+        "hyperparameters_chosen_by": _chosen_by(
+            privacy.covers, trials, others, objective, searched
+        ),
         "public": list(PUBLIC),
         "not_covered": list(NOT_COVERED),
         "data_set_declared_public": plan.public_data,
@@ -205,12 +181,12 @@ def _statement(
 ) -> str:
     """The first guarantee that applies, and all that is to be added to it."""
     everything, metric = summary["epsilon_committed_and_reserved"], plan.early_metric
-    scope, others = privacy.scope, summary["num_releases"] - trials
+    scope, others = privacy.covers, summary["num_releases"] - trials
     guarantees = (
-        (scope == "public" and not searched, STATED),
-        (scope == "trial" and trials == 1 and others, AMONG_OTHERS),
-        (scope == "trial" and trials == 1, ALONE),
-        (True, SCOPES[scope]),
+        (scope.owner_states and not searched, scope.owner_states),
+        (scope.claims_each and trials == 1 and others, AMONG_OTHERS),
+        (scope.claims_each and trials == 1, ALONE),
+        (True, scope.statement),
     )
     additions = (
         (metric and trials > 1, STOPPING),  # Never of a selection.
@@ -237,15 +213,14 @@ def _statement(
     ) + "".join(LOST.format(**loss) for loss in summary["losses"])
 
 
-def _chosen_by(scope: str, trials: int, others: int, objective: str, searched: bool) -> str:
-    if trials == 1 and not others and scope in ("trial", "sweep"):
+def _chosen_by(scope: Scope, trials: int, others: int, objective: str, searched: bool) -> str:
+    alone = not (scope.is_secret or scope.chosen_on_public_data)
+    if alone and trials == 1 and not others:
         return "given beforehand"
     # Several runs one by one are a search too, and nobody knows of which; a sweep knows.
     among = f"{trials} trials" if trials > 1 else f"{trials + others} releases on this data set"
-    return {
-        "selection": f"at random; of their secret number the best by {objective}",
-        "public": f"on public data, {f'by {objective}' if searched else 'as its owner states'}",
-    }.get(scope, f"the best of {among} by {objective}")
+    chosen = scope.chosen if searched else scope.chosen_by_owner or scope.chosen
+    return chosen.format(among=among, objective=objective)
 
 
 def accountant_of(privacy: PrivacyConfig, composition: str) -> str:
@@ -254,11 +229,7 @@ def accountant_of(privacy: PrivacyConfig, composition: str) -> str:
     if share is None:
         return composition
     orders = " and ".join(str(order) for order in share.orders)
-    theorem = {
-        "sweep": "filter of Feldman and Zrnic 2021, valid for adaptively chosen trials",
-        "selection": "private selection of Papernot and Steinke 2022, theorem 2",
-    }[privacy.scope]
-    return f"Renyi DP at order {orders} ({theorem})"
+    return f"Renyi DP at order {orders} ({privacy.covers.theorem})"
 
 
 def _accountant_of_all(summary: Mapping[str, Any]) -> str:

@@ -227,7 +227,7 @@ def make_plan(config: Config) -> PrivacyPlan:
         noise_multiplier = _solve_within(share, config)
     else:
         noise_multiplier, of_all = solve.solve_noise_multiplier(_problem(config))
-        total = of_all if privacy.scope != "sweep" else None
+        total = None if privacy.covers.splits_target else of_all
     return _plan_with(config, noise_multiplier, total)
 
 
@@ -368,7 +368,7 @@ def _solve_within(share: Share, config: Config) -> float:
 
 def _copies(privacy: PrivacyConfig) -> int:
     """How often the target pays for a trial: for each share of a sweep."""
-    return privacy.num_shares if privacy.scope == "sweep" else 1
+    return privacy.num_shares if privacy.covers.splits_target else 1
 
 
 def _repeated(mechanisms: Iterable[Mechanism], times: int) -> tuple[Mechanism, ...]:
@@ -386,7 +386,7 @@ def _problem(config: Config, trials: int | None = None) -> solve.Problem:
         rate,
         times * steps,
         # Trials that differ do not compose exactly like equal ones: a little is kept for that.
-        privacy.target_epsilon * (1 - _MIXTURE if privacy.scope == "sweep" else 1),
+        privacy.target_epsilon * (1 - _MIXTURE if privacy.covers.splits_target else 1),
         privacy.target_delta,
         privacy.neighboring_relation,
     )

@@ -73,20 +73,23 @@ def share_of(privacy: PrivacyConfig) -> Share | None:
     Raises:
         InfeasibleError: the bound itself takes the whole target.
     """
-    if privacy.scope == "selection":
-        return _selection_share(privacy)
-    if privacy.scope == "sweep" and privacy.adaptive:
-        epsilon, delta = privacy.target_epsilon, privacy.target_delta
-        order = renyi.best_order(epsilon, delta)
-        room = epsilon - renyi.offset(order, delta)
-        if room <= 0:
-            raise InfeasibleError(
-                f"at delta {upward(delta, 6)} the bound on adaptively chosen trials takes all of "
-                f"epsilon {upward(epsilon)}: raise privacy.target_epsilon or privacy.target_delta, "
-                "or search with sampler=random or grid"
-            )
-        return Share((order,), math.sqrt(2 * room / order / privacy.num_shares))
-    return None
+    if not privacy.needs_filter:
+        return None
+    return _selection_share(privacy) if privacy.covers.is_secret else _filter_share(privacy)
+
+
+def _filter_share(privacy: PrivacyConfig) -> Share:
+    """One of `num_shares` parts of what a filter at the best order leaves."""
+    epsilon, delta = privacy.target_epsilon, privacy.target_delta
+    order = renyi.best_order(epsilon, delta)
+    room = epsilon - renyi.offset(order, delta)
+    if room <= 0:
+        raise InfeasibleError(
+            f"at delta {upward(delta, 6)} the bound on adaptively chosen trials takes all of "
+            f"epsilon {upward(epsilon)}: raise privacy.target_epsilon or privacy.target_delta, "
+            "or search with sampler=random or grid"
+        )
+    return Share((order,), math.sqrt(2 * room / order / privacy.num_shares))
 
 
 def _selection_share(privacy: PrivacyConfig) -> Share:
@@ -161,11 +164,11 @@ def run_budget(config: Config, selection: str = "") -> RunBudget | None:
         selection: identity of the sweep's release, under scope `selection`.
     """
     privacy = config.privacy
-    if privacy.scope == "selection":
+    if privacy.covers.is_secret:
         return RunBudget(privacy.target_epsilon, adaptive=False, selection=selection)
-    if privacy.scope == "sweep":
+    if privacy.covers.splits_target:
         return RunBudget(privacy.target_epsilon, privacy.adaptive)
-    if privacy.scope == "public" and not config.dataset.public:
+    if privacy.covers.chosen_on_public_data and not config.dataset.public:
         return RunBudget(privacy.target_epsilon, adaptive=False, alone=True)
     return None
 

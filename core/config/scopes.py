@@ -1,0 +1,73 @@
+"""Scopes: what the target epsilon covers, as `privacy.scope` says, in one table.
+
+A rule of a scope is an attribute here; its share and its budget are in `privacy.plan.scopes`.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Scope:
+    """One scope.
+
+    Attributes:
+        statement: the guarantee, as the card states it.
+        claims_each: whether each trial is a claim of its own, whose terms may differ.
+        covers_choice: whether the target covers all that chose the trial, too; else it is what one
+            trial may spend.
+        splits_target: whether trials share it; by shares, with a budget for all of them.
+        is_secret: whether only the best trial leaves, and how many there were must stay secret.
+        chosen_on_public_data: whether all trials but one run are on other, public data.
+        chosen: by what the trial was chosen.
+        owner_states, chosen_by_owner: the same where no search of this project vouches for it.
+        theorem: what proves it for trials that results of others may decide; empty: composition.
+    """
+
+    statement: str
+    claims_each: bool = False
+    covers_choice: bool = False
+    splits_target: bool = False
+    is_secret: bool = False
+    chosen_on_public_data: bool = False
+    chosen: str = "the best of {among} by {objective}"
+    owner_states: str = ""
+    chosen_by_owner: str = ""
+    theorem: str = ""
+
+
+SCOPES = {
+    "trial": Scope(
+        "Each trial alone is ({trial}, {delta})-differentially private. The choice among {trials} "
+        "trials used their results and metrics that are not private; the end-to-end guarantee is "
+        "not {trial} but {computed} by composition, and does not cover those metrics.",
+        claims_each=True,
+    ),
+    "sweep": Scope(
+        "All {trials} trials together, whatever chose them, whenever they were stopped and "
+        "whichever is published, are ({target}, {delta})-differentially private; what ran comes to "
+        "{computed}. Metrics tagged non-private are not covered and chose nothing.",
+        covers_choice=True,
+        splits_target=True,
+        theorem="filter of Feldman and Zrnic 2021, valid for adaptively chosen trials",
+    ),
+    "selection": Scope(
+        "The one trial that leaves, the best by {objective} of a secret number of trials "
+        "({law} law of mean {mean:g}) whose settings were drawn alike, is ({target}, {delta})-"
+        "differentially private with its selection. The other trials, their number, their scores "
+        "and this sweep's logs must stay inside.",
+        covers_choice=True,
+        is_secret=True,
+        chosen="at random; of their secret number the best by {objective}",
+        theorem="private selection of Papernot and Steinke 2022, theorem 2",
+    ),
+    "public": Scope(
+        "All settings were chosen on other, public data. The one run on this data is ({trial}, "
+        "{delta})-differentially private.",
+        chosen_on_public_data=True,
+        chosen="on public data, by {objective}",
+        owner_states="As the owner of the data states, all settings were chosen on other, public "
+        "data; no search of this project vouches for it. The one run on this data is ({trial}, "
+        "{delta})-differentially private.",
+        chosen_by_owner="on public data, as its owner states",
+    ),
+}
