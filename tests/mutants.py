@@ -357,6 +357,13 @@ MUTANTS = (
         LOSSES_OF_LEDGERS,
     ),
     Mutant(
+        "a loss that is noted already explains an older copy",
+        "core/privacy/ledger/notes.py",
+        'any(entry["hash"] not in note["losses"] for entry in losses)',
+        "bool(losses)",
+        LOSSES_OF_LEDGERS,
+    ),
+    Mutant(
         "a lost ledger that a note knows of is begun anew",
         "core/privacy/ledger/file.py",
         "for place in (beside_secret(path), *notes) if os.path.exists(place)]",

@@ -114,7 +114,7 @@ def test_a_damaged_ledger_stops_a_run_before_the_data_is_opened(again, unopened,
     before = content(again / "ledger")
     assert main(arguments(again, "first", privacy__data_set_budget=1.1)) == 2
     error = capsys.readouterr().err
-    assert {"missing": "0 whole lines of"}.get(harm, "edited or truncated") in error
+    assert {"missing": "shorter than its head says"}.get(harm, "edited or truncated") in error
     assert content(again / "ledger") == before
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -344,7 +345,7 @@ def test_a_missing_ledger_is_not_begun_anew_on_resume(tmp_path):
         lambda: Ledger.at(ledger.path),
         ledger.summary,
     ):
-        with pytest.raises(LedgerError, match="0 whole lines of 1"):
+        with pytest.raises(LedgerError, match="it is shorter than its head says"):
             act()
     shutil.rmtree(folder)
     with pytest.raises(LedgerError, match="no ledger"):
@@ -479,6 +480,8 @@ class Written:
         except LedgerError as error:
             text = str(error)
         if text:
+            # How many lines there are would tell the number of a selection's trials.
+            assert not re.search(r"\blines? \d|\b\d+ (whole )?lines?\b", text)
             assert self.path.read_bytes() == content
             assert "was edited or truncated" in text
             return None
@@ -583,5 +586,5 @@ def test_lines_of_an_unknown_form_are_not_guessed_at(tmp_path):
         chain.append("reserve", {"key": math.nan})
     with locked(ledger.path) as chain:
         chain.append("refund", {"key": {}})
-    with pytest.raises(LedgerError, match=r"line 2 .* does not know"):
+    with pytest.raises(LedgerError, match=r"a line of .* does not know"):
         ledger.summary()

@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -59,7 +61,7 @@ def test_whatever_knows_of_a_lost_ledger_keeps_it_from_being_begun_anew(tmp_path
         for path in (ledger.path.with_suffix(".lock"), note):
             path.write_bytes(b"")
     forget_all_but(ledger, note, witness)
-    with pytest.raises(LedgerError, match=r"no ledger at|0 whole lines of 3") as refused:
+    with pytest.raises(LedgerError, match=r"no ledger at|shorter than its head") as refused:
         Ledger.open(tmp_path / "ledger", TERMS, notes=[note])
     assert f"accept-loss --file '{ledger.path}'" in str(refused.value)
     assert not ledger.path.exists()
@@ -208,6 +210,108 @@ def test_an_accepted_loss_is_stated_for_ever(tmp_path, harm: Harm):
     again.path.write_bytes(b"".join(lines[:-1]))
     with pytest.raises(LedgerError, match="edited or truncated"):
         Ledger.at(again.path)
+
+
+def files_of(ledger: Ledger) -> dict[str, bytes]:
+    """A backup of the ledger and its head."""
+    suffixes = (".jsonl", ".head")
+    return {ledger.path.stem + s: ledger.path.with_suffix(s).read_bytes() for s in suffixes}
+
+
+def refused(ledger: Ledger, *notes: Path) -> bool:
+    try:
+        Ledger.at(ledger.path, notes)
+    except LedgerError as error:
+        return bool(re.search("it is (shorter|another)", str(error)))
+    return False
+
+
+def test_a_loss_of_a_host_whose_clock_is_ahead_explains_no_later_rollback(tmp_path, monkeypatch):
+    """Its line has a later time than all that is noted until then."""
+    note = tmp_path / "run" / "note"
+    ledger = begun(tmp_path / "ledger", note)
+
+    class Ahead(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return datetime(2222, 1, 1, tzinfo=tz)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("core.privacy.ledger.file.datetime", Ahead)
+        accept_loss(ledger.path, "fire")
+    ledger.reserve(key("after the loss"), [DP_SGD])
+    early = files_of(ledger)
+    ledger.reserve(key("late"), [DP_SGD])
+    older_copy(ledger.path, early)
+    assert refused(ledger, note)
+    beside_secret(ledger.path).unlink()
+    assert refused(ledger, note)
+
+
+@pytest.mark.parametrize("between", [0, 1])
+def test_a_copy_from_before_an_accepted_loss_is_refused(tmp_path, between):
+    """It lacks the loss that is noted, though it may hold an earlier one."""
+    note = tmp_path / "run" / "note"
+    ledger = begun(tmp_path / "ledger", note, trials=3)
+    if between:
+        accept_loss(ledger.path, "fire")
+    ledger.reserve(key("more"), [DP_SGD])
+    early = files_of(ledger)
+    first_line(ledger.path, {})
+    accept_loss(ledger.path, "water")
+    assert not refused(ledger, note)  # The owner has accepted what the older note misses.
+    ledger.reserve(key("again"), [DP_SGD])
+    older_copy(ledger.path, early)
+    # The note beside the secret knows of all losses.
+    assert refused(ledger)
+    assert refused(ledger, note)
+
+
+def test_a_note_that_is_begun_after_a_loss_knows_the_losses_whose_lines_are_gone(tmp_path):
+    """So that no copy from before the loss passes where nothing lies beside the secret."""
+    ledger = begun(tmp_path / "ledger", tmp_path / "note", trials=2)
+    accept_loss(ledger.path, "fire")
+    early = files_of(ledger)
+    ledger.path.unlink()
+    ledger.path.with_suffix(".head").unlink()
+    accept_loss(ledger.path, "water")
+    late = tmp_path / "late" / "note"
+    begun(tmp_path / "ledger", late, trials=1)
+    beside_secret(ledger.path).unlink()
+    older_copy(ledger.path, early)
+    assert refused(ledger, late)
+
+
+def test_growth_after_a_loss_cannot_be_rolled_back(tmp_path):
+    note = tmp_path / "run" / "note"
+    ledger = begun(tmp_path / "ledger", note, trials=3)
+    first_line(ledger.path, {})
+    accept_loss(ledger.path, "fire")
+    early = files_of(ledger)
+    again = begun(tmp_path / "ledger", tmp_path / "another" / "note", trials=9)
+    older_copy(ledger.path, early)
+    assert refused(again)
+    assert refused(again, note)
+    beside_secret(ledger.path).unlink()
+    assert refused(again, tmp_path / "another" / "note")
+    # A second loss, which no note knows of, explains what all of them miss.
+    accept_loss(ledger.path, "water")
+    assert not refused(again, note, tmp_path / "another" / "note")
+
+
+def test_a_note_of_an_earlier_version_is_explained_by_a_later_loss_alone(tmp_path):
+    note = tmp_path / "run" / "note"
+    ledger = begun(tmp_path / "ledger", note, trials=3)
+    early = files_of(ledger)
+    ledger.reserve(key("late"), [DP_SGD])
+    for place in (note, beside_secret(ledger.path)):
+        content = json.loads(place.read_text())
+        del content["losses"]
+        place.write_text(json.dumps(content))
+    older_copy(ledger.path, early)
+    assert refused(ledger, note)
+    accept_loss(ledger.path, "fire")
+    assert not refused(ledger, note)
 
 
 @pytest.mark.parametrize("gone", ["file", "folder"])

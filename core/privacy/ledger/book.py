@@ -103,17 +103,16 @@ class Book:
 
 def stated_terms(path: Path, chain: Chain) -> Terms:
     """The terms in the first line, or in that after an accepted loss of all lines."""
-    number = next((i for i, e in enumerate(chain.entries) if e.get("kind") != "loss"), None)
-    if number is None:
+    first = next((entry for entry in chain.entries if entry.get("kind") != "loss"), None)
+    if first is None:
         raise LedgerError(
             f"the ledger '{path}' holds an accepted loss alone: the next run on this data begins it"
         )
-    first = chain.entries[number]
     names = ("fingerprint", "num_examples", "delta", "neighboring_relation", "budget")
     try:
         return Terms(**{name: first[name] for name in names}, family=first.get("family"))
     except (KeyError, TypeError):
-        raise _unknown(path, number + 1) from None
+        raise _unknown(path) from None
 
 
 _added_up: dict[Path, tuple[int, str, Book]] = {}
@@ -130,11 +129,11 @@ def add_up(path: Path, chain: Chain) -> Book:
     count, last, book = _added_up.pop(path, afresh)
     if count > len(chain.entries) or chain.entries[count - 1]["hash"] != last:
         count, last, book = afresh
-    for number, entry in enumerate(chain.entries[count:], count + 1):
+    for entry in chain.entries[count:]:
         try:
             _enter(book, entry)
         except (KeyError, TypeError):
-            raise _unknown(path, number) from None
+            raise _unknown(path) from None
     _added_up[path] = (len(chain.entries), chain.entries[-1]["hash"], book)
     return book
 
@@ -167,10 +166,10 @@ def _enter(book: Book, entry: Entry) -> None:
         raise KeyError(entry["kind"])
 
 
-def _unknown(path: Path, number: int) -> LedgerError:
+def _unknown(path: Path) -> LedgerError:
     return LedgerError(
-        f"line {number} of the ledger '{path}' is of a form that this version does not know: use "
-        "the version that wrote it"
+        f"a line of the ledger '{path}' is of a form that this version does not know: use the "
+        "version that wrote it"
     )
 
 

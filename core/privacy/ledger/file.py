@@ -169,8 +169,8 @@ class Chain:
         write_and_sync(private_opener(str(self._path), flags), _canonical(entry) + b"\n")
         sync_folder(self._path)
         _write_head(self._path, entry)
-        write_notes(self._path, self._notes, entry)
         self.entries.append(entry)
+        write_notes(self._path, self._notes, self.entries)
 
 
 def traces(path: Path) -> list[Path]:
@@ -278,17 +278,18 @@ def accept_loss(path: Path, reason: str, known: bool = False) -> int:
 
 
 def _read_and_repair(path: Path) -> list[Entry]:
+    """All lines; no message says how many, which would tell the number of a selection's trials."""
     content = path.read_bytes() if path.exists() else b""
     known, last_hash = _read_head(path)
     entries, torn = _verified_lines(path, content)
     if len(entries) < known:
-        raise _damaged(path, f"it holds {len(entries)} whole lines of {known}")
+        raise _damaged(path, "it is shorter than its head says")
     if len(entries) > known + 1:
-        raise _damaged(path, f"it holds {len(entries)} lines where its head names {known}")
+        raise _damaged(path, "it is longer than its head says")
     if known and entries[known - 1]["hash"] != last_hash:
-        raise _damaged(path, f"line {known} is not the one that its head names")
+        raise _damaged(path, "its last line is not the one that its head names")
     if torn and len(entries) > known:  # A writer moves the head on before it appends again.
-        raise _damaged(path, f"line {len(entries) + 1} is incomplete")
+        raise _damaged(path, "its last line is incomplete")
     if torn:
         os.truncate(path, len(content) - len(torn))
         write_and_sync(os.open(path, os.O_WRONLY), b"")
@@ -324,18 +325,17 @@ def _verified_lines(path: Path, content: bytes) -> tuple[list[Entry], bytes]:
 
 def _verified(path: Path, line: bytes, before: list[Entry]) -> Entry:
     """The line as data, if it is just what `append` would have written after `before`."""
-    number = len(before) + 1
     try:
         entry: Entry = json.loads(line)
         # Canonical form admits no other spacing, order or spelling of numbers.
         if _canonical(entry) == line and entry["hash"] == _digest(entry):
             previous = before[-1]["hash"] if before else _BEFORE_FIRST
-            if (entry["sequence"], entry["previous"]) == (number - 1, previous):
+            if (entry["sequence"], entry["previous"]) == (len(before), previous):
                 return entry
-            raise _damaged(path, f"line {number} does not follow the line before it")
+            raise _damaged(path, "a line does not follow the line before it")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
-    raise _damaged(path, f"line {number} is not as it was written")
+    raise _damaged(path, "a line is not as it was written")
 
 
 def _read_head(path: Path) -> tuple[int, str]:

@@ -24,7 +24,7 @@ def beside_secret(path: Path) -> Path:
     return secret_path().parent / "ledgers" / f"{place}.json"
 
 
-def write_notes(path: Path, places: Sequence[Path], entry: dict[str, Any]) -> None:
+def write_notes(path: Path, places: Sequence[Path], entries: Sequence[dict[str, Any]]) -> None:
     """Notes the last line beside the master secret and at `places`; the lock must be held.
 
     The secret may lie in a folder that only its owner elsewhere can write, as on Kubernetes; then
@@ -33,8 +33,12 @@ def write_notes(path: Path, places: Sequence[Path], entry: dict[str, Any]) -> No
     Raises:
         OSError: one of `places` cannot be written.
     """
-    note = {name: entry[name] for name in ("sequence", "hash", "time")}
-    content = json.dumps({**note, "ledger": str(path.resolve())}).encode()
+    losses = {entry["hash"] for entry in entries if entry["kind"] == "loss"}
+    for place in (*places, beside_secret(path)):  # Also losses whose own lines were lost since.
+        losses |= _known_losses(place)
+    note = {name: entries[-1][name] for name in ("sequence", "hash", "time")}
+    note |= {"ledger": str(path.resolve()), "losses": sorted(losses)}
+    content = json.dumps(note).encode()
     for place in places:
         place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         replace_durably(place, content)
@@ -55,10 +59,19 @@ def _keep_beside_secret(path: Path, content: Callable[[], bytes]) -> None:
         _LOG.warning("no note of the ledger beside the master secret: %s", error)
 
 
+def _known_losses(place: Path) -> set[str]:
+    """Hashes of the lines of accepted losses that the note at `place` tells of."""
+    try:
+        return set(json.loads(place.read_bytes())["losses"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
+
+
 def contradiction(place: Path, entries: Sequence[dict[str, Any]]) -> str:
     """What the note at `place` knows that the lines of the ledger do not; empty if they agree.
 
-    A loss that was accepted after the note was written explains any difference.
+    Only the line of an accepted loss that was unknown when the note was written explains a
+    difference: an older copy holds none, whatever the clocks say.
     """
     if not place.exists() or not (content := place.read_bytes()):  # Empty: of an older version.
         return ""
@@ -67,7 +80,12 @@ def contradiction(place: Path, entries: Sequence[dict[str, Any]]) -> str:
         number, digest, time = int(note["sequence"]), note["hash"], note["time"]
         if 0 <= number < len(entries) and entries[number]["hash"] == digest:
             return ""
-        if any(entry["kind"] == "loss" and entry["time"] >= time for entry in entries):
+        losses = [entry for entry in entries if entry["kind"] == "loss"]
+        if "losses" in note:
+            explained = any(entry["hash"] not in note["losses"] for entry in losses)
+        else:  # Earlier versions noted the time alone.
+            explained = any(entry["time"] >= time for entry in losses)
+        if explained:
             return ""
     except (ValueError, KeyError, TypeError):
         return f"the note '{place}' of its last line is not as it was written"
