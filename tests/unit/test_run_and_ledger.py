@@ -323,6 +323,25 @@ def test_a_ledger_where_earlier_versions_kept_it_is_not_passed_over(tmp_path, pl
     assert not (tmp_path / "data").exists()
 
 
+def test_one_in_the_working_directory_is_not_passed_over_either(tmp_path, plan, monkeypatch):
+    """Also where an upgrade has begun a second one already."""
+    monkeypatch.chdir(tmp_path)
+    Start(tmp_path, plan, runtime__ledger="runs/ledger").settle()  # Itself it does not refuse.
+    moved = {"runtime__cache": str(tmp_path / "elsewhere" / "cache")}
+    with pytest.raises(LedgerError, match=r"'runs/ledger/.*' from there to '.*/ledger'"):
+        Start(tmp_path, plan, run="another", **moved)
+    assert not (tmp_path / "ledger").exists()
+    (tmp_path / "runs").rename(tmp_path / "away")
+    Start(tmp_path, plan, run="another", **moved).settle()
+    (tmp_path / "away").rename(tmp_path / "runs")
+    before = entry(tmp_path)
+    with pytest.raises(LedgerError, match=r"move the one away whose charges '.*' holds too"):
+        Start(tmp_path, plan, run="third", **moved)
+    assert entry(tmp_path) == before
+    moved["runtime__ledger"] = str(tmp_path / "runs" / "ledger")  # As the message asks.
+    Start(tmp_path, plan, run="third", **moved).settle()
+
+
 # Data sets that charge together.
 
 

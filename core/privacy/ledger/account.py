@@ -96,11 +96,11 @@ class Spending:
         name = hashlib.sha256(json.dumps(asdict(key)).encode()).hexdigest()[:16]
         counter = ledger.path.with_name(f"{ledger.path.stem}-{name}.begun")
         self._counters = (counter, own / counter.name)
-        counts = [_read_count(place) for place in self._counters if place.exists()]
-        lost = (noted and may_be_lost) or None in counts
+        counts = {place: _read_count(place) for place in self._counters if place.exists()}
+        lost = (noted and may_be_lost) or None in counts.values()
         if is_open:  # Then one lies beside the ledger.
-            lost |= not counter.exists() or (_read_count(counter) or 0) < settled
-        begun = max(settled, *(count or 0 for count in counts), 0)
+            lost |= counter not in counts or (counts[counter] or 0) < settled
+        begun = max(settled, *(count or 0 for count in counts.values()), 0)
         if lost or not resumed <= begun <= key.end_step:
             _LOG.warning("how many steps began is not known any more: all %d count", key.end_step)
             begun = key.end_step
@@ -171,9 +171,9 @@ class Spending:
             privacy.data_set_budget,
             dataset.family,
         )
-        charged = [s for s in self._sources.read().values() if s.charged]
-        for source in charged:
-            if source.fingerprint == fingerprint and source.family != dataset.family:
+        for source in self._sources.read().values():
+            is_this = source.charged and source.fingerprint == fingerprint
+            if is_this and source.family != dataset.family:
                 raise LedgerError(
                     f"dataset.family={dataset.family!r}, but this data set was charged with "
                     f"{source.family!r} before, where its charges are: restore that; a family is "
@@ -185,19 +185,23 @@ class Spending:
                 f"dataset.family={dataset.family!r}, but this data set was charged alone before, "
                 f"in '{single}': leave the family out; a family is named before its first run"
             )
-        # A run or sweep that has begun must find the ledger that it was charged to, not a new one.
-        known = any(charged_to(s.fingerprint, s.family) == account for s in charged)
         path = self._path(fingerprint)
         folders = (self.charged, self.run_dir / _CHARGED)
         earlier = [mark for folder in folders if (mark := folder / account[:16]).exists()]
         notes = dict.fromkeys([*(folder / path.stem for folder in folders), *earlier])
-        beside_cache = ledger_path(Path(self.config.runtime.cache).parent / "ledger", account)
-        if not path.exists() and beside_cache.exists():
+        for parent in (Path(self.config.runtime.cache).parent, Path("runs")):
+            other = ledger_path(parent / "ledger", account)
+            if not other.exists() or other.resolve() == path.resolve():
+                continue
+            remedy = f"move '{other.stem}.*' from there to '{self.folder}'"
+            if path.exists():
+                remedy = f"move the one away whose charges '{path}' holds too"
             raise LedgerError(
-                f"this data set has a ledger '{beside_cache}', where earlier versions kept it: set "
-                f"runtime.ledger='{beside_cache.parent}', or move '{beside_cache.stem}.*' from "
-                f"there to '{self.folder}'"
+                f"this data set has a ledger '{other}', where earlier versions kept it: set "
+                f"runtime.ledger='{other.parent}', or {remedy}"
             )
+        # A run or sweep that has begun must find the ledger that it was charged to, not a new one.
+        known = self._sources.know_of(path)
         return Ledger.open(self.folder, terms, self.lease, [*notes], known)
 
     def _selection(self) -> str:
