@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from core.io.terminal import SELECTED, write_json
 from core.privacy.accounting.mechanism import COARSE
 from core.privacy.ledger.account import RELEASE_ID, Spending
 from core.privacy.ledger.card import make_card
-from core.privacy.ledger.file import Key, LedgerError, Terms
+from core.privacy.ledger.file import Key, LedgerError, Terms, locked
 from core.privacy.ledger.ledger import BudgetExceededError, Ledger, events_of, ledger_path
 from core.privacy.plan.plan import PrivacyPlan, make_plan
 from core.privacy.plan.scopes import STAYS_INSIDE, run_budget
@@ -141,6 +142,60 @@ def test_the_bundle_of_a_selection_is_the_same_for_one_trial_and_for_twenty(
         2e-5,
     )
     assert "stopped early" not in card["statement"]
+
+
+def test_beside_a_selection_of_an_earlier_version_no_card_tells_its_number(plans, tmp_path, capsys):
+    """Its lines say the scope alone: neither its target nor which release it is."""
+    bundles = []
+    for number in (1, 20):
+        folder = tmp_path / str(number)
+        ledger = ledger_in(folder, plans["trial"])
+        charge(ledger, plans["trial"], "lone", "its identity")
+        for trial in range(number):
+            charge(ledger, plans["selection"], "old", f"old {trial}", note="scope selection")
+        bundles.append(
+            bundle(finished(folder, LONE, plans["trial"], "lone", "its identity"), capsys)
+        )
+        assert (ledger.summary()["num_releases"], ledger.summary()["selections"]) == (2, ["old"])
+        own = finished(folder / "own", SELECTION, plans["selection"], "old", "old 0")
+        ledger.select("old", "old 0")
+        config = load(nested(SELECTION), {"runtime.ledger": str(folder / "ledger")})
+        (own / "config.yaml").write_text(yaml_subset.dump(nested(config)))
+        bundles[-1] = (bundles[-1], bundle(own, capsys))
+        assert main(["ledger", "show", "--folder", str(folder / "ledger")]) == 0
+        assert capsys.readouterr().out.startswith(STAYS_INSIDE)
+        within = run_budget(SELECTION, "release of old")
+        with pytest.raises(LedgerError, match="choose another name"):  # It cannot go on.
+            charge(ledger, plans["selection"], "old", "more", within=within)
+    assert bundles[0] == bundles[1]
+    (lone, _), (own, _) = bundles[0]
+    card = json.loads(lone["privacy_card.json"])
+    assert (
+        "one of 2 releases on this data set, which together are (inf, 2e-05)-" in card["statement"]
+    )
+    assert "it counts as unbounded, as the sum of its trials would tell their" in card["statement"]
+    assert f"is ({TARGET:g}, 1e-05)-" in json.loads(own["privacy_card.json"])["statement"]
+
+
+def test_beside_a_selection_of_an_earlier_version_a_budget_pays_for_nothing(plans, tmp_path):
+    plan, messages = plans["trial"], set()
+    for number in (1, 20):
+        terms = Terms(FINGERPRINT, plan.num_examples, plan.delta, plan.neighboring_relation)
+        ledger = Ledger.open(tmp_path / str(number), replace(terms, budget=1e3))
+        for trial in range(number):
+            charge(ledger, plans["selection"], "old", f"old {trial}", note="scope trial")
+        lines = ledger.path.read_bytes()
+        assert lines.count(b"scope trial") == number
+        ledger = Ledger.open(tmp_path / f"old {number}", replace(terms, budget=1e3))
+        with locked(ledger.path) as chain:
+            for entry in map(json.loads, lines.splitlines()[1:]):
+                chain.append(entry["kind"], {**entry, "note": "scope selection"})
+        before = ledger.path.read_bytes()
+        with pytest.raises(BudgetExceededError, match="it counts as unbounded") as refused:
+            charge(ledger, plan, "lone", "its identity")
+        assert ledger.path.read_bytes() == before
+        messages.add(str(refused.value))
+    assert len(messages) == 1
 
 
 def test_a_sweeps_card_is_the_same_beside_any_selection_and_its_largest_trial_counts(

@@ -1,5 +1,6 @@
 """What the lines of a ledger add up to: a charge for each key, the writers of each run."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -44,8 +45,14 @@ class Charge:
 
     @property
     def target(self) -> float:
-        """Epsilon of the selection whose trial it is, of which only the best leaves; else 0."""
-        return self.within.epsilon if self.within is not None and self.within.selection else 0.0
+        """Epsilon of the selection whose trial it is, of which only the best leaves; else 0.
+
+        Infinite where an earlier version charged it, which recorded no target: what its trials
+        come to would tell their secret number.
+        """
+        if self.within is None:
+            return math.inf if self.note == "scope selection" else 0.0
+        return self.within.epsilon if self.within.selection else 0.0
 
     @property
     def state(self) -> str:

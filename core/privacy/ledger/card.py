@@ -1,12 +1,13 @@
 """What people read of the ledger: its summary, and the privacy card of a publication."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from core.config import PrivacyConfig
 from core.privacy.accounting.rounding import odds, upward
 from core.privacy.ledger.file import LedgerError
-from core.privacy.ledger.ledger import Ledger
+from core.privacy.ledger.ledger import UNBOUNDED, Ledger
 from core.privacy.plan.plan import PrivacyPlan
 from core.privacy.plan.scopes import STAYS_INSIDE, share_of
 
@@ -169,6 +170,7 @@ def make_card(
             mean=privacy.selection_mean,
         )
         + stopping
+        + (f"{UNBOUNDED[1:]}." if everything == math.inf else "")
         + _of_family(summary)
         + _of_losses(summary),
         "scope": privacy.scope,

@@ -7,6 +7,7 @@ locks and detects edits.
 """
 
 import hashlib
+import math
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -26,6 +27,10 @@ from core.privacy.plan.plan import PrivacyPlan
 from core.privacy.plan.scopes import RunBudget
 
 UNIT = "one image with its label"
+UNBOUNDED = (
+    ". A selection of an earlier version is charged to this data set without its claim: it counts "
+    "as unbounded, as the sum of its trials would tell their secret number"
+)
 _QUICK_ERROR = 1e-5
 """More than what figures that are not of record may be too small by."""
 
@@ -413,7 +418,7 @@ class Ledger:
             f"reserving epsilon {upward(counted(replace(book, charges=new)), 6)} for {asked.key} "
             f"would bring its data set to {upward(total, 6)} of its budget {upward(budget, 6)} "
             f"(spent or reserved {upward(counted(others), 6)}): plan fewer steps, more noise or "
-            "fewer trials, as a budget is never raised"
+            f"fewer trials, as a budget is never raised{UNBOUNDED if total == math.inf else ''}"
         )
 
     def _together(
@@ -429,7 +434,7 @@ class Ledger:
         """
         events = [event for charge in book.apart for event in part(charge)]
         selections = book.selections.values()
-        targets = [charges[0].target for charges in selections if any(map(part, charges))]
+        targets = [max(c.target for c in group) for group in selections if any(map(part, group))]
         count = max(1, bool(events) + len(targets))
         delta = float(count * Decimal(repr(self.terms.delta)))  # 3e-05, not 3.0000000000000004e-05.
         return self._epsilon(events, grid) + sum(targets), delta
