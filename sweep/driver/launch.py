@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from core.config import flatten
-from core.errors import UserError
+from core.errors import ConfigError, UserError
+from core.io.code_digest import code_digest
 from core.io.terminal import log_to
 from core.privacy.keys import MasterSecret
 from sweep.config.scope import count_trials, final_point, settings_entropy
@@ -28,6 +29,7 @@ from sweep.driver.progress import Progress
 from sweep.results.claim import claim, driver_lock, release_id
 from sweep.results.table import (
     Row,
+    begun_with,
     best,
     final_row,
     load_rows,
@@ -97,6 +99,7 @@ def _run(context: Context, total: int, uri: str, experiment_id: str, verbosity: 
 
     sweep = context.sweep
     rows = load_rows(sweep)
+    _require_same_code(sweep, rows)
     complete = _is_complete(sweep, rows, total)
     if complete and not _waiting(sweep, rows):
         known = client.recorded(uri, experiment_id, sweep.name)
@@ -327,6 +330,22 @@ def _fit(
         for r in results
     )
     return whole and len(results) >= num_samples
+
+
+def _require_same_code(sweep: SweepConfig, rows: Sequence[Row]) -> None:
+    """Refuses a selection that other code began: a trial that cannot go on would rank last.
+
+    Raises:
+        ConfigError: a trial has a checkpoint of other code.
+    """
+    for row in rows if sweep.run.privacy.scope == "selection" else ():
+        begun = row.state == "unfinished" and any((row.run_dir / "checkpoints").glob("*.pt"))
+        if begun and begun_with(row.run_dir)[1] not in ("", code_digest()):
+            raise ConfigError(
+                f"the checkpoint of trial {row.trial} in '{row.run_dir}' is of other code of core: "
+                "restore that, or remove the trial's folder, which draws new noise and is charged "
+                "again"
+            )
 
 
 def _is_done(sweep: SweepConfig, row: Row) -> bool:

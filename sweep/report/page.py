@@ -130,7 +130,7 @@ def _card(
         return None, total, text
     released, none_yet = claimed_row(sweep, rows)
     if released is None:
-        return None, total, f"{none_yet.capitalize()}."
+        return None, total, f"{none_yet[0].upper()}{none_yet[1:]}."
     try:
         return sweep_card(sweep, rows, released), sweep_epsilon(sweep, rows), ""
     except UserError as error:

@@ -1,5 +1,6 @@
 """Results table of a sweep, read from the trials' folders."""
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ from rich.table import Table
 from core.commands.account import COUNT, NOISE
 from core.config import Config, flatten, load, load_yaml
 from core.config.metrics import DIRECTIONS, HEADLINES
-from core.io.terminal import FAILED, SELECTED, write_json
+from core.io.code_digest import code_digest
+from core.io.terminal import FAILED, SELECTED, read_json, write_json
 from core.privacy.accounting.rounding import figure, upward
 from core.privacy.ledger.account import ledger_of_run
 from core.privacy.ledger.card import all_on_this_data_set, card_markdown, make_card, three_epsilons
@@ -33,7 +35,7 @@ class Row:
         state: `finished`, `stopped` (early, by the scheduler), `failed` or `unfinished`.
         scores: metrics by name; empty unless finished.
         error: why it has no scores.
-        for_good: whether it failed as it would fail again.
+        for_good: whether it failed as it would fail again with the code that runs now.
         early_score: the last one of a stopped trial.
         spent: epsilon of a stopped trial's steps.
     """
@@ -69,7 +71,7 @@ def _row(folder: Path) -> Row:
     evaluation, error = folder / "evaluation.json", folder / "error.txt"
     stopped, failed = folder / STOPPED, folder / FAILED
     result: dict[str, Any] = {}
-    state, reason, spent, early = "unfinished", "", None, None
+    state, reason, spent, early, for_good = "unfinished", "", None, None, False
     if evaluation.exists():
         result, state = json.loads(evaluation.read_text()), "finished"
     elif stopped.exists():
@@ -77,7 +79,10 @@ def _row(folder: Path) -> Row:
         spent, early = result["epsilon"], result[plan.early_metric]
         reason = f"stopped at step {result['step']}: {plan.early_metric} {early:.4g}"
     elif failed.exists():
-        state, reason = "failed", json.loads(failed.read_text())["error"]
+        failure = json.loads(failed.read_text())
+        state, reason = "failed", failure["error"]
+        # A run asks its whole identity; what the driver does not know of it, as the device, stays.
+        for_good = begun_with(folder) == (failure["identity"], code_digest())
     elif error.exists():
         state, reason = "failed", error.read_text().strip()
     return Row(
@@ -91,8 +96,18 @@ def _row(folder: Path) -> Row:
         error=reason,
         early_score=early,
         spent=spent,
-        for_good=state == "failed" and failed.exists(),
+        for_good=for_good,
     )
+
+
+def begun_with(run_dir: Path) -> tuple[str, str]:
+    """Identity with which a trial began last, and the digest of its code; empty if not noted."""
+    path = run_dir / "identity.json"
+    if not path.exists():
+        return "", ""
+    parts = read_json(path)
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return digest, parts["computed by"]["code of core"]
 
 
 def final_row(sweep: SweepConfig, rows: Sequence[Row]) -> Row | None:
@@ -214,7 +229,7 @@ def released_row(sweep: SweepConfig, rows: Sequence[Row]) -> Row | None:
 
 
 def claimed_row(sweep: SweepConfig, rows: Sequence[Row]) -> tuple[Row | None, str]:
-    """What a claim can be made about: what may be published, or None and why there is none yet.
+    """What a claim can be made about: what may be published, or None and why there is none.
 
     Privacy: the best trial so far of a selection that is not complete is not the one that leaves.
     """
@@ -222,8 +237,11 @@ def claimed_row(sweep: SweepConfig, rows: Sequence[Row]) -> tuple[Row | None, st
     if sweep.run.privacy.scope == "selection" and not any(
         (row.run_dir / SELECTED).exists() for row in rows
     ):
-        return None, "selection: not complete, so nothing is claimed yet"
-    return released, "final run: not finished, so nothing is claimed yet"
+        return None, f"selection: not complete, {_NO_CLAIM}"
+    last = final_row(sweep, rows)
+    if last is not None and last.state == "failed":
+        return None, f"final run: failed ({last.error}), {_NO_CLAIM}"
+    return released, f"final run: not finished, {_NO_CLAIM}"
 
 
 def _objective(sweep: SweepConfig, rows: Sequence[Row]) -> str:
@@ -274,7 +292,8 @@ def print_results(sweep: SweepConfig, rows: list[Row], pruned: int, ui: str) -> 
         print(f"{title}{row.trial} ({_scores(row)})")
     released, none_yet = claimed_row(sweep, rows)
     if released is None:
-        print(f"{none_yet}; the same command goes on")
+        last = final_row(sweep, rows)
+        print(none_yet + ("" if last and last.for_good else "; the same command goes on"))
     else:
         _print_released(sweep, rows, released, total)
     print(f"compare: {ui}")
@@ -345,5 +364,6 @@ def results_table(
     return table
 
 
+_NO_CLAIM = "so nothing is claimed yet"
 _WIDTH_OF_A_COLUMN = 11
 _SHOWN = (COUNT, NOISE, "stage_split")
