@@ -20,8 +20,9 @@ from by_library import epsilon_of, subsampled_gaussian
 
 from core.errors import UserError
 from core.privacy.ledger import file
+from core.privacy.ledger.admission import BudgetExceededError
 from core.privacy.ledger.file import Event, Key, Terms
-from core.privacy.ledger.ledger import BudgetExceededError, Ledger
+from core.privacy.ledger.ledger import Ledger
 
 STEP = Event("dp_sgd", 0.05, 8.0, 10)
 TERMS = Terms("ab" * 32, 1_000, 1e-5, "zero_out", None)
@@ -137,7 +138,7 @@ def die(folder: Path, act: str) -> None:
             if act == "open":
                 Ledger.open(place, TERMS)
             else:
-                ACTS[act](Ledger.open_existing(place, TERMS))
+                ACTS[act](Ledger.open(place, TERMS, known=True))
 
         if act != "open":
             begin(place)
@@ -161,8 +162,8 @@ def test_a_death_at_any_point_never_counts_short(tmp_path, act):
         "void": {"old": ("void", None)},
         "lease": {"old": ("reserved", None)},
     }[act]
-    assert states(Ledger.open_existing(outlived, TERMS)) == after
-    lines = Ledger.open_existing(outlived, TERMS).verify()
+    assert states(Ledger.open(outlived, TERMS, known=True)) == after
+    lines = Ledger.open(outlived, TERMS, known=True).verify()
     # Line, its fsync, folder; head and note, each with its fsync, rename and folder.
     assert len(deaths) == 11
     found: list[tuple[bool, int]] = []
@@ -198,7 +199,7 @@ def test_every_reservation_that_returned_outlives_a_kill(tmp_path):
         told = [int(process.stdout.readline()) for _ in range(20)]
         process.kill()
         told += [int(line) for line in process.stdout.read().split("\n")[:-1]]
-    kept = [int(trial) for trial in states(Ledger.open_existing(tmp_path, TERMS))]
+    kept = [int(trial) for trial in states(Ledger.open(tmp_path, TERMS, known=True))]
     assert kept[: len(told)] == told == list(range(len(told)))
     assert len(kept) <= len(told) + 1
 
@@ -223,7 +224,7 @@ def test_a_driver_that_was_replaced_is_refused(tmp_path):
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as sleeper:
         assert sleeper.stdout is not None
         assert int(sleeper.stdout.readline()) == 1
-        successor = Ledger.open_existing(tmp_path, TERMS)
+        successor = Ledger.open(tmp_path, TERMS, known=True)
         successor.take_over("sweep", "the successor", 2)
         before = successor.path.read_bytes()
         _, errors = sleeper.communicate("go on\n", timeout=60)

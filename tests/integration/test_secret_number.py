@@ -17,9 +17,10 @@ from core.errors import ConfigError
 from core.io.terminal import SELECTED, write_json
 from core.privacy.accounting.mechanism import COARSE
 from core.privacy.ledger.account import RELEASE_ID, Spending
+from core.privacy.ledger.admission import BudgetExceededError
 from core.privacy.ledger.card import make_card
 from core.privacy.ledger.file import Key, LedgerError, Terms, locked
-from core.privacy.ledger.ledger import BudgetExceededError, Ledger, events_of, ledger_path
+from core.privacy.ledger.ledger import Ledger, events_of, ledger_path
 from core.privacy.plan.plan import PrivacyPlan, make_plan
 from core.privacy.plan.scopes import STAYS_INSIDE, run_budget
 

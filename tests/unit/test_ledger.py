@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,11 @@ from hypothesis import strategies as st
 from core.errors import InfeasibleError, UserError
 from core.privacy.accounting.mechanism import FINE
 from core.privacy.accounting.rounding import upward
+from core.privacy.ledger.admission import BudgetExceededError
 from core.privacy.ledger.book import Reservation
 from core.privacy.ledger.card import ledger_text
 from core.privacy.ledger.file import Event, Key, LedgerError, Terms, _canonical, _digest, locked
-from core.privacy.ledger.ledger import BudgetExceededError, Ledger, events_of
+from core.privacy.ledger.ledger import Ledger, events_of
 from core.privacy.ledger.names import ledger_path
 from core.privacy.ledger.notes import beside_secret
 from core.privacy.plan.plan import CentralPlan, DpSgdPlan, PrivacyPlan, ScorePlan
@@ -169,7 +171,7 @@ def test_the_same_key_is_charged_once(tmp_path):
     first = ledger.reserve(key("a"), EVENTS)
     before = ledger.path.read_bytes()
     assert ledger.reserve(key("a"), list(EVENTS)) == first
-    assert Ledger.open_existing(tmp_path, ledger.terms).reserve(key("a"), EVENTS) == first
+    assert Ledger.open(tmp_path, ledger.terms, known=True).reserve(key("a"), EVENTS) == first
     with pytest.raises(LedgerError, match="reserved for other releases"):
         ledger.reserve(key("a"), [CENTRAL, replace(DP_SGD, noise_multiplier=8.5)])
     assert ledger.path.read_bytes() == before
@@ -240,7 +242,7 @@ def test_only_what_never_ran_can_be_voided(tmp_path):
 
 def test_a_reservation_without_commit_counts_in_full(tmp_path):
     Ledger.open(tmp_path, TERMS).reserve(key("killed"), EVENTS)
-    assert counted(Ledger.open_existing(tmp_path, TERMS)) == epsilon(*EVENTS)
+    assert counted(Ledger.open(tmp_path, TERMS, known=True)) == epsilon(*EVENTS)
 
 
 @pytest.mark.parametrize(
@@ -257,7 +259,7 @@ def test_other_terms_than_the_ledger_was_begun_with_are_refused(tmp_path, name, 
     terms = replace(TERMS, budget=10.0)
     ledger = Ledger.open(tmp_path, terms)
     before = ledger.path.read_bytes()
-    for way in (Ledger.open, Ledger.open_existing):
+    for way in (Ledger.open, partial(Ledger.open, known=True)):
         with pytest.raises(LedgerError, match=rf"^{name}={value!r}, but .* which never changes"):
             way(tmp_path, replace(terms, **{name: value}))
     assert ledger.path.read_bytes() == before
@@ -271,7 +273,7 @@ def test_the_ledger_of_another_data_set_is_refused(tmp_path):
     for suffix in (".jsonl", ".head", ".lock"):
         begun.with_suffix(suffix).rename(place.with_suffix(suffix))
     with pytest.raises(LedgerError, match="is of another data set: restore its own") as caught:
-        Ledger.open_existing(tmp_path, other)
+        Ledger.open(tmp_path, other, known=True)
     assert "abab" not in str(caught.value)
 
 
@@ -335,7 +337,7 @@ def test_meaningless_reservations_are_refused(tmp_path):
 def test_a_missing_ledger_is_not_begun_anew_on_resume(tmp_path):
     folder = tmp_path / "ledger"
     with pytest.raises(LedgerError, match=r"^no ledger at .*[0-9a-f]{16}\.jsonl.*restore"):
-        Ledger.open_existing(folder, TERMS)
+        Ledger.open(folder, TERMS, known=True)
     assert not folder.exists()
     ledger = Ledger.open(folder, TERMS)
     ledger.path.unlink()
@@ -365,7 +367,7 @@ def test_an_older_writer_of_a_run_is_refused(tmp_path):
     second.take_over("other", "host:2", 2)
     second.reserve(key("a", run="other"), EVENTS)
     first.reserve(key("b"), EVENTS)  # Another run's lease is no hindrance.
-    worker = Ledger.open_existing(tmp_path, TERMS, lease=1)
+    worker = Ledger.open(tmp_path, TERMS, known=True, lease=1)
     lines = first.verify()
     worker.take_over("sweep", "host:1", 1)  # Another worker of the same driver.
     assert first.verify() == lines
@@ -429,7 +431,7 @@ def test_what_ran_is_never_counted_short(tmp_path_factory, acts):
                 except LedgerError:
                     continue  # Committed at 0 steps before.
             open_keys.remove(name)
-        for entry in Ledger.open_existing(ledger.path.parent, TERMS).summary()["entries"]:
+        for entry in Ledger.open(ledger.path.parent, TERMS, known=True).summary()["entries"]:
             whole = entry["state"] == "reserved"
             assert (4 if whole else entry["executed_steps"] or 0) >= ran[entry["trial"]]
             assert whole == (entry["trial"] in open_keys)
@@ -445,7 +447,7 @@ def test_what_another_ledger_in_the_same_place_says_is_added_up_anew(tmp_path):
     for name in "abba":
         shutil.rmtree(place, ignore_errors=True)
         shutil.copytree(folders[name], place)
-        again = Ledger.open_existing(place, TERMS)
+        again = Ledger.open(place, TERMS, known=True)
         found = [entry["trial"] for entry in again.summary()["entries"]]
         assert found == (["a"] if name == "a" else ["b", "b2"])
         assert again.verify() == len(found) + 1
@@ -576,7 +578,7 @@ def test_a_ledger_whose_begin_was_killed_is_begun_again(tmp_path):
         folder.mkdir()
         ledger_path(folder, TERMS.fingerprint).write_bytes(line[:size])
         with pytest.raises(LedgerError, match="no ledger"):
-            Ledger.open_existing(folder, TERMS)
+            Ledger.open(folder, TERMS, known=True)
         assert Ledger.open(folder, TERMS).verify() == 1
 
 

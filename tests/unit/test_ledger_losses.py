@@ -13,8 +13,8 @@ import pytest
 
 from core.__main__ import main
 from core.privacy.ledger.file import Event, Key, LedgerError, Terms, accept_loss
-from core.privacy.ledger.ledger import Ledger, charged_to
-from core.privacy.ledger.names import ledger_path
+from core.privacy.ledger.ledger import Ledger
+from core.privacy.ledger.names import charged_to, ledger_path
 from core.privacy.ledger.notes import beside_secret
 
 TERMS = Terms("ab" * 32, 1_000, 1e-5, "zero_out", None)

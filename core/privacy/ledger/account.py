@@ -14,8 +14,8 @@ from core.config import Config, flatten
 from core.errors import ConfigError, DataError, stored
 from core.io.durable import replace_durably
 from core.privacy.ledger.file import Key, LedgerError, Terms, traces
-from core.privacy.ledger.ledger import Ledger, Reservation, charged_to, events_of
-from core.privacy.ledger.names import ledger_path
+from core.privacy.ledger.ledger import Ledger, Reservation, events_of
+from core.privacy.ledger.names import charged_to, ledger_path
 from core.privacy.ledger.sources import Source, Sources
 from core.privacy.plan.plan import PrivacyPlan
 from core.privacy.plan.scopes import run_budget

@@ -8,6 +8,11 @@ from pathlib import Path
 from core.privacy.ledger.file import Chain, Entry, Event, Key, LedgerError, Terms
 from core.privacy.plan.scopes import RunBudget
 
+UNBOUNDED = (
+    " A selection of an earlier version is charged to this data set without its claim: it counts "
+    "as unbounded, as the sum of its trials would tell their secret number."
+)
+
 
 @dataclass(frozen=True)
 class Reservation:

@@ -6,8 +6,9 @@ from typing import Any
 
 from core.config import PrivacyConfig
 from core.privacy.accounting.rounding import odds, upward
+from core.privacy.ledger.book import UNBOUNDED
 from core.privacy.ledger.file import LedgerError
-from core.privacy.ledger.ledger import UNBOUNDED, Ledger
+from core.privacy.ledger.ledger import Ledger
 from core.privacy.plan.plan import PrivacyPlan
 from core.privacy.plan.scopes import STAYS_INSIDE, share_of
 
@@ -57,6 +58,15 @@ SUMMED = (
 STOPPING = (
     " Trials could also be stopped early by their scores during training ({metric}: {tag}); one "
     "that was pays for the steps that it ran."
+)
+FAMILY = (
+    " The data sets of family {family} are charged together: an epsilon of several runs covers a "
+    "record that lies in each of them."
+)
+LOST = (
+    " Records of what was spent on the data before {time} were lost: they are not included, and "
+    "whether those results had a part in choosing this run is not known. The owner's reason: "
+    "{reason}"
 )
 NOT_COVERED = (
     "metrics that are tagged non-private, and choices made by them beyond what is stated above",
@@ -112,27 +122,14 @@ def make_card(
         LedgerError: it has no entry of this trial, as after a loss, so there is nothing to state;
             or of its selection another trial leaves, or none yet.
     """
-    summary = ledger.summary()
-    entries = [entry for entry in summary["entries"] if entry["run"] == run]
-    if identity not in {entry["trial"] for entry in entries}:
-        raise LedgerError(
-            f"the ledger '{ledger.path}' holds no entry of trial {identity[:16]} of {run}: restore "
-            "the ledger that it was charged to, as nothing can be stated without it"
-        )
-    secret = privacy.scope == "selection"
-    if secret:
-        if ledger.selected(run) != identity:
-            raise LedgerError(
-                f"trial {identity[:16]} is not the one that selection {run} ended with, so nothing "
-                "can be claimed about it: release the selected one, once all trials have ended"
-            )
-        entries = [entry for entry in entries if entry["trial"] == identity]
+    summary, secret = ledger.summary(), privacy.scope == "selection"
+    entries = _entries_of(ledger, summary["entries"], run, identity, secret)
     trials = len(entries)
+    others = summary["num_releases"] - trials
     everything = summary["epsilon_committed_and_reserved"]
     delta, delta_of_all = summary["delta"], summary["delta_committed_and_reserved"]
     computed = 0.0 if secret else ledger.epsilon_of_run(run)
     largest = plan.epsilon if trials == 1 else max(plan.epsilon, ledger.largest_epsilon(run))
-    others = summary["num_releases"] - trials
     by_all = trials == 1 and others > 0 and privacy.scope == "trial"
     released = {
         "trial": everything if by_all else plan.epsilon if trials == 1 else computed,
@@ -140,39 +137,10 @@ def make_card(
     }.get(privacy.scope, privacy.target_epsilon)
     # The ledger's own grid depends on how many trials it holds.
     accountant = plan.summary()["accountant"] if secret else summary["accountant"]
-    sentence = SCOPES[privacy.scope]
-    stopping = ""
-    if plan.early_metric and trials > 1:  # Never of a selection.
-        tag = plan.tag(plan.early_metric)
-        stopping = STOPPING.format(metric=plan.early_metric, tag=tag)
-    if privacy.scope == "public" and not searched:
-        sentence = STATED
-    if trials == 1 and privacy.scope == "trial":
-        sentence = AMONG_OTHERS if others else ALONE
-    # Several runs one by one are a search too, and nobody knows of which; a sweep knows.
-    among = f"{trials} trials" if trials > 1 else f"{trials + others} releases on this data set"
-    chosen = {
-        "selection": f"at random; of their secret number the best by {objective}",
-        "public": f"on public data, {f'by {objective}' if searched else 'as its owner states'}",
-    }.get(privacy.scope, f"the best of {among} by {objective}")
     return {
-        "statement": sentence.format(
-            trial=upward(largest),
-            computed=upward(computed),
-            target=upward(privacy.target_epsilon),
-            delta=upward(delta, 6),
-            trials=trials,
-            runs=trials + others,
-            everything=upward(everything),
-            delta_of_all=upward(delta_of_all, 6),
-            objective=objective,
-            law=privacy.selection_law,
-            mean=privacy.selection_mean,
-        )
-        + stopping
-        + (f"{UNBOUNDED[1:]}." if everything == math.inf else "")
-        + _of_family(summary)
-        + _of_losses(summary),
+        "statement": _statement(
+            summary, plan, privacy, trials, objective, searched, largest, computed
+        ),
         "scope": privacy.scope,
         "unit": summary["unit"],
         "neighboring_relation": summary["neighboring_relation"],
@@ -188,11 +156,8 @@ def make_card(
         "epsilon_all_on_this_data_set": everything,
         "delta_all_on_this_data_set": delta_of_all,
         "odds": {
-            name: odds(epsilon)
-            for name, epsilon in (
-                ("epsilon_trial", largest),
-                ("epsilon_released_with_selection", released),
-            )
+            "epsilon_trial": odds(largest),
+            "epsilon_released_with_selection": odds(released),
         },
         "accountant": accountant,
         "accountant_of_the_scope": accountant_of(privacy, accountant),
@@ -202,31 +167,85 @@ def make_card(
             for entry in entries
             for event in entry["events"]
         ],
-        "hyperparameters_chosen_by": "given beforehand"
-        if trials == 1 and not others and privacy.scope in ("trial", "sweep")
-        else chosen,
+        "hyperparameters_chosen_by": _chosen_by(privacy.scope, trials, others, objective, searched),
         "public": list(PUBLIC),
         "not_covered": list(NOT_COVERED),
         "data_set_declared_public": plan.public_data,
     }
 
 
-def _of_family(summary: Mapping[str, Any]) -> str:
-    if not summary["family"]:
-        return ""
-    return (
-        f" The data sets of family {summary['family']} are charged together: an epsilon of several "
-        "runs covers a record that lies in each of them."
-    )
+def _entries_of(
+    ledger: Ledger, entries: list[dict[str, Any]], run: str, identity: str, secret: bool
+) -> list[dict[str, Any]]:
+    """The entries that the card is about: of a selection that of the trial that leaves."""
+    of_run = [entry for entry in entries if entry["run"] == run]
+    of_trial = [entry for entry in of_run if entry["trial"] == identity]
+    if not of_trial:
+        raise LedgerError(
+            f"the ledger '{ledger.path}' holds no entry of trial {identity[:16]} of {run}: restore "
+            "the ledger that it was charged to, as nothing can be stated without it"
+        )
+    if secret and ledger.selected(run) != identity:
+        raise LedgerError(
+            f"trial {identity[:16]} is not the one that selection {run} ended with, so nothing "
+            "can be claimed about it: release the selected one, once all trials have ended"
+        )
+    return of_trial if secret else of_run
 
 
-def _of_losses(summary: Mapping[str, Any]) -> str:
-    return "".join(
-        f" Records of what was spent on the data before {loss['time']} were lost: they are not "
-        "included, and whether those results had a part in choosing this run is not known. The "
-        f"owner's reason: {loss['reason']}"
-        for loss in summary["losses"]
+def _statement(
+    summary: Mapping[str, Any],
+    plan: PrivacyPlan,
+    privacy: PrivacyConfig,
+    trials: int,
+    objective: str,
+    searched: bool,
+    largest: float,
+    computed: float,
+) -> str:
+    """The first guarantee that applies, and all that is to be added to it."""
+    everything, metric = summary["epsilon_committed_and_reserved"], plan.early_metric
+    scope, others = privacy.scope, summary["num_releases"] - trials
+    guarantees = (
+        (scope == "public" and not searched, STATED),
+        (scope == "trial" and trials == 1 and others, AMONG_OTHERS),
+        (scope == "trial" and trials == 1, ALONE),
+        (True, SCOPES[scope]),
     )
+    additions = (
+        (metric and trials > 1, STOPPING),  # Never of a selection.
+        (everything == math.inf, UNBOUNDED),
+        (summary["family"], FAMILY),
+    )
+    sentence = next(text for applies, text in guarantees if applies)
+    sentence += "".join(text for applies, text in additions if applies)
+    return sentence.format(
+        trial=upward(largest),
+        computed=upward(computed),
+        target=upward(privacy.target_epsilon),
+        delta=upward(summary["delta"], 6),
+        trials=trials,
+        runs=trials + others,
+        everything=upward(everything),
+        delta_of_all=upward(summary["delta_committed_and_reserved"], 6),
+        objective=objective,
+        law=privacy.selection_law,
+        mean=privacy.selection_mean,
+        metric=metric,
+        tag=metric and plan.tag(metric),
+        family=summary["family"],
+    ) + "".join(LOST.format(**loss) for loss in summary["losses"])
+
+
+def _chosen_by(scope: str, trials: int, others: int, objective: str, searched: bool) -> str:
+    if trials == 1 and not others and scope in ("trial", "sweep"):
+        return "given beforehand"
+    # Several runs one by one are a search too, and nobody knows of which; a sweep knows.
+    among = f"{trials} trials" if trials > 1 else f"{trials + others} releases on this data set"
+    return {
+        "selection": f"at random; of their secret number the best by {objective}",
+        "public": f"on public data, {f'by {objective}' if searched else 'as its owner states'}",
+    }.get(scope, f"the best of {among} by {objective}")
 
 
 def accountant_of(privacy: PrivacyConfig, composition: str) -> str:

@@ -1,5 +1,6 @@
 """What a ledger's file is called: messages and printed lines show it, so it is keyed."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -33,6 +34,15 @@ def ledger_path(folder: Path, account: str) -> Path:
     if traces(earlier):
         return earlier
     return folder / f"{shown_name(account)}.jsonl"
+
+
+def charged_to(fingerprint: str, family: str | None) -> str:
+    """What names the ledger of a data set: its own fingerprint, or the digest of its family's name.
+
+    Privacy: all charges of a family are composed, which bounds what they tell together of a record
+        that lies in every one of its data sets.
+    """
+    return hashlib.sha256(f"family {family}".encode()).hexdigest() if family else fingerprint
 
 
 def shown_name(account: str) -> str:

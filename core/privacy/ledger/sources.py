@@ -9,8 +9,7 @@ from typing import Any
 from core.io.durable import replace_durably
 from core.io.locks import held
 from core.privacy.ledger.file import LedgerError
-from core.privacy.ledger.ledger import charged_to
-from core.privacy.ledger.names import ledger_path
+from core.privacy.ledger.names import charged_to, ledger_path
 
 _PATIENCE = 60.0
 

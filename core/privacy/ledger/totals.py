@@ -1,0 +1,84 @@
+"""Epsilon and delta of what a ledger's charges release together."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+
+from core.privacy.accounting import solve
+from core.privacy.accounting.mechanism import COARSE, FINE, Mechanism, discretization_for, grouped
+from core.privacy.ledger.book import Book, Charge
+from core.privacy.ledger.file import Event, Terms
+from core.privacy.plan.scopes import RunBudget
+
+_QUICK_ERROR = 1e-5
+"""More than what figures that are not of record may be too small by."""
+
+
+@dataclass(frozen=True)
+class Totals:
+    """The accountant of one ledger: at its delta, of its neighbouring relation."""
+
+    terms: Terms
+
+    def within(self, budget: RunBudget, charges: Sequence[Charge]) -> float:
+        """Epsilon of trials that share a budget, as that adds up."""
+        executed = _mechanisms(event for charge in charges for event in charge.counted)
+        reserved = _mechanisms(event for charge in charges for event in charge.reserved)
+        return budget.total(executed, reserved, self.terms.delta, self.terms.neighboring_relation)
+
+    def together(
+        self, book: Book, part: Callable[[Charge], tuple[Event, ...]], grid: float
+    ) -> tuple[float, float]:
+        """Epsilon and delta of all releases together, of the `part` of each charge that counts.
+
+        Privacy: what is charged by its mechanisms is composed by PLD at the ledger's delta. A
+            selection, of which nothing but the best trial leaves, is (target, delta)-private as a
+            whole, and its epsilon and delta are added (basic composition, Dwork et al. 2006, valid
+            for adaptive choices too): the sum of both deltas bounds what exceeds the sum of both
+            epsilons, whatever the number of its trials was.
+        """
+        events = [event for charge in book.apart for event in part(charge)]
+        selections = book.selections.values()
+        targets = [max(c.target for c in group) for group in selections if any(map(part, group))]
+        count = max(1, bool(events) + len(targets))
+        delta = float(count * Decimal(repr(self.terms.delta)))  # 3e-05, not 3.0000000000000004e-05.
+        return self.epsilon(events, grid) + sum(targets), delta
+
+    def largest(self, plans: Iterable[tuple[Event, ...]]) -> float:
+        """The largest epsilon that one of the plans spends alone; 0 without any."""
+        quick = {plan: self.epsilon(plan, FINE, of_record=False) for plan in plans}
+        # Of record, which takes seconds, only what may be the largest.
+        near = [plan for plan in quick if quick[plan] > max(quick.values()) - _QUICK_ERROR]
+        return max((self.epsilon(plan, FINE) for plan in near), default=0.0)
+
+    def discretization(self, events: Iterable[Event]) -> float:
+        """The grid of the accountant that suits all figures of these events."""
+        scale = self.terms.budget or self.epsilon(events, COARSE)
+        return discretization_for(_mechanisms(events), scale)
+
+    def epsilon(
+        self, events: Iterable[Event], discretization: float, of_record: bool = True
+    ) -> float:
+        """Their composition at the ledger's delta; not of record to about 2e-6."""
+        delta, relation = self.terms.delta, self.terms.neighboring_relation
+        return solve.epsilon_of_mechanisms(
+            _mechanisms(events), delta, relation, discretization, of_record
+        )
+
+    def accountant(self, events: Iterable[Event], discretization: float) -> str:
+        """What composes them, in words."""
+        delta, relation = self.terms.delta, self.terms.neighboring_relation
+        epsilon, mechanisms = self.epsilon(events, discretization), _mechanisms(events)
+        return solve.accountant_of(epsilon, mechanisms, delta, relation, discretization)
+
+
+def _mechanisms(events: Iterable[Event]) -> tuple[Mechanism, ...]:
+    """The only way from a ledger's plain data to what the accountant composes.
+
+    Privacy: what several trials have from one release counts once, as later uses of it are
+        post-processing.
+    """
+    once: dict[tuple[str, Event | int], Event] = {}
+    for number, event in enumerate(events):
+        once[(event.release, event) if event.release else ("", number)] = event
+    return grouped((e.sample_rate, e.noise_multiplier, e.count) for e in once.values())
