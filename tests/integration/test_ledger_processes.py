@@ -97,7 +97,6 @@ def test_racing_processes_do_not_overspend(tmp_path):
 ACTS: dict[str, Callable[[Ledger], object]] = {
     "reserve": lambda ledger: ledger.reserve(key("new"), [STEP]),
     "commit": lambda ledger: ledger.commit(ledger.reserve(key("old"), [STEP]), 4),
-    "void": lambda ledger: ledger.void(ledger.reserve(key("old"), [STEP])),
     "lease": lambda ledger: ledger.take_over("other", "host:1", 1),
 }
 CALLS = ((os, "write"), (os, "fsync"), (os, "replace"))
@@ -159,7 +158,6 @@ def test_a_death_at_any_point_never_counts_short(tmp_path, act):
         "open": {},
         "reserve": {"old": ("reserved", None), "new": ("reserved", None)},
         "commit": {"old": ("committed", 4)},
-        "void": {"old": ("void", None)},
         "lease": {"old": ("reserved", None)},
     }[act]
     assert states(Ledger.open(outlived, TERMS, known=True)) == after
@@ -237,7 +235,8 @@ def test_a_hundred_earlier_trials_do_not_delay_the_next(tmp_path, monkeypatch):
     importlib.import_module("core.privacy.accounting.exact")  # A second, once in a process.
     monkeypatch.setattr(file.os, "fsync", lambda descriptor: None)
     with monkeypatch.context() as free:  # To write the hundred down is not what is measured.
-        free.setattr(Ledger, "_admit", lambda *_: {"epsilon_after": None, "accountant": None})
+        unbounded = {"epsilon_after": None, "accountant": None}
+        free.setattr("core.privacy.ledger.ledger.admit", lambda *_: unbounded)
         terms = replace(TERMS, num_examples=60_000, budget=10.0)
         ledger = Ledger.open(tmp_path, terms)
         for i in range(100):

@@ -5,7 +5,7 @@ import math
 import os
 import re
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -211,31 +211,31 @@ def test_a_stopped_trial_pays_for_its_steps_and_asks_again_before_it_goes_on(tmp
     assert counted(ledger) == epsilon(two)
     with pytest.raises(BudgetExceededError):
         ledger.reserve(key("third", 1), [replace(DP_SGD, count=1)])
-    with pytest.raises(LedgerError, match="50 committed steps"):
-        ledger.void(stopped)
     ledger.commit(stopped, 50)
     assert counted(ledger) == epsilon(DP_SGD)
 
 
-def test_only_what_never_ran_can_be_voided(tmp_path):
+def void(ledger: Ledger, reservation: Reservation) -> None:
+    """As earlier versions took a reservation back of which nothing ran."""
+    with locked(ledger.path) as chain:
+        chain.append("void", {"key": asdict(reservation.key)})
+
+
+def test_what_was_voided_does_not_count_until_it_runs(tmp_path):
     ledger = Ledger.open(tmp_path, replace(TERMS, budget=epsilon(*EVENTS)))
     unused = ledger.reserve(key("a"), EVENTS)
-    ledger.void(unused)
-    ledger.void(unused)
+    void(ledger, unused)
     assert counted(ledger) == 0
     assert ledger.summary()["entries"][0]["state"] == "void"
     used = ledger.reserve(key("b"), EVENTS)
     with pytest.raises(BudgetExceededError):
         ledger.reserve(key("a"), EVENTS)
     ledger.commit(used, 0)
-    with pytest.raises(LedgerError, match="only what never ran"):
-        ledger.void(used)
     ledger.commit(unused, 100)  # It did run: the truth is recorded, though it is over the budget.
     assert counted(ledger) > ledger.terms.budget
     never = Reservation(key("never"), EVENTS)
-    for act in (lambda: ledger.commit(never, 1), lambda: ledger.void(never)):
-        with pytest.raises(LedgerError, match="never reserved"):
-            act()
+    with pytest.raises(LedgerError, match="never reserved"):
+        ledger.commit(never, 1)
     with pytest.raises(LedgerError, match="never reserved with these releases"):
         ledger.commit(Reservation(key("a"), (DP_SGD,)), 1)
 
@@ -379,7 +379,6 @@ def test_an_older_writer_of_a_run_is_refused(tmp_path):
         for act in (
             lambda ledger=ledger: ledger.reserve(key("a"), EVENTS),
             lambda ledger=ledger: ledger.commit(reservation, 5),
-            lambda ledger=ledger: ledger.void(reservation),
             *([lambda ledger=ledger: ledger.take_over("sweep", "x", 1)] if held == "1" else []),
         ):
             text = rf"another sweep took over run sweep \(host:3 holds token 3, .* {held}\)"
@@ -404,7 +403,7 @@ def test_events_come_back_exactly(tmp_path_factory, rate, noise, count):
 
 
 ACTS = st.lists(
-    st.tuples(st.sampled_from("ab"), st.sampled_from(("reserve", "run", "commit", "void"))),
+    st.tuples(st.sampled_from("ab"), st.sampled_from(("reserve", "run", "commit"))),
     max_size=14,
 )
 
@@ -412,7 +411,7 @@ ACTS = st.lists(
 @settings(max_examples=40, deadline=None)
 @given(acts=ACTS)
 def test_what_ran_is_never_counted_short(tmp_path_factory, acts):
-    """Trials that keep to the rules: reserve first, run, settle at what ran, void only if none."""
+    """Trials that keep to the rules: reserve first, run, settle at what ran."""
     ledger = Ledger.open(tmp_path_factory.mktemp("ledger"), TERMS)
     ran, open_keys = {"a": 0, "b": 0}, set()
     for name, act in acts:
@@ -422,14 +421,8 @@ def test_what_ran_is_never_counted_short(tmp_path_factory, acts):
             open_keys.add(name)
         elif name in open_keys and act == "run":
             ran[name] = min(4, ran[name] + 1)
-        elif name in open_keys and (act == "commit" or (act == "void" and ran[name] == 0)):
-            if act == "commit":
-                ledger.commit(reservation, ran[name])
-            elif act == "void":
-                try:
-                    ledger.void(reservation)
-                except LedgerError:
-                    continue  # Committed at 0 steps before.
+        elif name in open_keys:
+            ledger.commit(reservation, ran[name])
             open_keys.remove(name)
         for entry in Ledger.open(ledger.path.parent, TERMS, known=True).summary()["entries"]:
             whole = entry["state"] == "reserved"

@@ -7,7 +7,6 @@ import pytest
 
 from core.__main__ import main
 from core.privacy.keys import SECRET_FILE_VARIABLE
-from core.privacy.ledger.book import Reservation
 from core.privacy.ledger.file import Event, Key, LedgerError, Terms
 from core.privacy.ledger.ledger import Ledger
 from core.privacy.ledger.names import ledger_path, shown_name
@@ -77,7 +76,7 @@ def test_a_ledger_of_an_earlier_version_stays_and_is_missed_where_it_is_lost(
         with pytest.raises(LedgerError, match="restore"):
             Ledger.open(tmp_path, TERMS)
     else:
-        begin(tmp_path).void(Reservation(KEY, EVENTS))
+        begin(tmp_path).take_over("run", "host:1", 1)
         assert path.stat().st_mode & 0o077 == 0
 
 

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,7 @@ from two_ranks import TINY
 from core.__main__ import main
 from core.config import Config, load
 from core.privacy.ledger.account import Spending, ledger_of_run
-from core.privacy.ledger.file import LedgerError, accept_loss
+from core.privacy.ledger.file import LedgerError, accept_loss, locked
 from core.privacy.ledger.ledger import Ledger
 from core.privacy.ledger.notes import beside_secret
 from core.privacy.plan.plan import PrivacyPlan, make_plan
@@ -191,7 +191,8 @@ def test_a_finished_run_that_is_resumed_changes_nothing(tmp_path, plan):
 def test_a_voided_reservation_begins_at_none(tmp_path, plan):
     start = Start(tmp_path, plan)
     (path,) = (tmp_path / "ledger").glob("*.jsonl")
-    Ledger.at(path).void(start.reservation)
+    with locked(path, notes=[tmp_path / "run" / "charged" / path.stem]) as chain:
+        chain.append("void", {"key": asdict(start.reservation.key)})  # By an earlier version.
     assert Start(tmp_path, plan).train(10).settle() == 25
 
 

@@ -16,7 +16,7 @@ UNBOUNDED = (
 
 @dataclass(frozen=True)
 class Reservation:
-    """Leave to run `events` once; handed to `commit` or `void`."""
+    """Leave to run `events` once; handed to `commit`."""
 
     key: Key
     events: tuple[Event, ...]

@@ -173,7 +173,8 @@ class Ledger:
     def commit(self, reservation: Reservation, executed_steps: int) -> None:
         """Settles a reservation: of its DP-SGD steps only the executed ones count from now on.
 
-        All other releases count in full. What ran is recorded even where it had been voided.
+        All other releases count in full. What ran is recorded also where it had been voided, as
+        earlier versions could.
 
         Args:
             executed_steps: DP-SGD steps of the key that ever began, in [0, reserved] and not
@@ -192,26 +193,6 @@ class Ledger:
             require(in_range, f"executed_steps of {key}", executed_steps, allowed)
             if charge.open or charge.committed != executed_steps:
                 chain.append("commit", {"key": asdict(key), "executed_steps": executed_steps})
-
-    def void(self, reservation: Reservation) -> None:
-        """Takes a reservation back, as if it had never been.
-
-        Only if zero steps ran and nothing was drawn before them. The ledger cannot know this, the
-        caller must: never void what another process had reserved, not even a dead one's.
-
-        Raises:
-            LedgerError: never reserved, committed before, or another process took over.
-        """
-        key = reservation.key
-        with self._locked() as chain:
-            charge = self._writable_book(chain, key).charge(reservation)
-            if charge.committed is not None:
-                raise LedgerError(
-                    f"{key} has {charge.committed} committed steps: only what never ran can be "
-                    "voided, so commit it instead"
-                )
-            if charge.open:
-                chain.append("void", {"key": asdict(key)})
 
     def select(self, run: str, trial: str) -> None:
         """Notes the one trial of a selection that leaves, before anything of it does.
