@@ -1,4 +1,4 @@
-"""What a ledger refuses to reserve: malformed requests, and what a budget cannot pay."""
+"""Admission of reservations: refusal of malformed requests and of what a budget cannot pay."""
 
 import math
 from dataclasses import replace

@@ -1,9 +1,8 @@
 """The privacy ledger of one data set: every release is reserved before it and settled after it.
 
 What is not reserved may not run; a reservation counts in full until it is settled; the budget, if
-there is one, bounds everything that counts. Charges are composed by PLD, or where that ends by
-Renyi DP, with equal mechanisms grouped, an upper bound at any discretisation. `ledger_file` stores,
-locks and detects edits.
+there is one, bounds everything that counts. `file` stores, locks and detects edits, `book` adds the
+lines up, `admission` refuses, `totals` composes.
 """
 
 import operator
