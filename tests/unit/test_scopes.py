@@ -1,6 +1,7 @@
 """Shares, filters and selection against independent figures, and what each scope refuses."""
 
 import math
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ from dp_accounting.pld import pld_privacy_accountant
 from dp_accounting.rdp import rdp_privacy_accountant
 from test_plan import reference
 
-from core.config import load
+from core.config import PrivacyConfig, load
+from core.config.scopes import SCOPES
 from core.errors import ConfigError, InfeasibleError
 from core.privacy.accounting import renyi, solve
 from core.privacy.accounting.mechanism import COARSE, grouped
@@ -81,6 +83,13 @@ def test_selecting_among_sixteen_costs_the_golden_figures(base, law, golden):
     with_fractions.compose(event)
     assert with_fractions.get_epsilon(DELTA) == pytest.approx(golden, rel=5e-3)
     assert accountant(event).get_epsilon(DELTA) >= with_fractions.get_epsilon(DELTA) - 1e-9
+
+
+def test_every_scope_is_an_entry_of_the_one_table():
+    named = PrivacyConfig.model_fields["scope"].annotation
+    assert set(get_args(named)) == set(SCOPES)
+    for scope in SCOPES.values():  # Proven for adaptive choices, or no trial has a share of it.
+        assert bool(scope.theorem) == scope.covers_choice
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,7 @@ CHOICES = {f"{SPLIT}.low": None, f"{SPLIT}.high": None}
         ({"num_trails": 3}, r"unknown key 'num_trails'; did you mean 'num_trials'"),
         ({"stage_spilt": 0.1}, r"did you mean 'stage_split'"),
         ({"num_trials": 0}, r"num_trials=0 .*integer in \[1"),
+        ({"num_trials": 10**9}, r"num_trials=1000000000 .*integer in \[1, 100000\]"),
         ({"stage_split": 0.3}, r"'stage_split' stands both in search_space and in fixed"),
         ({"search_space.stage_split.high": 1.5}, r"stage_split=1\.5"),
         ({f"{SPLIT}.low": 0.9}, rf"{SPLIT} has low=0\.9, high=0\.8, .* low must not exceed high"),
