@@ -263,7 +263,7 @@ class Config(Section):
             )
         if privacy.covers.is_secret and privacy.data_set_budget is not None:
             raise ValueError(
-                f"privacy.data_set_budget cannot be combined with {privacy.scope=!s}: a "
+                f"privacy.data_set_budget cannot be combined with {privacy.scope=}: a "
                 "refused trial would change the law of their secret number; set it to null"
             )
         if self.method == "non_private":
