@@ -17,7 +17,8 @@ from rich.table import Table
 
 from core.config import nested, yaml_subset
 from core.errors import ConfigError, UserError
-from core.io.terminal import SELECTED, to_json
+from core.io.files import to_json
+from core.io.terminal import SELECTED
 from core.privacy.accounting.rounding import figure
 from core.privacy.ledger.file import LedgerError
 from sweep.config.scope import DEFAULT_NUM_TRIALS, inside

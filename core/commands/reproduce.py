@@ -14,7 +14,7 @@ import torch
 from core.commands.run import run_dir_of, train
 from core.config import Config, load, parse_overrides, short_digest
 from core.errors import ConfigError, StoppedError
-from core.io.terminal import write_json
+from core.io.files import write_json
 from core.privacy.accounting.rounding import upward
 from core.training.loop import config_device
 

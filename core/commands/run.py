@@ -19,7 +19,8 @@ from core.evaluation.scoring import score
 from core.generation.draw import generate as draw_images
 from core.generation.generator import GENERATOR, load_denoiser, load_generator
 from core.generation.png import write_grid
-from core.io.terminal import Console, to_json
+from core.io.files import to_json
+from core.io.terminal import Console
 from core.privacy.accounting.rounding import figure, upward
 from core.privacy.keys import MasterSecret
 from core.privacy.ledger.account import require_same_data

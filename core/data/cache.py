@@ -15,8 +15,8 @@ from core.config import DatasetConfig, flatten
 from core.data.records import Dataset, Parts, Source, Split, fingerprint_of_labels, fitted
 from core.errors import DataError
 from core.io.code_digest import data_code_digest
+from core.io.files import private_folder, private_opener, whole_folder
 from core.io.locks import held
-from core.io.private_files import private_folder, private_opener
 
 _NO_TRANSFORM = ("path", "num_examples", "public", "family")
 _FEW = 64
@@ -103,9 +103,8 @@ def _read(source: Source, config: DatasetConfig) -> Parts:
 def _write(source: Source, config: DatasetConfig, folder: Path) -> None:
     parts = _read(source, config)
     train, test = parts.train, parts.test
-    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    try:
-        private_folder(temporary)
+    shutil.rmtree(folder, ignore_errors=True)  # Of which something is damaged.
+    with whole_folder(folder, private=True) as temporary:
         digest = fingerprint_of_labels(train.labels)
         for records, split, sum_of in ((train, "training", digest), (test, "test", None)):
             with _private(temporary / f"{split}_labels.npy") as file:
@@ -122,10 +121,6 @@ def _write(source: Source, config: DatasetConfig, folder: Path) -> None:
             file.write(json.dumps(parts.class_names).encode())
         with _private(temporary / "fingerprint") as file:
             file.write(digest.hexdigest().encode())
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _private(path: Path) -> BinaryIO:

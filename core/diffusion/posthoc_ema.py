@@ -8,6 +8,7 @@ choice among them by scores on private images is as little covered as any choice
 """
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch.nn.utils import vector_to_parameters
 from core import distributed
 from core.diffusion.ema import NUM_SNAPSHOTS, TRACKED, PowerAverages, weights
 from core.errors import ConfigError, stored
+from core.io.files import write_whole
 
 SHORTEST, LONGEST = 0.04, 0.25
 FOLDER = "posthoc_ema"
@@ -34,10 +36,7 @@ def keep_snapshot(averages: PowerAverages, step: int, num_steps: int, folder: Pa
 
     def keep() -> None:
         with stored(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            temporary = folder / f"{step:08d}.tmp"
-            torch.save(averages.values.cpu(), temporary)
-            temporary.replace(temporary.with_suffix(".pt"))
+            write_whole(folder / f"{step:08d}.pt", partial(torch.save, averages.values.cpu()))
 
     if step in {round(num_steps * (k + 1) / NUM_SNAPSHOTS) for k in range(NUM_SNAPSHOTS)} - {0}:
         distributed.on_rank_0(keep)

@@ -9,7 +9,7 @@ from torch import nn
 from core.config import Config
 from core.data import Dataset
 from core.evaluation.metrics import dp_accuracy
-from core.io.terminal import write_json
+from core.io.files import write_json
 from core.privacy.keys import KeyedStream
 from core.privacy.plan.plan import PrivacyPlan
 

@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from core.evaluation.features import (
 )
 from core.evaluation.fid import Moments
 from core.evaluation.summary import Summary, summarize
-from core.io.private_files import private_folder, private_opener
+from core.io.files import write_whole
 
 _VERSION = 4
 """Raised whenever extractor, transform or summary change, so that no old file is taken."""
@@ -90,10 +90,7 @@ def real_reference(
     summary = summarize(
         extractor, real.images, config.batch_size, device, config.num_features, seed
     )
-    private_folder(cache)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    kept = {"moments": summary.moments.state_dict(), "features": summary.features}
-    with open(temporary, "wb", opener=private_opener) as file:
-        torch.save({"digest": digest, "network": network, **kept}, file)
-    temporary.replace(path)
+    kept = {"digest": digest, "network": network, "features": summary.features}
+    kept |= {"moments": summary.moments.state_dict()}
+    write_whole(path, partial(torch.save, kept), private=True, by_many=True)
     return Reference(extractor, summary, digest)

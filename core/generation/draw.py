@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from core.data import Split, from_model_range
 from core.diffusion.sampler import sample
 from core.errors import NotFiniteError, StoppedError, stored
 from core.generation.png import write_grid
+from core.io.files import write_whole
 
 _SEEDS = 1_000_003
 """Seeds that one public seed stands for: one for each chunk of images, the last for pictures."""
@@ -60,9 +62,7 @@ def generate(
             )
             if path:
                 with stored(path.parent):
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    torch.save(mine[number], path.with_suffix(".tmp"))
-                    path.with_suffix(".tmp").replace(path)
+                    write_whole(path, partial(torch.save, mine[number]))
         return mine
 
     parts: dict[int, torch.Tensor] = {}

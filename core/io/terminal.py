@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from core.errors import ConfigError
+from core.io.files import to_json, write_json
 
 NON_PRIVATE = "non_private"
 """Folder of a run for its owner's eyes: real images and attacks. Neither bundle nor MLflow may
@@ -143,33 +142,6 @@ def report_line(metrics: Mapping[str, Any], total_steps: int) -> str:
     return "  ".join(parts)
 
 
-def to_json(content: Any, indent: int | None = None) -> str:
-    """Strict JSON (RFC 8259), which knows no number that is not finite.
-
-    Such numbers, as the epsilon of a run without privacy, are written as the texts "NaN",
-    "Infinity" and "-Infinity", as in the JSON form of Protocol Buffers; `numbers` reads them.
-    """
-    return json.dumps(_strict(content), indent=indent, allow_nan=False)
-
-
-def _strict(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    if isinstance(value, Mapping):
-        return {key: _strict(each) for key, each in value.items()}
-    return [_strict(each) for each in value] if isinstance(value, list | tuple) else value
-
-
-def numbers(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """A flat mapping that `to_json` wrote, with its numbers as they were.
-
-    Args:
-        stored: holds no text that a user chose, such as a name, which might be "NaN".
-    """
-    texts = ("NaN", "Infinity", "-Infinity")
-    return {key: float(value) if value in texts else value for key, value in stored.items()}
-
-
 def write_class_names(folder: Path, names: Sequence[str]) -> None:
     """Writes what the labels 0, 1, ... mean. The list of classes is a public constant."""
     write_json(folder / CLASSES, {"class_names": list(names)})
@@ -181,36 +153,3 @@ def class_names(folder: Path, num_classes: int) -> list[str]:
     if not path.exists():
         return [str(label) for label in range(num_classes)]
     return json.loads(path.read_text())["class_names"]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads what `write_json` wrote.
-
-    Raises:
-        ConfigError: the file is damaged or cannot be read.
-    """
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"'{path}' cannot be read ({type(error).__name__}): restore it, or choose a new run "
-            "folder"
-        ) from None
-
-
-def write_json(
-    path: Path, content: Mapping[str, Any], opener: Callable[[str, int], int] | None = None
-) -> None:
-    """Writes indented, strict JSON so that nobody ever reads half a file, nor after a power cut.
-
-    Args:
-        opener: as of `open`, such as `core.io.private_files.private_opener`.
-    """
-    text = to_json(content, indent=2) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", opener=opener) as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

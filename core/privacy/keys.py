@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from core.errors import ConfigError
+from core.io.files import write_first
 
 if TYPE_CHECKING:
     import torch
@@ -55,20 +56,8 @@ class MasterSecret:
         path = secret_path()
         try:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            text = os.urandom(_LENGTH).hex()
-            temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
             if create and not path.exists():
-                descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-                with os.fdopen(descriptor, "w") as file:
-                    file.write(text + "\n")
-                    file.flush()
-                    os.fsync(file.fileno())
-                try:
-                    os.link(temporary, path)  # Fails where another process was first: keep its.
-                except FileExistsError:
-                    pass
-                finally:
-                    temporary.unlink()
+                write_first(path, os.urandom(_LENGTH).hex() + "\n")
             with path.open() as file:
                 status, text = os.fstat(file.fileno()), file.read()
             secret = cls(bytes.fromhex(text.strip()))

@@ -16,8 +16,8 @@ from core.evaluation.membership import attack, denoising_losses
 from core.evaluation.neighbors import Neighbors, Space, nearest, pixels
 from core.evaluation.reference import real_reference
 from core.generation.png import encode_png
-from core.io.private_files import private_folder, private_opener
-from core.io.terminal import NON_PRIVATE, write_json
+from core.io.files import private_folder, write_json, write_whole
+from core.io.terminal import NON_PRIVATE
 from core.privacy.accounting.rounding import upward
 from core.privacy.plan.plan import PrivacyPlan
 
@@ -89,10 +89,9 @@ def inspect_run(
     private_folder(folder)
     (folder / ".gitignore").write_text("*\n")
     content = {"NON-PRIVATE": "never publish this", **figures}
-    write_json(folder / "inspection.json", content, opener=private_opener)
+    write_json(folder / "inspection.json", content, private=True)
     page = folder / "inspection.html"
-    with open(page, "w", opener=private_opener) as file:
-        file.write(_page(run_dir.name, shown, dataset.train, found, figures))
+    write_whole(page, _page(run_dir.name, shown, dataset.train, found, figures), private=True)
     return page, figures
 
 

@@ -4,7 +4,6 @@ import csv
 import hashlib
 import importlib.util
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,8 @@ from core.data import Split
 from core.errors import ConfigError
 from core.generation.generator import GENERATOR, write_generator
 from core.generation.png import encode_png, write_grid
-from core.io.terminal import NON_PRIVATE, SELECTED, class_names, write_json
+from core.io.files import whole_folder, write_json
+from core.io.terminal import NON_PRIVATE, SELECTED, class_names
 from core.privacy.accounting.rounding import upward
 from core.privacy.ledger.account import ledger_of_run
 from core.privacy.ledger.card import card_markdown, make_card
@@ -80,29 +80,24 @@ def write_release(
             raise ConfigError(f"'{path}' lies in a folder '{NON_PRIVATE}', which is never released")
     if out.exists() and any(out.iterdir()):
         raise ConfigError(f"'{out}' is not empty: name a new folder")
-    temporary = out.with_name(out.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     with np.load(stored) as arrays:
         synthetic = Split(torch.from_numpy(arrays["images"]), torch.from_numpy(arrays["labels"]))
     classes = class_names(run_dir, config.dataset.num_classes)
-    if "folder" in formats:
-        _write_folder(temporary, synthetic, classes)
-    if "npz" in formats:
-        _write_npz(temporary, synthetic)
-    if "parquet" in formats:
-        _write_parquet(temporary, synthetic, classes)
-    if "generator" in formats:
-        write_generator(temporary / GENERATOR, run_dir / "model.pt", config, classes)
-    write_grid(temporary / "grid.png", synthetic.images, synthetic.labels)
-    write_json(temporary / "privacy_card.json", card)
-    (temporary / "privacy_card.md").write_text(card_markdown(card))
-    text = dataset_card(card, len(synthetic.labels), classes, formats, license_id)
-    (temporary / "README.md").write_text(text, encoding="utf-8")
-    write_json(temporary / DIGESTS, _digests(temporary))
-    if out.exists():
-        out.rmdir()
-    temporary.replace(out)
+    with whole_folder(out) as folder:
+        if "folder" in formats:
+            _write_folder(folder, synthetic, classes)
+        if "npz" in formats:
+            _write_npz(folder, synthetic)
+        if "parquet" in formats:
+            _write_parquet(folder, synthetic, classes)
+        if "generator" in formats:
+            write_generator(folder / GENERATOR, run_dir / "model.pt", config, classes)
+        write_grid(folder / "grid.png", synthetic.images, synthetic.labels)
+        write_json(folder / "privacy_card.json", card)
+        (folder / "privacy_card.md").write_text(card_markdown(card))
+        text = dataset_card(card, len(synthetic.labels), classes, formats, license_id)
+        (folder / "README.md").write_text(text, encoding="utf-8")
+        write_json(folder / DIGESTS, _digests(folder))
     return out
 
 

@@ -22,7 +22,8 @@ from core.evaluation.metrics import (
 )
 from core.evaluation.scoring import require_finite
 from core.generation.draw import generate
-from core.io.terminal import Report, write_json
+from core.io.files import write_json
+from core.io.terminal import Report
 from core.privacy.keys import KeyedStream
 from core.privacy.plan.plan import PrivacyPlan
 from core.record.early import FILE, PROGRESS, STAGE, GoesOn, StoppedEarlyError

@@ -14,10 +14,8 @@ Privacy: a replay to rounding shows, to whoever sees both, the difference of two
     released before lies in the run's folder, so it must stay inside.
 """
 
-import contextlib
 import hashlib
 import json
-import os
 import platform
 import secrets
 from dataclasses import asdict, dataclass
@@ -33,9 +31,8 @@ from core.config import Config, flatten
 from core.device import config_device
 from core.errors import ConfigError
 from core.io.code_digest import code_digest
+from core.io.files import read_json, to_json, write_first, write_json
 from core.io.locks import held
-from core.io.private_files import private_opener
-from core.io.terminal import read_json, to_json, write_json
 from core.privacy.keys import SECRET_FILE_VARIABLE
 from core.privacy.plan.plan import PrivacyPlan
 
@@ -64,12 +61,7 @@ def origin_of(path: Path) -> str:
     """Random and kept, made by whoever is first: a new or emptied folder never reuses noise."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        with open(temporary, "w", opener=private_opener) as file:
-            file.write(secrets.token_hex(16))
-        with contextlib.suppress(FileExistsError):
-            os.link(temporary, path)
-        temporary.unlink()
+        write_first(path, secrets.token_hex(16))
     return path.read_text()
 
 
@@ -225,5 +217,5 @@ def _note_parts(folder: Path, parts: Parts) -> list[str]:
     """Notes what the folder is begun with; returns what has changed since the last note."""
     with held(folder / f"{FILE}.lock", _PATIENCE):  # Trials share what a sweep notes.
         changed = _changed_since(folder, parts) or []
-        write_json(folder / FILE, parts, opener=private_opener)
+        write_json(folder / FILE, parts, private=True)
     return changed

@@ -29,19 +29,9 @@ from core.evaluation.private_scores import PrivateScores
 from core.evaluation.scoring import score
 from core.generation.draw import generate, sample_pictures
 from core.generation.png import write_grid
+from core.io.files import numbers, private_folder, read_json, write_json, write_whole
 from core.io.locks import held
-from core.io.private_files import private_folder, private_opener
-from core.io.terminal import (
-    FAILED,
-    MetricsLog,
-    Report,
-    log_to,
-    numbers,
-    read_json,
-    report_line,
-    write_class_names,
-    write_json,
-)
+from core.io.terminal import FAILED, MetricsLog, Report, log_to, report_line, write_class_names
 from core.privacy.keys import KeyedStream, MasterSecret
 from core.privacy.ledger.account import Spending, require_same_data
 from core.privacy.plan.plan import PrivacyPlan, kept_plan, make_plan
@@ -210,7 +200,7 @@ def _run(
                 "seconds": time.monotonic() - began,
             }
             origin = _origin(identity, fingerprint, name, plan, [plan.early_metric, "loss"])
-            write_json(run_dir / STOPPED, {**result, **origin}, opener=private_opener)
+            write_json(run_dir / STOPPED, {**result, **origin}, private=True)
         result = distributed.broadcast_object(result)
         report(result)
         return result
@@ -378,10 +368,7 @@ def _claim(run_dir: Path, config: Config, plan: PrivacyPlan) -> None:
         "world_size": distributed.world_size(),
     }
     write_json(run_dir / "environment.json", environment)
-    path = run_dir / "config.yaml"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(yaml_subset.dump(nested(config)))
-    temporary.replace(path)
+    write_whole(run_dir / "config.yaml", yaml_subset.dump(nested(config)))
 
 
 @contextmanager
@@ -461,4 +448,4 @@ def _store(run_dir: Path, synthetic: Split, ema: Ema, result: dict[str, Any]) ->
         labels=synthetic.labels.numpy(),
     )
     torch.save(ema.module.state_dict(), run_dir / "model.pt")
-    write_json(run_dir / "evaluation.json", result, opener=private_opener)
+    write_json(run_dir / "evaluation.json", result, private=True)

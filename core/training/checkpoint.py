@@ -1,16 +1,15 @@
 """Atomic checkpoints of one run; they hold no key and no generator state."""
 
-import io
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from core.errors import ConfigError, stored
-from core.io.private_files import private_folder, private_opener
+from core.io.files import write_whole
 
 
 @dataclass
@@ -39,19 +38,9 @@ class Checkpoints:
         Raises:
             StorageError: it cannot be written.
         """
-        content = io.BytesIO()  # What fails below is the storage: torch's own errors are not.
-        torch.save({**state, "identity": self.identity}, content)
-        temporary = self.path.with_suffix(".tmp")
+        content = {**state, "identity": self.identity}
         with stored(self.folder):
-            try:
-                private_folder(self.folder)
-                with open(temporary, "wb", opener=private_opener) as file:
-                    file.write(content.getbuffer())
-                    file.flush()
-                    os.fsync(file.fileno())
-                temporary.replace(self.path)
-            finally:
-                temporary.unlink(missing_ok=True)  # Half a file would keep the space.
+            write_whole(self.path, partial(torch.save, content), private=True)
 
     def check(self) -> None:
         """Whether there is no checkpoint or one of this identity.

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -10,7 +9,7 @@ from typing import TypeVar
 import torch
 
 from core.config import Config, flatten
-from core.io.private_files import private_folder
+from core.io.files import write_whole
 
 Result = TypeVar("Result")
 
@@ -86,10 +85,7 @@ class PhysicalBatches:
 
     def _remember(self) -> None:
         assert self._path is not None
-        private_folder(self._path.parent)
-        temporary = self._path.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps({"size": self.size}))
-        temporary.replace(self._path)
+        write_whole(self._path, json.dumps({"size": self.size}), private=True, by_many=True)
 
 
 def _name(device: str) -> list[object]:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from core.io.terminal import write_json
+from core.io.files import write_json
 from sweep.config.prices import price_of
 from sweep.config.sweep import SweepConfig
 

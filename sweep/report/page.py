@@ -11,7 +11,8 @@ from plotly.offline import get_plotlyjs
 
 from core.config import nested, yaml_subset
 from core.errors import UserError
-from core.io.terminal import class_names, to_json
+from core.io.files import to_json
+from core.io.terminal import class_names
 from core.privacy.accounting.rounding import upward
 from core.privacy.ledger.card import three_epsilons
 from sweep.config.scope import inside

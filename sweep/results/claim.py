@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from core.errors import ConfigError
+from core.io.files import write_json, write_whole
 from core.io.locks import held
-from core.io.terminal import write_json
 from core.privacy.ledger.account import RELEASE_ID
 from sweep.config.sweep import SweepConfig, dump_sweep, flat
 from sweep.results.driver import LOCK
@@ -39,9 +39,7 @@ def driver_lock(folder: Path) -> Generator[int]:
     with held(folder / LOCK):
         # By the clock, so that it also grows over a folder that was deleted and begun anew.
         token = max(newest_launch(folder) + 1, int(time.time()))
-        temporary = folder / f"{_LAUNCH}.tmp"
-        temporary.write_text(str(token))
-        temporary.replace(folder / _LAUNCH)
+        write_whole(folder / _LAUNCH, str(token))
         yield token
 
 
@@ -97,8 +95,5 @@ def release_id(sweep: SweepConfig) -> str:
     """
     path = sweep.folder / "charged" / RELEASE_ID
     if not path.exists():
-        path.parent.mkdir(exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(secrets.token_hex(16))
-        temporary.replace(path)
+        write_whole(path, secrets.token_hex(16))
     return path.read_text()

@@ -7,7 +7,7 @@ from typing import Any
 from core.config import flatten
 from core.config.metrics import DIRECTIONS
 from core.errors import ConfigError
-from core.io.terminal import to_json
+from core.io.files import to_json
 from sweep.results.table import Row
 
 FORMATS = (".csv", ".json", ".parquet")

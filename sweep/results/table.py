@@ -15,7 +15,8 @@ from core.commands.account import COUNT, NOISE
 from core.config import Config, flatten, load, load_yaml
 from core.config.metrics import DIRECTIONS, HEADLINES
 from core.io.code_digest import code_digest
-from core.io.terminal import FAILED, SELECTED, read_json, write_json
+from core.io.files import read_json, write_json
+from core.io.terminal import FAILED, SELECTED
 from core.privacy.accounting.rounding import figure, upward
 from core.privacy.ledger.account import ledger_of_run
 from core.privacy.ledger.card import all_on_this_data_set, card_markdown, make_card, three_epsilons

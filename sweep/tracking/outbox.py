@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from core.io.terminal import to_json
+from core.io.files import to_json, write_whole
 from sweep.tracking.client import UNREACHABLE, Tracker, is_temporary
 
 OUTBOX = "mlflow_outbox.jsonl"
@@ -119,9 +119,7 @@ class Outbox:
         return self._path.read_text().splitlines(keepends=True)
 
     def _rewrite(self, lines: list[str]) -> None:
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text("".join(lines))
-        temporary.replace(self._path)
+        write_whole(self._path, "".join(lines))
 
     def _attempt(self, name: str, arguments: Any) -> bool:
         if time.monotonic() < self._backoff.next_attempt:

@@ -14,8 +14,8 @@ import torch
 from leftovers import MARK, OF_TRIALS, assert_none_left
 
 from core.errors import UserError
+from core.io.files import write_json
 from core.io.locks import held
-from core.io.terminal import write_json
 from core.privacy.keys import SECRET_FILE_VARIABLE, MasterSecret
 from core.run.pipeline import run
 from sweep.config.sweep import SweepConfig, dump_sweep, load_sweep, trial_id_of

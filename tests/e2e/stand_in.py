@@ -13,7 +13,7 @@ from typing import Any
 from tiny_sweep import ROOT
 
 from core.config import Config, nested, yaml_subset
-from core.io.terminal import write_json
+from core.io.files import write_json
 from core.privacy.ledger.account import Spending
 from core.privacy.plan.plan import PrivacyPlan, make_plan
 

@@ -9,7 +9,7 @@ from scipy.stats import spearmanr
 
 from core.config import nested, yaml_subset
 from core.generation.png import write_grid
-from core.io.terminal import write_json
+from core.io.files import write_json
 from core.privacy.plan.plan import make_plan
 from sweep.__main__ import main
 from sweep.config.grid import grid_points

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from stand_in import stand_in
 
-from core.io.terminal import write_json
+from core.io.files import write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 TRIALS = int(os.environ.get("FETA_SWEEP_SOAK_TRIALS", "500"))

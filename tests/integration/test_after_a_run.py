@@ -23,7 +23,8 @@ from core.diffusion.denoiser import build_denoiser
 from core.errors import ConfigError
 from core.generation.generator import GENERATOR, load_generator, write_generator
 from core.generation.png import encode_png
-from core.io.terminal import SELECTED, write_json
+from core.io.files import write_json
+from core.io.terminal import SELECTED
 from core.privacy.accounting.rounding import upward
 from core.privacy.keys import MasterSecret
 from core.publish.release import release_card

@@ -14,7 +14,8 @@ from core.__main__ import main
 from core.config import Config, load, nested, yaml_subset
 from core.diffusion.denoiser import build_denoiser
 from core.errors import ConfigError
-from core.io.terminal import SELECTED, write_json
+from core.io.files import write_json
+from core.io.terminal import SELECTED
 from core.privacy.accounting.mechanism import COARSE
 from core.privacy.ledger.account import RELEASE_ID, Spending
 from core.privacy.ledger.admission import BudgetExceededError

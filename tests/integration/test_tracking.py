@@ -12,7 +12,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from PIL import Image
 
-from core.io.terminal import to_json, write_json
+from core.io.files import to_json, write_json
 from sweep.config.sweep import load_sweep, trial_id_of
 from sweep.tracking.client import (
     Tracker,

@@ -10,7 +10,7 @@ from core.commands import probe
 from core.commands.probe import measure
 from core.config import nested, yaml_subset
 from core.errors import ConfigError
-from core.io.terminal import write_json
+from core.io.files import write_json
 from sweep.config.prices import price_of
 from sweep.config.sweep import SweepConfig, load_sweep
 from sweep.costs import usage as limits

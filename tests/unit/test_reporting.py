@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from core.generation.png import encode_png, write_grid
-from core.io.terminal import MetricsLog, numbers, to_json, write_json
+from core.io.files import numbers, to_json, write_json
+from core.io.terminal import MetricsLog
 
 
 def decoded(content: bytes) -> tuple[str, torch.Tensor]:

@@ -137,3 +137,14 @@ def test_no_two_modules_of_a_room_differ_only_by_their_ending():
         key = (".".join(parents), stem)
         assert key not in stems, f"{module} beside {stems[key]}"
         stems[key] = module
+
+
+@pytest.mark.parametrize("module", [each for each in MODULES if each != "core.io.files"])
+def test_one_module_writes_files_whole_or_not_at_all(module):
+    tree = ast.parse((ROOT / (module.replace(".", "/") + ".py")).read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            of_path = node.func.attr in ("replace", "rename") and len(node.args) == 1
+            of_os = ast.unparse(node.func) in ("os.replace", "os.rename", "os.link")
+            by_hand = of_path or of_os
+            assert not by_hand, f"{module}:{node.lineno}: use core.io.files"

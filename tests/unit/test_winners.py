@@ -3,7 +3,7 @@
 import pytest
 from test_report_parts import row
 
-from core.io.terminal import write_json
+from core.io.files import write_json
 from sweep.config.sweep import load_sweep
 from sweep.results.table import best, results_table, winners
 from sweep.search.asha import Asha

@@ -12,7 +12,7 @@ from typing import Any
 
 from core.config import Config, flatten
 from core.errors import ConfigError, DataError, stored
-from core.io.durable import replace_durably
+from core.io.files import replace_durably
 from core.privacy.ledger.file import Key, LedgerError, Terms, traces
 from core.privacy.ledger.ledger import Ledger, Reservation, events_of
 from core.privacy.ledger.names import charged_to, ledger_path

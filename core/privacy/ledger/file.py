@@ -26,8 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import UserError
-from core.io.durable import replace_durably, sync_folder, write_and_sync
-from core.io.private_files import private_opener
+from core.io.files import private_opener, replace_durably, sync_folder, write_and_sync
 from core.privacy.accounting.mechanism import RELATIONS
 from core.privacy.ledger.notes import beside_secret, contradiction, copy_note, write_notes
 

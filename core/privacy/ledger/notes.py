@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from core.io.durable import replace_durably
+from core.io.files import replace_durably
 from core.privacy.keys import secret_path
 
 _LOG = logging.getLogger("core")

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from core.io.durable import replace_durably
+from core.io.files import replace_durably
 from core.io.locks import held
 from core.privacy.ledger.file import LedgerError
 from core.privacy.ledger.names import charged_to, ledger_path

@@ -11,7 +11,7 @@ from typing import Any
 
 from core.config import Config, PrivacyConfig
 from core.errors import ConfigError, InfeasibleError
-from core.io.terminal import numbers
+from core.io.files import numbers
 from core.privacy.accounting import solve
 from core.privacy.accounting.mechanism import (
     FINE,

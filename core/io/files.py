@@ -1,0 +1,157 @@
+"""Files that are whole or absent, on the disk when a call returns; JSON; their owner's alone."""
+
+import contextlib
+import io
+import json
+import math
+import os
+from collections.abc import Callable, Generator, Mapping
+from pathlib import Path
+from shutil import rmtree
+from typing import Any, BinaryIO
+
+from core.errors import ConfigError
+
+Content = bytes | str | Callable[[BinaryIO], object]
+"""Of a file: as it is, as text, or what writes it into the open file."""
+
+
+def write_whole(path: Path, content: Content, private: bool = False, by_many: bool = False) -> None:
+    """Gives a file new content, all of it or none, also after a power cut; makes its folder.
+
+    Args:
+        private: the file is its owner's alone, and so is its folder where that is new.
+        by_many: several processes may write the file at the same time; else there is one.
+    """
+    if callable(content):  # First in memory: what fails below is the storage.
+        buffer = io.BytesIO()
+        content(buffer)
+        content = buffer.getvalue()
+    if private:
+        private_folder(path.parent)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp" if by_many else f"{path.name}.tmp")
+    try:
+        with open(temporary, "wb", opener=private_opener if private else None) as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)  # Half a file would keep the space.
+
+
+def write_first(path: Path, content: str) -> None:
+    """Gives a private file its content, unless it is there: whoever is first decides, for good."""
+    whole = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    write_whole(whole, content, private=True)
+    try:
+        with contextlib.suppress(FileExistsError):
+            os.link(whole, path)
+    finally:
+        whole.unlink()
+
+
+def replace_durably(path: Path, content: bytes) -> None:
+    """The same as `write_whole` for a private file, whose name is on the disk, too."""
+    write_whole(path, content, private=True)
+    sync_folder(path)
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path, private: bool = False) -> Generator[Path]:
+    """Yields a new folder that becomes `path`, which is absent or empty, when the block ends.
+
+    Nothing is left of it where the block raises.
+    """
+    temporary = path.with_name(f"{path.name}.tmp")
+    rmtree(temporary, ignore_errors=True)
+    try:
+        if private:
+            private_folder(temporary)
+        temporary.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        temporary.replace(path)
+    finally:
+        rmtree(temporary, ignore_errors=True)
+
+
+def write_and_sync(descriptor: int, content: bytes) -> None:
+    """Writes all of `content`, forces it to the disk and closes the descriptor."""
+    try:
+        while content:
+            content = content[os.write(descriptor, content) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_folder(path: Path) -> None:
+    """Makes the names beside `path` durable: without it a new file can vanish with the power."""
+    write_and_sync(os.open(path.parent, os.O_RDONLY), b"")
+
+
+def private_opener(path: str, flags: int) -> int:
+    """An `opener` for `open`: the file becomes its owner's alone, also one that was there.
+
+    Where a file system knows no owners, or the file is another user's, its mode stays.
+    """
+    descriptor = os.open(path, flags, 0o600)
+    with contextlib.suppress(PermissionError):
+        os.fchmod(descriptor, 0o600)
+    return descriptor
+
+
+def private_folder(path: Path) -> None:
+    """Makes a folder for its owner alone; one that was there stays as it is: it may be shared."""
+    if not path.is_dir():
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with contextlib.suppress(PermissionError):
+            path.chmod(0o700)
+
+
+def to_json(content: Any, indent: int | None = None) -> str:
+    """Strict JSON (RFC 8259), which knows no number that is not finite.
+
+    Such numbers, as the epsilon of a run without privacy, are written as the texts "NaN",
+    "Infinity" and "-Infinity", as in the JSON form of Protocol Buffers; `numbers` reads them.
+    """
+    return json.dumps(_strict(content), indent=indent, allow_nan=False)
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, Mapping):
+        return {key: _strict(each) for key, each in value.items()}
+    return [_strict(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def numbers(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """A flat mapping that `to_json` wrote, with its numbers as they were.
+
+    Args:
+        stored: holds no text that a user chose, such as a name, which might be "NaN".
+    """
+    texts = ("NaN", "Infinity", "-Infinity")
+    return {key: float(value) if value in texts else value for key, value in stored.items()}
+
+
+def write_json(path: Path, content: Mapping[str, Any], private: bool = False) -> None:
+    """Writes indented, strict JSON as of `write_whole`."""
+    write_whole(path, to_json(content, indent=2) + "\n", private)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads what `write_json` wrote.
+
+    Raises:
+        ConfigError: the file is damaged or cannot be read.
+    """
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"'{path}' cannot be read ({type(error).__name__}): restore it, or choose a new run "
+            "folder"
+        ) from None
