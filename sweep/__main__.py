@@ -18,7 +18,6 @@ from rich.table import Table
 from core.config import nested, yaml_subset
 from core.errors import ConfigError, UserError
 from core.io.files import to_json
-from core.io.terminal import SELECTED
 from core.privacy.accounting.rounding import figure
 from core.privacy.ledger.file import LedgerError
 from sweep.config.scope import DEFAULT_NUM_TRIALS, inside
@@ -116,7 +115,7 @@ def _overview(sweep: SweepConfig) -> dict[str, Any]:
 def _state(sweep: SweepConfig, rows: Sequence[Row]) -> str:
     if running_driver(sweep.folder):
         return "running"
-    complete = any((row.run_dir / SELECTED).exists() for row in rows)
+    complete = any(row.folder.selected.exists() for row in rows)
     return "complete" if complete else "incomplete"
 
 

@@ -1,7 +1,6 @@
 """`python -m core reproduce`: one published run in time slots, and its row in RESULTS.md."""
 
 import argparse
-import json
 import platform
 import re
 import sys
@@ -13,10 +12,11 @@ import torch
 
 from core.commands.run import run_dir_of, train
 from core.config import Config, load, parse_overrides, short_digest
+from core.device import config_device
 from core.errors import ConfigError, StoppedError
-from core.io.files import write_json
+from core.io.files import read_json, write_json
 from core.privacy.accounting.rounding import upward
-from core.training.loop import config_device
+from core.record.folder import RunFolder
 
 PRESETS = Path(__file__).parents[1] / "configs"
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600}
@@ -57,9 +57,10 @@ def reproduce(options: argparse.Namespace) -> None:
     limits["runtime.max_seconds"] = seconds_of(options.budget)
     config = load(path, {**limits, **given})
     run_dir = run_dir_of(str(path), config)
-    slots = run_dir / "slots.json"
-    before: list[float] = json.loads(slots.read_text())["seconds"] if slots.exists() else []
-    began, finished = time.monotonic(), (run_dir / "evaluation.json").exists()
+    folder = RunFolder(run_dir)
+    slots, finished = folder.slots, folder.evaluation.exists()
+    before: list[float] = read_json(slots)["seconds"] if slots.exists() else []
+    began = time.monotonic()
     try:
         result = train(config, run_dir)
     except StoppedError:

@@ -1,18 +1,15 @@
 """What `python -m core` does for each of its commands but `account`."""
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from core.config import Config, default_ledger, load, nested, parse_overrides, short_digest
 from core.data import Split, load_dataset
 from core.device import config_device
-from core.diffusion.posthoc_ema import FOLDER as SNAPSHOTS
 from core.diffusion.posthoc_ema import reconstruct
 from core.errors import ConfigError
 from core.evaluation.scoring import score
@@ -28,9 +25,9 @@ from core.privacy.ledger.card import ledger_text
 from core.privacy.ledger.file import LedgerError, accept_loss
 from core.privacy.ledger.ledger import Ledger
 from core.privacy.ledger.sources import Sources
-from core.privacy.plan.plan import PrivacyPlan
 from core.publish.inspection import inspect_run
 from core.publish.release import release_card, verify_release, write_release
+from core.record.folder import RunFolder
 from core.run.pipeline import run as run_pipeline
 
 
@@ -44,12 +41,13 @@ def run(options: argparse.Namespace) -> None:
         )
     run_dir = options.run_dir or run_dir_of(options.config, config)
     result = train(config, run_dir, options.verbosity)
-    print(json.loads((run_dir / "privacy.json").read_text())["statement"])
+    folder = RunFolder(run_dir)
+    print(folder.plan().statement)
     print("Scores are computed from real images and are not private:")
     for name, value in result.items():
         if isinstance(value, float):
             print(f"  {name:<18} {figure(name, value)}")
-    print(f"samples: {run_dir / 'synthetic' / 'grid.png'}")
+    print(f"samples: {folder.grid}")
 
 
 def compare(options: argparse.Namespace) -> None:
@@ -65,7 +63,7 @@ def compare(options: argparse.Namespace) -> None:
         run_dir = run_dir_of(options.config, each)
         print(f"stage_split={each.stage_split:g}: {run_dir}", file=sys.stderr, flush=True)
         rows.append((each, run_dir, train(each, run_dir)))
-    print(json.loads((rows[0][1] / "privacy.json").read_text())["statement"])
+    print(RunFolder(rows[0][1]).plan().statement)
     print("Scores are computed from real images and are not private.")
     metric = next(name for name in rows[0][2] if name.startswith("fid"))
     print(
@@ -77,7 +75,7 @@ def compare(options: argparse.Namespace) -> None:
             f"{each.stage_split:>11g} {each.training.num_steps:>6} {each.private_steps:>13} "
             f"{upward(result['epsilon']):>8} {result['noise_multiplier']:>17.4f} "
             f"{result['accuracy']:>9.4f} {result[metric]:>8.4g} {result['seconds']:>8.0f}  "
-            f"{run_dir / 'synthetic' / 'grid.png'}"
+            f"{RunFolder(run_dir).grid}"
         )
 
 
@@ -146,12 +144,15 @@ def release(options: argparse.Namespace) -> None:
 def _finished(
     run_dir: Path, overrides: list[str], ema_length: float | None = None
 ) -> tuple[Config, torch.nn.Module]:
-    if not (run_dir / "model.pt").exists():
-        raise ConfigError(f"'{run_dir}' holds no finished run (no model.pt): finish it first")
-    config = load(run_dir / "config.yaml", parse_overrides(overrides))
-    denoiser = load_denoiser(config, run_dir / "model.pt", config_device(config))
+    folder = RunFolder(run_dir)
+    if not folder.model.exists():
+        raise ConfigError(
+            f"'{run_dir}' holds no finished run (no {folder.model.name}): finish it first"
+        )
+    config = folder.config(parse_overrides(overrides))
+    denoiser = load_denoiser(config, folder.model, config_device(config))
     if ema_length is not None:
-        reconstruct(denoiser, run_dir / SNAPSHOTS, config.training.num_steps, ema_length)
+        reconstruct(denoiser, folder.snapshots, config.training.num_steps, ema_length)
     return config, denoiser
 
 
@@ -168,15 +169,9 @@ def generate(options: argparse.Namespace) -> None:
     else:
         config, denoiser = _finished(options.run_dir, options.overrides, options.ema_length)
     images = draw_images(denoiser, config, options.num_images, config_device(config))
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(options.out, images=images.images.numpy(), labels=images.labels.numpy())
+    images.write(options.out)
     write_grid(options.out.with_suffix(".png"), images.images, images.labels)
     print(f"{options.num_images} images: {options.out}, {options.out.with_suffix('.png')}")
-
-
-def _synthetic(run_dir: Path) -> Split:
-    with np.load(run_dir / "synthetic" / "images.npz") as stored:
-        return Split(torch.from_numpy(stored["images"]), torch.from_numpy(stored["labels"]))
 
 
 def inspect(options: argparse.Namespace) -> None:
@@ -184,20 +179,13 @@ def inspect(options: argparse.Namespace) -> None:
     if options.max_images < 4:
         raise ConfigError(f"--max-images={options.max_images} must be at least 4")
     config, denoiser = _finished(options.run_dir, options.overrides)
-    stored = json.loads((options.run_dir / "evaluation.json").read_text())
-    plan = PrivacyPlan.restored(json.loads((options.run_dir / "privacy.json").read_text()))
+    folder = RunFolder(options.run_dir)
+    result = folder.result()
+    assert result is not None
     dataset = load_dataset(config.dataset, Path(config.runtime.cache))
-    require_same_data(stored["fingerprint"], dataset.fingerprint, config)
-    synthetic = _synthetic(options.run_dir)
+    require_same_data(result.fingerprint, dataset.fingerprint, config)
     page, figures = inspect_run(
-        options.run_dir,
-        config,
-        plan,
-        denoiser,
-        synthetic,
-        dataset,
-        options.max_images,
-        config_device(config),
+        folder, config, denoiser, dataset, options.max_images, config_device(config)
     )
     found = figures["membership"]
     low, high = found["auc_interval"]
@@ -210,7 +198,7 @@ def evaluate(options: argparse.Namespace) -> None:
     config, denoiser = _finished(options.run_dir, options.overrides, options.ema_length)
     dataset = load_dataset(config.dataset, Path(config.runtime.cache))
     if options.ema_length is None:
-        synthetic = _synthetic(options.run_dir)
+        synthetic = Split.read(RunFolder(options.run_dir).images)
     else:
         number = config.evaluation.num_images
         synthetic = draw_images(denoiser, config, number, config_device(config))

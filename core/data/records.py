@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from core.config import DatasetConfig
 from core.errors import DataError, printable
+from core.io.files import write_whole
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,17 @@ class Split:
 
     images: torch.Tensor
     labels: torch.Tensor
+
+    def write(self, path: Path) -> None:
+        """Writes `images` and `labels` as a compressed NumPy archive."""
+        images, labels = self.images.numpy(), self.labels.numpy()
+        write_whole(path, lambda file: np.savez_compressed(file, images=images, labels=labels))
+
+    @classmethod
+    def read(cls, path: Path) -> "Split":
+        """Reads what `write` wrote."""
+        with np.load(path) as stored:
+            return cls(torch.from_numpy(stored["images"]), torch.from_numpy(stored["labels"]))
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,6 @@ from core.errors import ConfigError, stored
 from core.io.files import write_whole
 
 SHORTEST, LONGEST = 0.04, 0.25
-FOLDER = "posthoc_ema"
-"""In a run's folder."""
 _WORST = 0.05
 
 

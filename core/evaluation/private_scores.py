@@ -1,6 +1,5 @@
 """Private scores of a run: each is drawn once, and stored before it is used."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +8,7 @@ from torch import nn
 from core.config import Config
 from core.data import Dataset
 from core.evaluation.metrics import dp_accuracy
-from core.io.files import write_json
+from core.io.files import read_json, write_json
 from core.privacy.keys import KeyedStream
 from core.privacy.plan.plan import PrivacyPlan
 
@@ -55,7 +54,7 @@ class PrivateScores:
 
     def _kept(self, name: str, place: int, model: nn.Module) -> float:
         path = self.folder / f"{name}.json"
-        if path.exists() and (kept := json.loads(path.read_text()))["identity"] == self.identity:
+        if path.exists() and (kept := read_json(path))["identity"] == self.identity:
             return kept["dp_accuracy"]
         assert self.plan.score is not None
         settings, score = self.config.evaluation, self.plan.score

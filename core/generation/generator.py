@@ -18,7 +18,7 @@ from core.device import config_device
 from core.diffusion.denoiser import build_denoiser
 from core.errors import ConfigError, NotFiniteError
 from core.generation.draw import draw_images
-from core.io.terminal import write_class_names
+from core.record.folder import CONFIG, write_class_names
 
 GENERATOR = "generator"
 """Folder of a bundle that holds the weights."""
@@ -100,7 +100,7 @@ def write_generator(
     kept: dict[str, Any] = {name: settings[name] for name in _WHOLE}
     for section, names in _PARTS.items():
         kept[section] = {name: settings[section][name] for name in names}
-    (folder / "config.yaml").write_text(yaml_subset.dump(kept))
+    (folder / CONFIG).write_text(yaml_subset.dump(kept))
     write_class_names(folder, class_names)
 
 
@@ -117,7 +117,7 @@ def load_generator(
     """
     if not (folder / "weights.pt").exists():
         raise ConfigError(f"'{folder}' holds no generator: release it with --formats generator")
-    kept = load_yaml(folder / "config.yaml")
+    kept = load_yaml(folder / CONFIG)
     num_classes = kept["dataset"]["num_classes"]
     # What a configuration must have, but drawing does not use.
     unused = {"evaluation.num_images": max(4, 2 * num_classes), "central_images.image_size": 2}

@@ -1,51 +1,15 @@
-"""What a run leaves and shows: metrics.jsonl, progress lines; without torch, as drivers use it."""
+"""Progress on the terminal, and log files."""
 
-import json
 import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from core.io.files import to_json, write_json
-
-NON_PRIVATE = "non_private"
-"""Folder of a run for its owner's eyes: real images and attacks. Neither bundle nor MLflow may
-hold it."""
-SELECTED = "selected.json"
-"""What a complete sweep leaves in the folder of its best trial: the objective that chose it."""
-FAILED = "failed.json"
-"""What a run leaves that met numbers that are not finite, and would meet them again: the error."""
-CLASSES = "classes.json"
-"""What a run and whatever holds its generator say of their labels: the names, in order."""
 Report = Callable[[dict[str, Any]], None]
-
-
-class MetricsLog:
-    """Appends reports to `metrics.jsonl`; a resumed run first drops what it will repeat."""
-
-    def __init__(self, path: Path, resumed_step: int) -> None:
-        lines = path.read_text().splitlines() if path.exists() else []
-        kept = [line for line in lines if _step_of(line) <= resumed_step]
-        path.write_text("".join(line + "\n" for line in kept))
-        self._file = path.open("a")
-
-    def __call__(self, metrics: Mapping[str, Any]) -> None:
-        """Appends one line."""
-        self._file.write(to_json(metrics) + "\n")
-        self._file.flush()
-
-
-def _step_of(line: str) -> float:
-    """Step of a line; infinite for one that was cut off or comes again after every resumption."""
-    try:
-        metrics = json.loads(line)
-        return math.inf if metrics["stage"] == "evaluation" else metrics["step"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf
 
 
 @contextmanager
@@ -140,16 +104,3 @@ def report_line(metrics: Mapping[str, Any], total_steps: int) -> str:
     parts = [f"{metrics['stage']:<17} step {metrics['step']}/{total_steps}"]
     parts += [f"loss {metrics['loss']:.4f}"] if "loss" in metrics else []
     return "  ".join(parts)
-
-
-def write_class_names(folder: Path, names: Sequence[str]) -> None:
-    """Writes what the labels 0, 1, ... mean. The list of classes is a public constant."""
-    write_json(folder / CLASSES, {"class_names": list(names)})
-
-
-def class_names(folder: Path, num_classes: int) -> list[str]:
-    """What the labels mean; numbers where the run is older than the file."""
-    path = folder / CLASSES
-    if not path.exists():
-        return [str(label) for label in range(num_classes)]
-    return json.loads(path.read_text())["class_names"]

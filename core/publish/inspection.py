@@ -17,9 +17,8 @@ from core.evaluation.neighbors import Neighbors, Space, nearest, pixels
 from core.evaluation.reference import real_reference
 from core.generation.png import encode_png
 from core.io.files import private_folder, write_json, write_whole
-from core.io.terminal import NON_PRIVATE
 from core.privacy.accounting.rounding import upward
-from core.privacy.plan.plan import PrivacyPlan
+from core.record.folder import RunFolder
 
 _SHOWN = 24
 """Pairs in each table of the page."""
@@ -28,11 +27,9 @@ _CLOSE = 0.01
 
 
 def inspect_run(
-    run_dir: Path,
+    run: RunFolder,
     config: Config,
-    plan: PrivacyPlan,
     denoiser: nn.Module,
-    synthetic: Split,
     dataset: Dataset,
     max_images: int,
     device: str,
@@ -58,6 +55,7 @@ def inspect_run(
             f"{len(dataset.test.labels)} test images: the attack needs 4 that were not trained on"
         )
     settings, seed = config.evaluation, config.evaluation.seed
+    plan, synthetic = run.plan(), Split.read(run.images)
     members, others = _part(dataset.train, max_images, seed), _part(dataset.test, max_images, seed)
     losses = [
         denoising_losses(denoiser, part, config.diffusion, settings.batch_size, seed, device)
@@ -85,13 +83,13 @@ def inspect_run(
             .item(),
         }
     figures = {"membership": membership, "closeness": closeness, "extractor": extractor.what}
-    folder = run_dir / NON_PRIVATE
+    folder = run.non_private
     private_folder(folder)
     (folder / ".gitignore").write_text("*\n")
     content = {"NON-PRIVATE": "never publish this", **figures}
     write_json(folder / "inspection.json", content, private=True)
     page = folder / "inspection.html"
-    write_whole(page, _page(run_dir.name, shown, dataset.train, found, figures), private=True)
+    write_whole(page, _page(run.path.name, shown, dataset.train, found, figures), private=True)
     return page, figures
 
 

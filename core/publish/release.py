@@ -8,21 +8,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 from core.config import Config
 from core.data import Split
 from core.errors import ConfigError
 from core.generation.generator import GENERATOR, write_generator
 from core.generation.png import encode_png, write_grid
-from core.io.files import whole_folder, write_json
-from core.io.terminal import NON_PRIVATE, SELECTED, class_names
+from core.io.files import read_json, whole_folder, write_json
 from core.privacy.accounting.rounding import upward
 from core.privacy.ledger.account import ledger_of_run
 from core.privacy.ledger.card import card_markdown, make_card
-from core.privacy.plan.plan import PrivacyPlan
 from core.publish.dataset_card import PARQUET, dataset_card, parquet_metadata
+from core.record.folder import GRID, IMAGES, NON_PRIVATE, RunFolder, class_names
 
 FORMATS = ("folder", "npz", "parquet", "generator")
 DIGESTS = "digests.json"
@@ -58,8 +54,8 @@ def write_release(
         alone, under scope `selection` those of the selected trial. Scores stay behind, as they are
         computed from real images.
     """
-    stored = run_dir / "synthetic" / "images.npz"
-    if not stored.exists():
+    run = RunFolder(run_dir)
+    if not run.images.exists():
         raise ConfigError(f"'{run_dir}' holds no synthetic images: finish the run first")
     unknown = sorted(set(formats) - set(FORMATS))
     if unknown or not formats:
@@ -80,19 +76,18 @@ def write_release(
             raise ConfigError(f"'{path}' lies in a folder '{NON_PRIVATE}', which is never released")
     if out.exists() and any(out.iterdir()):
         raise ConfigError(f"'{out}' is not empty: name a new folder")
-    with np.load(stored) as arrays:
-        synthetic = Split(torch.from_numpy(arrays["images"]), torch.from_numpy(arrays["labels"]))
+    synthetic = Split.read(run.images)
     classes = class_names(run_dir, config.dataset.num_classes)
     with whole_folder(out) as folder:
         if "folder" in formats:
             _write_folder(folder, synthetic, classes)
         if "npz" in formats:
-            _write_npz(folder, synthetic)
+            synthetic.write(folder / IMAGES)
         if "parquet" in formats:
             _write_parquet(folder, synthetic, classes)
         if "generator" in formats:
-            write_generator(folder / GENERATOR, run_dir / "model.pt", config, classes)
-        write_grid(folder / "grid.png", synthetic.images, synthetic.labels)
+            write_generator(folder / GENERATOR, run.model, config, classes)
+        write_grid(folder / GRID, synthetic.images, synthetic.labels)
         write_json(folder / "privacy_card.json", card)
         (folder / "privacy_card.md").write_text(card_markdown(card))
         text = dataset_card(card, len(synthetic.labels), classes, formats, license_id)
@@ -113,24 +108,24 @@ def release_card(config: Config, run_dir: Path) -> dict[str, Any]:
             f"'{run_dir}' holds a run of method=non_private, whose epsilon is infinite: nothing of "
             "it may be released; release a private run"
         )
-    path = run_dir / "evaluation.json"
-    if not path.exists():
-        raise ConfigError(f"'{run_dir}' holds no finished run (no evaluation.json): finish it")
-    result = json.loads(path.read_text())
-    chosen, objective = run_dir / SELECTED, "scores computed on real images, which are not private"
+    run = RunFolder(run_dir)
+    if (result := run.result()) is None or result.is_stopped:
+        name = run.evaluation.name
+        raise ConfigError(f"'{run_dir}' holds no finished run (no {name}): finish it")
+    chosen, objective = run.selected, "scores computed on real images, which are not private"
     if chosen.exists():
-        objective = json.loads(chosen.read_text())["objective"]
+        objective = read_json(chosen)["objective"]
     elif config.privacy.covers.is_secret:
         raise ConfigError(
             f"'{run_dir}' was not selected, or its sweep is not complete: under scope selection "
             "only the best of all trials may leave, so finish the sweep and release that one"
         )
     return make_card(
-        ledger_of_run(config, run_dir, result["fingerprint"]),
-        result["name"],
-        PrivacyPlan.restored(json.loads((run_dir / "privacy.json").read_text())),
+        ledger_of_run(config, run_dir, result.fingerprint),
+        result.name,
+        run.plan(),
         config.privacy,
-        result["identity"],
+        result.identity,
         objective,
         searched=chosen.exists(),
     )
@@ -167,11 +162,6 @@ def _write_folder(out: Path, synthetic: Split, classes: Sequence[str]) -> None:
             path.write_bytes(encode_png(image))
             name = path.relative_to(out / "images").as_posix()
             table.writerow((name, label, classes[label]))
-
-
-def _write_npz(out: Path, synthetic: Split) -> None:
-    images, labels = synthetic.images.numpy(), synthetic.labels.numpy()
-    np.savez_compressed(out / "images.npz", images=images, labels=labels)
 
 
 def _write_parquet(out: Path, synthetic: Split, classes: Sequence[str]) -> None:

@@ -4,7 +4,6 @@ They draw from streams and generators of their own, so that the training is the 
 and without them.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,11 +21,11 @@ from core.evaluation.metrics import (
 )
 from core.evaluation.scoring import require_finite
 from core.generation.draw import generate
-from core.io.files import write_json
 from core.io.terminal import Report
 from core.privacy.keys import KeyedStream
 from core.privacy.plan.plan import PrivacyPlan
-from core.record.early import FILE, PROGRESS, STAGE, GoesOn, StoppedEarlyError
+from core.record.early import PROGRESS, STAGE, GoesOn, StoppedEarlyError
+from core.record.folder import RunFolder
 
 
 class EarlyScores:
@@ -46,7 +45,7 @@ class EarlyScores:
     def __init__(
         self,
         config: Config,
-        run_dir: Path,
+        folder: RunFolder,
         identity: str,
         score: Callable[[nn.Module, int], float],
         report: Report,
@@ -55,7 +54,7 @@ class EarlyScores:
     ) -> None:
         self._steps = config.early_steps
         self._name = config.early_metric
-        self._path = run_dir / FILE
+        self._folder = folder
         self._identity = identity
         self._score, self._report, self._logged, self._goes_on = score, report, logged, goes_on
         self._told: set[int] = set()
@@ -95,24 +94,14 @@ class EarlyScores:
         return {self._name: self._kept[step]}
 
     def _load(self) -> dict[int, float]:
-        kept = json.loads(self._path.read_text()) if self._path.exists() else {}
-        if kept.get("identity") != self._identity:
-            return {}
-        return {
-            point: kept["scores"][share]
-            for share, point in self._shares()
-            if share in kept["scores"]
-        }
+        kept = self._folder.early_scores(self._identity)
+        return {point: kept[share] for point, share in self._steps.items() if share in kept}
 
     def _store(self) -> None:
         scores = {
-            share: self._kept[point] for share, point in self._shares() if point in self._kept
+            share: self._kept[point] for point, share in self._steps.items() if point in self._kept
         }
-        content = {"identity": self._identity, "metric": self._name, "scores": scores}
-        write_json(self._path, content)
-
-    def _shares(self) -> list[tuple[str, int]]:
-        return [(str(share), point) for point, share in self._steps.items()]
+        self._folder.keep_early_scores(self._identity, self._name, scores)
 
 
 def early_score_of(

@@ -35,13 +35,12 @@ from core.io.files import read_json, to_json, write_first, write_json
 from core.io.locks import held
 from core.privacy.keys import SECRET_FILE_VARIABLE
 from core.privacy.plan.plan import PrivacyPlan
+from core.record.folder import RunFolder
 
 Parts = dict[str, dict[str, Any]]
 """What decides a run, by group and name: plain data."""
 _CENTRAL = ("dataset.", "central_images.")
 """Settings that decide the central images, beside their plan."""
-FILE = "identity.json"
-"""Parts of the run that a folder holds, so that a later start can name what changed."""
 _CODE = "code of core"
 _PATIENCE = 60.0
 SHOWN = "changed since this run was finished ({}): its result is shown as it was, nothing is drawn"
@@ -139,7 +138,7 @@ class Identity:
         """What enters the keys of the central images."""
         return self.shared_central or self.run
 
-    def note(self, run_dir: Path, shared: Path | None) -> list[str]:
+    def note(self, folder: RunFolder, shared: Path | None) -> list[str]:
         """Notes what the folders are begun with, once it is charged; returns what to tell of it.
 
         Privacy: the file holds the fingerprint of the data; it is its owner's alone.
@@ -148,10 +147,11 @@ class Identity:
         if self.changed and self.charged:
             unknown = self.changed == [_NOT_NOTED]
             told.append(_PERHAPS if unknown else _AGAIN.format("; ".join(self.changed)))
-        distributed.on_rank_0(lambda: _note_parts(run_dir, self.parts))
+        distributed.on_rank_0(lambda: _note_parts(folder.identity, self.parts))
         if shared is not None and self.shared_central:
             by = {"computed by": self.parts["computed by"]}
-            if changed := distributed.on_rank_0(lambda: _note_parts(shared, by)):
+            central = RunFolder(shared).identity
+            if changed := distributed.on_rank_0(lambda: _note_parts(central, by)):
                 told.append(_REDRAWN.format("; ".join(changed)))
         return told
 
@@ -161,7 +161,7 @@ def identify(
     plan: PrivacyPlan,
     fingerprint: str,
     secret: str,
-    run_dir: Path,
+    folder: RunFolder,
     shared: Path | None,
 ) -> Identity:
     """What this run is; to be called on all ranks.
@@ -169,7 +169,7 @@ def identify(
     Args:
         fingerprint: of the data's content.
         secret: public id of the master secret.
-        run_dir: keeps the random origin of the run, and what it was begun with.
+        folder: keeps the random origin of the run, and what it was begun with.
         shared: folder that keeps the origin of the central images that trials share; or None.
 
     Raises:
@@ -197,25 +197,24 @@ def identify(
     if shared is not None and plan.central is not None:
         central = parts_of(_CENTRAL, asdict(plan.central), shared / "central_id")
         shared_central = digest_of(central)
-    parts = parts_of(("",), plan.mechanisms, run_dir / "trial_id")
+    parts = parts_of(("",), plan.mechanisms, folder.nonce)
     parts["others"]["shared central images"] = shared_central
     run = digest_of(parts)
-    changed = distributed.on_rank_0(lambda: _changed_since(run_dir, parts))
+    changed = distributed.on_rank_0(lambda: _changed_since(folder.identity, parts))
     if changed is None:  # Of an earlier version, if it was charged.
-        known = not distributed.on_rank_0((run_dir / "charged").exists)
+        known = not distributed.on_rank_0(folder.charged.exists)
         changed = [] if known else [_NOT_NOTED]
     return Identity(run, shared_central, changed, parts, plan.is_private)
 
 
-def _changed_since(folder: Path, now: Parts) -> list[str] | None:
-    """What has changed since the folder was begun; None where nothing is noted."""
-    path = folder / FILE
+def _changed_since(path: Path, now: Parts) -> list[str] | None:
+    """What has changed since the folder of the file was begun; None where nothing is noted."""
     return differences(read_json(path), now) if path.exists() else None
 
 
-def _note_parts(folder: Path, parts: Parts) -> list[str]:
+def _note_parts(path: Path, parts: Parts) -> list[str]:
     """Notes what the folder is begun with; returns what has changed since the last note."""
-    with held(folder / f"{FILE}.lock", _PATIENCE):  # Trials share what a sweep notes.
-        changed = _changed_since(folder, parts) or []
-        write_json(folder / FILE, parts, private=True)
+    with held(path.with_name(f"{path.name}.lock"), _PATIENCE):  # Trials share what a sweep notes.
+        changed = _changed_since(path, parts) or []
+        write_json(path, parts, private=True)
     return changed

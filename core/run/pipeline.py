@@ -1,13 +1,13 @@
 """One run, top to bottom: plan, data, easy stage, DP-SGD, generation, scores."""
 
-import json
 import logging
 import math
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,11 @@ import torch
 from torch import nn
 
 from core import distributed
-from core.config import Config, flatten, load_yaml, nested, yaml_subset
-from core.data import Split, load_dataset, to_float
+from core.config import Config
+from core.data import load_dataset, to_float
 from core.device import config_device, device_name
 from core.diffusion.denoiser import build_denoiser
 from core.diffusion.ema import Ema
-from core.diffusion.posthoc_ema import FOLDER as SNAPSHOTS
 from core.diffusion.posthoc_ema import keep_snapshot
 from core.errors import ConfigError, NotFiniteError, stored
 from core.evaluation.features import find_weights
@@ -29,13 +28,13 @@ from core.evaluation.private_scores import PrivateScores
 from core.evaluation.scoring import score
 from core.generation.draw import generate, sample_pictures
 from core.generation.png import write_grid
-from core.io.files import numbers, private_folder, read_json, write_json, write_whole
+from core.io.files import private_folder, write_whole
 from core.io.locks import held
-from core.io.terminal import FAILED, MetricsLog, Report, log_to, report_line, write_class_names
+from core.io.terminal import Report, log_to, report_line
 from core.privacy.keys import KeyedStream, MasterSecret
 from core.privacy.ledger.account import Spending, require_same_data
-from core.privacy.plan.plan import PrivacyPlan, kept_plan, make_plan
-from core.record.early import ENDED_EARLY, STOPPED, GoesOn, StoppedEarlyError
+from core.record.early import ENDED_EARLY, GoesOn, StoppedEarlyError
+from core.record.folder import MetricsLog, Result, RunFolder, write_class_names
 from core.run.disk_space import require_space
 from core.run.early_scores import EarlyScores, early_score_of
 from core.run.identity import SHOWN, identify
@@ -47,8 +46,6 @@ _LOG = logging.getLogger("core")
 _PATIENCE = 15.0
 """Seconds in which a worker that was given up by its supervisor may still let the folder go."""
 _SWEEP_PATIENCE = 120.0
-_ENDS = ("evaluation.json", STOPPED)
-_ORIGIN = ("fingerprint", "name", "tags", "scored")
 
 
 def run(
@@ -92,23 +89,24 @@ def run(
         NotFiniteError: the training diverged, or its images or scores are not finite; what ran is
             settled, and nothing of it is a result.
     """
+    folder = RunFolder(run_dir)
     with ExitStack() as stack:
         # In a sweep the holder is a worker of the same trial that was given up.
-        lock = held(run_dir / "run.lock", _PATIENCE if lease is None else _SWEEP_PATIENCE)
+        lock = held(folder.lock, _PATIENCE if lease is None else _SWEEP_PATIENCE)
 
         def enter() -> None:
             with stored(run_dir):
                 stack.enter_context(lock)
-                stack.enter_context(log_to("core", run_dir / "run.log"))
+                stack.enter_context(log_to("core", folder.log))
 
         distributed.on_rank_0(enter)
-        charged = charged or run_dir / "charged"
-        return _run(config, run_dir, master, name, report, lease, charged, shared, goes_on, stack)
+        charged = charged or folder.charged
+        return _run(config, folder, master, name, report, lease, charged, shared, goes_on, stack)
 
 
 def _run(
     config: Config,
-    run_dir: Path,
+    folder: RunFolder,
     master: MasterSecret,
     name: str,
     report: Report,
@@ -118,28 +116,28 @@ def _run(
     goes_on: GoesOn,
     stack: ExitStack,
 ) -> dict[str, Any]:
-    began = time.monotonic()
+    began, run_dir = time.monotonic(), folder.path
     deadline = began + (config.runtime.max_seconds or math.inf)
-    begun = distributed.on_rank_0(lambda: _has_begun(run_dir, config))
-    plan = distributed.on_rank_0(lambda: _plan_of(run_dir, config, begun))
+    plan, begun = distributed.on_rank_0(lambda: folder.agreed_plan(config))
     if config.evaluation.fid_extractor == "inception":
         distributed.on_rank_0(lambda: find_weights(config.evaluation.inception_weights))
     if not begun:
-        distributed.on_rank_0(stored(run_dir)(lambda: _claim(run_dir, config, plan)))
-    distributed.on_rank_0(stored(run_dir)(lambda: private_folder(run_dir / "checkpoints")))
+        environment = _environment(config)
+        distributed.on_rank_0(lambda: folder.claim(config, plan, environment))
+    distributed.on_rank_0(stored(run_dir)(lambda: private_folder(folder.checkpoints)))
     spending = Spending(config, plan, Path(config.runtime.ledger), name, run_dir, charged, lease)
     dataset, cache = None, Path(config.runtime.cache)
     if (fingerprint := distributed.on_rank_0(spending.known_fingerprint)) is None:
         dataset = distributed.together(lambda: load_dataset(config.dataset, cache))
         fingerprint = distributed.broadcast_object(dataset.fingerprint)
-    found = identify(config, plan, fingerprint, master.public_id, run_dir, shared)
+    found = identify(config, plan, fingerprint, master.public_id, folder, shared)
     identity, changed = found.run, found.changed
-    finished = distributed.on_rank_0(lambda: _finished(run_dir, identity, fingerprint))
+    finished = distributed.on_rank_0(lambda: _finished(folder, identity, fingerprint))
     if finished is not None:
-        same = finished.pop("identity") == identity
-        _telling(report, [] if same else [SHOWN.format("; ".join(changed))])(finished)
-        return finished
-    checkpoints = Checkpoints(run_dir / "checkpoints", identity, changed=changed)
+        same = finished.identity == identity
+        _telling(report, [] if same else [SHOWN.format("; ".join(changed))])(finished.report)
+        return finished.report
+    checkpoints = Checkpoints(folder.checkpoints, identity, changed=changed)
     distributed.on_rank_0(checkpoints.check)  # Refused before it is charged.
     distributed.on_rank_0(lambda: require_space(run_dir, config))
     reservation = None
@@ -151,10 +149,10 @@ def _run(
         )
     stack.enter_context(
         _failure_noted(
-            run_dir, identity, lambda: reservation and spending.settle(fingerprint, reservation)
+            folder, identity, lambda: reservation and spending.settle(fingerprint, reservation)
         )
     )
-    notes = found.note(run_dir, shared)
+    notes = found.note(folder, shared)
     dataset = dataset or distributed.together(lambda: load_dataset(config.dataset, cache))
     read, names = dataset.fingerprint, dataset.class_names
     distributed.together(lambda: require_same_data(fingerprint, read, config))
@@ -168,22 +166,22 @@ def _run(
         )
 
     report = _telling(report, notes)
-    plainly, report = report, _logged(report, run_dir, checkpoints, config)
+    plainly, report = report, _logged(report, folder, checkpoints, config)
     denoiser = build_denoiser(config).to(config_device(config))
     distributed.broadcast_module(denoiser)
     ema = Ema(denoiser, config.training.ema_decay, config.training.posthoc_ema)
-    pictures = sample_pictures(ema.module, config, run_dir / "samples", config_device(config))
+    pictures = sample_pictures(ema.module, config, folder.samples, config_device(config))
 
     def early_score(model: nn.Module, place: int) -> float:
         noise = stream("evaluation", "noise")
         return early_score_of(config, plan, model, dataset, noise, place + 1)
 
-    early = EarlyScores(config, run_dir, identity, early_score, plainly, report, goes_on)
+    early = EarlyScores(config, folder, identity, early_score, plainly, report, goes_on)
 
     def after_step(step: int, model: nn.Module) -> None:
         pictures(step)
         if ema.power is not None:
-            keep_snapshot(ema.power, step, config.training.num_steps, run_dir / SNAPSHOTS)
+            keep_snapshot(ema.power, step, config.training.num_steps, folder.snapshots)
         early(step, model)
 
     def stopped(end: StoppedEarlyError) -> dict[str, Any]:
@@ -199,8 +197,8 @@ def _run(
                 "noise_multiplier": plan.noise_multiplier,
                 "seconds": time.monotonic() - began,
             }
-            origin = _origin(identity, fingerprint, name, plan, [plan.early_metric, "loss"])
-            write_json(run_dir / STOPPED, {**result, **origin}, private=True)
+            tags = {metric: plan.tag(metric) for metric in (plan.early_metric, "loss")}
+            folder.end(Result(result, identity, fingerprint, name, tags))
         result = distributed.broadcast_object(result)
         report(result)
         return result
@@ -211,11 +209,11 @@ def _run(
             config,
             dataset.train,
             plan.central,
-            (shared or run_dir / "checkpoints") / "central_images",
+            (shared or folder.checkpoints) / "central_images",
             found.central,
             masks=stream("central_images", "mask"),
             noise=stream("central_images", "noise"),
-            picture=run_dir / "central_images" / "grid.png",
+            picture=folder.central_grid,
         )
         steps = config.warm_up_steps - config.frequency_steps
         lessons.append(Lesson(steps, central.images, central.labels))
@@ -224,10 +222,10 @@ def _run(
             config,
             dataset.train,
             plan.frequency,
-            run_dir / "checkpoints" / "frequency",
+            folder.checkpoints / "frequency",
             identity,
             noise=stream("frequency", "noise"),
-            picture=run_dir / "frequency" / "grid.png",
+            picture=folder.frequency_grid,
         )
         lessons.append(Lesson(config.frequency_steps, to_float(images.images), images.labels))
     if lessons and not _is_past_warm_up(checkpoints):
@@ -276,13 +274,13 @@ def _run(
             spending.settle(fingerprint, reservation)
 
     report({"step": config.training.num_steps, "stage": "evaluation"})
-    kept = run_dir / "synthetic" / f"parts-{identity[:16]}"
+    kept = folder.parts(identity)
     number, device = config.evaluation.num_images, config_device(config)
     synthetic = generate(ema.module, config, number, device, kept, deadline)
     private = None
     if plan.score is not None:
-        noise, folder = stream("evaluation", "noise"), run_dir / "dp_scores"
-        private = PrivateScores(config, plan, dataset, noise, folder, identity)
+        noise = stream("evaluation", "noise")
+        private = PrivateScores(config, plan, dataset, noise, folder.private_scores, identity)
     scores = score(config, synthetic, dataset, device, master, private)
     result = {
         "step": config.training.num_steps,
@@ -299,10 +297,12 @@ def _run(
 
     def store() -> None:
         metrics = [*scores.values, *filter(None, [plan.early_metric]), "loss"]
-        origin = _origin(identity, fingerprint, name, plan, metrics)
-        origin["scored"] = scores.record
+        tags = {metric: plan.tag(metric) for metric in metrics}
         with stored(run_dir):
-            _store(run_dir, synthetic, ema, {**result, **origin})
+            write_grid(folder.grid, synthetic.images, synthetic.labels)
+            synthetic.write(folder.images)
+            write_whole(folder.model, partial(torch.save, ema.module.state_dict()))
+        folder.end(Result(result, identity, fingerprint, name, tags, scores.record))
         shutil.rmtree(kept, ignore_errors=True)
 
     distributed.on_rank_0(store)
@@ -310,56 +310,9 @@ def _run(
     return result
 
 
-def _origin(
-    identity: str, fingerprint: str, name: str, plan: PrivacyPlan, metrics: Sequence[str]
-) -> dict[str, Any]:
-    """What a result is kept with: where it came from, and how private its metrics are."""
-    tags = {metric: plan.tag(metric) for metric in metrics}
-    return {"identity": identity, "fingerprint": fingerprint, "name": name, "tags": tags}
-
-
-def _has_begun(run_dir: Path, config: Config) -> bool:
-    """Whether the folder holds this run; refuses one of another configuration."""
-    path = run_dir / "config.yaml"
-    if not path.exists():
-        if any((run_dir / name).exists() for name in _ENDS):
-            raise ConfigError(
-                f"'{run_dir}' holds a result without its config.yaml: restore it, or choose a new "
-                "run folder"
-            )
-        return False
-    earlier, now = flatten(type(config).model_validate(load_yaml(path))), flatten(config)
-    changed = [
-        f"{key}: {earlier.get(key)} -> {now[key]}"
-        for key in now
-        if earlier.get(key) != now[key] and not key.startswith("runtime.")
-    ]
-    if changed:
-        raise ConfigError(
-            f"'{run_dir}' holds a run of another configuration ({'; '.join(changed)}): "
-            "choose a new run folder"
-        )
-    return True
-
-
-def _plan_of(run_dir: Path, config: Config, begun: bool) -> PrivacyPlan:
-    if not begun:
-        return make_plan(config)
-    path = run_dir / "privacy.json"
-    try:
-        return kept_plan(config, PrivacyPlan.restored(json.loads(path.read_text())))
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise ConfigError(
-            f"'{path}' cannot be read ({reason}): restore it, or choose a new run folder"
-        ) from error
-
-
-def _claim(run_dir: Path, config: Config, plan: PrivacyPlan) -> None:
-    """Writes the plan and, last, the resolved configuration."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    write_json(run_dir / "privacy.json", plan.summary())
-    environment = {
+def _environment(config: Config) -> dict[str, Any]:
+    """What a run begins on."""
+    return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
@@ -367,38 +320,34 @@ def _claim(run_dir: Path, config: Config, plan: PrivacyPlan) -> None:
         "device_name": device_name(config),
         "world_size": distributed.world_size(),
     }
-    write_json(run_dir / "environment.json", environment)
-    write_whole(run_dir / "config.yaml", yaml_subset.dump(nested(config)))
 
 
 @contextmanager
-def _failure_noted(run_dir: Path, identity: str, settle: Callable[[], object]) -> Iterator[None]:
+def _failure_noted(
+    folder: RunFolder, identity: str, settle: Callable[[], object]
+) -> Iterator[None]:
     """Settles what ran, then notes that the run has failed for good."""
     try:
         yield
     except NotFiniteError as error:
         if distributed.rank() == 0:
             settle()
-            write_json(run_dir / FAILED, {"identity": identity, "error": str(error)})
+            folder.fail(identity, str(error))
         raise
 
 
-def _finished(run_dir: Path, identity: str, fingerprint: str) -> dict[str, Any] | None:
-    """The stored end of the run, with its identity; raises on all ranks what it failed with.
+def _finished(folder: RunFolder, identity: str, fingerprint: str) -> Result | None:
+    """How the run ended; raises what it failed with.
 
     A result is shown whatever computed it: to train again would be charged again.
     """
-    ends = [path for name in (*_ENDS, FAILED) if (path := run_dir / name).exists()]
-    if not ends:
-        return None
-    found = read_json(ends[0])
-    if "error" in found:
-        if found["identity"] != identity:
-            return None  # What other code failed with says nothing of this.
-        raise NotFiniteError(found["error"])
-    if found["fingerprint"] != fingerprint:
-        raise ConfigError(f"'{run_dir}' holds a run on other data: choose a new run folder")
-    return numbers({key: value for key, value in found.items() if key not in _ORIGIN})
+    if (result := folder.result()) is None:
+        # What other code failed with says nothing of this.
+        if (failure := folder.failure()) is not None and failure[0] == identity:
+            raise NotFiniteError(failure[1])
+    elif result.fingerprint != fingerprint:
+        raise ConfigError(f"'{folder.path}' holds a run on other data: choose a new run folder")
+    return result
 
 
 def _telling(report: Report, notes: list[str]) -> Report:
@@ -410,7 +359,7 @@ def _telling(report: Report, notes: list[str]) -> Report:
     return lambda metrics: report({**metrics, **(left.pop() if left else {})})
 
 
-def _logged(report: Report, run_dir: Path, checkpoints: Checkpoints, config: Config) -> Report:
+def _logged(report: Report, folder: RunFolder, checkpoints: Checkpoints, config: Config) -> Report:
     if distributed.rank() != 0:
         return report
     state = checkpoints.load()
@@ -418,7 +367,7 @@ def _logged(report: Report, run_dir: Path, checkpoints: Checkpoints, config: Con
     if state is not None:
         offset = config.warm_up_steps if state["stage"] == "private_training" else 0
         resumed = offset + state["step"]
-    log = MetricsLog(run_dir / "metrics.jsonl", resumed)
+    log = MetricsLog(folder, resumed)
     _LOG.info("begins after step %d of %d", resumed, config.training.num_steps)
 
     def both(metrics: dict[str, Any]) -> None:
@@ -438,14 +387,3 @@ def _private_steps(checkpoints: Checkpoints) -> int:
     """DP-SGD steps whose outcome the checkpoint holds."""
     state = checkpoints.load()
     return state["step"] if state is not None and state["stage"] == "private_training" else 0
-
-
-def _store(run_dir: Path, synthetic: Split, ema: Ema, result: dict[str, Any]) -> None:
-    write_grid(run_dir / "synthetic" / "grid.png", synthetic.images, synthetic.labels)
-    np.savez_compressed(
-        run_dir / "synthetic" / "images.npz",
-        images=synthetic.images.numpy(),
-        labels=synthetic.labels.numpy(),
-    )
-    torch.save(ema.module.state_dict(), run_dir / "model.pt")
-    write_json(run_dir / "evaluation.json", result, private=True)

@@ -1,14 +1,13 @@
 """Estimate of device hours and money for `--plan`, from measured figures."""
 
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from core.config import Config, flatten, load_yaml
-from core.config import load as load_config
+from core.config import Config, flatten
 from core.errors import ConfigError
+from core.io.files import read_json
+from core.record.folder import RunFolder
 from sweep.config.prices import CLOUDS, price_of
 from sweep.config.sweep import SweepConfig
 from sweep.costs.usage import device_name, devices_per_trial, read_usage
@@ -130,25 +129,26 @@ def _print_limits(sweep: SweepConfig, trial_hours: float | None) -> None:
 def stored_speed(sweep: SweepConfig, config: Config) -> Speed | None:
     """Figures of the newest finished trial with the same network, batches and kind of device."""
     wanted = _decisive(config)
-    for run_dir in _finished(Path(sweep.storage_path)):
-        environment = json.loads((run_dir / "environment.json").read_text())
+    for folder in _finished(Path(sweep.storage_path)):
+        environment = read_json(folder.environment)
         if environment["world_size"] != sweep.workers_per_trial:
             continue
         if environment["device"] != _device(sweep, config):
             continue
-        earlier = load_config(load_yaml(run_dir / "config.yaml"))
+        earlier = folder.config()
         if _decisive(earlier) != wanted:
             continue
-        steps = _seconds_per_step(run_dir / "metrics.jsonl")
+        steps = _seconds_per_step(folder)
         if "private_training" not in steps or (config.warm_up_steps and "warm_up" not in steps):
             continue
         warm_up, private = steps.get("warm_up", 0.0), steps["private_training"]
         training = earlier.warm_up_steps * warm_up + earlier.private_steps * private
-        total = json.loads((run_dir / "evaluation.json").read_text())["seconds"]
-        where = f"{run_dir.parent.parent.name}/{run_dir.name}"
+        result = folder.result()
+        assert result is not None
+        where = f"{folder.path.parent.parent.name}/{folder.path.name}"
         device = environment.get("device_name", environment["device"])
         # A trial that was resumed counts from its last start: the rest is then not known.
-        rest = max(0.0, total - training)
+        rest = max(0.0, result.report["seconds"] - training)
         return Speed(warm_up, private, rest, f"measured in trial {where} on {device}")
     return None
 
@@ -192,18 +192,14 @@ def _device(sweep: SweepConfig, config: Config) -> str:
     return "cuda" if sweep.gpus_per_worker else "cpu"
 
 
-def _finished(storage: Path) -> Iterator[Path]:
+def _finished(storage: Path) -> list[RunFolder]:
     """Folders of finished trials of all sweeps, the newest first."""
-    found = storage.glob("*/trials/*/evaluation.json")
-    for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):
-        yield path.parent
+    folders = [RunFolder(path) for path in storage.glob("*/trials/*/")]
+    ended = [folder for folder in folders if folder.evaluation.exists()]
+    return sorted(ended, key=lambda each: each.evaluation.stat().st_mtime, reverse=True)
 
 
-def _seconds_per_step(path: Path) -> dict[str, float]:
+def _seconds_per_step(folder: RunFolder) -> dict[str, float]:
     """The last mean of each stage."""
-    found: dict[str, float] = {}
-    for line in path.read_text().splitlines() if path.exists() else []:
-        metrics = json.loads(line)
-        if "seconds_per_step" in metrics:
-            found[metrics["stage"]] = metrics["seconds_per_step"]
-    return found
+    name = "seconds_per_step"
+    return {report["stage"]: report[name] for report in folder.reports() if name in report}

@@ -14,6 +14,7 @@ from core.errors import ConfigError, UserError
 from core.io.code_digest import code_digest
 from core.io.terminal import log_to
 from core.privacy.keys import MasterSecret
+from core.record.folder import RunFolder
 from sweep.config.scope import count_trials, final_point, settings_entropy
 from sweep.config.sweep import SweepConfig
 from sweep.costs.usage import Meter
@@ -29,7 +30,6 @@ from sweep.driver.progress import Progress
 from sweep.results.claim import claim, driver_lock, release_id
 from sweep.results.table import (
     Row,
-    begun_with,
     best,
     final_row,
     load_rows,
@@ -39,7 +39,7 @@ from sweep.results.table import (
 )
 from sweep.search.feasible import with_num_trials
 from sweep.tracking.content import Place, record_end, record_start, record_summary, record_sweep
-from sweep.trials.trial import ENDS, TRACEBACK, Context, Train, run_trial
+from sweep.trials.trial import ENDS, Context, Train, run_trial
 
 _PATIENCE = 10.0
 """Seconds that the end of a sweep waits for MLflow."""
@@ -339,8 +339,8 @@ def _require_same_code(sweep: SweepConfig, rows: Sequence[Row]) -> None:
         ConfigError: a trial has a checkpoint of other code.
     """
     for row in rows if sweep.run.privacy.scope == "selection" else ():
-        begun = row.state == "unfinished" and any((row.run_dir / "checkpoints").glob("*.pt"))
-        if begun and begun_with(row.run_dir)[1] not in ("", code_digest()):
+        begun = row.state == "unfinished" and any(row.folder.checkpoints.glob("*.pt"))
+        if begun and row.folder.begun_with()[1] not in ("", code_digest()):
             raise ConfigError(
                 f"the checkpoint of trial {row.trial} in '{row.run_dir}' is of other code of core: "
                 "restore that, or remove the trial's folder, which draws new noise and is charged "
@@ -375,6 +375,7 @@ def _is_complete(sweep: SweepConfig, rows: list[Row], total: int) -> bool:
 
 def _last_traceback(sweep: SweepConfig) -> str:
     """Of the trial that failed last."""
-    paths = (sweep.folder / "trials").glob(f"*/{TRACEBACK}")
+    folders = map(RunFolder, (sweep.folder / "trials").glob("*/"))
+    paths = [folder.traceback for folder in folders if folder.traceback.exists()]
     newest = max(paths, key=lambda path: path.stat().st_mtime_ns, default=None)
     return newest.read_text().rstrip() if newest else "the trials left no traceback"

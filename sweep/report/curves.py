@@ -1,9 +1,7 @@
 """Training curves of a sweep's trials, read from their metrics.jsonl."""
 
-import json
 from collections.abc import Sequence
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 from sweep.report.figures import Figure
@@ -19,7 +17,7 @@ def curves(rows: Sequence[Row], winner: Row | None) -> Figure | None:
     traces: list[dict[str, Any]] = []
     named: set[str] = set()
     for row in sorted(rows, key=lambda row: row is winner):  # The best one is drawn on top.
-        points = [line for line in _logged(row.run_dir) if "loss" in line]
+        points = [line for line in row.folder.reports() if "loss" in line]
         points = points[:: len(points) // _MAX_POINTS + 1]
         best = row is winner
         for stage, part in groupby(points, key=lambda line: line["stage"]):
@@ -34,7 +32,6 @@ def curves(rows: Sequence[Row], winner: Row | None) -> Figure | None:
                     "legendgroup": name,
                     "showlegend": name not in named,
                     "x": [line["step"] for line in lines],
-                    # A loss that is not finite is a text, and so a gap.
                     # A loss that is not finite is kept as a text, and drawn as a gap.
                     "y": [None if isinstance(each, str) else each for each in losses],
                     "line": {
@@ -60,16 +57,3 @@ def curves(rows: Sequence[Row], winner: Row | None) -> Figure | None:
             "yaxis": {"title": {"text": "loss (not private)"}},
         },
     )
-
-
-def _logged(run_dir: Path) -> list[dict[str, Any]]:
-    """Lines of metrics.jsonl but a torn last one, as of a trial that runs or was killed."""
-    path = run_dir / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    found: list[dict[str, Any]] = []
-    for line in lines:
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            break
-    return found

@@ -12,9 +12,9 @@ from plotly.offline import get_plotlyjs
 from core.config import nested, yaml_subset
 from core.errors import UserError
 from core.io.files import to_json
-from core.io.terminal import class_names
 from core.privacy.accounting.rounding import upward
 from core.privacy.ledger.card import three_epsilons
+from core.record.folder import class_names
 from sweep.config.scope import inside
 from sweep.config.sweep import SweepConfig
 from sweep.report.affordable_map import affordable_map
@@ -145,10 +145,10 @@ def _card(
 def _winner_pictures(winner: Row | None) -> dict[str, Picture | None]:
     if winner is None:
         return {}
-    found = {
-        name: picture(winner.run_dir / name / "grid.png", winner.config, _LARGE)
-        for name in (CENTRAL_IMAGES, FREQUENCY, "synthetic")
-    }
+    folder = winner.folder
+    grids = {CENTRAL_IMAGES: folder.central_grid, FREQUENCY: folder.frequency_grid}
+    grids["synthetic"] = folder.grid
+    found = {name: picture(path, winner.config, _LARGE) for name, path in grids.items()}
     if found[FREQUENCY] is None:  # A stage of one method.
         del found[FREQUENCY]
     return found
@@ -171,7 +171,7 @@ def _gallery(sweep: SweepConfig, finished: Sequence[Row]) -> list[tuple[Row, Pic
     )
     used, cards = 0, []
     for row in ordered:
-        image = picture(row.run_dir / "synthetic" / "grid.png", row.config, _SMALL)
+        image = picture(row.folder.grid, row.config, _SMALL)
         used += len(image.uri) if image else 0
         cards.append((row, image if used <= GALLERY_BYTES else None))
     return cards

@@ -1,10 +1,10 @@
 """Tables of the report, as text."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from core.io.files import read_json
 from core.privacy.accounting.rounding import figure, upward
 from sweep.config.sweep import SweepConfig
 from sweep.report.figures import pareto_front
@@ -113,8 +113,8 @@ def _environment(rows: Sequence[Row]) -> list[list[str]]:
     """Every fact about the machines, with all values that occur."""
     values: dict[str, dict[str, None]] = {}
     for row in rows:
-        path = row.run_dir / "environment.json"
-        facts = json.loads(path.read_text()) if path.exists() else {}
+        path = row.folder.environment
+        facts = read_json(path) if path.exists() else {}
         for name, value in facts.items():
             values.setdefault(name, {})[str(value)] = None
     return [[name, ", ".join(found)] for name, found in values.items()]

@@ -1,7 +1,5 @@
 """Results table of a sweep, read from the trials' folders."""
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,18 +10,17 @@ from rich.console import Console
 from rich.table import Table
 
 from core.commands.account import COUNT, NOISE
-from core.config import Config, flatten, load, load_yaml
+from core.config import Config, flatten
 from core.config.metrics import DIRECTIONS, HEADLINES
 from core.io.code_digest import code_digest
-from core.io.files import read_json, write_json
-from core.io.terminal import FAILED, SELECTED
+from core.io.files import write_json
 from core.privacy.accounting.rounding import figure, upward
 from core.privacy.ledger.account import ledger_of_run
 from core.privacy.ledger.card import all_on_this_data_set, card_markdown, make_card, three_epsilons
 from core.privacy.ledger.file import LedgerError
 from core.privacy.ledger.ledger import Ledger
 from core.privacy.plan.plan import PrivacyPlan, composed_epsilon
-from core.record.early import STOPPED
+from core.record.folder import Result, RunFolder
 from sweep.config.scope import SEED, inside
 from sweep.config.sweep import SweepConfig
 
@@ -54,6 +51,11 @@ class Row:
     for_good: bool = False
 
     @property
+    def folder(self) -> RunFolder:
+        """What the trial wrote."""
+        return RunFolder(self.run_dir)
+
+    @property
     def epsilon(self) -> float:
         """Epsilon of this trial alone: of its plan, or of the part that it ran."""
         return self.plan.epsilon if self.spent is None else self.spent
@@ -61,35 +63,30 @@ class Row:
 
 def load_rows(sweep: SweepConfig) -> list[Row]:
     """Every trial that has a folder, in the order in which they began."""
-    folders = (sweep.folder / "trials").glob("*/")
-    rows = [_row(folder) for folder in folders if (folder / "config.yaml").exists()]
-    return sorted(rows, key=lambda row: (row.run_dir / "config.yaml").stat().st_mtime_ns)
+    folders = map(RunFolder, (sweep.folder / "trials").glob("*/"))
+    rows = [_row(folder) for folder in folders if folder.config_file.exists()]
+    return sorted(rows, key=lambda row: row.folder.config_file.stat().st_mtime_ns)
 
 
-def _row(folder: Path) -> Row:
-    config = load(load_yaml(folder / "config.yaml"))
-    plan = PrivacyPlan.restored(json.loads((folder / "privacy.json").read_text()))
-    evaluation, error = folder / "evaluation.json", folder / "error.txt"
-    stopped, failed = folder / STOPPED, folder / FAILED
-    result: dict[str, Any] = {}
+def _row(folder: RunFolder) -> Row:
+    plan, ended, failure = folder.plan(), folder.result(), folder.failure()
     state, reason, spent, early, for_good = "unfinished", "", None, None, False
-    if evaluation.exists():
-        result, state = json.loads(evaluation.read_text()), "finished"
-    elif stopped.exists():
-        result, state = json.loads(stopped.read_text()), "stopped"
-        spent, early = result["epsilon"], result[plan.early_metric]
+    result = ended.report if ended is not None else {}
+    if ended is not None and ended.is_stopped:
+        state, spent, early = "stopped", result["epsilon"], result[plan.early_metric]
         reason = f"stopped at step {result['step']}: {plan.early_metric} {early:.4g}"
-    elif failed.exists():
-        failure = json.loads(failed.read_text())
-        state, reason = "failed", failure["error"]
+    elif ended is not None:
+        state = "finished"
+    elif failure is not None:
+        state, (identity, reason) = "failed", failure
         # A run asks its whole identity; what the driver does not know of it, as the device, stays.
-        for_good = begun_with(folder) == (failure["identity"], code_digest())
-    elif error.exists():
-        state, reason = "failed", error.read_text().strip()
+        for_good = folder.begun_with() == (identity, code_digest())
+    elif folder.error.exists():
+        state, reason = "failed", folder.error.read_text().strip()
     return Row(
-        trial=folder.name,
-        run_dir=folder,
-        config=config,
+        trial=folder.path.name,
+        run_dir=folder.path,
+        config=folder.config(),
         state=state,
         scores={name: result[name] for name in DIRECTIONS if name in result},
         plan=plan,
@@ -99,16 +96,6 @@ def _row(folder: Path) -> Row:
         spent=spent,
         for_good=for_good,
     )
-
-
-def begun_with(run_dir: Path) -> tuple[str, str]:
-    """Identity with which a trial began last, and the digest of its code; empty if not noted."""
-    path = run_dir / "identity.json"
-    if not path.exists():
-        return "", ""
-    parts = read_json(path)
-    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-    return digest, parts["computed by"]["code of core"]
 
 
 def final_row(sweep: SweepConfig, rows: Sequence[Row]) -> Row | None:
@@ -183,7 +170,7 @@ def sweep_card(sweep: SweepConfig, rows: Sequence[Row], released: Row) -> dict[s
         sweep.name,
         released.plan,
         released.config.privacy,
-        stored_result(released)["identity"],
+        _result(released).identity,
         _objective(sweep, rows),
         searched=True,
     )
@@ -200,21 +187,21 @@ def write_card(
         LedgerError: the ledger is missing or damaged, or notes another trial of the selection.
     """
     if released.config.privacy.covers.is_secret:
-        left = [row for row in rows if (row.run_dir / SELECTED).exists()]
+        left = [row for row in rows if row.folder.selected.exists()]
         if left and released not in left:  # Also where the ledger has lost its note of it.
             raise LedgerError(
                 f"trial {left[0].trial} of selection {sweep.name} may have left already, and no "
                 "other may: choose another name for another selection"
             )
-        _ledger(released).select(sweep.name, stored_result(released)["identity"])
+        _ledger(released).select(sweep.name, _result(released).identity)
     card = sweep_card(sweep, rows, released)
     write_json(sweep.folder / "privacy_card.json", card)
     (sweep.folder / "privacy_card.md").write_text(card_markdown(card))
     for row in rows:
-        (row.run_dir / SELECTED).unlink(missing_ok=True)
+        row.folder.selected.unlink(missing_ok=True)
     front = winners(sweep, rows)
     for row in (front if released in front else [released]) if complete else []:
-        write_json(row.run_dir / SELECTED, {"objective": _objective(sweep, rows)})
+        write_json(row.folder.selected, {"objective": _objective(sweep, rows)})
     return card
 
 
@@ -235,9 +222,7 @@ def claimed_row(sweep: SweepConfig, rows: Sequence[Row]) -> tuple[Row | None, st
     Privacy: the best trial so far of a selection that is not complete is not the one that leaves.
     """
     released = released_row(sweep, rows)
-    if sweep.run.privacy.covers.is_secret and not any(
-        (row.run_dir / SELECTED).exists() for row in rows
-    ):
+    if sweep.run.privacy.covers.is_secret and not any(row.folder.selected.exists() for row in rows):
         return None, f"selection: not complete, {_NO_CLAIM}"
     last = final_row(sweep, rows)
     if last is not None and last.state == "failed":
@@ -310,7 +295,7 @@ def _print_released(sweep: SweepConfig, rows: Sequence[Row], released: Row, tota
     spent = all_on_this_data_set(card)
     print(f"  epsilon of all runs on this data set: {spent} (python -m core ledger show)")
     print(f"card: {sweep.folder / 'privacy_card.md'}")
-    print(f"samples: {released.run_dir / 'synthetic' / 'grid.png'}")
+    print(f"samples: {released.folder.grid}")
 
 
 def _scores(row: Row) -> str:
@@ -322,13 +307,18 @@ def _scores(row: Row) -> str:
 
 
 def stored_result(row: Row) -> dict[str, Any]:
-    """What a trial that finished or was stopped reported last, with where it came from."""
-    name = STOPPED if row.state == "stopped" else "evaluation.json"
-    return json.loads((row.run_dir / name).read_text())
+    """What a trial that finished or was stopped reported last."""
+    return _result(row).report
+
+
+def _result(row: Row) -> Result:
+    result = row.folder.result()
+    assert result is not None
+    return result
 
 
 def _ledger(row: Row) -> Ledger:
-    return ledger_of_run(row.config, row.run_dir, stored_result(row)["fingerprint"])
+    return ledger_of_run(row.config, row.run_dir, _result(row).fingerprint)
 
 
 def results_table(

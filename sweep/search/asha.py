@@ -13,7 +13,7 @@ import ray
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from core.record.early import PROGRESS, stored_scores
+from core.record.early import PROGRESS
 from sweep.config.sweep import SweepConfig
 from sweep.results.table import Row
 
@@ -75,7 +75,7 @@ class Asha(ASHAScheduler):
         self._verdicts = verdicts
         for row in ended:
             self.on_trial_add(None, SimpleNamespace(trial_id=row.trial))  # type: ignore[arg-type]
-            for progress, score in stored_scores(row.run_dir).items():
+            for progress, score in row.folder.early_scores().items():
                 self._judge(SimpleNamespace(trial_id=row.trial), progress, score)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from core.commands.account import COUNT, NOISE
 from core.config import Config, flatten
 from core.config.metrics import DIRECTIONS
+from core.record.folder import RunFolder
 from sweep.config.sweep import SweepConfig
 
 _COMPARED = (
@@ -90,14 +91,18 @@ def pictures(run_dir: Path, step: int, finished: bool) -> Iterator[tuple[str, in
 
     Privacy: post-processing of what the trial has paid for.
     """
-    for key in (CENTRAL_IMAGES, FREQUENCY):
-        if (released := run_dir / key / "grid.png").exists():
+    folder = RunFolder(run_dir)
+    for key, released in (
+        (CENTRAL_IMAGES, folder.central_grid),
+        (FREQUENCY, folder.frequency_grid),
+    ):
+        if released.exists():
             yield key, 0, released
-    for path in sorted((run_dir / "samples").glob("*.png")):
+    for path in sorted(folder.samples.glob("*.png")):
         if int(path.stem) <= step:
             yield SAMPLES, int(path.stem), path
-    if finished and (final := run_dir / "synthetic" / "grid.png").exists():
-        yield SAMPLES, step, final
+    if finished and folder.grid.exists():
+        yield SAMPLES, step, folder.grid
 
 
 def public_facts(config: Config) -> dict[str, Any]:

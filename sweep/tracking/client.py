@@ -37,7 +37,7 @@ from mlflow.utils.time import get_current_time_millis
 from PIL import Image, UnidentifiedImageError
 
 from core.errors import ConfigError
-from core.io.terminal import NON_PRIVATE
+from core.record.folder import NON_PRIVATE
 from sweep.tracking.charts import curves
 
 UNREACHABLE = (MlflowException, OSError)
@@ -279,13 +279,12 @@ def _save_model(run_dir: Path, folder: Path, model_id: str) -> None:
     from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec
 
     import core
-    from core.config import load
     from core.generation.generator import write_generator
-    from core.io.terminal import class_names
+    from core.record.folder import RunFolder, class_names
 
-    config = load(run_dir / "config.yaml")
+    config = RunFolder(run_dir).config()
     names = class_names(run_dir, config.dataset.num_classes)
-    write_generator(folder / "generator", run_dir / "model.pt", config, names)
+    write_generator(folder / "generator", RunFolder(run_dir).model, config, names)
     image = (config.dataset.channels, config.dataset.image_size, config.dataset.image_size)
     packages = {p.__name__: p.__version__.split("+")[0] for p in (torch, numpy, pydantic)}
     with warnings.catch_warnings(action="ignore"):  # That there is no example of an input.

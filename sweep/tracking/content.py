@@ -3,14 +3,14 @@
 Trackers are handed in: a `Tracker`, or an `Outbox` in its place.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from core.config import Config, flatten
-from core.record.early import ENDED_EARLY, STAGE, STOPPED
+from core.record.early import ENDED_EARLY, STAGE
+from core.record.folder import RunFolder
 from sweep.config.sweep import SweepConfig
 from sweep.results.table import (
     Row,
@@ -22,8 +22,6 @@ from sweep.results.table import (
     write_card,
 )
 from sweep.tracking.charts import (
-    CENTRAL_IMAGES,
-    FREQUENCY,
     charts,
     compared_figures,
     compared_params,
@@ -74,17 +72,17 @@ def record_step(tracker: Any, run_dir: Path, metrics: Mapping[str, Any], seen: s
 
 def record_end(tracker: Any, sweep: SweepConfig, run_dir: Path, result: Mapping[str, Any]) -> None:
     """Logs what a trial that ended has, scores with their tags, plan, pictures; ends its run."""
-    tracker.log_missing_steps(run_dir / "metrics.jsonl")
+    folder, ended = RunFolder(run_dir), RunFolder(run_dir).result()
+    assert ended is not None
+    tracker.log_missing_steps(folder.metrics)
     tracker.log_metrics(compared_figures(sweep, result), result["step"])
     stopped = result["stage"] == ENDED_EARLY
-    tags = json.loads((run_dir / (STOPPED if stopped else "evaluation.json")).read_text())["tags"]
     state = {"sweep.state": ENDED_EARLY if stopped else "finished"}
-    tracker.log_tags({f"privacy.{name}": tag for name, tag in tags.items()} | state)
-    for name in ("config.yaml", "privacy.json"):
-        tracker.log_file(run_dir / name)
-    tracker.log_file(run_dir / "synthetic" / "grid.png", "synthetic")
-    for name in (CENTRAL_IMAGES, FREQUENCY):
-        tracker.log_file(run_dir / name / "grid.png", name)
+    tracker.log_tags({f"privacy.{name}": tag for name, tag in ended.tags.items()} | state)
+    for path in (folder.config_file, folder.plan_file):
+        tracker.log_file(path)
+    for path in (folder.grid, folder.central_grid, folder.frequency_grid):
+        tracker.log_file(path, path.parent.name)
     for picture in pictures(run_dir, result["step"], finished=not stopped):
         tracker.log_picture(*picture)
     tracker.finish("KILLED" if stopped else "FINISHED")
@@ -125,13 +123,13 @@ def record_summary(parent: Any, sweep: SweepConfig, rows: Sequence[Row], complet
     parent.log_metrics({**searched, **figures})
     front = ", ".join(row.trial for row in winners(sweep, rows))
     parent.log_tags({"best_trial": front})
-    parent.log_file(winner.run_dir / "synthetic" / "grid.png", "synthetic")
+    parent.log_file(winner.folder.grid, "synthetic")
     if released is None or card is None:
         return
     parent.log_metrics(three_figures(card))
     parent.log_tags({"privacy.statement": card["statement"]})
     for name in ("privacy_card.json", "privacy_card.md"):
         parent.log_file(sweep.folder / name)
-    if complete and (released.run_dir / "model.pt").exists():  # Its owner may have removed it.
+    if complete and released.folder.model.exists():  # Its owner may have removed it.
         scope, statement = card["scope"], card["statement"]
         parent.register_generator(released.trial, released.run_dir, scope, statement)

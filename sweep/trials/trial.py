@@ -12,12 +12,12 @@ from typing import Any
 from core.config import Config, nested
 from core.errors import UserError
 from core.record.early import ENDED_EARLY
+from core.record.folder import RunFolder
 from sweep.config.scope import shares_central_images
 from sweep.config.sweep import SweepConfig, trial_id_of
 from sweep.results.claim import newest_launch, require_newest_launch
 
 Train = Callable[["Context", Config, str], Iterator[dict[str, Any]]]
-TRACEBACK = "traceback.txt"
 ENDS = ("done", ENDED_EARLY)
 """Stages of a trial's last report, which holds its result."""
 
@@ -82,8 +82,9 @@ def _note_failure(run_dir: Path, error: TrialError) -> None:
     """Privacy: a traceback may quote values computed from private data; it stays in the folder."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "error.txt").write_text(f"{error}\n")
-        (run_dir / TRACEBACK).write_text(f"{error.__cause__ or error}\n")
+        folder = RunFolder(run_dir)
+        folder.error.write_text(f"{error}\n")
+        folder.traceback.write_text(f"{error.__cause__ or error}\n")
     except OSError:
         pass  # The storage is what failed: the sweep's output says so.
 

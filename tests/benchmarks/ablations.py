@@ -27,7 +27,7 @@ from core.commands.run import train
 from core.commands.scale_down import scaled_down
 from core.config import Config, flatten, load, nested
 from core.data import load_dataset
-from core.diffusion.posthoc_ema import FOLDER, reconstruct
+from core.diffusion.posthoc_ema import reconstruct
 from core.evaluation.scoring import score
 from core.generation.draw import generate
 from core.generation.generator import load_denoiser
@@ -120,7 +120,7 @@ def run_row(config: Config, folder: Path, length: float | None) -> Row:
     if length is not None:
         began = time.monotonic()
         denoiser = load_denoiser(config, run_dir / "model.pt", "cpu")
-        reconstruct(denoiser, run_dir / FOLDER, config.training.num_steps, length)
+        reconstruct(denoiser, run_dir / "posthoc_ema", config.training.num_steps, length)
         synthetic = generate(denoiser, config, config.evaluation.num_images, "cpu")
         dataset = load_dataset(config.dataset, Path(config.runtime.cache))
         result |= score(config, synthetic, dataset, "cpu", MasterSecret.load()).values

@@ -24,7 +24,6 @@ from core.errors import ConfigError
 from core.generation.generator import GENERATOR, load_generator, write_generator
 from core.generation.png import encode_png
 from core.io.files import write_json
-from core.io.terminal import SELECTED
 from core.privacy.accounting.rounding import upward
 from core.privacy.keys import MasterSecret
 from core.publish.release import release_card
@@ -231,7 +230,7 @@ def test_a_run_alone_is_released_with_its_owner_s_word(tmp_path: Path):
     config = load(tmp_path / "run" / "config.yaml")
     for chosen in (False, True):
         if chosen:
-            write_json(tmp_path / "run" / SELECTED, {"objective": "accuracy (public)"})
+            write_json(tmp_path / "run" / "selected.json", {"objective": "accuracy (public)"})
         card = release_card(config, tmp_path / "run")
         assert ("As the owner of the data states" in card["statement"]) is not chosen
 

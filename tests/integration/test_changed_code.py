@@ -78,7 +78,7 @@ def test_without_a_checkpoint_other_code_draws_new_noise_and_is_charged(tmp_path
     assert note in reports[0]["note"]
     assert all("note" not in report for report in reports[1:])
     assert note in (tmp_path / "run.log").read_text()
-    assert identity.FILE in {path.name for path in tmp_path.iterdir()}
+    assert "identity.json" in {path.name for path in tmp_path.iterdir()}
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_a_run_finished_by_other_code_is_shown_and_not_charged_again(tmp_path, c
         (shown,) = tiny_run(tmp_path, **SETTINGS)
         assert ("code of core changed" if noted else "is not noted") in shown.pop("note")
         assert shown == done
-        (tmp_path / identity.FILE).unlink(missing_ok=True)
+        (tmp_path / "identity.json").unlink(missing_ok=True)
     assert entries(tmp_path) == before
     code("old")
     assert tiny_run(tmp_path, **SETTINGS) == [done]
@@ -167,7 +167,7 @@ def test_differences_name_values_but_no_digest():
     assert differences(earlier, now) == ["torch 1 -> 2", "code of core changed", "data changed"]
 
 
-@pytest.mark.parametrize("name", [identity.FILE, "failed.json", "evaluation.json"])
+@pytest.mark.parametrize("name", ["identity.json", "failed.json", "evaluation.json"])
 def test_a_damaged_file_of_a_run_is_one_sentence(tmp_path, name):
     with pytest.raises(StopRunError):
         tiny_run(tmp_path, stop_at(1), **SETTINGS)
@@ -180,7 +180,7 @@ def test_where_nothing_is_noted_nothing_is_claimed_to_have_changed(tmp_path):
     """The run goes on with the same noise, and is charged once."""
     with pytest.raises(StopRunError):
         tiny_run(tmp_path, stop_at(1), **SETTINGS)
-    (tmp_path / identity.FILE).unlink()
+    (tmp_path / "identity.json").unlink()
     reports = tiny_run(tmp_path, **SETTINGS)
     assert "is not noted: where that differs, it draws new noise" in reports[0]["note"]
     assert len(entries(tmp_path)) == 1

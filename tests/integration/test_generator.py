@@ -14,7 +14,7 @@ from two_ranks import tiny_run
 from core.config import load
 from core.errors import ConfigError
 from core.generation.generator import Generator, load_generator, write_generator
-from core.io.terminal import CLASSES, class_names
+from core.record.folder import CLASSES, class_names
 from sweep.tracking.client import Tracker, open_experiment
 
 

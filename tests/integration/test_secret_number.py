@@ -15,7 +15,6 @@ from core.config import Config, load, nested, yaml_subset
 from core.diffusion.denoiser import build_denoiser
 from core.errors import ConfigError
 from core.io.files import write_json
-from core.io.terminal import SELECTED
 from core.privacy.accounting.mechanism import COARSE
 from core.privacy.ledger.account import RELEASE_ID, Spending
 from core.privacy.ledger.admission import BudgetExceededError
@@ -74,7 +73,7 @@ def finished(folder: Path, config: Config, plan: PrivacyPlan, name: str, trial: 
     result = {"fingerprint": FINGERPRINT, "name": name, "identity": trial, "accuracy": 0.5}
     write_json(run_dir / "evaluation.json", result)
     if config.privacy.scope == "selection":
-        write_json(run_dir / SELECTED, {"objective": "dp_accuracy"})
+        write_json(run_dir / "selected.json", {"objective": "dp_accuracy"})
     numbers = np.random.default_rng(0)
     images = numbers.integers(0, 256, (20, 1, 8, 8), dtype=np.uint8)
     labels = np.arange(20) % 10

@@ -19,8 +19,8 @@ from core.__main__ import main
 from core.config import DatasetConfig
 from core.data import load_dataset
 from core.generation.generator import GENERATOR
-from core.io.terminal import CLASSES, class_names, write_class_names
 from core.publish.dataset_card import dataset_card
+from core.record.folder import CLASSES, class_names, write_class_names
 
 NAMES = ["1", "2", "10", 'a "zebra": |x|\\']
 CARD = {

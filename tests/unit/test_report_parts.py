@@ -8,8 +8,8 @@ import pytest
 
 from core.config import load
 from core.errors import InfeasibleError
-from core.io.terminal import MetricsLog, write_class_names
 from core.privacy.plan.plan import PrivacyPlan
+from core.record.folder import MetricsLog, RunFolder, write_class_names
 from sweep.config.sweep import load_sweep
 from sweep.report import effects
 from sweep.report.affordable_map import affordable_map
@@ -146,7 +146,7 @@ def test_there_is_no_edge_without_both_intervals(sweep):
 
 
 def test_a_loss_that_is_not_finite_is_a_gap(tmp_path):
-    log = MetricsLog(tmp_path / "metrics.jsonl", 0)
+    log = MetricsLog(RunFolder(tmp_path), 0)
     for step, loss in enumerate((0.5, float("nan"), 0.25)):
         log({"step": step, "stage": "private_training", "loss": loss})
     figure = curves([row("a", 0.5, 9, tmp_path)], None)

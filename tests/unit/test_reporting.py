@@ -10,7 +10,7 @@ from PIL import Image
 
 from core.generation.png import encode_png, write_grid
 from core.io.files import numbers, to_json, write_json
-from core.io.terminal import MetricsLog
+from core.record.folder import MetricsLog, RunFolder
 
 
 def decoded(content: bytes) -> tuple[str, torch.Tensor]:
@@ -69,23 +69,23 @@ def steps(path) -> list[tuple[int, str]]:
 
 def test_log_drops_what_a_resumed_run_repeats(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    log = MetricsLog(path, 0)
+    log = MetricsLog(RunFolder(tmp_path), 0)
     for step in (1, 2, 3, 4):
         log({"step": step, "stage": "private_training", "loss": 0.5})
     assert [step for step, _ in steps(path)] == [1, 2, 3, 4]
-    again = MetricsLog(path, 2)
+    again = MetricsLog(RunFolder(tmp_path), 2)
     again({"step": 3, "stage": "private_training"})
     assert [step for step, _ in steps(path)] == [1, 2, 3]
-    MetricsLog(path, 0)
+    MetricsLog(RunFolder(tmp_path), 0)
     assert steps(path) == []
 
 
 def test_log_drops_an_evaluation_that_was_begun(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    log = MetricsLog(path, 0)
+    log = MetricsLog(RunFolder(tmp_path), 0)
     log({"step": 4, "stage": "private_training"})
     log({"step": 4, "stage": "evaluation"})
-    MetricsLog(path, 4)({"step": 4, "stage": "evaluation"})
+    MetricsLog(RunFolder(tmp_path), 4)({"step": 4, "stage": "evaluation"})
     assert steps(path) == [(4, "private_training"), (4, "evaluation")]
 
 
@@ -94,15 +94,15 @@ def test_log_drops_an_evaluation_that_was_begun(tmp_path):
 )
 def test_log_drops_a_torn_last_line(tmp_path, torn):
     path = tmp_path / "metrics.jsonl"
-    MetricsLog(path, 0)({"step": 1, "stage": "warm_up"})
+    MetricsLog(RunFolder(tmp_path), 0)({"step": 1, "stage": "warm_up"})
     path.write_text(path.read_text() + torn)
-    MetricsLog(path, 2)({"step": 3, "stage": "warm_up"})
+    MetricsLog(RunFolder(tmp_path), 2)({"step": 3, "stage": "warm_up"})
     assert steps(path) == [(1, "warm_up"), (3, "warm_up")]
 
 
 def test_log_can_be_read_while_it_is_written(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    log = MetricsLog(path, 0)
+    log = MetricsLog(RunFolder(tmp_path), 0)
     log({"step": 1, "stage": "warm_up", "loss": math.pi})
     assert json.loads(path.read_text())["loss"] == math.pi
 
@@ -136,5 +136,7 @@ def test_json_is_strict_and_numbers_that_are_not_finite_come_back(indent):
 def test_a_log_with_a_loss_that_is_not_finite_goes_on(tmp_path):
     path = tmp_path / "metrics.jsonl"
     for step in (1, 2):
-        MetricsLog(path, step - 1)({"step": step, "stage": "private_training", "loss": math.nan})
+        MetricsLog(RunFolder(tmp_path), step - 1)(
+            {"step": step, "stage": "private_training", "loss": math.nan}
+        )
     assert [line.count('"loss": "NaN"') for line in path.read_text().splitlines()] == [1, 1]

@@ -8,15 +8,17 @@ from pathlib import Path
 
 import pytest
 
+from core.record.folder import CONFIG, GRID, IMAGES, RunFolder
+
 ROOT = Path(__file__).resolve().parents[2]
 FLOORS = (
     "core.errors",
     "core.io",
     "core.config",
-    "core.record",
     "core.privacy.keys",
     "core.privacy.accounting",
     "core.privacy.plan",
+    "core.record",
     "core.privacy.ledger",
     "core.seeds",
     "core.distributed",
@@ -148,3 +150,19 @@ def test_one_module_writes_files_whole_or_not_at_all(module):
             of_os = ast.unparse(node.func) in ("os.replace", "os.rename", "os.link")
             by_hand = of_path or of_os
             assert not by_hand, f"{module}:{node.lineno}: use core.io.files"
+
+
+NAMES = {path.name for path in vars(RunFolder(Path("run"))).values() if path.suffix} - {
+    GRID,
+    IMAGES,
+}
+"""Of files in a run's folder that nothing else has; pictures and images stand in bundles, too."""
+
+
+@pytest.mark.parametrize("module", [each for each in MODULES if each != "core.record.folder"])
+def test_one_class_names_the_files_of_a_run(module):
+    assert {CONFIG, "evaluation.json", "metrics.jsonl", "privacy.json", "model.pt"} <= NAMES
+    tree = ast.parse((ROOT / (module.replace(".", "/") + ".py")).read_text())
+    spelled = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
+    ends = [Path(each).name for each in spelled if isinstance(each, str) and "\n" not in each]
+    assert not NAMES & set(ends), f"{module}: ask core.record.folder.RunFolder"
