@@ -5,6 +5,7 @@ import importlib
 import logging
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from core.errors import StoppedError, UserError
@@ -53,102 +54,79 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(
-        name: str, function: str, text: str, folder: bool, config: bool
+        name: str, text: str, module: str = "run", config: bool = False, folder: bool = False
     ) -> argparse.ArgumentParser:
+        """A command, done by the function of its name in a module of `core.commands`."""
         command = commands.add_parser(name, help=text, description=text)
-        command.set_defaults(command=function)
+        command.set_defaults(command=f"core.commands.{module}:{name.replace('-', '_')}")
         if config:
             command.add_argument("--config", required=True, help="YAML file, as in core/configs")
         if folder:
             command.add_argument(
                 "--run-dir", type=Path, required=not config, help="folder of the run"
             )
-        command.add_argument(
-            "overrides", nargs="*", metavar="key=value", help="e.g. stage_split=0.3"
-        )
         return command
 
-    run = add("run", "core.commands.run:run", "train, generate and score one model", True, True)
-    add_verbosity(run)
-    add(
-        "compare",
-        "core.commands.run:compare",
-        "the easy stage against plain DP-SGD, same budget",
-        False,
-        True,
-    )
-    reproduce = add(
-        "reproduce",
-        "core.commands.reproduce:reproduce",
-        "one published run, in time slots",
-        False,
-        False,
-    )
+    _add_training(add)
+    _add_what_follows(add)
+    return parser
+
+
+def _overridable(command: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. stage_split=0.3")
+    return command
+
+
+def _add_training(add: Callable[..., argparse.ArgumentParser]) -> None:
+    """Commands up to a finished run."""
+    run = add("run", "train, generate and score one model", config=True, folder=True)
+    add_verbosity(_overridable(run))
+    text = "the easy stage against plain DP-SGD, same budget"
+    _overridable(add("compare", text, config=True))
+    reproduce = _overridable(add("reproduce", "one published run, in time slots", "reproduce"))
     reproduce.add_argument("--dataset", required=True, help="preset in core/configs, such as mnist")
     reproduce.add_argument("--epsilon", type=float, default=10.0)
     reproduce.add_argument("--budget", default="1h", help="time of this slot: 600, 90s, 20m, 2h")
     reproduce.add_argument("--results", type=Path, default=Path("RESULTS.md"))
-    add(
-        "account",
-        "core.commands.account:account",
-        "what a configuration spends; reads no data",
-        False,
-        True,
-    )
-    smaller = add(
-        "scale-down",
-        "core.commands.scale_down:scale_down",
-        "a cheap stand-in with the same noise over batch size, to search on public data",
-        False,
-        True,
-    )
+    text = "what a configuration spends; reads no data"
+    _overridable(add("account", text, "account", config=True))
+    text = "a cheap stand-in with the same noise over batch size, to search on public data"
+    smaller = _overridable(add("scale-down", text, "scale_down", config=True))
     smaller.add_argument("--factor", type=float, required=True, help="such as 4; above 1")
     smaller.add_argument("--out", type=Path, required=True, help="YAML file to write")
-    again = add(
-        "generate",
-        "core.commands.run:generate",
-        "draw more images from a finished run or a bundle",
-        False,
-        False,
-    )
+    fetched = add("prepare", "where a data set comes from; fetches it", "prepare")
+    fetched.add_argument("--dataset", required=True, help="such as mnist, cifar10, celeba")
+    fetched.add_argument("--out", type=Path, default=Path("runs/data"), help="folder to put it in")
+
+
+def _add_what_follows(add: Callable[..., argparse.ArgumentParser]) -> None:
+    """Commands for finished runs, bundles and ledgers."""
+    again = _overridable(add("generate", "draw more images from a finished run or a bundle"))
     source = again.add_mutually_exclusive_group(required=True)
     source.add_argument("--run-dir", type=Path, help="folder of the run")
     source.add_argument("--bundle", type=Path, help="released bundle with a generator")
     again.add_argument("--num-images", type=int, required=True)
     again.add_argument("--out", type=Path, required=True, help="npz file to write")
-    scored = add(
-        "evaluate", "core.commands.run:evaluate", "score a finished run's images again", True, False
-    )
+    scored = _overridable(add("evaluate", "score a finished run's images again", folder=True))
     for command in (again, scored):
         command.add_argument(
             "--ema-length", type=float, metavar="SIGMA_REL",
             help="average the weights over another length, 0.04 to 0.25 of the training; the run "
             "needs training.posthoc_ema=true",
         )  # fmt: skip
-    fetched = commands.add_parser("prepare", help="where a data set comes from; fetches it")
-    fetched.set_defaults(command="core.commands.prepare:prepare")
-    fetched.add_argument("--dataset", required=True, help="such as mnist, cifar10, celeba")
-    fetched.add_argument("--out", type=Path, default=Path("runs/data"), help="folder to put it in")
-    inspect = add(
-        "inspect",
-        "core.commands.run:inspect",
-        "for the owner's eyes: nearest real images and a membership attack",
-        True,
-        False,
-    )
+    text = "for the owner's eyes: nearest real images and a membership attack"
+    inspect = _overridable(add("inspect", text, folder=True))
     inspect.add_argument(
         "--max-images", type=int, default=2000, help="most images of either side; 2000"
     )
-    ledger = commands.add_parser("ledger", help="what was spent on each data set")
-    ledger.set_defaults(command="core.commands.run:ledger")
+    ledger = add("ledger", "what was spent on each data set")
     ledger.add_argument("action", choices=("show", "verify", "accept-loss"))
     ledger.add_argument("--folder", type=Path, help="runtime.ledger; its default if not given")
     ledger.add_argument("--file", type=Path, help="accept-loss: the lost or damaged ledger")
     ledger.add_argument(
         "--reason", default="", help="accept-loss: one sentence, quoted by every later privacy card"
     )
-    release = commands.add_parser("release", help="write or verify the bundle to publish")
-    release.set_defaults(command="core.commands.run:release")
+    release = add("release", "write or verify the bundle to publish")
     release.add_argument("--run-dir", type=Path, help="folder of a finished run")
     release.add_argument("--out", type=Path, required=True, help="new folder of the bundle")
     release.add_argument("--verify", action="store_true", help="check the digests of --out")
@@ -158,7 +136,6 @@ def _parser() -> argparse.ArgumentParser:
     release.add_argument(
         "--license", default="unknown", help="for README.md, as the Hugging Face Hub names it"
     )
-    return parser
 
 
 if __name__ == "__main__":

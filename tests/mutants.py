@@ -75,7 +75,7 @@ MUTANTS = (
     ),
     Mutant(
         "K copies counted as examples",
-        "core/training/loop.py",
+        "core/training/stages.py",
         "PerExampleGradients(denoiser, settings.noise_multiplicity)",
         "PerExampleGradients(denoiser, 1)",
     ),
@@ -88,8 +88,8 @@ MUTANTS = (
     Mutant(
         "DP-SGD spends on where the network is no longer finite",
         "core/training/loop.py",
-        "_require_finite(stage, done, [*denoiser.parameters(), decides])",
-        "stage.public_loss or _require_finite(stage, done, [*denoiser.parameters(), decides])",
+        "self._require_finite(stage, done, [*self.model.denoiser.parameters(), decides])",
+        "stage.public_loss or self._require_finite(stage, done, [decides])",
         DIVERGING,
     ),
     Mutant(
@@ -346,7 +346,7 @@ MUTANTS = (
         "a stopped run tells fewer steps than its ledger counts",
         "core/run/pipeline.py",
         "plan.epsilon_after(steps)",
-        "plan.epsilon_after(end.step - config.warm_up_steps)",
+        "plan.epsilon_after(stop.step - run.config.warm_up_steps)",
         EARLY,
     ),
     Mutant(
@@ -450,8 +450,8 @@ MUTANTS = (
     Mutant(
         "a resumed run draws new noise",
         "core/run/pipeline.py",
-        'noise=stream("private_training", "noise"),\n            before_step',
-        'noise=stream("private_training", f"noise {time.time()}"),\n            before_step',
+        'noise=run.stream("private_training", "noise")',
+        'noise=run.stream("private_training", f"noise {time.time()}")',
         ("tests/integration/test_replay.py",),
     ),
     Mutant(
@@ -463,9 +463,9 @@ MUTANTS = (
     ),
     Mutant(
         "central images charged as shared, but drawn anew by each trial",
-        "core/run/pipeline.py",
-        'found.central if stage == "central_images" else identity',
-        "identity",
+        "core/run/context.py",
+        'self.identity.central if stage == "central_images" else self.identity.run',
+        "self.identity.run",
         SHARED,
     ),
     Mutant(

@@ -13,7 +13,8 @@ from core.diffusion.denoiser import build_denoiser
 from core.generation.draw import generate
 from core.privacy.keys import KeyedStream
 from core.privacy.plan.plan import make_plan
-from core.training.loop import Lesson, Stage, private_stage, warm_up_stage
+from core.training.loop import Stage
+from core.training.stages import Lesson, private_stage, warm_up_stage
 
 _SECONDS, _STEPS = 2.0, 20
 """A stage is measured for as many seconds, or as many steps if they are done before."""

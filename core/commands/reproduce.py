@@ -21,18 +21,8 @@ from core.record.folder import RunFolder
 PRESETS = Path(__file__).parents[1] / "configs"
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600}
 _SILENT = ("dataset.path", "runtime.")
-_COLUMNS = (
-    "preset",
-    "method",
-    "epsilon (PLD)",
-    "delta",
-    "accuracy",
-    "Frechet distance",
-    "hours",
-    "device",
-    "config",
-    "command",
-)
+_COLUMNS = "preset | method | epsilon (PLD) | delta | accuracy | Frechet distance | hours | device"
+_COLUMNS += " | config | command"
 _HEADER = f"""# Results
 
 Each row is one run of the command beside it. Scores are computed on real images and are not
@@ -40,8 +30,8 @@ private. `fid` is of the Inception network and compares with published figures, 
 network trained on the real images and compares with nothing else. A preset whose name ends in
 `_small` is for a CPU and says nothing of the published method at full size.
 
-| {" | ".join(_COLUMNS)} |
-|{" --- |" * len(_COLUMNS)}
+| {_COLUMNS} |
+|{" --- |" * (1 + _COLUMNS.count("|"))}
 """
 
 

@@ -275,21 +275,7 @@ class Config(Section):
             )
         if self.method == "feta_pro":
             _enough_for_each_class(self.frequency, dataset.num_classes)
-        early, least = self.early_scores, 2 * dataset.num_classes
-        sizes = {"evaluation.num_images": self.evaluation.num_images}
-        sizes |= {"early_scores.num_images": early.num_images} if early.at else {}
-        for key, count in sizes.items():
-            if count < least:
-                raise ValueError(
-                    f"{key}={count} must be at least {least}, two for each of dataset.num_classes="
-                    f"{dataset.num_classes}: one to train the classifier, one to choose its epoch"
-                )
-        points = list(self.early_steps)
-        if points != sorted(points) or not len(early.at) == len(points) < self.training.num_steps:
-            raise ValueError(
-                f"early_scores.at={list(early.at)} must ascend and name different steps before the "
-                f"last of training.num_steps={self.training.num_steps}: these are {points}"
-            )
+        self._check_images()
         factor = self.model.patch_size * 2 ** (len(self.model.channel_multipliers) - 1)
         if dataset.image_size % factor:
             raise ValueError(
@@ -298,6 +284,25 @@ class Config(Section):
                 "model.channel_multipliers but the first"
             )
         return self
+
+    def _check_images(self) -> None:
+        """Whether there are enough synthetic images to be scored, early ones in their order."""
+        classes, early = self.dataset.num_classes, self.early_scores
+        sizes = {"evaluation.num_images": self.evaluation.num_images}
+        sizes |= {"early_scores.num_images": early.num_images} if early.at else {}
+        for key, count in sizes.items():
+            if count < 2 * classes:
+                raise ValueError(
+                    f"{key}={count} must be at least {2 * classes}, two for each of "
+                    f"dataset.num_classes={classes}: one to train the classifier, one to choose "
+                    "its epoch"
+                )
+        points = list(self.early_steps)
+        if points != sorted(points) or not len(early.at) == len(points) < self.training.num_steps:
+            raise ValueError(
+                f"early_scores.at={list(early.at)} must ascend and name different steps before the "
+                f"last of training.num_steps={self.training.num_steps}: these are {points}"
+            )
 
 
 def _enough_for_each_class(frequency: FrequencyConfig, num_classes: int) -> None:

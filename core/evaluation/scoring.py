@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from core import distributed
-from core.config import Config
+from core.config import Config, EvaluationConfig
 from core.data import Dataset, Split
 from core.errors import NotFiniteError
 from core.evaluation.metrics import downstream_accuracy, downstream_classifier, likeness
@@ -94,6 +94,11 @@ def score(
     found: dict[str, Any] = {}
     for part in distributed.all_gather_object(distributed.together(mine)):
         found.update(part)
+    return _gathered(found, settings)
+
+
+def _gathered(found: dict[str, Any], settings: EvaluationConfig) -> Scores:
+    """Means of the single accuracies, and all else that was found."""
     single = {
         network: [found[f"{network}/{repeat}"] for repeat in range(settings.num_repeats)]
         for network in settings.classifiers
@@ -112,15 +117,9 @@ def score(
     }
     values |= likenesses
     require_finite(values)
-    return Scores(
-        values,
-        {
-            "classifiers": classifiers,
-            "epoch_chosen_on": _CHOSEN_ON[settings.epoch_chosen_on],
-            "seed": settings.seed,
-            **record,
-        },
-    )
+    chosen = _CHOSEN_ON[settings.epoch_chosen_on]
+    how = {"classifiers": classifiers, "epoch_chosen_on": chosen, "seed": settings.seed}
+    return Scores(values, how | record)
 
 
 def require_finite(scores: Mapping[str, float]) -> None:

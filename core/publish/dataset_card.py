@@ -12,6 +12,74 @@ PARQUET = "data/train-00000-of-00001.parquet"
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (10**6, "100K<n<1M"))
 
 
+_FRONT = """---
+license: {license_id}
+pretty_name: Synthetic images
+task_categories:
+- image-classification
+size_categories:
+- {size}
+tags:
+- synthetic
+- differential-privacy
+"""
+_TYPES = """configs:
+- config_name: default
+  data_files:
+  - split: train
+    path: {path}
+dataset_info:
+  features:
+  - name: image
+    dtype: image
+  - name: label
+    dtype:
+      class_label:
+        names:
+{names}
+"""
+_TEXT = """---
+
+# Synthetic images
+
+{num_images:,} synthetic images of {num_classes} classes, drawn from a diffusion model that was \
+trained with differential privacy. They are drawn, not taken from the data that the model learned \
+from.
+
+## Privacy
+
+{statement}
+
+| | |
+| --- | --- |
+{figures}
+
+[privacy_card.md](privacy_card.md) says what was released how often, with which noise, and what \
+the guarantee does not cover. It holds for whatever is made of these files.
+
+## Use
+
+The images are not real: rare cases may be missing, and conclusions about people need real data. \
+Labels mean:
+
+{labels}
+
+"""
+_LOADING = """```python
+from datasets import load_dataset
+
+images = load_dataset("FOLDER", split="train")
+```
+
+"""
+_GENERATOR = """`generator/` holds the weights of the model; they are covered by the same \
+guarantee. More images: `python -m core generate --bundle FOLDER --num-images N --out NEW.npz`.
+
+"""
+_VERIFY = "`python -m core release --verify --out FOLDER` checks every file.\n"
+_NO_LICENSE = "\nNo license is stated; release with `--license` to state one.\n"
+
+
 def parquet_metadata(class_names: Sequence[str]) -> dict[str, str]:
     """Schema metadata by which `datasets` reads the columns as `Image` and `ClassLabel`."""
     label = {"names": list(class_names), "_type": "ClassLabel"}
@@ -35,81 +103,24 @@ def dataset_card(
         license_id: identifier of the Hub, such as `cc-by-4.0`; `unknown` leaves it open.
     """
     size = next((name for limit, name in _SIZES if num_images < limit), "1M<n<10M")
-    front = [
-        f"license: {license_id}",
-        "pretty_name: Synthetic images",
-        "task_categories:",
-        "- image-classification",
-        "size_categories:",
-        f"- {size}",
-        "tags:",
-        "- synthetic",
-        "- differential-privacy",
-    ]
+    text = _FRONT.format(license_id=license_id, size=size)
     if "parquet" in formats:
-        front += [
-            "configs:",
-            "- config_name: default",
-            "  data_files:",
-            "  - split: train",
-            f"    path: {PARQUET}",
-            "dataset_info:",
-            "  features:",
-            "  - name: image",
-            "    dtype: image",
-            "  - name: label",
-            "    dtype:",
-            "      class_label:",
-            "        names:",
-            *(
-                f"          '{label}': {json.dumps(name, ensure_ascii=False)}"  # Quoted as in YAML.
-                for label, name in enumerate(class_names)
-            ),
-        ]
-    lines = ["---", *front, "---", "", "# Synthetic images", ""]
-    lines += [
-        f"{num_images:,} synthetic images of {len(class_names)} classes, drawn from a diffusion "
-        "model that was trained with differential privacy. They are drawn, not taken from the data "
-        "that the model learned from.",
-        "",
-        "## Privacy",
-        "",
-        card["statement"],
-        "",
-        "| | |",
-        "| --- | --- |",
-        *(f"| {name} | {value} |" for name, value in three_epsilons(card)),
-        f"| delta | {upward(card['delta'], 6)} |",
-        f"| unit of protection | {card['unit']} |",
-        f"| neighbouring data sets | {card['neighboring_relation_in_words']} |",
-        "",
-        "[privacy_card.md](privacy_card.md) says what was released how often, with which noise, "
-        "and what the guarantee does not cover. It holds for whatever is made of these files.",
-        "",
-        "## Use",
-        "",
-        "The images are not real: rare cases may be missing, and conclusions about people need "
-        "real data. Labels mean:",
-        "",
-        *(f"- {label}: {name}" for label, name in enumerate(class_names)),
-        "",
+        quoted = [json.dumps(name, ensure_ascii=False) for name in class_names]  # As in YAML.
+        names = "\n".join(f"          '{label}': {name}" for label, name in enumerate(quoted))
+        text += _TYPES.format(path=PARQUET, names=names)
+    figures = [
+        *three_epsilons(card),
+        ("delta", upward(card["delta"], 6)),
+        ("unit of protection", card["unit"]),
+        ("neighbouring data sets", card["neighboring_relation_in_words"]),
     ]
-    if "parquet" in formats:
-        lines += [
-            "```python",
-            "from datasets import load_dataset",
-            "",
-            'images = load_dataset("FOLDER", split="train")',
-            "```",
-            "",
-        ]
-    if "generator" in formats:
-        lines += [
-            "`generator/` holds the weights of the model; they are covered by the same guarantee. "
-            "More images: `python -m core generate --bundle FOLDER --num-images N --out NEW.npz`.",
-            "",
-        ]
-    lines += ["`python -m core release --verify --out FOLDER` checks every file.", ""]
-    if license_id == "unknown":
-        lines += ["No license is stated; release with `--license` to state one.", ""]
-    return "\n".join(lines)
+    text += _TEXT.format(
+        num_images=num_images,
+        num_classes=len(class_names),
+        statement=card["statement"],
+        figures="\n".join(f"| {name} | {value} |" for name, value in figures),
+        labels="\n".join(f"- {label}: {name}" for label, name in enumerate(class_names)),
+    )
+    text += _LOADING if "parquet" in formats else ""
+    text += _GENERATOR if "generator" in formats else ""
+    return text + _VERIFY + (_NO_LICENSE if license_id == "unknown" else "")

@@ -114,12 +114,17 @@ def _page(
         ("At random", torch.arange(len(synthetic.labels))),
     ):
         tables.append(f"<h2>{title}</h2>{_pairs(order[:_SHOWN].tolist(), synthetic, real, found)}")
-    return _TEMPLATE.format(
-        run=html.escape(run),
-        membership=_membership(figures["membership"]),
-        closeness=_closeness(figures["closeness"]),
-        extractor=html.escape(figures["extractor"]),
-        tables="\n".join(tables),
+    return (
+        Path(__file__)
+        .with_suffix(".html")
+        .read_text()
+        .format(
+            run=html.escape(run),
+            membership=_membership(figures["membership"]),
+            closeness=_closeness(figures["closeness"]),
+            extractor=html.escape(figures["extractor"]),
+            tables="\n".join(tables),
+        )
     )
 
 
@@ -188,45 +193,3 @@ def _closeness(found: Mapping[str, Mapping[str, float]]) -> str:
         "<table><tr><th></th><th>synthetic, median</th><th>held-out, median</th>"
         f"<th>synthetic closer than the closest {_CLOSE:.0%} of held-out</th></tr>{rows}</table>"
     )
-
-
-_TEMPLATE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="robots" content="noindex">
-<title>NON-PRIVATE: {run}</title>
-<style>
-body {{ margin: 0; font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; }}
-main {{ max-width: 1180px; margin: 0 auto; padding: 1em 1.5em 4em; }}
-.banner {{ position: sticky; top: 0; z-index: 1; padding: .5em 1.2rem; color: #fff;
-  background: #b00020; border-bottom: 4px solid #5c0011; }}
-.banner strong {{ font-size: 34px; line-height: 1.15; letter-spacing: .06em; display: block; }}
-table {{ border-collapse: collapse; }}
-th, td {{ text-align: left; padding: .3em .9em .3em 0; border-bottom: 1px solid #ddd;
-  font-variant-numeric: tabular-nums; vertical-align: top; }}
-th {{ font-weight: 600; }}
-.pairs {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(330px, 1fr)); gap: 12px; }}
-.pair {{ display: flex; gap: 8px; padding: 8px; border: 1px solid #ddd; border-radius: 6px; }}
-figure {{ margin: 0; flex: 1; }}
-img {{ width: 96px; height: 96px; object-fit: contain; image-rendering: pixelated;
-  background: #eee; }}
-figcaption {{ font-size: 12px; line-height: 1.35; }}
-.real img {{ outline: 3px solid #b00020; }}
-.real figcaption {{ color: #8a0019; }}
-</style></head><body>
-<div class="banner"><strong>NON-PRIVATE</strong>
-Shows real images of {run}. For the owner of the data alone: do not publish, mail or upload.</div>
-<main>
-<h1>Is anybody recognised?</h1>
-<h2>Membership attack</h2>
-<p>The loss of the released model on images it was trained on, against images of the test set,
-which it never saw.</p>
-{membership}
-<p>This is one simple attack: that it fails proves nothing, as others may succeed. Epsilon bounds
-them all.</p>
-<h2>Distance to the nearest training image</h2>
-{closeness}
-<p>Held-out images show what closeness is usual between different records. Features:
-{extractor}. Below, real images are framed in red, with their class and distance.</p>
-{tables}
-</main></body></html>
-"""

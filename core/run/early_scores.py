@@ -4,15 +4,10 @@ They draw from streams and generators of their own, so that the training is the 
 and without them.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 
-from torch import nn
-
 from core import distributed
-from core.config import Config
-from core.data import Dataset
-from core.device import config_device
+from core.data import Dataset, Split
 from core.evaluation.metrics import (
     downstream_accuracy,
     downstream_classifier,
@@ -21,11 +16,9 @@ from core.evaluation.metrics import (
 )
 from core.evaluation.scoring import require_finite
 from core.generation.draw import generate
-from core.io.terminal import Report
-from core.privacy.keys import KeyedStream
-from core.privacy.plan.plan import PrivacyPlan
-from core.record.early import PROGRESS, STAGE, GoesOn, StoppedEarlyError
-from core.record.folder import RunFolder
+from core.record.early import PROGRESS, STAGE, StoppedEarlyError
+from core.run.context import Run
+from core.training.loop import Model
 
 
 class EarlyScores:
@@ -33,35 +26,17 @@ class EarlyScores:
 
     A score is kept before it is shown: a run that is resumed tells it again, unchanged.
 
-    Args:
-        score: of the averaged model; called on all ranks, gives all of them the same number, drawn
-            for the point of the given place in the order.
-        report, logged: both tell the supervisor; the second writes into the run's log, too.
-        goes_on: see `GoesOn`.
-
     Privacy: the file holds scores of real images; the plan's tag says whether they are private.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        folder: RunFolder,
-        identity: str,
-        score: Callable[[nn.Module, int], float],
-        report: Report,
-        logged: Report,
-        goes_on: GoesOn,
-    ) -> None:
-        self._steps = config.early_steps
-        self._name = config.early_metric
-        self._folder = folder
-        self._identity = identity
-        self._score, self._report, self._logged, self._goes_on = score, report, logged, goes_on
+    def __init__(self, run: Run, model: Model, dataset: Dataset) -> None:
+        self._run, self._model, self._dataset = run, model, dataset
+        self._steps, self._name = run.config.early_steps, run.config.early_metric
         self._told: set[int] = set()
         self._resumed: int | None = None
         self._kept: dict[int, float] = distributed.on_rank_0(self._load) if self._steps else {}
 
-    def __call__(self, step: int, model: nn.Module) -> None:
+    def __call__(self, step: int) -> None:
         """To be called on all ranks when `step` steps are done, also where a run is resumed.
 
         Raises:
@@ -78,60 +53,54 @@ class EarlyScores:
             if not known and point < step:
                 continue  # Its model is gone.
             if not known:
-                score = self._score(model, place)
+                score = self._score(place)
                 require_finite({self._name: score})
                 self._kept[point] = score
                 distributed.on_rank_0(self._store)
-            tell = self._report if known and point <= self._resumed else self._logged
-            tell({"step": point, "stage": STAGE, PROGRESS: share, **self.at(point)})
+            report, scores = self._run.report, {self._name: self._kept[point]}
+            tell = report.tell if known and point <= self._resumed else report
+            tell({"step": point, "stage": STAGE, PROGRESS: share, **scores})
             if point == step and not distributed.on_rank_0(
-                lambda share=share: self._goes_on(share)
+                lambda share=share: self._run.link.should_continue(share)
             ):
-                raise StoppedEarlyError(step)
-
-    def at(self, step: int) -> dict[str, float]:
-        """The score at a step by its name; a resumed run may have kept those of later steps."""
-        return {self._name: self._kept[step]}
+                raise StoppedEarlyError(step, scores)
 
     def _load(self) -> dict[int, float]:
-        kept = self._folder.early_scores(self._identity)
+        kept = self._run.folder.early_scores(self._run.identity.run)
         return {point: kept[share] for point, share in self._steps.items() if share in kept}
 
     def _store(self) -> None:
-        scores = {
-            share: self._kept[point] for point, share in self._steps.items() if point in self._kept
-        }
-        self._folder.keep_early_scores(self._identity, self._name, scores)
+        steps, kept = self._steps.items(), self._kept
+        scores = {share: kept[point] for point, share in steps if point in kept}
+        self._run.folder.keep_early_scores(self._run.identity.run, self._name, scores)
 
+    def _score(self, place: int) -> float:
+        """The score of a small sample by `early_scores.metric`, the same on all ranks.
 
-def early_score_of(
-    config: Config,
-    plan: PrivacyPlan,
-    model: nn.Module,
-    dataset: Dataset,
-    noise: KeyedStream,
-    release: int,
-) -> float:
-    """The score of a small sample by `early_scores.metric`, the same on all ranks.
+        Args:
+            place: of the point among all.
 
-    Accuracies are those of the first of `evaluation.classifiers`, trained once.
+        Privacy: computed from real images; `plan.tag(plan.early_metric)` says whether it is
+            private.
+        """
+        config, averaged = self._run.config, self._model.ema.module
+        number = config.early_scores.num_images
+        synthetic = generate(averaged, config, number, self._run.device)
+        return distributed.on_rank_0(lambda: self._score_of(synthetic, place))
 
-    Privacy: computed from real images; `plan.tag(plan.early_metric)` says whether it is private.
-    """
-    device, settings = config_device(config), config.evaluation
-    num_classes, metric = config.dataset.num_classes, config.early_scores.metric
-    synthetic = generate(model, config, config.early_scores.num_images, device)
-
-    def score() -> float:
+    def _score_of(self, synthetic: Split, place: int) -> float:
+        """Accuracies are those of the first of `evaluation.classifiers`, trained once."""
+        config, settings = self._run.config, self._run.config.evaluation
+        device, num_classes = self._run.device, config.dataset.num_classes
+        metric = config.early_scores.metric
         if metric not in ("accuracy", "dp_accuracy"):
             cache = Path(config.runtime.cache)
-            values, _ = likeness(synthetic, dataset, settings, num_classes, device, cache)
+            values, _ = likeness(synthetic, self._dataset, settings, num_classes, device, cache)
             return values[config.early_metric.removeprefix("early_")]
         network = settings.classifiers[0]
         classifier = downstream_classifier(synthetic, settings, num_classes, device, network)
         if metric == "accuracy":
-            return downstream_accuracy(classifier, synthetic, dataset, settings)
-        assert plan.score is not None
-        return dp_accuracy(classifier, dataset, settings, plan.score, noise, release)
-
-    return distributed.on_rank_0(score)
+            return downstream_accuracy(classifier, synthetic, self._dataset, settings)
+        plan, noise = self._run.plan.score, self._run.stream("evaluation", "noise")
+        assert plan is not None
+        return dp_accuracy(classifier, self._dataset, settings, plan, noise, place + 1)

@@ -1,23 +1,21 @@
 """One run, top to bottom: plan, data, easy stage, DP-SGD, generation, scores."""
 
-import logging
-import math
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from core import distributed
 from core.config import Config
-from core.data import load_dataset, to_float
+from core.data import Dataset, Split, load_dataset
 from core.device import config_device, device_name
 from core.diffusion.denoiser import build_denoiser
 from core.diffusion.ema import Ema
@@ -30,19 +28,19 @@ from core.generation.draw import generate, sample_pictures
 from core.generation.png import write_grid
 from core.io.files import private_folder, write_whole
 from core.io.locks import held
-from core.io.terminal import Report, log_to, report_line
-from core.privacy.keys import KeyedStream, MasterSecret
+from core.io.terminal import Report, log_to
+from core.privacy.keys import MasterSecret
 from core.privacy.ledger.account import Spending, require_same_data
-from core.record.early import ENDED_EARLY, GoesOn, StoppedEarlyError
-from core.record.folder import MetricsLog, Result, RunFolder, write_class_names
+from core.record.early import ENDED_EARLY, StoppedEarlyError
+from core.record.folder import Result, RunFolder, write_class_names
+from core.run.context import ALONE, Reporter, Run, SweepLink
 from core.run.disk_space import require_space
-from core.run.early_scores import EarlyScores, early_score_of
+from core.run.early_scores import EarlyScores
 from core.run.identity import SHOWN, identify
-from core.run.released import kept_central_images, kept_frequency_images, trajectory_of, warm_up
-from core.training.checkpoint import Checkpoints
-from core.training.loop import Lesson, non_private_stage, private_stage, train
+from core.run.released import released_lessons, warm_up
+from core.training.loop import Loop, Model, Observer, Stage
+from core.training.stages import non_private_stage, private_stage
 
-_LOG = logging.getLogger("core")
 _PATIENCE = 15.0
 """Seconds in which a worker that was given up by its supervisor may still let the folder go."""
 _SWEEP_PATIENCE = 120.0
@@ -55,10 +53,7 @@ def run(
     master: MasterSecret,
     name: str,
     report: Report,
-    lease: int | None = None,
-    charged: Path | None = None,
-    shared: Path | None = None,
-    goes_on: GoesOn = lambda _: True,
+    link: SweepLink = ALONE,
 ) -> dict[str, Any]:
     """Trains, generates and scores one model; call it on every rank of a process group.
 
@@ -72,11 +67,7 @@ def run(
         master: root of all keys.
         name: of the sweep or the single run, in the ledger.
         report: called on all ranks with the same metrics: `step`, `stage` and numbers.
-        lease: token of the driver that started this; the ledger refuses older ones of a sweep.
-        charged: folder in which the trials of a sweep note that their data set's ledger was begun.
-        shared: folder of a sweep whose trials with the same central images have them from one
-            release, which is charged once, and share one warm-up; None: the run has its own.
-        goes_on: asked after each early score; a run that is stopped by it pays for what it ran.
+        link: to the sweep that the run is a trial of.
 
     Returns:
         The last reported metrics: scores, epsilons, noise multiplier and seconds.
@@ -90,224 +81,63 @@ def run(
             settled, and nothing of it is a result.
     """
     folder = RunFolder(run_dir)
+    with _opened(folder, link):
+        reporter = Reporter(report, config.training.num_steps)
+        current, dataset = _planned(config, folder, master, name, reporter, link)
+        if (ended := distributed.on_rank_0(lambda: _ended(current))) is not None:
+            return _told_again(current, ended)
+        current = _charged(current)
+        with _failure_noted(current):
+            dataset = _loaded(current, dataset)
+            try:
+                model = _trained(current, dataset)
+            except StoppedEarlyError as stop:
+                return _stopped(current, stop)
+            return _published(current, dataset, model)
+
+
+@contextmanager
+def _opened(folder: RunFolder, link: SweepLink) -> Iterator[None]:
+    """Holds the folder and logs into it, on rank 0."""
     with ExitStack() as stack:
         # In a sweep the holder is a worker of the same trial that was given up.
-        lock = held(folder.lock, _PATIENCE if lease is None else _SWEEP_PATIENCE)
+        lock = held(folder.lock, _PATIENCE if link.lease is None else _SWEEP_PATIENCE)
 
         def enter() -> None:
-            with stored(run_dir):
+            with stored(folder.path):
                 stack.enter_context(lock)
                 stack.enter_context(log_to("core", folder.log))
 
         distributed.on_rank_0(enter)
-        charged = charged or folder.charged
-        return _run(config, folder, master, name, report, lease, charged, shared, goes_on, stack)
+        yield
 
 
-def _run(
+def _planned(
     config: Config,
     folder: RunFolder,
     master: MasterSecret,
     name: str,
-    report: Report,
-    lease: int | None,
-    charged: Path,
-    shared: Path | None,
-    goes_on: GoesOn,
-    stack: ExitStack,
-) -> dict[str, Any]:
-    began, run_dir = time.monotonic(), folder.path
-    deadline = began + (config.runtime.max_seconds or math.inf)
+    report: Reporter,
+    link: SweepLink,
+) -> tuple[Run, Dataset | None]:
+    """What the run is, and its data set where only that tells; nothing is charged or drawn yet."""
+    began = time.monotonic()
     plan, begun = distributed.on_rank_0(lambda: folder.agreed_plan(config))
     if config.evaluation.fid_extractor == "inception":
         distributed.on_rank_0(lambda: find_weights(config.evaluation.inception_weights))
     if not begun:
-        environment = _environment(config)
-        distributed.on_rank_0(lambda: folder.claim(config, plan, environment))
-    distributed.on_rank_0(stored(run_dir)(lambda: private_folder(folder.checkpoints)))
-    spending = Spending(config, plan, Path(config.runtime.ledger), name, run_dir, charged, lease)
-    dataset, cache = None, Path(config.runtime.cache)
-    if (fingerprint := distributed.on_rank_0(spending.known_fingerprint)) is None:
-        dataset = distributed.together(lambda: load_dataset(config.dataset, cache))
+        distributed.on_rank_0(lambda: folder.claim(config, plan, _environment(config)))
+    distributed.on_rank_0(stored(folder.path)(lambda: private_folder(folder.checkpoints)))
+    ledger, charged = Path(config.runtime.ledger), link.charged or folder.charged
+    account = Spending(config, plan, ledger, name, folder.path, charged, link.lease)
+    dataset = None
+    if (fingerprint := distributed.on_rank_0(account.known_fingerprint)) is None:
+        dataset = _read(config)
         fingerprint = distributed.broadcast_object(dataset.fingerprint)
-    found = identify(config, plan, fingerprint, master.public_id, folder, shared)
-    identity, changed = found.run, found.changed
-    finished = distributed.on_rank_0(lambda: _finished(folder, identity, fingerprint))
-    if finished is not None:
-        same = finished.identity == identity
-        _telling(report, [] if same else [SHOWN.format("; ".join(changed))])(finished.report)
-        return finished.report
-    checkpoints = Checkpoints(folder.checkpoints, identity, changed=changed)
-    distributed.on_rank_0(checkpoints.check)  # Refused before it is charged.
-    distributed.on_rank_0(lambda: require_space(run_dir, config))
-    reservation = None
-    if plan.is_private:
-        reservation = distributed.on_rank_0(
-            lambda: spending.reserve(
-                fingerprint, identity, found.shared_central, _private_steps(checkpoints)
-            )
-        )
-    stack.enter_context(
-        _failure_noted(
-            folder, identity, lambda: reservation and spending.settle(fingerprint, reservation)
-        )
-    )
-    notes = found.note(folder, shared)
-    dataset = dataset or distributed.together(lambda: load_dataset(config.dataset, cache))
-    read, names = dataset.fingerprint, dataset.class_names
-    distributed.together(lambda: require_same_data(fingerprint, read, config))
-    distributed.on_rank_0(stored(run_dir)(lambda: write_class_names(run_dir, names)))
-    distributed.on_rank_0(lambda: spending.remember(fingerprint))
-
-    def stream(stage: str, purpose: str) -> KeyedStream:
-        trial = found.central if stage == "central_images" else identity
-        return KeyedStream(
-            master.derive(fingerprint=fingerprint, trial=trial, stage=stage, purpose=purpose)
-        )
-
-    report = _telling(report, notes)
-    plainly, report = report, _logged(report, folder, checkpoints, config)
-    denoiser = build_denoiser(config).to(config_device(config))
-    distributed.broadcast_module(denoiser)
-    ema = Ema(denoiser, config.training.ema_decay, config.training.posthoc_ema)
-    pictures = sample_pictures(ema.module, config, folder.samples, config_device(config))
-
-    def early_score(model: nn.Module, place: int) -> float:
-        noise = stream("evaluation", "noise")
-        return early_score_of(config, plan, model, dataset, noise, place + 1)
-
-    early = EarlyScores(config, folder, identity, early_score, plainly, report, goes_on)
-
-    def after_step(step: int, model: nn.Module) -> None:
-        pictures(step)
-        if ema.power is not None:
-            keep_snapshot(ema.power, step, config.training.num_steps, folder.snapshots)
-        early(step, model)
-
-    def stopped(end: StoppedEarlyError) -> dict[str, Any]:
-        """Pays for what ran; a run that was stopped never goes on."""
-        result = None
-        if distributed.rank() == 0:
-            steps = spending.settle(fingerprint, reservation) if reservation is not None else 0
-            result = {
-                "step": end.step,
-                "stage": ENDED_EARLY,
-                **early.at(end.step),
-                "epsilon": plan.epsilon_after(steps),
-                "noise_multiplier": plan.noise_multiplier,
-                "seconds": time.monotonic() - began,
-            }
-            tags = {metric: plan.tag(metric) for metric in (plan.early_metric, "loss")}
-            folder.end(Result(result, identity, fingerprint, name, tags))
-        result = distributed.broadcast_object(result)
-        report(result)
-        return result
-
-    lessons: list[Lesson] = []
-    if plan.central is not None:
-        central = kept_central_images(
-            config,
-            dataset.train,
-            plan.central,
-            (shared or folder.checkpoints) / "central_images",
-            found.central,
-            masks=stream("central_images", "mask"),
-            noise=stream("central_images", "noise"),
-            picture=folder.central_grid,
-        )
-        steps = config.warm_up_steps - config.frequency_steps
-        lessons.append(Lesson(steps, central.images, central.labels))
-    if plan.frequency is not None:
-        images = kept_frequency_images(
-            config,
-            dataset.train,
-            plan.frequency,
-            folder.checkpoints / "frequency",
-            identity,
-            noise=stream("frequency", "noise"),
-            picture=folder.frequency_grid,
-        )
-        lessons.append(Lesson(config.frequency_steps, to_float(images.images), images.labels))
-    if lessons and not _is_past_warm_up(checkpoints):
-        trajectory = None
-        if shared is not None and plan.frequency is None:  # Whose images are a trial's own.
-            trajectory = trajectory_of(shared, config, found.central)
-        try:
-            warm_up(
-                config,
-                denoiser,
-                ema,
-                lessons,
-                checkpoints,
-                report,
-                trajectory,
-                after_step,
-                deadline,
-            )
-        except StoppedEarlyError as end:
-            return stopped(end)
-
-    def count(step: int) -> None:
-        if spending.begins_block(step):  # On all ranks, as all must stop where it cannot be noted.
-            distributed.on_rank_0(lambda: spending.count(step))
-
-    if plan.is_private:
-        stage = private_stage(
-            config,
-            denoiser,
-            dataset.train,
-            plan.dp_sgd,
-            masks=stream("private_training", "mask"),
-            noise=stream("private_training", "noise"),
-            before_step=count,
-        )
-    else:
-        masks = stream("non_private_training", "mask")
-        stage = non_private_stage(config, denoiser, dataset.train, plan.dp_sgd, masks)
-    try:
-        offset = config.warm_up_steps
-        train(stage, denoiser, ema, offset, checkpoints, report, config, after_step, deadline)
-    except StoppedEarlyError as end:
-        return stopped(end)
-    finally:
-        if reservation is not None and distributed.rank() == 0:
-            spending.settle(fingerprint, reservation)
-
-    report({"step": config.training.num_steps, "stage": "evaluation"})
-    kept = folder.parts(identity)
-    number, device = config.evaluation.num_images, config_device(config)
-    synthetic = generate(ema.module, config, number, device, kept, deadline)
-    private = None
-    if plan.score is not None:
-        noise = stream("evaluation", "noise")
-        private = PrivateScores(config, plan, dataset, noise, folder.private_scores, identity)
-    scores = score(config, synthetic, dataset, device, master, private)
-    result = {
-        "step": config.training.num_steps,
-        "stage": "done",
-        **scores.values,
-        "epsilon": plan.epsilon,
-        "epsilon_central": plan.epsilon_central,
-        "epsilon_frequency": plan.epsilon_frequency,
-        "epsilon_dp_sgd": plan.epsilon_dp_sgd,
-        "noise_multiplier": plan.noise_multiplier,
-        "seconds": time.monotonic() - began,
-    }
-    result = distributed.broadcast_object(result)  # One clock: that of rank 0.
-
-    def store() -> None:
-        metrics = [*scores.values, *filter(None, [plan.early_metric]), "loss"]
-        tags = {metric: plan.tag(metric) for metric in metrics}
-        with stored(run_dir):
-            write_grid(folder.grid, synthetic.images, synthetic.labels)
-            synthetic.write(folder.images)
-            write_whole(folder.model, partial(torch.save, ema.module.state_dict()))
-        folder.end(Result(result, identity, fingerprint, name, tags, scores.record))
-        shutil.rmtree(kept, ignore_errors=True)
-
-    distributed.on_rank_0(store)
-    report(result)
-    return result
+    identity = identify(config, plan, fingerprint, master.public_id, folder, link.shared)
+    return Run(
+        config, plan, folder, identity, account, fingerprint, master, name, report, link, began
+    ), dataset
 
 
 def _environment(config: Config) -> dict[str, Any]:
@@ -322,68 +152,162 @@ def _environment(config: Config) -> dict[str, Any]:
     }
 
 
+def _read(config: Config) -> Dataset:
+    return distributed.together(lambda: load_dataset(config.dataset, Path(config.runtime.cache)))
+
+
+def _ended(run: Run) -> Result | None:
+    """How the run ended before; raises what it failed with.
+
+    A result is shown whatever computed it: to train again would be charged again.
+    """
+    if (result := run.folder.result()) is None:
+        # What other code failed with says nothing of this.
+        if (failure := run.folder.failure()) is not None and failure[0] == run.identity.run:
+            raise NotFiniteError(failure[1])
+    elif result.fingerprint != run.fingerprint:
+        raise ConfigError(f"'{run.folder.path}' holds a run on other data: choose a new run folder")
+    return result
+
+
+def _told_again(run: Run, ended: Result) -> dict[str, Any]:
+    if ended.identity != run.identity.run:
+        run.report.note([SHOWN.format("; ".join(run.identity.changed))])
+    run.report.tell(ended.report)
+    return ended.report
+
+
+def _charged(run: Run) -> Run:
+    """The run with its reservation; refused before that is what could not go on or be stored."""
+    reached = stage, step = distributed.on_rank_0(run.checkpoints.reached)
+    distributed.on_rank_0(lambda: require_space(run.folder.path, run.config))
+    if not run.plan.is_private:
+        return replace(run, reached=reached)
+    resumed = step if stage == "private_training" else 0
+    identity = run.identity
+    reservation = distributed.on_rank_0(
+        lambda: run.account.reserve(run.fingerprint, identity.run, identity.shared_central, resumed)
+    )
+    return replace(run, reservation=reservation, reached=reached)
+
+
 @contextmanager
-def _failure_noted(
-    folder: RunFolder, identity: str, settle: Callable[[], object]
-) -> Iterator[None]:
+def _failure_noted(run: Run) -> Iterator[None]:
     """Settles what ran, then notes that the run has failed for good."""
     try:
         yield
     except NotFiniteError as error:
         if distributed.rank() == 0:
-            settle()
-            folder.fail(identity, str(error))
+            run.settle()
+            run.folder.fail(run.identity.run, str(error))
         raise
 
 
-def _finished(folder: RunFolder, identity: str, fingerprint: str) -> Result | None:
-    """How the run ended; raises what it failed with.
+def _loaded(run: Run, dataset: Dataset | None) -> Dataset:
+    """The data set, which is opened only now, and is the one that was charged."""
+    run.report.note(run.identity.note(run.folder, run.link.shared))
+    found = dataset or _read(run.config)
+    distributed.together(lambda: require_same_data(run.fingerprint, found.fingerprint, run.config))
+    path = run.folder.path
+    distributed.on_rank_0(stored(path)(lambda: write_class_names(path, found.class_names)))
+    distributed.on_rank_0(lambda: run.account.remember(run.fingerprint))
+    stage, step = run.reached
+    offset = run.config.warm_up_steps if stage == "private_training" else 0
+    run.report.begin_log(run.folder, offset + step)
+    return found
 
-    A result is shown whatever computed it: to train again would be charged again.
-    """
-    if (result := folder.result()) is None:
-        # What other code failed with says nothing of this.
-        if (failure := folder.failure()) is not None and failure[0] == identity:
-            raise NotFiniteError(failure[1])
-    elif result.fingerprint != fingerprint:
-        raise ConfigError(f"'{folder.path}' holds a run on other data: choose a new run folder")
+
+def _trained(run: Run, dataset: Dataset) -> Model:
+    """The model after both stages; what ran of DP-SGD is settled however it ends."""
+    config, training = run.config, run.config.training
+    denoiser = build_denoiser(config).to(run.device)
+    distributed.broadcast_module(denoiser)
+    model = Model(denoiser, Ema(denoiser, training.ema_decay, training.posthoc_ema))
+    observers = _observers(run, model, dataset)
+    loop = Loop(config, model, run.checkpoints, run.report, observers, run.deadline)
+    lessons = released_lessons(run, dataset.train)
+    if lessons and run.reached[0] != "private_training":
+        warm_up(run, loop, lessons)
+    stage = _hard_stage(run, model, dataset.train)
+    try:
+        loop.run(stage)
+    finally:
+        run.settle()
+    return model
+
+
+def _observers(run: Run, model: Model, dataset: Dataset) -> list[Observer]:
+    """Pictures, snapshots of averages, and early scores, which may stop the run."""
+    ema, num_steps = model.ema, run.config.training.num_steps
+    observers = [sample_pictures(ema.module, run.config, run.folder.samples, run.device)]
+    if (averages := ema.power) is not None:
+        snapshots = run.folder.snapshots
+        observers.append(lambda step: keep_snapshot(averages, step, num_steps, snapshots))
+    return [*observers, EarlyScores(run, model, dataset)]
+
+
+def _hard_stage(run: Run, model: Model, images: Split) -> Stage:
+    """DP-SGD, or what stands for it in a run without privacy."""
+    config, denoiser, plan = run.config, model.denoiser, run.plan.dp_sgd
+    if not run.plan.is_private:
+        masks = run.stream("non_private_training", "mask")
+        return non_private_stage(config, denoiser, images, plan, masks)
+    return private_stage(
+        config,
+        denoiser,
+        images,
+        plan,
+        masks=run.stream("private_training", "mask"),
+        noise=run.stream("private_training", "noise"),
+        before_step=run.count,
+    )
+
+
+def _stopped(run: Run, stop: StoppedEarlyError) -> dict[str, Any]:
+    """Pays for what ran; a run that was stopped never goes on."""
+    plan, steps = run.plan, distributed.on_rank_0(run.settle)
+    result = {
+        "step": stop.step,
+        "stage": ENDED_EARLY,
+        **stop.scores,
+        "epsilon": plan.epsilon_after(steps),
+        "noise_multiplier": plan.noise_multiplier,
+        "seconds": run.seconds,
+    }
+    return run.end(result, [plan.early_metric, "loss"])
+
+
+def _published(run: Run, dataset: Dataset, model: Model) -> dict[str, Any]:
+    """Draws and scores the images, and keeps them with the model."""
+    config, plan, folder, averaged = run.config, run.plan, run.folder, model.ema.module
+    run.report({"step": config.training.num_steps, "stage": "evaluation"})
+    number, parts = config.evaluation.num_images, folder.parts(run.identity.run)
+    synthetic = generate(averaged, config, number, run.device, parts, run.deadline)
+    private = None
+    if plan.score is not None:
+        noise, kept = run.stream("evaluation", "noise"), folder.private_scores
+        private = PrivateScores(config, plan, dataset, noise, kept, run.identity.run)
+    scores = score(config, synthetic, dataset, run.device, run.master, private)
+    result = {
+        "step": config.training.num_steps,
+        "stage": "done",
+        **scores.values,
+        "epsilon": plan.epsilon,
+        "epsilon_central": plan.epsilon_central,
+        "epsilon_frequency": plan.epsilon_frequency,
+        "epsilon_dp_sgd": plan.epsilon_dp_sgd,
+        "noise_multiplier": plan.noise_multiplier,
+        "seconds": run.seconds,
+    }
+
+    def keep() -> None:
+        with stored(folder.path):
+            write_grid(folder.grid, synthetic.images, synthetic.labels)
+            synthetic.write(folder.images)
+            write_whole(folder.model, partial(torch.save, averaged.state_dict()))
+
+    distributed.on_rank_0(keep)
+    metrics = [*scores.values, *filter(None, [plan.early_metric]), "loss"]
+    result = run.end(result, metrics, scores.record)
+    distributed.on_rank_0(lambda: shutil.rmtree(parts, ignore_errors=True))
     return result
-
-
-def _telling(report: Report, notes: list[str]) -> Report:
-    """The same, with the notes in the first report."""
-    left = [{"note": "; ".join(notes)}] if notes else []
-    if distributed.rank() == 0:
-        for note in notes:
-            _LOG.warning(note)
-    return lambda metrics: report({**metrics, **(left.pop() if left else {})})
-
-
-def _logged(report: Report, folder: RunFolder, checkpoints: Checkpoints, config: Config) -> Report:
-    if distributed.rank() != 0:
-        return report
-    state = checkpoints.load()
-    resumed = 0
-    if state is not None:
-        offset = config.warm_up_steps if state["stage"] == "private_training" else 0
-        resumed = offset + state["step"]
-    log = MetricsLog(folder, resumed)
-    _LOG.info("begins after step %d of %d", resumed, config.training.num_steps)
-
-    def both(metrics: dict[str, Any]) -> None:
-        log({**metrics, "workers": distributed.world_size()})  # Which may change on a resumption.
-        _LOG.info(report_line(metrics, config.training.num_steps))
-        report(metrics)
-
-    return both
-
-
-def _is_past_warm_up(checkpoints: Checkpoints) -> bool:
-    state = distributed.on_rank_0(checkpoints.load)
-    return state is not None and state["stage"] == "private_training"
-
-
-def _private_steps(checkpoints: Checkpoints) -> int:
-    """DP-SGD steps whose outcome the checkpoint holds."""
-    state = checkpoints.load()
-    return state["step"] if state is not None and state["stage"] == "private_training" else 0

@@ -16,20 +16,17 @@ import torch
 
 from core import distributed
 from core.config import Config, flatten
-from core.data import Split
-from core.device import config_device
-from core.diffusion.denoiser import Denoiser
-from core.diffusion.ema import Ema
+from core.data import Split, to_float
 from core.generation.png import write_grid
 from core.io.locks import held
-from core.io.terminal import Report
-from core.privacy.keys import KeyedStream
 from core.privacy.mechanisms.central_images import CentralImages, release_central_images
 from core.privacy.mechanisms.frequency import FourierFeatures, release_features
 from core.privacy.plan.releases import CentralPlan, FrequencyPlan
+from core.run.context import Run
 from core.training.checkpoint import Checkpoints
 from core.training.feature_generator import fitted_images
-from core.training.loop import AfterStep, Lesson, train, warm_up_stage
+from core.training.loop import Loop
+from core.training.stages import Lesson, warm_up_stage
 
 _LOG = logging.getLogger("core")
 _KEPT = 6
@@ -40,114 +37,96 @@ _DECIDES = ("seed", "model.", "diffusion.", "warm_up.", "training.", "runtime.ch
 _LENGTH = "training.num_steps"
 
 
-def kept_central_images(
-    config: Config,
-    train_split: Split,
-    plan: CentralPlan,
-    folder: Path,
-    identity: str,
-    masks: KeyedStream,
-    noise: KeyedStream,
-    picture: Path,
-) -> CentralImages:
-    """The central images of an identity: drawn by the first who asks, the same file ever after.
+def released_lessons(run: Run, images: Split) -> list[Lesson]:
+    """What the easy stage trains on: central images, then those of the frequency stage, if any."""
+    config, plan, lessons = run.config, run.plan, list[Lesson]()
+    if plan.central is not None:
+        central = kept_central_images(run, images, plan.central)
+        steps = config.warm_up_steps - config.frequency_steps
+        lessons.append(Lesson(steps, central.images, central.labels))
+    if plan.frequency is not None:
+        fitted = kept_frequency_images(run, images, plan.frequency)
+        lessons.append(Lesson(config.frequency_steps, to_float(fitted.images), fitted.labels))
+    return lessons
 
-    Args:
-        folder: where they are kept, each identity in a file of its own.
-        identity: of the release; `masks` and `noise` are drawn from it.
-        picture: receives a grid of them.
+
+def kept_central_images(run: Run, images: Split, plan: CentralPlan) -> CentralImages:
+    """The central images of an identity: drawn by the first who asks, the same file ever after.
 
     Privacy: one release for all ranks, all trials of the identity and all restarts. Nothing is
         summed a second time, which on another machine could differ in its last digits.
     """
+    folder = (run.link.shared or run.folder.checkpoints) / "central_images"
+    store = _store(folder, run.identity.central)
 
     def keep() -> CentralImages:
-        store = Checkpoints(folder, identity, f"{identity[:16]}.pt")
-        with held(folder / f"{identity[:16]}.lock", _PATIENCE):
+        with held(store.path.with_suffix(".lock"), _PATIENCE):
             kept = store.load()
             if kept is None:
                 drawn = release_central_images(
-                    train_split,
-                    config.dataset.num_classes,
-                    config.central_images,
+                    images,
+                    run.config.dataset.num_classes,
+                    run.config.central_images,
                     plan,
-                    masks=masks,
-                    noise=noise,
+                    masks=run.stream("central_images", "mask"),
+                    noise=run.stream("central_images", "noise"),
                 )
                 kept = {"images": drawn.images, "labels": drawn.labels}
                 store.save(kept)
         central = CentralImages(**kept)
         pixels = (central.images * 255).round().to(torch.uint8)
-        write_grid(picture, pixels, central.labels)
+        write_grid(run.folder.central_grid, pixels, central.labels)
         return central
 
     return distributed.on_rank_0(keep)  # Its errors are everyone's, so that no rank waits.
 
 
-def kept_frequency_images(
-    config: Config,
-    train_split: Split,
-    plan: FrequencyPlan,
-    folder: Path,
-    identity: str,
-    noise: KeyedStream,
-    picture: Path,
-) -> Split:
+def kept_frequency_images(run: Run, images: Split, plan: FrequencyPlan) -> Split:
     """The images fitted to the noisy features of a run: made once, the same file ever after.
-
-    Args:
-        folder: where features and images are kept.
-        identity: of the run; `noise` is drawn from it.
-        picture: receives a grid of the images.
 
     Privacy: one release for all ranks and all restarts; see `kept_central_images`. The images are
         post-processing of it.
     """
+    config = run.config
+    store = _store(run.folder.checkpoints / "frequency", run.identity.run)
 
     def keep() -> Split:
-        store = Checkpoints(folder, identity, f"{identity[:16]}.pt")
         kept = store.load() or {}
         if "images" not in kept:
-            features = FourierFeatures(config, config_device(config))
+            features = FourierFeatures(config, run.device)
             if "features" not in kept:
-                num_classes = config.dataset.num_classes
-                released = release_features(train_split, features, num_classes, plan, noise)
-                kept = {"features": released}
+                num_classes, noise = config.dataset.num_classes, run.stream("frequency", "noise")
+                kept = {"features": release_features(images, features, num_classes, plan, noise)}
                 store.save(kept)
             _LOG.info("fits a generator to the frequency features")
             fitted = fitted_images(config, features, kept["features"])
             kept |= {"images": fitted.images, "labels": fitted.labels}
             store.save(kept)
-        images = Split(kept["images"], kept["labels"])
-        write_grid(picture, images.images, images.labels)
-        return images
+        found = Split(kept["images"], kept["labels"])
+        write_grid(run.folder.frequency_grid, found.images, found.labels)
+        return found
 
     return distributed.on_rank_0(keep)
 
 
-def warm_up(
-    config: Config,
-    denoiser: Denoiser,
-    ema: Ema,
-    lessons: Sequence[Lesson],
-    checkpoints: Checkpoints,
-    report: Report,
-    trajectory: "Trajectory | None",
-    after_step: AfterStep,
-    deadline: float,
-) -> None:
+def _store(folder: Path, identity: str) -> Checkpoints:
+    """Where a release is kept, each identity in a file of its own."""
+    return Checkpoints(folder, identity, f"{identity[:16]}.pt")
+
+
+def warm_up(run: Run, loop: Loop, lessons: Sequence[Lesson]) -> None:
     """Trains on the lessons, from where another trial of the trajectory left them.
 
-    Args:
-        lessons: central images, then those of the frequency stage, as far as there are any.
-        after_step: see `train`; not called for the steps that another trial did.
+    Observers are not called for the steps that another trial did.
     """
-    stage = warm_up_stage(config, denoiser, lessons)
+    stage = warm_up_stage(run.config, loop.model.denoiser, lessons)
+    shared, trajectory = run.link.shared, None
+    if shared is not None and run.plan.frequency is None:  # Whose images are a trial's own.
+        trajectory = trajectory_of(shared, run.config, run.identity.central)
+        distributed.on_rank_0(lambda: trajectory.start(loop.checkpoints, stage.num_steps))
+    loop.run(stage)
     if trajectory is not None:
-        distributed.on_rank_0(lambda: trajectory.start(checkpoints, stage.num_steps))
-    train(stage, denoiser, ema, 0, checkpoints, report, config, after_step, deadline)
-    if trajectory is not None:
-        distributed.on_rank_0(lambda: trajectory.keep(checkpoints))
+        distributed.on_rank_0(lambda: trajectory.keep(loop.checkpoints))
 
 
 @dataclass

@@ -42,13 +42,14 @@ class Checkpoints:
         with stored(self.folder):
             write_whole(self.path, partial(torch.save, content), private=True)
 
-    def check(self) -> None:
-        """Whether there is no checkpoint or one of this identity.
+    def reached(self) -> tuple[str, int]:
+        """Stage and step of the latest state; an empty name and 0 when there is none.
 
         Raises:
             ConfigError: it is of another identity.
         """
-        self.load()
+        state = self.load() or {"stage": "", "step": 0}
+        return state["stage"], state["step"]
 
     def load(self) -> dict[str, Any] | None:
         """The latest state, on the CPU, or None when there is none.

@@ -205,6 +205,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     from core import distributed
     from core.config import load
     from core.privacy.keys import MasterSecret
+    from core.run.context import SweepLink
     from core.run.pipeline import run
     from sweep.trials.machine import MachineUse
     from sweep.trials.ray_train import use_own_device
@@ -229,10 +230,12 @@ def train_worker(settings: dict[str, Any]) -> None:
             master=distributed.together(lambda: MasterSecret.load(create=False)),
             name=settings["name"],
             report=report,
-            lease=launch,
-            charged=folder / "charged",
-            shared=folder / "shared" if settings["shares"] else None,
-            goes_on=goes_on,
+            link=SweepLink(
+                lease=launch,
+                charged=folder / "charged",
+                shared=folder / "shared" if settings["shares"] else None,
+                should_continue=goes_on,
+            ),
         )
     except UserError as error:
         ray.train.report({"refused": str(error), "stage": "refused", "step": 0})

@@ -19,9 +19,9 @@ from core.evaluation import scoring
 from core.privacy.ledger.ledger import Ledger
 from core.privacy.mechanisms.per_example_gradients import PerExampleGradients
 from core.run import early_scores, pipeline
-from core.training import loop
+from core.training import stages
 from core.training.checkpoint import Checkpoints
-from core.training.loop import Stage, train
+from core.training.loop import Loop, Model, Stage
 
 HUGE = 1e20
 LONG = {"training.num_steps": 80, "runtime.checkpoint_every": 1, "runtime.log_every": 1}
@@ -105,7 +105,7 @@ def test_a_run_without_privacy_is_held_to_the_same(tmp_path, monkeypatch):
 
 def test_a_private_loss_decides_nothing(tmp_path, monkeypatch):
     """One record's loss is NaN in each step: what is released is finite, and so is the model."""
-    real = loop._loss
+    real = stages._loss
 
     def spoilt(config, network, images, labels, draws):
         loss = real(config, network, images, labels, draws)
@@ -113,7 +113,7 @@ def test_a_private_loss_decides_nothing(tmp_path, monkeypatch):
             loss = torch.cat((loss[:1] * math.nan, loss[1:]))
         return loss
 
-    monkeypatch.setattr(loop, "_loss", spoilt)
+    monkeypatch.setattr(stages, "_loss", spoilt)
     reports = tiny_run(tmp_path, **{"runtime.log_every": 1})
     losses = [r["loss"] for r in reports if r["stage"] == "private_training"]
     assert len(losses) == 3
@@ -240,8 +240,8 @@ class Sound:
 
     def run(self, seen: list[int]) -> None:
         stage = Stage("warm_up", 2, self.step, self.optimizer)
-        report, after = (lambda _: None), (lambda step, _: seen.append(step))
-        train(stage, self.model, self.ema, 0, self.checkpoints, report, self.config, after)  # type: ignore[arg-type]
+        model = Model(self.model, self.ema)  # type: ignore[arg-type]
+        Loop(self.config, model, self.checkpoints, lambda _: None, [seen.append]).run(stage)
 
 
 @pytest.mark.parametrize("spoilt", ["parameter", "average", "power average", "moment", "loss"])

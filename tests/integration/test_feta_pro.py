@@ -13,7 +13,7 @@ from core.privacy.accounting.mechanism import FINE
 from core.privacy.accounting.solve import epsilon_of_mechanisms
 from core.privacy.ledger.ledger import Ledger
 from core.run import released
-from core.training.loop import Lesson, warm_up_stage
+from core.training.stages import Lesson, warm_up_stage
 from sweep.config.sweep import load_sweep
 
 PRO = {

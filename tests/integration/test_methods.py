@@ -19,7 +19,7 @@ from core.errors import ConfigError, StoppedError
 from core.privacy.keys import KeyedStream
 from core.privacy.ledger.ledger import Ledger
 from core.privacy.plan.plan import PrivacyPlan, composed_epsilon, make_plan
-from core.training.loop import non_private_stage
+from core.training.stages import non_private_stage
 from sweep.config.sweep import load_sweep
 
 SMALL = {

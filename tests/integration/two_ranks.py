@@ -13,7 +13,7 @@ from core.config import load
 from core.privacy.keys import KeyedStream, MasterSecret
 from core.privacy.mechanisms.dp_sgd import DpSgdOptimizer
 from core.privacy.plan.plan import DpSgdPlan
-from core.record.early import GoesOn
+from core.run.context import SweepLink
 from core.run.pipeline import run
 
 TINY = {
@@ -38,7 +38,7 @@ def tiny_run(
     run_dir: Path,
     also: Callable[[dict], None] = lambda _: None,
     shared: Path | None = None,
-    goes_on: GoesOn = lambda _: True,
+    goes_on: Callable[[float], bool] = lambda _: True,
     **changes: object,
 ) -> list[dict]:
     """Runs the tiny configuration and returns its reports, each given to `also` as well.
@@ -65,8 +65,8 @@ def tiny_run(
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "trial_id").write_text("tiny")  # Else no two runs would draw alike.
     master = MasterSecret(b"s" * 32)
-    settings = {"name": "tiny", "report": report, "charged": charged, "shared": shared}
-    run(config, run_dir, master=master, **settings, goes_on=goes_on)
+    link = SweepLink(charged=charged, shared=shared, should_continue=goes_on)
+    run(config, run_dir, master=master, name="tiny", report=report, link=link)
     return reports
 
 

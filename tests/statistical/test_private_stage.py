@@ -11,7 +11,7 @@ from core.config import load
 from core.data import Split
 from core.privacy.keys import KeyedStream
 from core.privacy.plan.plan import DpSgdPlan
-from core.training.loop import private_stage
+from core.training.stages import private_stage
 
 MASKS, NOISE = KeyedStream(b"m" * 32), KeyedStream(b"n" * 32)
 PLAN = DpSgdPlan(

@@ -11,7 +11,7 @@ from core.diffusion.loss import draw, edm_loss
 from core.diffusion.sampler import sample
 from core.privacy.keys import KeyedStream
 from core.privacy.plan.plan import DpSgdPlan
-from core.training.loop import private_stage
+from core.training.stages import private_stage
 
 COUNT, COPIES = 5, 2
 PLAN = DpSgdPlan(

@@ -14,8 +14,8 @@ from core.errors import ConfigError
 from core.privacy.keys import KeyedStream
 from core.privacy.mechanisms.dp_sgd import DpSgdOptimizer
 from core.privacy.plan.plan import DpSgdPlan
-from core.training.loop import private_stage
 from core.training.physical_batch import PhysicalBatches
+from core.training.stages import private_stage
 
 PLAN = DpSgdPlan(
     num_steps=2, sample_rate=0.9, noise_multiplier=1.0, max_grad_norm=0.5, expected_batch_size=30

@@ -166,3 +166,28 @@ def test_one_class_names_the_files_of_a_run(module):
     spelled = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
     ends = [Path(each).name for each in spelled if isinstance(each, str) and "\n" not in each]
     assert not NAMES & set(ends), f"{module}: ask core.record.folder.RunFolder"
+
+
+MOST_LINES = 60
+
+
+def length(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines of a function but for its docstring."""
+    lines = (function.end_lineno or 0) - function.lineno + 1
+    if ast.get_docstring(function) is not None:
+        lines -= (function.body[0].end_lineno or 0) - function.body[0].lineno + 1
+    return lines
+
+
+@pytest.mark.parametrize("module", [each for each in MODULES if each.startswith("core.")])
+def test_functions_are_short(module):
+    tree = ast.parse((ROOT / (module.replace(".", "/") + ".py")).read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert length(node) <= MOST_LINES, f"{module}.{node.name} has {length(node)} lines"
+
+
+def test_a_docstring_does_not_count():
+    (function,) = ast.parse('def f():\n    """Two\n    lines."""\n    return 1').body
+    assert isinstance(function, ast.FunctionDef)
+    assert length(function) == 2

@@ -23,4 +23,4 @@ def spoil(training) -> None:
     training.private_stage = buggy_stage
 
 
-Late("core.training.loop", spoil)
+Late("core.training.stages", spoil)

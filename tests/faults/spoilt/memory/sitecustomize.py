@@ -23,4 +23,4 @@ def spoil(training) -> None:
     training._loss = greedy_loss
 
 
-Late("core.training.loop", spoil)
+Late("core.training.stages", spoil)
