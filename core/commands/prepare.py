@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from core.config import DatasetConfig
+from core.config import DatasetConfig, load_yaml
 from core.data.published import CELEBA_TABLES, CLASSES, digests_of, torchvision_class
 from core.data.tables import celeba
 from core.errors import ConfigError, DataError
@@ -32,68 +32,9 @@ class Origin:
     preset: str
 
 
-_IDX = "train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz, t10k-images-idx3-ubyte.gz, "
-_IDX += "t10k-labels-idx1-ubyte.gz (gzipped or not, also named .idx3-ubyte)"
 ORIGINS = {
-    "mnist": Origin(
-        "MNIST (LeCun et al. 1998): 60,000 + 10,000 grey digits of 28x28",
-        "https://ossci-datasets.s3.amazonaws.com/mnist/",
-        "MNIST/raw",
-        _IDX,
-        "idx",
-        "mnist",
-    ),
-    "fashion_mnist": Origin(
-        "Fashion-MNIST (Xiao et al. 2017): 60,000 + 10,000 grey clothes of 28x28",
-        "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
-        "FashionMNIST/raw",
-        _IDX,
-        "idx",
-        "fashion_mnist",
-    ),
-    "cifar10": Origin(
-        "CIFAR-10 (Krizhevsky 2009): 50,000 + 10,000 colour images of 32x32",
-        "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
-        ".",
-        "cifar-10-batches-py/ as unpacked from the archive",
-        "cifar10",
-        "cifar10",
-    ),
-    "cifar100": Origin(
-        "CIFAR-100 (Krizhevsky 2009): 50,000 + 10,000 colour images of 32x32, 100 classes",
-        "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
-        ".",
-        "cifar-100-python/ as unpacked from the archive",
-        "cifar100",
-        "cifar100",
-    ),
-    "eurosat": Origin(
-        "EuroSAT (Helber et al. 2019): 27,000 RGB satellite tiles of 64x64",
-        "https://huggingface.co/datasets/torchgeo/eurosat (EuroSAT.zip, 90 MB)",
-        ".",
-        "eurosat/2750/CLASS/*.jpg, unpacked from EuroSAT.zip",
-        "eurosat",
-        "eurosat",
-    ),
-    "celeba": Origin(
-        "CelebA (Liu et al. 2015): 162,770 + 19,962 aligned faces of 178x218",
-        "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html (Google Drive, 1.4 GB)",
-        ".",
-        "celeba/img_align_celeba/*.jpg, or the archive of these, and beside it "
-        "list_attr_celeba.txt and list_eval_partition.txt, or Kaggle's copies of both (.csv)",
-        "celeba",
-        "celeba_32",
-    ),
-    "camelyon17": Origin(
-        "Camelyon17-WILDS (Bandi et al. 2018, Koh et al. 2021): 302,436 + 85,054 patches of 96x96",
-        "https://worksheets.codalab.org/rest/bundles/0xe45e15f39fb54e9d9e919556af67aabe/contents/"
-        "blob/ (10.7 GB)",
-        "camelyon17_v1.0",
-        "metadata.csv and patches/patient_P_node_N/*.png, unpacked from the archive; no digest is "
-        "published, only its size of 10,658,709,504 bytes",
-        "camelyon17",
-        "camelyon17",
-    ),
+    name: Origin(**each)
+    for name, each in load_yaml(Path(__file__).with_name("data_sets.yaml")).items()
 }
 _CAMELYON_BYTES = 10_658_709_504
 

@@ -180,8 +180,8 @@ def inspect(options: argparse.Namespace) -> None:
         raise ConfigError(f"--max-images={options.max_images} must be at least 4")
     config, denoiser = _finished(options.run_dir, options.overrides)
     folder = RunFolder(options.run_dir)
-    result = folder.result()
-    assert result is not None
+    if (result := folder.result()) is None:
+        raise ConfigError(f"'{folder.path}' holds no result: finish the run first")
     dataset = load_dataset(config.dataset, Path(config.runtime.cache))
     require_same_data(result.fingerprint, dataset.fingerprint, config)
     page, figures = inspect_run(

@@ -23,17 +23,18 @@ def write_whole(path: Path, content: Content, private: bool = False, by_many: bo
         private: the file is its owner's alone, and so is its folder where that is new.
         by_many: several processes may write the file at the same time; else there is one.
     """
-    if callable(content):  # First in memory: what fails below is the storage.
-        buffer = io.BytesIO()
+    buffer = io.BytesIO()
+    if callable(content):  # In memory: what fails below is the storage, and raises OSError.
         content(buffer)
-        content = buffer.getvalue()
+    else:
+        buffer.write(content.encode() if isinstance(content, str) else content)
     if private:
         private_folder(path.parent)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp" if by_many else f"{path.name}.tmp")
     try:
         with open(temporary, "wb", opener=private_opener if private else None) as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            file.write(buffer.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from core.privacy.accounting.rounding import upward
@@ -12,17 +13,6 @@ PARQUET = "data/train-00000-of-00001.parquet"
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (10**6, "100K<n<1M"))
 
 
-_FRONT = """---
-license: {license_id}
-pretty_name: Synthetic images
-task_categories:
-- image-classification
-size_categories:
-- {size}
-tags:
-- synthetic
-- differential-privacy
-"""
 _TYPES = """configs:
 - config_name: default
   data_files:
@@ -38,33 +28,6 @@ dataset_info:
         names:
 {names}
 """
-_TEXT = """---
-
-# Synthetic images
-
-{num_images:,} synthetic images of {num_classes} classes, drawn from a diffusion model that was \
-trained with differential privacy. They are drawn, not taken from the data that the model learned \
-from.
-
-## Privacy
-
-{statement}
-
-| | |
-| --- | --- |
-{figures}
-
-[privacy_card.md](privacy_card.md) says what was released how often, with which noise, and what \
-the guarantee does not cover. It holds for whatever is made of these files.
-
-## Use
-
-The images are not real: rare cases may be missing, and conclusions about people need real data. \
-Labels mean:
-
-{labels}
-
-"""
 _LOADING = """```python
 from datasets import load_dataset
 
@@ -76,7 +39,6 @@ _GENERATOR = """`generator/` holds the weights of the model; they are covered by
 guarantee. More images: `python -m core generate --bundle FOLDER --num-images N --out NEW.npz`.
 
 """
-_VERIFY = "`python -m core release --verify --out FOLDER` checks every file.\n"
 _NO_LICENSE = "\nNo license is stated; release with `--license` to state one.\n"
 
 
@@ -103,24 +65,27 @@ def dataset_card(
         license_id: identifier of the Hub, such as `cc-by-4.0`; `unknown` leaves it open.
     """
     size = next((name for limit, name in _SIZES if num_images < limit), "1M<n<10M")
-    text = _FRONT.format(license_id=license_id, size=size)
+    types, figures = "", list(three_epsilons(card))
     if "parquet" in formats:
         quoted = [json.dumps(name, ensure_ascii=False) for name in class_names]  # As in YAML.
         names = "\n".join(f"          '{label}': {name}" for label, name in enumerate(quoted))
-        text += _TYPES.format(path=PARQUET, names=names)
-    figures = [
-        *three_epsilons(card),
+        types = _TYPES.format(path=PARQUET, names=names)
+    figures += [
         ("delta", upward(card["delta"], 6)),
         ("unit of protection", card["unit"]),
         ("neighbouring data sets", card["neighboring_relation_in_words"]),
     ]
-    text += _TEXT.format(
+    template = Path(__file__).with_suffix(".txt").read_text()
+    return template.format(
+        license_id=license_id,
+        size=size,
+        types=types,
         num_images=num_images,
         num_classes=len(class_names),
         statement=card["statement"],
         figures="\n".join(f"| {name} | {value} |" for name, value in figures),
         labels="\n".join(f"- {label}: {name}" for label, name in enumerate(class_names)),
+        loading=_LOADING if "parquet" in formats else "",
+        generator=_GENERATOR if "generator" in formats else "",
+        no_license=_NO_LICENSE if license_id == "unknown" else "",
     )
-    text += _LOADING if "parquet" in formats else ""
-    text += _GENERATOR if "generator" in formats else ""
-    return text + _VERIFY + (_NO_LICENSE if license_id == "unknown" else "")

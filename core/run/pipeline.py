@@ -305,9 +305,8 @@ def _published(run: Run, dataset: Dataset, model: Model) -> dict[str, Any]:
             write_grid(folder.grid, synthetic.images, synthetic.labels)
             synthetic.write(folder.images)
             write_whole(folder.model, partial(torch.save, averaged.state_dict()))
+        shutil.rmtree(parts, ignore_errors=True)
 
     distributed.on_rank_0(keep)
     metrics = [*scores.values, *filter(None, [plan.early_metric]), "loss"]
-    result = run.end(result, metrics, scores.record)
-    distributed.on_rank_0(lambda: shutil.rmtree(parts, ignore_errors=True))
-    return result
+    return run.end(result, metrics, scores.record)

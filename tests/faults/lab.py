@@ -25,6 +25,7 @@ from clusters.local.ports import free_ports
 from core.config import load, nested
 from core.privacy.keys import MasterSecret
 from core.privacy.ledger.ledger import Ledger
+from core.run.context import SweepLink
 from core.run.pipeline import run
 from sweep.config.sweep import SweepConfig, load_sweep, trial_id_of
 
@@ -328,7 +329,7 @@ class Undisturbed:
                 master=secret,
                 name="undisturbed",
                 report=lambda _: None,
-                shared=self._shared,
+                link=SweepLink(shared=self._shared),
             )
         result = json.loads((folder / "evaluation.json").read_text())
         return torch.load(folder / "model.pt"), result

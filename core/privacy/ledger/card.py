@@ -98,8 +98,7 @@ def make_card(
     """
     summary, secret = ledger.summary(), privacy.covers.is_secret
     entries = _entries_of(ledger, summary["entries"], run, identity, secret)
-    trials = len(entries)
-    others = summary["num_releases"] - trials
+    trials, others = len(entries), summary["num_releases"] - len(entries)
     everything = summary["epsilon_committed_and_reserved"]
     delta, delta_of_all = summary["delta"], summary["delta_committed_and_reserved"]
     computed = 0.0 if secret else ledger.epsilon_of_run(run)
