@@ -21,6 +21,11 @@ hold it."""
 _ORIGIN = ("identity", "fingerprint", "name", "tags", "scored")
 
 
+def identity_of(parts: Mapping[str, Any]) -> str:
+    """The digest of all that decides what a run releases."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
 @dataclass(frozen=True)
 class Result:
     """How a run ended, for good.
@@ -92,7 +97,7 @@ class RunFolder:
         """
         try:
             return PrivacyPlan.restored(json.loads(self.plan_file.read_text()))
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise ConfigError(
                 f"'{self.plan_file}' cannot be read ({reason}): restore it, or choose a new run "
@@ -148,8 +153,7 @@ class RunFolder:
         if not self.identity.exists():
             return "", ""
         parts = read_json(self.identity)
-        digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-        return digest, parts["computed by"]["code of core"]
+        return identity_of(parts), parts["computed by"]["code of core"]
 
     def result(self) -> Result | None:
         """How the run ended; None while it has not, or has failed.

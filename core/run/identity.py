@@ -14,7 +14,6 @@ Privacy: a replay to rounding shows, to whoever sees both, the difference of two
     released before lies in the run's folder, so it must stay inside.
 """
 
-import hashlib
 import json
 import platform
 import secrets
@@ -35,7 +34,7 @@ from core.io.files import read_json, to_json, write_first, write_json
 from core.io.locks import held
 from core.privacy.keys import SECRET_FILE_VARIABLE
 from core.privacy.plan.plan import PrivacyPlan
-from core.record.folder import RunFolder
+from core.record.folder import RunFolder, identity_of
 
 Parts = dict[str, dict[str, Any]]
 """What decides a run, by group and name: plain data."""
@@ -103,7 +102,7 @@ def digest_of(parts: Parts) -> str:
                 f"the ranks differ ({'; '.join(changed)}): give every machine the same code, "
                 f"packages and secret file (${SECRET_FILE_VARIABLE})"
             )
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return identity_of(parts)
 
 
 def differences(earlier: Parts, now: Parts) -> list[str]:
