@@ -4,13 +4,12 @@ The driver notes what it used in one small file of the sweep's folder, every few
 also an interrupted trial, a failed one, and a driver that was killed count after a restart.
 """
 
-import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from core.io.files import write_json
+from core.io.files import read_json, write_json
 from sweep.config.prices import price_of
 from sweep.config.sweep import SweepConfig
 
@@ -48,7 +47,7 @@ class Usage:
 def read_usage(folder: Path) -> Usage:
     """What a sweep's folder says that it has used; nothing, if it says nothing."""
     path = folder / FILE
-    return Usage(**json.loads(path.read_text())) if path.exists() else Usage()
+    return Usage(**read_json(path)) if path.exists() else Usage()
 
 
 def devices_per_trial(sweep: SweepConfig) -> float:

@@ -1,6 +1,5 @@
 """Claim of a sweep's folder: one configuration, one release, one driver at a time."""
 
-import json
 import secrets
 import time
 from collections.abc import Generator
@@ -8,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from core.errors import ConfigError
-from core.io.files import write_json, write_whole
+from core.io.files import read_json, write_json, write_whole
 from core.io.locks import held
 from core.privacy.ledger.account import RELEASE_ID
 from sweep.config.sweep import SweepConfig, dump_sweep, flat
@@ -73,7 +72,7 @@ def claim(sweep: SweepConfig) -> None:
         sweep.folder.mkdir(parents=True, exist_ok=True)
         write_json(path, now)
         return
-    old, new = flat(json.loads(path.read_text())), flat(now)
+    old, new = flat(read_json(path)), flat(now)
     changed = [
         f"{key}: {old.get(key)} -> {new.get(key)}"
         for key in sorted(old | new)
