@@ -33,10 +33,10 @@ def write_whole(path: Path, content: Content, private: bool = False, by_many: bo
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp" if by_many else f"{path.name}.tmp")
     try:
-        with open(temporary, "wb", opener=private_opener if private else None) as file:
-            file.write(buffer.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+        name = str(temporary)
+        descriptor = private_opener(name, flags) if private else os.open(name, flags, 0o666)
+        write_and_sync(descriptor, buffer.getbuffer())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)  # Half a file would keep the space.
@@ -45,12 +45,16 @@ def write_whole(path: Path, content: Content, private: bool = False, by_many: bo
 def write_first(path: Path, content: str) -> None:
     """Gives a private file its content, unless it is there: whoever is first decides, for good."""
     whole = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    write_whole(whole, content, private=True)
+    private_folder(path.parent)
     try:
+        with open(whole, "w", opener=private_opener) as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
         with contextlib.suppress(FileExistsError):
             os.link(whole, path)
     finally:
-        whole.unlink()
+        whole.unlink(missing_ok=True)
 
 
 def replace_durably(path: Path, content: bytes) -> None:
@@ -77,7 +81,7 @@ def whole_folder(path: Path, private: bool = False) -> Generator[Path]:
         rmtree(temporary, ignore_errors=True)
 
 
-def write_and_sync(descriptor: int, content: bytes) -> None:
+def write_and_sync(descriptor: int, content: bytes | memoryview) -> None:
     """Writes all of `content`, forces it to the disk and closes the descriptor."""
     try:
         while content:
