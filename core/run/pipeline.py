@@ -72,6 +72,7 @@ def run(
     charged: Path | None = None,
     shared: Path | None = None,
     goes_on: GoesOn = lambda _: True,
+    measure: Callable[[], dict[str, float]] = dict,
 ) -> dict[str, Any]:
     """Trains, generates and scores one model; call it on every rank of a process group.
 
@@ -90,6 +91,7 @@ def run(
         shared: folder of a sweep whose trials with the same central images have them from one
             release, which is charged once, and share one warm-up; None: the run has its own.
         goes_on: asked after each early score; a run that is stopped by it pays for what it ran.
+        measure: gives what each line of `metrics.jsonl` holds beside the report.
 
     Returns:
         The last reported metrics: scores, epsilons, noise multiplier and seconds.
@@ -113,7 +115,9 @@ def run(
 
         distributed.on_rank_0(enter)
         charged = charged or run_dir / "charged"
-        return _run(config, run_dir, master, name, report, lease, charged, shared, goes_on, stack)
+        return _run(
+            config, run_dir, master, name, report, lease, charged, shared, goes_on, measure, stack
+        )
 
 
 def _run(
@@ -126,6 +130,7 @@ def _run(
     charged: Path,
     shared: Path | None,
     goes_on: GoesOn,
+    measure: Callable[[], dict[str, float]],
     stack: ExitStack,
 ) -> dict[str, Any]:
     began = time.monotonic()
@@ -178,7 +183,7 @@ def _run(
         )
 
     report = _telling(report, notes)
-    plainly, report = report, _logged(report, run_dir, checkpoints, config)
+    plainly, report = report, _logged(report, run_dir, checkpoints, config, measure)
     denoiser = build_denoiser(config).to(config_device(config))
     distributed.broadcast_module(denoiser)
     ema = Ema(denoiser, config.training.ema_decay, config.training.posthoc_ema)
@@ -423,7 +428,13 @@ def _telling(report: Report, notes: list[str]) -> Report:
     return lambda metrics: report({**metrics, **(left.pop() if left else {})})
 
 
-def _logged(report: Report, run_dir: Path, checkpoints: Checkpoints, config: Config) -> Report:
+def _logged(
+    report: Report,
+    run_dir: Path,
+    checkpoints: Checkpoints,
+    config: Config,
+    measure: Callable[[], dict[str, float]],
+) -> Report:
     if distributed.rank() != 0:
         return report
     state = checkpoints.load()
@@ -435,7 +446,8 @@ def _logged(report: Report, run_dir: Path, checkpoints: Checkpoints, config: Con
     _LOG.info("begins after step %d of %d", resumed, config.training.num_steps)
 
     def both(metrics: dict[str, Any]) -> None:
-        log({**metrics, "workers": distributed.world_size()})  # Which may change on a resumption.
+        # Workers may change on a resumption.
+        log({**metrics, "workers": distributed.world_size(), **measure()})
         _LOG.info(report_line(metrics, config.training.num_steps))
         report(metrics)
 

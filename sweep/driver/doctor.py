@@ -88,7 +88,8 @@ def _told(error: Exception) -> str:
 def _open_tracking(sweep: SweepConfig, storage: Path) -> None:
     from sweep.tracking.client import open_experiment, tracking_uri
 
-    open_experiment(tracking_uri(storage), sweep.experiment, storage)
+    create = sweep.run.privacy.scope != "selection"
+    open_experiment(tracking_uri(storage), sweep.experiment, storage, create)
 
 
 def _node_checks(sweep: SweepConfig, mark: Path) -> Iterator[Check]:

@@ -4,13 +4,14 @@ The whole configuration is an artifact; a column is worth its place only if a pe
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from core.commands.account import COUNT, NOISE
 from core.config import Config, flatten
 from core.config.metrics import DIRECTIONS
+from core.record.early import STAGE
 from sweep.config.sweep import SweepConfig
 
 _COMPARED = (
@@ -80,9 +81,21 @@ def compared_figures(sweep: SweepConfig, result: Mapping[str, Any]) -> dict[str,
     }
 
 
-def curves(report: Mapping[str, Any]) -> dict[str, float]:
-    """What of a step's report is drawn as curves, by stage."""
-    return {f"{report['stage']}/{k}": report[k] for k in _CURVES if k in report}
+def points(reports: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, int, float]]:
+    """Name, step and value of what is drawn as curves: by stage, machine use, early scores.
+
+    Privacy: the loss is not private.
+    """
+    for report in reports:
+        if "loss" in report:
+            drawn = {f"{report['stage']}/{k}": report[k] for k in _CURVES if k in report}
+            drawn |= {k: v for k, v in report.items() if k.startswith("system/")}
+            drawn["step"] = report["step"]
+        elif report["stage"] == STAGE:
+            drawn = {k: v for k, v in report.items() if k.startswith("early_")}
+        else:
+            continue
+        yield from ((name, report["step"], value) for name, value in drawn.items())
 
 
 def pictures(run_dir: Path, step: int, finished: bool) -> Iterator[tuple[str, int, Path]]:
@@ -90,8 +103,8 @@ def pictures(run_dir: Path, step: int, finished: bool) -> Iterator[tuple[str, in
 
     Privacy: post-processing of what the trial has paid for.
     """
-    for key in (CENTRAL_IMAGES, FREQUENCY):
-        if (released := run_dir / key / "grid.png").exists():
+    for key in (CENTRAL_IMAGES, FREQUENCY):  # Written before the first step.
+        if step >= 0 and (released := run_dir / key / "grid.png").exists():
             yield key, 0, released
     for path in sorted((run_dir / "samples").glob("*.png")):
         if int(path.stem) <= step:
