@@ -239,38 +239,41 @@ def is_temporary(error: BaseException) -> bool:
     return not isinstance(error, MlflowException) or error.error_code in _TEMPORARY
 
 
-def known_runs(uri: str, experiment: str, sweep: str) -> dict[str, tuple[str, int]]:
-    """What MLflow has of a sweep and its trials: the status of each run by key, and its last step.
-
-    The status is `DELETED` of one that was deleted, and `STOPPED` of one that was stopped early,
-    which MLflow counts as killed.
-    """
+def known_runs(uri: str, experiment: str, sweep: str) -> dict[str, Run]:
+    """The runs of a sweep and of its trials by key; deleted ones where there is no other."""
     client = MlflowClient(tracking_uri=uri)
-    if (found := client.get_experiment_by_name(experiment)) is None:
+    if (place := client.get_experiment_by_name(experiment)) is None:
         return {}
-    known: dict[str, tuple[str, int]] = {}
-    for run in _runs_of(client, found.experiment_id, sweep, ViewType.ALL):
-        deleted = run.info.lifecycle_stage != ACTIVE
-        stopped = run.data.tags.get(STATE) == ENDED_EARLY and run.info.status == "KILLED"
-        status = "DELETED" if deleted else "STOPPED" if stopped else run.info.status
-        if not deleted or run.data.tags[_KEY] not in known:
-            known[run.data.tags[_KEY]] = status, int(run.data.metrics.get("step", -1))
-    return known
+    condition = f"tags.`{_KEY}` LIKE '{sweep}%'"
+    runs = client.search_runs([place.experiment_id], condition, ViewType.ALL, max_results=50_000)
+    found = [run for run in runs if run.data.tags[_KEY].split("/")[0] == sweep]
+    found.sort(key=lambda run: run.info.lifecycle_stage == ACTIVE)
+    return {run.data.tags[_KEY]: run for run in found}
 
 
-def kill_stale(uri: str, experiment_id: str, parent_id: str, sweep: str) -> None:
+def status_of(run: Run) -> str:
+    """MLflow's status, but `DELETED`, or `STOPPED` of a trial that was stopped early."""
+    if run.info.lifecycle_stage != ACTIVE:
+        return "DELETED"
+    # Which MLflow counts as killed.
+    stopped = run.info.status == "KILLED" and run.data.tags.get(STATE) == ENDED_EARLY
+    return "STOPPED" if stopped else run.info.status
+
+
+def kill_stale(uri: str, experiment: str, parent_id: str, sweep: str) -> None:
     """Makes the parent that of all the sweep's trials; another may have been deleted.
 
     Marks trials that an interrupted driver left running; those tried again are reopened.
     """
     client = MlflowClient(tracking_uri=uri)
-    for run in _runs_of(client, experiment_id, sweep):
-        if run.info.run_id == parent_id:
+    for run in known_runs(uri, experiment, sweep).values():
+        run_id, status = run.info.run_id, status_of(run)
+        if run_id == parent_id or status == "DELETED":
             continue
         if run.data.tags.get(_PARENT) != parent_id:
-            client.set_tag(run.info.run_id, _PARENT, parent_id)
-        if run.info.status == "RUNNING":
-            client.set_terminated(run.info.run_id, "KILLED")
+            client.set_tag(run_id, _PARENT, parent_id)
+        if status == "RUNNING":
+            client.set_terminated(run_id, "KILLED")
 
 
 def _save_model(run_dir: Path, folder: Path, model_id: str) -> None:
@@ -314,51 +317,29 @@ def _require_publishable(path: Path) -> None:
 
 
 def how_to_compare(uri: str, experiment: str, sweep: str) -> str:
-    """What opens the MLflow UI, and there a sweep's charts and the table of its trials.
+    """What opens the MLflow UI, and there a sweep's charts and the table of its finished trials.
 
-    The addresses are left out if the sweep is not recorded, or the server does not answer.
+    The addresses are left out if the sweep is not recorded, or the server does not answer. Other
+    trials have no figures to compare, and MLflow's table breaks on runs without artifacts.
     """
-    lines = [ui_command(uri)]
-    number, trials = "", []
+    lines, known = [ui_command(uri)], dict[str, Run]()
     try:
         with usable(uri):
             if (path := file_of(uri)) is None or path.exists():
-                number, trials = _trials_of(uri, experiment, sweep)
+                reachable(uri)
+                known = known_runs(uri, experiment, sweep)
     except ConfigError as error:
         lines += [f"  {error}"]
-    if number:
+    states = {run.info.run_id: status_of(run) for key, run in known.items() if key != sweep}
+    if set(states.values()) - {"DELETED"}:
         page = without_user(uri).rstrip("/") if uri.startswith("http") else _LOCAL_UI
-        chosen, where = (
-            quote(json.dumps(ids, separators=(",", ":")))
-            for ids in (trials[:_MAX_COMPARED], [number])
-        )
+        number = next(iter(known.values())).info.experiment_id
         query = f"compareRunsMode=CHART&viewStateShareKey={sweep}"
         lines += [f"  charts: {page}/#/experiments/{number}/runs?{query}"]
-        if trials:
+        if trials := [run_id for run_id, state in states.items() if state == "FINISHED"]:
+            chosen, where = (
+                quote(json.dumps(ids, separators=(",", ":")))
+                for ids in (trials[:_MAX_COMPARED], [number])
+            )
             lines += [f"  table: {page}/#/compare-runs?runs={chosen}&experiments={where}"]
     return "\n".join(lines)
-
-
-def _trials_of(uri: str, experiment: str, sweep: str) -> tuple[str, list[str]]:
-    """Id of the experiment, empty if there is no run of the sweep, and of its finished trials.
-
-    Others have no figures to compare, and MLflow's table breaks on runs without artifacts.
-    """
-    reachable(uri)
-    client = MlflowClient(tracking_uri=uri)
-    found = client.get_experiment_by_name(experiment)
-    if found is None:
-        return "", []
-    runs = [
-        run for run in _runs_of(client, found.experiment_id, sweep) if run.data.tags[_KEY] != sweep
-    ]
-    finished = [run.info.run_id for run in runs if run.info.status == "FINISHED"]
-    return found.experiment_id if runs else "", finished
-
-
-def _runs_of(
-    client: MlflowClient, experiment_id: str, sweep: str, view: int = ViewType.ACTIVE_ONLY
-) -> list[Run]:
-    condition = f"tags.`{_KEY}` LIKE '{sweep}%'"
-    found = client.search_runs([experiment_id], condition, view, max_results=50_000)
-    return [run for run in found if run.data.tags[_KEY].split("/")[0] == sweep]

@@ -20,7 +20,15 @@ from core.config import Config
 from sweep.config.sweep import SweepConfig
 from sweep.results.claim import newest_launch
 from sweep.results.table import Row
-from sweep.tracking.client import UNREACHABLE, Tracker, is_temporary, kill_stale, known_runs, reason
+from sweep.tracking.client import (
+    UNREACHABLE,
+    Tracker,
+    is_temporary,
+    kill_stale,
+    known_runs,
+    reason,
+    status_of,
+)
 from sweep.tracking.content import last_step, tell_summary, tell_sweep, tell_trial
 from sweep.tracking.store import find_experiment
 
@@ -43,12 +51,16 @@ def lacking(sweep: SweepConfig, rows: Sequence[Row], uri: str) -> tuple[list[Row
     known = known_runs(uri, sweep.experiment, sweep.name)
 
     def lacks(row: Row) -> bool:
-        status, step = known.get(f"{sweep.name}/{row.trial}", ("", -1))
+        run = known.get(f"{sweep.name}/{row.trial}")
+        status = status_of(run) if run is not None else ""
         if row.state in ("finished", "stopped") or status in _WHOLE:
             return status not in _WHOLE
-        return status not in ("FAILED", "KILLED") or step < last_step(row.run_dir)
+        if run is None or status not in ("FAILED", "KILLED"):
+            return True
+        return run.data.metrics.get("step", -1) < last_step(row.run_dir)
 
-    return [row for row in rows if lacks(row)], known.get(sweep.name, ("", -1))[0] not in _WHOLE
+    parent = known.get(sweep.name)
+    return [row for row in rows if lacks(row)], parent is None or status_of(parent) not in _WHOLE
 
 
 @dataclass
@@ -223,7 +235,7 @@ class Mirror:
             assert experiment is not None
             parent = Tracker(self._uri, experiment.experiment_id, self._sweep.name)
             self._place = experiment.experiment_id, parent.run_id
-            kill_stale(self._uri, *self._place, self._sweep.name)
+            kill_stale(self._uri, experiment.name, parent.run_id, self._sweep.name)
         experiment_id, parent_id = self._place
         parent = () if each is self._parent else (parent_id,)
         each.tracker = each.tracker or Tracker(self._uri, experiment_id, key, *parent)

@@ -10,7 +10,7 @@ from mlflow.tracking import MlflowClient
 from sweep.driver.launch import run_sweep
 from sweep.results.find import open_sweep
 from sweep.results.table import load_rows
-from sweep.tracking.client import Tracker, known_runs, tracking_uri
+from sweep.tracking.client import Tracker, known_runs, status_of, tracking_uri
 
 
 def test_a_complete_sweep_that_mlflow_does_not_know_is_recorded(
@@ -47,7 +47,7 @@ def test_a_complete_sweep_that_mlflow_does_not_know_is_recorded(
 
     def ended() -> set[str]:
         known = known_runs(uri, "feta-sweep", "small")
-        return {key for key, (status, _) in known.items() if status == "FINISHED"}
+        return {key for key, run in known.items() if status_of(run) == "FINISHED"}
 
     trials = {f"small/{row.trial}" for row in first.rows if row.state == "finished"}
     assert ended() == set()

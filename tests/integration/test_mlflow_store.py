@@ -29,6 +29,7 @@ from sweep.tracking.client import (
     kill_stale,
     known_runs,
     open_experiment,
+    status_of,
     tracking_uri,
     ui_command,
 )
@@ -244,7 +245,8 @@ def test_a_run_that_was_deleted_is_written_again_and_an_ended_one_stays_deleted(
         return {run.info.run_name: run for run in client.search_runs([experiment])}
 
     def states() -> dict[str, str]:
-        return {key: state for key, (state, _) in known_runs(uri, sweep.experiment, "s").items()}
+        known = known_runs(uri, sweep.experiment, "s")
+        return {key: status_of(run) for key, run in known.items()}
 
     def wait_for_step(step: int) -> None:
         end = time.monotonic() + 60
@@ -278,7 +280,7 @@ def test_a_run_that_was_deleted_is_written_again_and_an_ended_one_stays_deleted(
     assert again.run_id != run.info.run_id
     assert states() == {"s": "DELETED", "s/t": "RUNNING"}
     parent = Tracker(uri, experiment, "s")
-    kill_stale(uri, experiment, parent.run_id, "s")
+    kill_stale(uri, sweep.experiment, parent.run_id, "s")
     assert runs()["t"].data.tags["mlflow.parentRunId"] == parent.run_id
     assert states() == {"s": "RUNNING", "s/t": "KILLED"}
 

@@ -55,7 +55,7 @@ def test_runs_are_found_again_and_steps_logged_once(tmp_path, uri):
     first = Tracker(uri, experiment, "s/t1", parent.run_id)
     first.log_params({f"k{i}": i for i in range(150)})
     first.log_points(points(*range(10, 20_000, 10)))
-    kill_stale(uri, experiment, parent.run_id, "s")
+    kill_stale(uri, "again", parent.run_id, "s")
     client = MlflowClient(tracking_uri=uri)
     assert client.get_run(first.run_id).info.status == "KILLED"
     assert client.get_run(parent.run_id).info.status == "RUNNING"
