@@ -88,7 +88,7 @@ def _tried(act: Callable[[], object]) -> tuple[bool, str]:
 def _open_tracking(sweep: SweepConfig, storage: Path) -> None:
     from sweep.tracking.client import open_experiment, tracking_uri
 
-    create = sweep.run.privacy.scope != "selection"
+    create = not sweep.run.privacy.covers.is_secret
     open_experiment(tracking_uri(storage), sweep.experiment, storage, create)
 
 

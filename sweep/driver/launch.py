@@ -79,17 +79,15 @@ def run_sweep(sweep: SweepConfig, verbosity: int = 0, train: Train | None = None
     storage = Path(sweep.storage_path)
     uri = client.tracking_uri(storage)
     # Refused before anything is claimed; if it goes away later, trials go on without it.
-    client.open_experiment(uri, sweep.experiment, storage, create=not _is_selection(sweep))
+    client.open_experiment(
+        uri, sweep.experiment, storage, create=not sweep.run.privacy.covers.is_secret
+    )
     with driver_lock(sweep.folder) as token, log_to("sweep", sweep.folder / "sweep.log"):
         os.chdir(sweep.folder)  # That of a submitted job vanishes while it is being stopped.
         claim(sweep)
         total = count_trials(sweep.run, sweep.num_trials, master, release_id(sweep))
         context = Context(sweep, token, train=train)
         return _run(context, total, uri, verbosity)
-
-
-def _is_selection(sweep: SweepConfig) -> bool:
-    return sweep.run.privacy.scope == "selection"
 
 
 def _run(context: Context, total: int, uri: str, verbosity: int) -> Outcome:
@@ -101,7 +99,7 @@ def _run(context: Context, total: int, uri: str, verbosity: int) -> Outcome:
     from sweep.tracking.client import usable, without_user
     from sweep.tracking.mirror import Mirror, lacking
 
-    sweep, secret = context.sweep, _is_selection(context.sweep)
+    sweep, secret = context.sweep, context.sweep.run.privacy.covers.is_secret
     rows = load_rows(sweep)
     _require_same_code(sweep, rows)
     released, complete = released_row(sweep, rows), _is_complete(sweep, rows, total)
@@ -140,7 +138,7 @@ def _summarize(mirror: Any, sweep: SweepConfig, outcome: Outcome) -> None:
     released = released_row(sweep, rows)
     card = released and write_card(sweep, rows, released, outcome.complete)
     mirror.summarize(rows, card)
-    if _is_selection(sweep):
+    if sweep.run.privacy.covers.is_secret:
         mirror.begin([row for row in rows if row == released])
 
 
@@ -160,7 +158,8 @@ def _search(
         return Outcome(rows, meter.reason, False, uri, limited=True)
     join_cluster()
     before = sum(_is_done(sweep, row) for row in rows)
-    progress = Progress(sweep, total, before, _is_selection(sweep), verbosity)
+    secret = sweep.run.privacy.covers.is_secret
+    progress = Progress(sweep, total, before, secret, verbosity)
     try:
         tune = partial(_fit, meter=meter, observers=[progress, *mirrors, meter])
         stopped = _search_trials(context, tune, rows, total - before, progress)
@@ -275,7 +274,7 @@ def _require_same_code(sweep: SweepConfig, rows: Sequence[Row]) -> None:
     Raises:
         ConfigError: a trial has a checkpoint of other code.
     """
-    for row in rows if sweep.run.privacy.scope == "selection" else ():
+    for row in rows if sweep.run.privacy.covers.is_secret else ():
         begun = row.state == "unfinished" and any((row.run_dir / "checkpoints").glob("*.pt"))
         if begun and begun_with(row.run_dir)[1] not in ("", code_digest()):
             raise ConfigError(
@@ -291,7 +290,7 @@ def _is_done(sweep: SweepConfig, row: Row) -> bool:
     if final_row(sweep, [row]) is not None:
         return False
     return row.state in ("finished", "stopped") or (
-        row.state == "failed" and (row.for_good or row.config.privacy.scope == "selection")
+        row.state == "failed" and (row.for_good or row.config.privacy.covers.is_secret)
     )
 
 

@@ -90,7 +90,7 @@ def tell_sweep(tracker: Tracker, sweep: SweepConfig, total: int) -> None:
         f"search_space.{key}": dimension.model_dump(exclude_defaults=True)
         for key, dimension in sweep.search_space.items()
     }
-    secret = sweep.run.privacy.scope == "selection"
+    secret = sweep.run.privacy.covers.is_secret
     search = {"num_trials": "secret" if secret else total, "objective": ", ".join(sweep.metrics)}
     tracker.log_params({**shared_params(sweep), **search, **space})
     tracker.log_dataset(sweep.run.dataset.name, public_facts(sweep.run))
