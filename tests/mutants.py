@@ -289,8 +289,8 @@ MUTANTS = (
     Mutant(
         "MLflow told of all trials of a selection",
         "sweep/driver/launch.py",
-        "(progress, meter) if secret else",
-        "(progress, recorder, meter) if secret else",
+        "context, [] if secret else [mirror], rows",
+        "context, [mirror], rows",
         ("tests/e2e/test_scopes_in_sweeps.py",),
     ),
     Mutant(

@@ -34,12 +34,14 @@ class SweepLink:
             release, which is charged once, and share one warm-up; None: the run has its own.
         should_continue: asked on rank 0 after each early score, with the share of the steps that
             are done; a run that is stopped by it pays for what it ran.
+        measure: gives what each line of `metrics.jsonl` holds beside the report.
     """
 
     lease: int | None = None
     charged: Path | None = None
     shared: Path | None = None
     should_continue: Callable[[float], bool] = lambda _: True
+    measure: Callable[[], dict[str, float]] = dict
 
 
 ALONE = SweepLink()
@@ -49,8 +51,10 @@ ALONE = SweepLink()
 class Reporter:
     """Tells the supervisor and, where a log was begun, writes into that; called on all ranks."""
 
-    def __init__(self, report: Report, num_steps: int) -> None:
-        self._report, self._num_steps = report, num_steps
+    def __init__(
+        self, report: Report, num_steps: int, measure: Callable[[], dict[str, float]]
+    ) -> None:
+        self._report, self._num_steps, self._measure = report, num_steps, measure
         self._notes: list[str] = []
         self._log: MetricsLog | None = None
 
@@ -74,7 +78,8 @@ class Reporter:
     def __call__(self, metrics: dict[str, Any]) -> None:
         """Keeps a report, and tells it."""
         if self._log is not None:
-            self._log({**metrics, "workers": distributed.world_size()})  # May change on resumption.
+            workers = distributed.world_size()  # Which may change on a resumption.
+            self._log({**metrics, "workers": workers, **self._measure()})
             _LOG.info(report_line(metrics, self._num_steps))
         self.tell(metrics)
 

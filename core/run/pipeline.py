@@ -82,7 +82,7 @@ def run(
     """
     folder = RunFolder(run_dir)
     with _opened(folder, link):
-        reporter = Reporter(report, config.training.num_steps)
+        reporter = Reporter(report, config.training.num_steps, link.measure)
         current, dataset = _planned(config, folder, master, name, reporter, link)
         if (ended := distributed.on_rank_0(lambda: _ended(current))) is not None:
             return _told_again(current, ended)

@@ -5,6 +5,7 @@ also an interrupted trial, a failed one, and a driver that was killed count afte
 """
 
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -113,44 +114,17 @@ class Meter:
         self.reason = self.reason or reached(self._sweep, self.usage())
         return bool(self.reason)
 
-    def started(self, trial_id: str) -> None:
-        """A trial begins."""
-        self._running[trial_id] = time.monotonic()
+    def started(self, trial: str, point: dict[str, Any]) -> None:
+        """A trial begins, or begins again after its process died, which counts from its begin."""
+        self._running.setdefault(trial, time.monotonic())
 
-    def ended(self, trial_id: str) -> None:
+    def reported(self, trial: str, report: Mapping[str, Any]) -> None:
+        """Nothing: use is counted by time."""
+
+    def ended(self, trial: str, last: Mapping[str, Any]) -> None:
         """A trial has ended, in whatever way."""
-        if (began := self._running.pop(trial_id, None)) is not None:
+        if (began := self._running.pop(trial, None)) is not None:
             self._ended += time.monotonic() - began
 
-    def callback(self) -> Any:
-        """What Tune tells about trials."""
-        from ray import tune
-
-        meter = self
-
-        class Callback(tune.Callback):
-            def on_trial_start(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
-                meter.started(trial.trial_id)
-
-            def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
-                meter.ended(trial.trial_id)
-
-            def on_trial_error(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
-                meter.ended(trial.trial_id)
-
-        return Callback()
-
-    def stopper(self) -> Any:
-        """What Tune asks, many times a second, whether the whole search must stop."""
-        from ray import tune
-
-        meter = self
-
-        class Stopper(tune.Stopper):
-            def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-                return False
-
-            def stop_all(self) -> bool:
-                return meter.tick()
-
-        return Stopper()
+    def died(self, trial: str) -> None:
+        """Nothing: its devices are held until it begins again."""

@@ -85,9 +85,7 @@ def join_cluster() -> None:
     Raises:
         ConfigError: the cluster cannot be joined, or does not offer the resource that trials hold.
     """
-    import ray
     import ray._private.worker
-    from ray.exceptions import AuthenticationError
 
     def leave_submitted_files() -> None:
         # A submitted job's processes begin in Ray's copy of its files. When the agent of another
@@ -110,48 +108,56 @@ def join_cluster() -> None:
         "logging_level": logging.ERROR,
         "configure_logging": True,
     }
-    if address := os.environ.get("RAY_ADDRESS"):
-        _require_answer(address)
-        try:
-            ray.init(**shared)
-        except UnicodeEncodeError as error:
-            raise _not_text(error) from None
-        except (ConnectionError, ValueError, AuthenticationError) as error:
-            reason = str(error).partition("\n")[0].rstrip(".")
-            raise ConfigError(
-                f"RAY_ADDRESS={address!r} cannot be joined ({reason}): name the head of a running "
-                "cluster as host:port, on one of its machines; if it asks for a token, set "
-                "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH as where it was started"
-            ) from error
-        if not ray.cluster_resources().get(DRIVER_RESOURCE):
-            raise ConfigError(
-                f"the cluster at RAY_ADDRESS offers no '{DRIVER_RESOURCE}' resource, which trials "
-                f"hold: start its head with --resources '{{\"{DRIVER_RESOURCE}\": 64}}'"
-            )
-    else:
-        # Workers that start with the cluster have no runtime environment, so they would idle.
-        settings = {"prestart_worker_first_driver": False}
-        local = {"address": "local", "resources": {DRIVER_RESOURCE: _LOCAL_DRIVERS}}
-        try:
-            # Who wants Ray's dashboard starts a cluster and joins it; here it would live for one
-            # sweep.
-            ray.init(**local, **shared, include_dashboard=False, _system_config=settings)
-        except UnicodeEncodeError as error:
-            raise _not_text(error) from None
-        except (OSError, AuthenticationError) as error:
-            reason = str(error).partition("\n")[0]
-            raise ConfigError(
-                f"Ray cannot start here ({reason}): set RAY_TMPDIR to a short folder that can be "
-                "written, such as /tmp, and HOME to one that can, or RAY_AUTH_TOKEN_PATH to a "
-                "file of yours with 64 random hexadecimal digits"
-            ) from error
+    address = os.environ.get("RAY_ADDRESS")
+    try:
+        _join(address, shared) if address else _start(shared)
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"Ray takes no name that is not text in UTF-8, as in {error.object!r}: rename it"
+        ) from None
 
 
-def _not_text(error: UnicodeEncodeError) -> ConfigError:
-    """What Ray is given, such as the command line, holds the name of a file that is no text."""
-    return ConfigError(
-        f"Ray takes no name that is not text in UTF-8, as in {error.object!r}: rename it"
-    )
+def _join(address: str, shared: Mapping[str, Any]) -> None:
+    import ray
+    from ray.exceptions import AuthenticationError
+
+    _require_answer(address)
+    try:
+        ray.init(**shared)
+    except UnicodeEncodeError:  # A ValueError, too.
+        raise
+    except (ConnectionError, ValueError, AuthenticationError) as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise ConfigError(
+            f"RAY_ADDRESS={address!r} cannot be joined ({reason}): name the head of a running "
+            "cluster as host:port, on one of its machines; if it asks for a token, set "
+            "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH as where it was started"
+        ) from error
+    if not ray.cluster_resources().get(DRIVER_RESOURCE):
+        raise ConfigError(
+            f"the cluster at RAY_ADDRESS offers no '{DRIVER_RESOURCE}' resource, which trials "
+            f"hold: start its head with --resources '{{\"{DRIVER_RESOURCE}\": 64}}'"
+        )
+
+
+def _start(shared: Mapping[str, Any]) -> None:
+    """Without Ray's dashboard: who wants it starts a cluster and joins it; here it would live for
+    one sweep."""
+    import ray
+    from ray.exceptions import AuthenticationError
+
+    # Workers that start with the cluster have no runtime environment, so they would idle.
+    settings = {"prestart_worker_first_driver": False}
+    local = {"address": "local", "resources": {DRIVER_RESOURCE: _LOCAL_DRIVERS}}
+    try:
+        ray.init(**local, **shared, include_dashboard=False, _system_config=settings)
+    except (OSError, AuthenticationError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(
+            f"Ray cannot start here ({reason}): set RAY_TMPDIR to a short folder that can be "
+            "written, such as /tmp, and HOME to one that can, or RAY_AUTH_TOKEN_PATH to a "
+            "file of yours with 64 random hexadecimal digits"
+        ) from error
 
 
 def _require_answer(address: str) -> None:

@@ -71,24 +71,25 @@ def _checks_of_nodes(sweep: SweepConfig, storage: Path) -> Iterator[Check]:
 
 
 def _check(name: str, act: Callable[[], object]) -> Check:
+    fine, text = _tried(act)
+    return Check(name, "" if fine else text)
+
+
+def _tried(act: Callable[[], object]) -> tuple[bool, str]:
+    """Whether it succeeds, and what it gives or, in one line, why not."""
     try:
-        act()
-    except UserError as error:
-        return Check(name, str(error))
+        return True, str(act())
+    except (UserError, OSError) as error:
+        return False, str(error)
     except Exception as error:  # A check that fails is what this command is for.
-        return Check(name, _told(error))
-    return Check(name)
-
-
-def _told(error: Exception) -> str:
-    """An unexpected error in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        return False, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def _open_tracking(sweep: SweepConfig, storage: Path) -> None:
     from sweep.tracking.client import open_experiment, tracking_uri
 
-    open_experiment(tracking_uri(storage), sweep.experiment, storage)
+    create = not sweep.run.privacy.covers.is_secret
+    open_experiment(tracking_uri(storage), sweep.experiment, storage, create)
 
 
 def _node_checks(sweep: SweepConfig, mark: Path) -> Iterator[Check]:
@@ -166,12 +167,4 @@ def examine(settings: dict[str, Any], mark: str) -> dict[str, tuple[bool, str]]:
         "weights": weights,
         "data": lambda: load_dataset(config.dataset, Path(config.runtime.cache)).fingerprint,
     }
-    answers: dict[str, tuple[bool, str]] = {}
-    for key, question in questions.items():
-        try:
-            answers[key] = (True, question())
-        except (UserError, OSError) as error:
-            answers[key] = (False, str(error))
-        except Exception as error:
-            answers[key] = (False, _told(error))
-    return answers
+    return {key: _tried(question) for key, question in questions.items()}

@@ -15,7 +15,7 @@ from core.io.terminal import ProgressLine
 from core.privacy.accounting.rounding import figure
 from core.privacy.plan.scopes import STAYS_INSIDE
 from core.record.early import ENDED_EARLY
-from sweep.config.sweep import SweepConfig, trial_id_of
+from sweep.config.sweep import SweepConfig
 
 _LOG = logging.getLogger("sweep")
 _OTHER_LINES = 6
@@ -26,9 +26,10 @@ _OTHER_LINES = 6
 class _Trial:
     """A line of the table; `began` is when and at which step its stage was first seen."""
 
-    stage: str = "starting"
+    point: dict[str, Any]
+    total: int
+    stage: str = ""
     step: int = 0
-    total: int = 0
     score: str = ""
     began: tuple[float, int] = (0.0, 0)
     ended: bool = False
@@ -44,6 +45,8 @@ class _Trial:
 
 class Progress:
     """The trials of a sweep: how many are done, where the running ones are, how long it will take.
+
+    An observer of the trials.
 
     Args:
         total: trials of the sweep, `before` of them done earlier.
@@ -76,7 +79,7 @@ class Progress:
             self.note(f"{before} of {self._of} trials had finished before")
 
     def __getstate__(self) -> dict[str, Any]:
-        """Nothing: Tune stores its callbacks, but a terminal cannot be stored."""
+        """Nothing: Tune stores the search, which tells of points that it prunes."""
         return {}
 
     def close(self) -> None:
@@ -101,41 +104,51 @@ class Progress:
         self._pruned += 1
         self.note(f"pruned without compute: {_short(point)}: {reason}")
 
-    def moved(self, point: dict[str, Any], metrics: Mapping[str, Any]) -> None:
-        """Shows where a running trial is.
+    def started(self, trial: str, point: dict[str, Any]) -> None:
+        """A trial begins, or begins again."""
+        total = point.get("training.num_steps", self._sweep.run.training.num_steps)
+        self._trials.setdefault(trial, _Trial(point, total))
+        self.reported(trial, {"stage": "starting"})
 
-        Args:
-            metrics: as reported: `stage`, `step`, perhaps a `note` to keep; without any, it
-                starts.
-        """
-        name = self._name(point)
-        trial = self._trials.setdefault(name, _Trial())
-        stage, step = metrics.get("stage", "starting"), int(metrics.get("step", 0))
-        if "note" in metrics:
-            self.note(f"trial {name}: {metrics['note']}")
-        if stage != trial.stage or trial.ended:
-            trial.began = (time.monotonic(), step)
-            _LOG.info("trial %s: %s, step %d (%s)", name, stage, step, _short(point))
-        trial.stage, trial.step, trial.ended = stage, step, False
-        trial.total = point.get("training.num_steps", self._sweep.run.training.num_steps)
+    def reported(self, trial: str, report: Mapping[str, Any]) -> None:
+        """Shows where a running trial is; a `note` of its report is kept."""
+        if "failure" in report:
+            return
+        line, stage, step = self._trials[trial], report["stage"], int(report.get("step", 0))
+        if "note" in report:
+            self.note(f"trial {trial}: {report['note']}")
+        if stage != line.stage or line.ended:
+            line.began = (time.monotonic(), step)
+            _LOG.info("trial %s: %s, step %d (%s)", trial, stage, step, _short(line.point))
+        line.stage, line.step, line.ended = stage, step, False
         if self._live is None:
-            running = {name: t for name, t in self._trials.items() if not t.ended}
-            parts = [f"[{n} {t.stage} {t.step}/{t.total}]" for n, t in running.items()]
+            running = {name: each for name, each in self._trials.items() if not each.ended}
+            parts = [f"[{n} {each.stage} {each.step}/{each.total}]" for n, each in running.items()]
             self._line.show("  ".join([self._summary(), *parts]))
 
-    def ended(self, point: dict[str, Any], text: str, failed: bool, score: str = "") -> None:
-        """Keeps a line about a trial that has ended."""
-        name = self._name(point)
-        trial = self._trials.setdefault(name, _Trial())
-        trial.ended, trial.score = True, score
-        trial.stage = "failed" if failed else "finished"
+    def ended(self, trial: str, last: Mapping[str, Any]) -> None:
+        """Keeps a line about a trial that has ended; one that was cut off has not."""
+        metrics = (*self._sweep.metrics, self._sweep.run.early_metric)
+        scores = [f"{name} {last[name]:.4g}" for name in metrics if name in last]
+        failed = "failure" in last
+        if failed:
+            text = f"failed: {last['failure']}"
+        elif "seconds" in last and scores:
+            how = "stopped early" if last["stage"] == ENDED_EARLY else "finished"
+            text = f"{how}: {', '.join(scores)}, {last['seconds']:.0f} s"
+        else:
+            return
+        line = self._trials[trial]
+        line.ended, line.score = True, "" if failed else scores[0].split()[-1]
+        line.stage = "failed" if failed else "finished"
         self._ended += 1
         self._failed += failed
         self._last_end = time.monotonic()
-        self.note(f"trial {name} {text} ({_short(point)})")
+        self.note(f"trial {trial} {text} ({_short(line.point)})")
 
-    def _name(self, point: dict[str, Any]) -> str:
-        return trial_id_of(self._sweep.trial_config(point))
+    def died(self, trial: str) -> None:
+        """Keeps a line about a trial whose process died."""
+        self.note(f"trial {trial}: its process died, restarted")
 
     def _summary(self) -> str:
         parts = [f"trials {self._before + self._ended}/{self._of}"]
@@ -161,45 +174,9 @@ class Progress:
         running = [item for item in self._trials.items() if not item[1].ended]
         room = max(0, self._console.height - _OTHER_LINES - len(running))
         for name, trial in [*ended[max(0, len(ended) - room) :], *running]:
-            step = f"{trial.step}/{trial.total}" if trial.total else ""
+            step = f"{trial.step}/{trial.total}"
             table.add_row(name, trial.stage, step, trial.score, trial.left)
         return table
-
-    def callback(self) -> Any:
-        """What Tune calls."""
-        from ray import tune
-
-        progress, metrics = self, self._sweep.metrics
-
-        class Callback(tune.Callback):
-            def on_trial_start(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
-                progress.moved(trial.config, {})
-
-            def on_trial_result(
-                self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **_: Any
-            ) -> None:
-                if "failure" not in result:
-                    progress.moved(trial.config, result)
-
-            def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
-                result = trial.last_result
-                scores = [k for k in (*metrics, progress._sweep.run.early_metric) if k in result]
-                if "failure" in result:
-                    progress.ended(trial.config, f"failed: {result['failure']}", failed=True)
-                elif "seconds" in result and scores:
-                    named = [f"{name} {result[name]:.4g}" for name in scores]
-                    how = "stopped early" if result["stage"] == ENDED_EARLY else "finished"
-                    text = f"{how}: {', '.join(named)}, {result['seconds']:.0f} s"
-                    score = f"{result[scores[0]]:.4g}"
-                    progress.ended(trial.config, text, failed=False, score=score)
-
-            def on_trial_error(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
-                progress.ended(trial.config, "failed: its process died too often", failed=True)
-
-            def on_trial_recover(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
-                progress.note(f"trial {progress._name(trial.config)}: its process died, restarted")
-
-        return Callback()
 
 
 def _short_time(seconds: float) -> str:

@@ -33,44 +33,21 @@ def all_tables(
     epsilon: float,
 ) -> dict[str, Table]:
     """Every table of the page by its name there; without `front` as long as nothing finished."""
-    finished = [row for row in rows if row.state == "finished"]
     trials = results_table(sweep, rows, winners(sweep, rows), metrics, epsilon)
     star = "the best" if len(sweep.objectives) == 1 else "the Pareto front"
-    columns = [str(column.header) for column in trials.columns]
     cells = zip(*(column.cells for column in trials.columns), strict=True)
     tables = {
         "trials": Table(
             f"All trials in the order in which they began; * marks {star}. Scores are not private.",
-            columns,
+            [str(column.header) for column in trials.columns],
             [[str(cell) for cell in line] for line in cells],
         ),
         "environment": Table(
             "Where the trials ran", ["what", "value"], _environment(rows), words=True
         ),
         "sweep": Table("The search", ["what", "value"], _settings(sweep), words=True),
-        "failures": Table(
-            "Trials without a result",
-            ["trial", "state", "reason"],
-            [
-                [row.trial, row.state, row.error or "interrupted, or still running"]
-                for row in rows
-                if row.state != "finished"
-            ],
-            words=True,
-        ),
-        "budget": Table(
-            "Epsilon of each trial by stage",
-            ["trial", "central images alone", "added by what follows", "together"],
-            [
-                [
-                    row.trial,
-                    upward(row.plan.epsilon_central),
-                    upward(row.plan.epsilon - row.plan.epsilon_central),
-                    upward(row.plan.epsilon),
-                ]
-                for row in rows
-            ],
-        ),
+        "failures": _failures(rows),
+        "budget": _budget(rows),
         "pruned": Table(
             f"Points that were never trained ({len(pruned)})",
             list(sweep.search_space),
@@ -81,16 +58,40 @@ def all_tables(
         ),
     }
     if winner is not None:
-        fid = next(name for name in winner.scores if name.startswith("fid"))
+        names = ["accuracy", next(name for name in winner.scores if name.startswith("fid"))]
+        finished = [row for row in rows if row.state == "finished"]
         tables["front"] = Table(
             "The Pareto front; scores are not private.",
-            ["trial", "accuracy", fid],
+            ["trial", *names],
             [
-                [row.trial, *(figure(name, row.scores[name]) for name in ("accuracy", fid))]
-                for row in pareto_front(finished, fid)
+                [row.trial, *(figure(name, row.scores[name]) for name in names)]
+                for row in pareto_front(finished, names[1])
             ],
         )
     return tables
+
+
+def _failures(rows: Sequence[Row]) -> Table:
+    lines = [
+        [row.trial, row.state, row.error or "interrupted, or still running"]
+        for row in rows
+        if row.state != "finished"
+    ]
+    return Table("Trials without a result", ["trial", "state", "reason"], lines, words=True)
+
+
+def _budget(rows: Sequence[Row]) -> Table:
+    lines = [
+        [
+            row.trial,
+            upward(row.plan.epsilon_central),
+            upward(row.plan.epsilon - row.plan.epsilon_central),
+            upward(row.plan.epsilon),
+        ]
+        for row in rows
+    ]
+    columns = ["trial", "central images alone", "added by what follows", "together"]
+    return Table("Epsilon of each trial by stage", columns, lines)
 
 
 def _settings(sweep: SweepConfig) -> list[list[str]]:

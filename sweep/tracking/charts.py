@@ -4,13 +4,14 @@ The whole configuration is an artifact; a column is worth its place only if a pe
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from core.commands.account import COUNT, NOISE
 from core.config import Config, flatten
 from core.config.metrics import DIRECTIONS
+from core.record.early import STAGE
 from core.record.folder import RunFolder
 from sweep.config.sweep import SweepConfig
 
@@ -81,9 +82,21 @@ def compared_figures(sweep: SweepConfig, result: Mapping[str, Any]) -> dict[str,
     }
 
 
-def curves(report: Mapping[str, Any]) -> dict[str, float]:
-    """What of a step's report is drawn as curves, by stage."""
-    return {f"{report['stage']}/{k}": report[k] for k in _CURVES if k in report}
+def points(reports: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, int, float]]:
+    """Name, step and value of what is drawn as curves: by stage, machine use, early scores.
+
+    Privacy: the loss is not private.
+    """
+    for report in reports:
+        if "loss" in report:
+            drawn = {f"{report['stage']}/{k}": report[k] for k in _CURVES if k in report}
+            drawn |= {k: v for k, v in report.items() if k.startswith("system/")}
+            drawn["step"] = report["step"]
+        elif report["stage"] == STAGE:
+            drawn = {k: v for k, v in report.items() if k.startswith("early_")}
+        else:
+            continue
+        yield from ((name, report["step"], value) for name, value in drawn.items())
 
 
 def pictures(run_dir: Path, step: int, finished: bool) -> Iterator[tuple[str, int, Path]]:
@@ -92,12 +105,10 @@ def pictures(run_dir: Path, step: int, finished: bool) -> Iterator[tuple[str, in
     Privacy: post-processing of what the trial has paid for.
     """
     folder = RunFolder(run_dir)
-    for key, released in (
-        (CENTRAL_IMAGES, folder.central_grid),
-        (FREQUENCY, folder.frequency_grid),
-    ):
-        if released.exists():
-            yield key, 0, released
+    released = ((CENTRAL_IMAGES, folder.central_grid), (FREQUENCY, folder.frequency_grid))
+    for key, path in released if step >= 0 else ():  # Written before the first step.
+        if path.exists():
+            yield key, 0, path
     for path in sorted(folder.samples.glob("*.png")):
         if int(path.stem) <= step:
             yield SAMPLES, int(path.stem), path

@@ -9,7 +9,7 @@ import json
 import tempfile
 import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -37,15 +37,17 @@ from mlflow.utils.time import get_current_time_millis
 from PIL import Image, UnidentifiedImageError
 
 from core.errors import ConfigError
+from core.record.early import ENDED_EARLY
 from core.record.folder import NON_PRIVATE
-from sweep.tracking.charts import curves
 
 UNREACHABLE = (MlflowException, OSError)
 """What calls raise while the server, its data base or its artifact store does not answer."""
 _TEMPORARY = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED")
 _KEY = "sweep.key"
 _PARENT = "mlflow.parentRunId"
-_MAX_BATCH = 100
+STATE = "sweep.state"
+_MAX_BATCH, _MAX_POINTS = 100, 1000
+"""Parameters and points that one call takes."""
 _MAX_COMPARED = 100
 """Trials in the table of a comparison; more are slow to open."""
 _LOCAL_UI = "http://127.0.0.1:5000"
@@ -53,7 +55,7 @@ _LOCAL_UI = "http://127.0.0.1:5000"
 
 
 class Tracker:
-    """A run of MLflow that is found by its key, or created.
+    """A run of MLflow that is found by its key, or created; what it has is not logged again.
 
     Args:
         uri: tracking URI; absolute, as Ray changes the working directory.
@@ -72,8 +74,10 @@ class Tracker:
         )
         self._run = found[0] if found else self._create(experiment_id, key, parent_id)
         self.run_id: str = self._run.info.run_id
-        self._last_step = int(self._run.data.metrics.get("step", -1))
+        self._params = set(self._run.data.params)
+        self._steps: dict[str, set[int]] = {}
         self._pictures: set[tuple[str, int]] | None = None
+        self._has_dataset = bool(self._run.inputs and self._run.inputs.dataset_inputs)
         self._client.update_run(self.run_id, status="RUNNING")
 
     def _create(self, experiment_id: str, key: str, parent_id: str | None) -> Run:
@@ -82,45 +86,39 @@ class Tracker:
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Logs parameters; those that are logged already stay as they are."""
-        known = self._run.data.params
-        new = [Param(k, str(v)[:6000]) for k, v in params.items() if k not in known]
+        new = [Param(k, str(v)[:6000]) for k, v in params.items() if k not in self._params]
         for start in range(0, len(new), _MAX_BATCH):
             self._client.log_batch(self.run_id, params=new[start : start + _MAX_BATCH])
+        self._params |= params.keys()
 
     def log_tags(self, tags: Mapping[str, str]) -> None:
         """Sets tags."""
         self._client.log_batch(self.run_id, tags=[RunTag(k, v) for k, v in tags.items()])
 
-    def log_step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Logs a point of the curves, unless a run before a restart has logged it."""
-        if step > self._last_step:
-            self._last_step = step
-            self.log_metrics({**metrics, "step": step}, step)
-
-    def log_once(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Logs numbers of a step that a restart tells again, unless they are logged already."""
-        for name, value in metrics.items():
-            known = self._client.get_metric_history(self.run_id, name)
-            if step not in {metric.step for metric in known}:
-                self.log_metrics({name: value}, step)
-
-    def log_missing_steps(self, path: Path) -> None:
-        """Logs the points of a run's `metrics.jsonl` that were lost with the process they were in.
-
-        Privacy: the loss is not private.
-        """
-        known = {point.step for point in self._client.get_metric_history(self.run_id, "step")}
-        for line in path.read_text().splitlines():
-            report = json.loads(line)
-            if "loss" in report and report["step"] not in known:
-                self.log_metrics({**curves(report), "step": report["step"]}, report["step"])
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
-        """Logs numbers at a step."""
+    def log_points(self, points: Iterable[tuple[str, int, float]]) -> None:
+        """Logs name, step and value of points; each name and step once, also after a restart."""
+        new = {(name, at): value for name, at, value in points if at not in self._known(name)}
         now = get_current_time_millis()
-        self._client.log_batch(
-            self.run_id, metrics=[Metric(k, float(v), now, step) for k, v in metrics.items()]
-        )
+        metrics = [Metric(name, float(value), now, at) for (name, at), value in new.items()]
+        for start in range(0, len(metrics), _MAX_POINTS):
+            batch = metrics[start : start + _MAX_POINTS]
+            self._client.log_batch(self.run_id, metrics=batch)
+            for metric in batch:
+                self._known(metric.key).add(metric.step)
+
+    def _known(self, name: str) -> set[int]:
+        """Steps at which a metric is logged."""
+        if name not in self._steps:
+            has = name in self._run.data.metrics
+            points = self._client.get_metric_history(self.run_id, name) if has else []
+            self._steps[name] = {point.step for point in points}
+        return self._steps[name]
+
+    def log_figures(self, figures: Mapping[str, float]) -> None:
+        """Logs numbers without a step that may change later, where they are not the last."""
+        last, now = self._client.get_run(self.run_id).data.metrics, get_current_time_millis()
+        new = [Metric(k, float(v), now, 0) for k, v in figures.items() if last.get(k) != v]
+        self._client.log_batch(self.run_id, metrics=new)
 
     def log_file(self, path: Path, folder: str = "") -> None:
         """Uploads a file, if it exists, as an artifact.
@@ -145,16 +143,19 @@ class Tracker:
             self._pictures.add((key, step))
 
     def log_dataset(self, name: str, facts: Mapping[str, Any]) -> None:
-        """Says on which data set the run is trained, by public facts alone.
+        """Says once on which data set the run is trained, by public facts alone.
 
         Privacy: the digest is that of the facts; the content's never leaves the ledger.
         """
+        if self._has_dataset:
+            return
         text = json.dumps(facts, sort_keys=True)
         rows = json.dumps({"num_rows": facts["num_examples"]})
         digest = hashlib.sha256(text.encode()).hexdigest()[:8]
         dataset = Dataset(name, digest, source_type="public facts", source=text, profile=rows)
         tags = [InputTag("mlflow.data.context", "training")]
         self._client.log_inputs(self.run_id, [DatasetInput(dataset, tags)])
+        self._has_dataset = True
 
     def log_charts(self, name: str, state: str) -> None:
         """Saves a state of the page of runs, JSON, with the experiment.
@@ -238,36 +239,41 @@ def is_temporary(error: BaseException) -> bool:
     return not isinstance(error, MlflowException) or error.error_code in _TEMPORARY
 
 
-def recorded(uri: str, experiment_id: str, sweep: str) -> set[str]:
-    """Keys of the sweep and of its trials whose runs have ended as they should, or were deleted.
-
-    What was deleted stays so, unless something is still written to it.
-    """
-    runs = _runs_of(MlflowClient(tracking_uri=uri), experiment_id, sweep, ViewType.ALL)
-    # A trial that was stopped early has ended, although it counts as killed.
-    pending = {
-        run.data.tags[_KEY]
-        for run in runs
-        if run.info.lifecycle_stage == ACTIVE
-        and run.info.status != "FINISHED"
-        and run.data.tags.get("sweep.state") != "stopped"
-    }
-    return {run.data.tags[_KEY] for run in runs} - pending
+def known_runs(uri: str, experiment: str, sweep: str) -> dict[str, Run]:
+    """The runs of a sweep and of its trials by key; deleted ones where there is no other."""
+    client = MlflowClient(tracking_uri=uri)
+    if (place := client.get_experiment_by_name(experiment)) is None:
+        return {}
+    condition = f"tags.`{_KEY}` LIKE '{sweep}%'"
+    runs = client.search_runs([place.experiment_id], condition, ViewType.ALL, max_results=50_000)
+    found = [run for run in runs if run.data.tags[_KEY].split("/")[0] == sweep]
+    found.sort(key=lambda run: run.info.lifecycle_stage == ACTIVE)
+    return {run.data.tags[_KEY]: run for run in found}
 
 
-def kill_stale(uri: str, experiment_id: str, parent_id: str, sweep: str) -> None:
+def status_of(run: Run) -> str:
+    """MLflow's status, but `DELETED`, or `STOPPED` of a trial that was stopped early."""
+    if run.info.lifecycle_stage != ACTIVE:
+        return "DELETED"
+    # Which MLflow counts as killed.
+    stopped = run.info.status == "KILLED" and run.data.tags.get(STATE) == ENDED_EARLY
+    return "STOPPED" if stopped else run.info.status
+
+
+def kill_stale(uri: str, experiment: str, parent_id: str, sweep: str) -> None:
     """Makes the parent that of all the sweep's trials; another may have been deleted.
 
     Marks trials that an interrupted driver left running; those tried again are reopened.
     """
     client = MlflowClient(tracking_uri=uri)
-    for run in _runs_of(client, experiment_id, sweep):
-        if run.info.run_id == parent_id:
+    for run in known_runs(uri, experiment, sweep).values():
+        run_id, status = run.info.run_id, status_of(run)
+        if run_id == parent_id or status == "DELETED":
             continue
         if run.data.tags.get(_PARENT) != parent_id:
-            client.set_tag(run.info.run_id, _PARENT, parent_id)
-        if run.info.status == "RUNNING":
-            client.set_terminated(run.info.run_id, "KILLED")
+            client.set_tag(run_id, _PARENT, parent_id)
+        if status == "RUNNING":
+            client.set_terminated(run_id, "KILLED")
 
 
 def _save_model(run_dir: Path, folder: Path, model_id: str) -> None:
@@ -310,51 +316,29 @@ def _require_publishable(path: Path) -> None:
 
 
 def how_to_compare(uri: str, experiment: str, sweep: str) -> str:
-    """What opens the MLflow UI, and there a sweep's charts and the table of its trials.
+    """What opens the MLflow UI, and there a sweep's charts and the table of its finished trials.
 
-    The addresses are left out if the sweep is not recorded, or the server does not answer.
+    The addresses are left out if the sweep is not recorded, or the server does not answer. Other
+    trials have no figures to compare, and MLflow's table breaks on runs without artifacts.
     """
-    lines = [ui_command(uri)]
-    number, trials = "", []
+    lines, known = [ui_command(uri)], dict[str, Run]()
     try:
         with usable(uri):
             if (path := file_of(uri)) is None or path.exists():
-                number, trials = _trials_of(uri, experiment, sweep)
+                reachable(uri)
+                known = known_runs(uri, experiment, sweep)
     except ConfigError as error:
         lines += [f"  {error}"]
-    if number:
+    states = {run.info.run_id: status_of(run) for key, run in known.items() if key != sweep}
+    if set(states.values()) - {"DELETED"}:
         page = without_user(uri).rstrip("/") if uri.startswith("http") else _LOCAL_UI
-        chosen, where = (
-            quote(json.dumps(ids, separators=(",", ":")))
-            for ids in (trials[:_MAX_COMPARED], [number])
-        )
+        number = next(iter(known.values())).info.experiment_id
         query = f"compareRunsMode=CHART&viewStateShareKey={sweep}"
         lines += [f"  charts: {page}/#/experiments/{number}/runs?{query}"]
-        if trials:
+        if trials := [run_id for run_id, state in states.items() if state == "FINISHED"]:
+            chosen, where = (
+                quote(json.dumps(ids, separators=(",", ":")))
+                for ids in (trials[:_MAX_COMPARED], [number])
+            )
             lines += [f"  table: {page}/#/compare-runs?runs={chosen}&experiments={where}"]
     return "\n".join(lines)
-
-
-def _trials_of(uri: str, experiment: str, sweep: str) -> tuple[str, list[str]]:
-    """Id of the experiment, empty if there is no run of the sweep, and of its finished trials.
-
-    Others have no figures to compare, and MLflow's table breaks on runs without artifacts.
-    """
-    reachable(uri)
-    client = MlflowClient(tracking_uri=uri)
-    found = client.get_experiment_by_name(experiment)
-    if found is None:
-        return "", []
-    runs = [
-        run for run in _runs_of(client, found.experiment_id, sweep) if run.data.tags[_KEY] != sweep
-    ]
-    finished = [run.info.run_id for run in runs if run.info.status == "FINISHED"]
-    return found.experiment_id if runs else "", finished
-
-
-def _runs_of(
-    client: MlflowClient, experiment_id: str, sweep: str, view: int = ViewType.ACTIVE_ONLY
-) -> list[Run]:
-    condition = f"tags.`{_KEY}` LIKE '{sweep}%'"
-    found = client.search_runs([experiment_id], condition, view, max_results=50_000)
-    return [run for run in found if run.data.tags[_KEY].split("/")[0] == sweep]

@@ -17,7 +17,7 @@ from pathlib import Path
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-# A call to a server that is away fails in seconds, not minutes: the outbox repeats it.
+# A call to a server that is away fails in seconds, not minutes: the mirror tries again.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
@@ -34,7 +34,7 @@ from core.errors import ConfigError, UserError
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)
 logging.getLogger("alembic").setLevel(logging.WARNING)
-logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # The outbox tells of retries.
+logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # The mirror tells.
 
 ACTIVE = "active"
 """State of what was not deleted."""
@@ -166,26 +166,27 @@ def _connect(uri: str) -> None:
         engine.dispose()
 
 
-def open_experiment(uri: str, name: str, storage: Path) -> str:
+def open_experiment(uri: str, name: str, storage: Path, create: bool = True) -> str:
     """Id of the experiment; creates it, and the data base, if there is none.
+
+    Args:
+        create: False leaves what is not there, and the id empty, as for a selection before its end:
+            when something was created would tell how long its trials took, so how many there were.
 
     Raises:
         ConfigError: MLflow cannot be used, the experiment was deleted, or the place of its files
             cannot be written from here.
     """
-    reachable(uri)
     with usable(uri):
-        client = MlflowClient(tracking_uri=uri)
-        artifacts = None if uri.startswith("http") else (storage / "mlartifacts").as_uri()
-        kind = {"mlflow.experimentKind": "custom_model_development"}  # Not of language models.
-        if client.get_experiment_by_name(name) is None:
-            try:
-                client.create_experiment(name, artifact_location=artifacts, tags=kind)
-            except MlflowException as error:
-                if error.error_code != "RESOURCE_ALREADY_EXISTS":  # By another driver.
-                    raise
-        experiment = client.get_experiment_by_name(name)
-        assert experiment is not None
+        file = None if create else file_of(uri)
+        if file is not None and not file.exists():
+            _connect(uri)
+            file.unlink()
+            return ""
+        reachable(uri)
+        experiment = find_experiment(uri, name, storage, create)
+        if experiment is None:
+            return ""
         if experiment.lifecycle_stage != ACTIVE:
             raise ConfigError(
                 f"experiment={name!r} was deleted in MLflow: restore it by "
@@ -194,6 +195,24 @@ def open_experiment(uri: str, name: str, storage: Path) -> str:
             )
         _require_artifacts(uri, experiment)
     return experiment.experiment_id
+
+
+def find_experiment(uri: str, name: str, storage: Path, create: bool = True) -> Experiment | None:
+    """The experiment, also if it was deleted; created if there is none, or None.
+
+    Raises:
+        MlflowException: MLflow does not answer, or refuses.
+    """
+    client = MlflowClient(tracking_uri=uri)
+    if create and client.get_experiment_by_name(name) is None:
+        artifacts = None if uri.startswith("http") else (storage / "mlartifacts").as_uri()
+        kind = {"mlflow.experimentKind": "custom_model_development"}  # Not of language models.
+        try:
+            client.create_experiment(name, artifact_location=artifacts, tags=kind)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":  # By another driver.
+                raise
+    return client.get_experiment_by_name(name)
 
 
 def _require_artifacts(uri: str, experiment: Experiment) -> None:

@@ -109,37 +109,8 @@ def _train(context: Context, config: Config, trial_id: str) -> Iterator[dict[str
     import ray.train
     from ray.util.queue import Empty
 
-    from sweep.trials.ray_train import Trainer
-
-    sweep, reports, attempt = context.sweep, _queue(), uuid.uuid4().hex
-    resources = {"CPU": sweep.cpus_per_worker}
-    if sweep.gpus_per_worker:
-        resources["GPU"] = sweep.gpus_per_worker
-    trainer = Trainer(
-        train_worker,
-        train_loop_config={
-            "config": nested(config),
-            "run_dir": str(context.run_dir(trial_id)),
-            "name": sweep.name,
-            "folder": str(sweep.folder),
-            "shares": shares_central_images(config),
-            "launch": context.launch,
-            "verdicts": context.verdicts,
-            "trial": trial_id,
-            "threads": max(1, int(sweep.cpus_per_worker)),
-        },
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=sweep.num_workers,
-            use_gpu=sweep.gpus_per_worker > 0,
-            resources_per_worker=resources,
-        ),
-        run_config=ray.train.RunConfig(
-            name=f"{trial_id}-{context.launch}",
-            storage_path=str(sweep.folder / "ray" / "train"),
-            callbacks=[_relay(reports, attempt)],
-            failure_config=ray.train.FailureConfig(max_failures=sweep.max_failures),
-        ),
-    )
+    reports, attempt = _queue(), uuid.uuid4().hex
+    trainer = _trainer(context, config, trial_id, _relay(reports, attempt))
     failure: list[BaseException] = []
 
     def fit() -> None:
@@ -171,6 +142,43 @@ def _train(context: Context, config: Config, trial_id: str) -> Iterator[dict[str
     if isinstance(failure[0], ray.train.WorkerGroupError):
         raise TrialError(_reason(failure[0])) from failure[0]
     raise _ControllerDiedError(_reason(failure[0])) from failure[0]
+
+
+def _trainer(context: Context, config: Config, trial_id: str, relay: Any) -> Any:
+    """The group of workers of a trial."""
+    import ray.train
+
+    from sweep.trials.ray_train import Trainer
+
+    sweep = context.sweep
+    resources = {"CPU": sweep.cpus_per_worker}
+    if sweep.gpus_per_worker:
+        resources["GPU"] = sweep.gpus_per_worker
+    return Trainer(
+        train_worker,
+        train_loop_config={
+            "config": nested(config),
+            "run_dir": str(context.run_dir(trial_id)),
+            "name": sweep.name,
+            "folder": str(sweep.folder),
+            "shares": shares_central_images(config),
+            "launch": context.launch,
+            "verdicts": context.verdicts,
+            "trial": trial_id,
+            "threads": max(1, int(sweep.cpus_per_worker)),
+        },
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=sweep.num_workers,
+            use_gpu=sweep.gpus_per_worker > 0,
+            resources_per_worker=resources,
+        ),
+        run_config=ray.train.RunConfig(
+            name=f"{trial_id}-{context.launch}",
+            storage_path=str(sweep.folder / "ray" / "train"),
+            callbacks=[relay],
+            failure_config=ray.train.FailureConfig(max_failures=sweep.max_failures),
+        ),
+    )
 
 
 @cache
@@ -211,13 +219,12 @@ def train_worker(settings: dict[str, Any]) -> None:
     from sweep.trials.ray_train import use_own_device
 
     use_own_device()
-    use = MachineUse()
     torch.set_num_threads(settings["threads"])
     folder, launch = Path(settings["folder"]), settings["launch"]
 
     def report(metrics: dict[str, Any]) -> None:
         distributed.on_rank_0(lambda: require_newest_launch(folder, launch))
-        ray.train.report({**metrics, **use()})
+        ray.train.report(metrics)
 
     def goes_on(progress: float) -> bool:
         verdicts = settings["verdicts"]
@@ -235,6 +242,7 @@ def train_worker(settings: dict[str, Any]) -> None:
                 charged=folder / "charged",
                 shared=folder / "shared" if settings["shares"] else None,
                 should_continue=goes_on,
+                measure=MachineUse(),
             ),
         )
     except UserError as error:

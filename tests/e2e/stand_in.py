@@ -67,17 +67,21 @@ def stand_in(context: Any, config: Config, trial_id: str) -> Iterator[dict[str, 
     data = json.dumps([config.dataset.name, config.dataset.path])
     fingerprint = hashlib.sha256(data.encode()).hexdigest()
     reservation = spending.reserve(fingerprint, trial_id)
+
+    def logged(report: dict[str, Any]) -> dict[str, Any]:
+        with (run_dir / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(report) + "\n")
+        return report
+
     for step in (2, 4):
         spending.count(step - 1)
         report = {"step": step, "stage": "private_training", "loss": 1.0, "seconds_per_step": 0.1}
-        with (run_dir / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(report) + "\n")
-        yield report
+        yield logged(report)
         if (share := config.early_steps.get(step)) is not None:
             score = {"early_accuracy": min(1.0, config.private_training.learning_rate)}
             kept = {"identity": trial_id, "scores": {str(share): score["early_accuracy"]}}
             write_json(run_dir / "early_scores.json", kept)
-            yield {"step": step, "stage": "early_score", "progress": share, **score}
+            yield logged({"step": step, "stage": "early_score", "progress": share, **score})
             if not ray.get(context.verdicts.ask.remote(trial_id, share)):
                 spending.settle(fingerprint, reservation)
                 spent = {"epsilon": plan.epsilon_after(step), "seconds": 0.1}

@@ -125,6 +125,11 @@ def test_mlflow_is_told_of_one_trial_and_all_else_says_that_it_stays_inside(
     assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
     assert child.data.metrics["accuracy"] == winner.scores["accuracy"]
     assert parent.data.tags["best_trial"] == winner.trial
+    # Nothing in MLflow is older than the end of the last trial: times do not tell of the others.
+    ends = max(path.stat().st_mtime for path in sweep.folder.glob("trials/*/evaluation.json"))
+    begun = [run.info.start_time for run in runs]
+    begun += [each.creation_time for each in client.search_experiments()]
+    assert min(begun) >= 1000 * ends
     for name in parent.data.metrics:
         assert len(client.get_metric_history(parent.info.run_id, name)) == 1, name
     others = [row.trial for row in load_rows(sweep) if row.trial != winner.trial]
@@ -195,7 +200,7 @@ def test_settings_found_on_public_data_run_once_on_the_sensitive_data(
     (final,) = [row for row in load_rows(sweep) if not row.config.dataset.public]
     for change in ((final.run_dir / "evaluation.json").unlink, lambda: rmtree(final.run_dir)):
         change()
-        ended = Outcome(load_rows(sweep), [], "", False, f"sqlite:///{tmp_path}/runs/mlflow.db")
+        ended = Outcome(load_rows(sweep), "", False, f"sqlite:///{tmp_path}/runs/mlflow.db")
         monkeypatch.setattr("sweep.driver.launch.run_sweep", lambda *_, told=ended: told)
         assert run_main(["--config", "sweep.yaml", *overrides]) == 1
         told = capsys.readouterr().out

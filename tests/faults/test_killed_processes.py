@@ -105,7 +105,8 @@ def test_the_server_has_every_trial_and_every_step_once(story, cluster: Lab):
         assert "accuracy" in run.data.metrics
         artifacts = {a.path for a in client.list_artifacts(run.info.run_id)}
         assert artifacts >= {"config.yaml", "privacy.json", "synthetic"}
-    assert not list(sweep.config.folder.rglob("mlflow_outbox*"))
+        use = client.get_metric_history(run.info.run_id, "system/cpu_utilization_percentage")
+        assert expected <= {m.step for m in use}, "machine use was lost with a driver"
 
 
 def test_no_process_is_left(story, cluster: Lab):

@@ -1,15 +1,18 @@
-"""Records of a run while the MLflow server is stopped: in a file, sent in order, none twice."""
+"""The mirror of a sweep while the MLflow server is stopped: nothing lost, nothing twice."""
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from lab import RATE, ROOT, Lab, wait_for
-from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
+from PIL import Image
 
-from sweep.config.sweep import load_sweep
+from sweep.config.sweep import SweepConfig, load_sweep
 from sweep.tracking.client import open_experiment
-from sweep.tracking.content import Place
-from sweep.tracking.outbox import OUTBOX, Outbox
-from sweep.tracking.recorder import Recorder
+from sweep.tracking.mirror import Mirror
 
 QUICKSTART = ROOT / "sweep" / "configs" / "quickstart.yaml"
 
@@ -21,68 +24,84 @@ def server(lab: Lab) -> Lab:
     return lab
 
 
-def test_what_was_logged_while_the_server_was_away_arrives_once(server: Lab, tmp_path):
+@pytest.fixture
+def sweep(server: Lab, tmp_path: Path, request) -> Iterator[SweepConfig]:
+    name = request.node.originalname
+    sweep = load_sweep(QUICKSTART, {"storage_path": str(tmp_path), "name": "s", "experiment": name})
+    open_experiment(server.environment["MLFLOW_TRACKING_URI"], name, tmp_path)
+    sweep.folder.mkdir()
+    (sweep.folder / "sweep.json").write_text("{}")
+    yield sweep
+    if server.server is None:
+        server.start_server()
+
+
+def reported(sweep: SweepConfig, trial: str, *steps: int) -> None:
+    folder = sweep.folder / "trials" / trial
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "metrics.jsonl").open("a") as file:
+        for step in steps:
+            report = {"stage": "warm_up", "step": step, "loss": 1 / step}
+            file.write(json.dumps(report) + "\n")
+
+
+def statuses(server: Lab, sweep: SweepConfig) -> dict[str, str]:
+    client = MlflowClient(tracking_uri=server.environment["MLFLOW_TRACKING_URI"])
+    experiment = client.get_experiment_by_name(sweep.experiment)
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    return {run.info.run_name: run.info.status for run in runs}
+
+
+def test_what_happened_while_the_server_was_away_arrives_once(server: Lab, sweep: SweepConfig):
+    """Of a trial that goes on, and of one that began and ended meanwhile."""
     uri = server.environment["MLFLOW_TRACKING_URI"]
-    experiment = open_experiment(uri, "away", tmp_path)
-    picture = tmp_path / "grid.png"
-    picture.write_bytes(b"png")
-    box = Outbox(tmp_path, uri, experiment, "s/t")
-    box.log_params({"a": 1, "b": None})
-    box.log_step(1, {"loss": 1.0})
-    assert not box.waiting
+    mirror = Mirror(sweep, 0, uri, 2)
+    mirror.begin([])
+    reported(sweep, "one", 1, 2)
+    mirror.started("one", {RATE: 0.001})
+    wait_for(lambda: "one" in statuses(server, sweep), "the first trial", 60)
     server.stop_server()
-    for step in (2, 3, 4):
-        box.log_step(step, {"loss": 1.0 / step})
-    assert box.waiting
-    assert not box.flush(0.5), "nothing can be sent"
-
-    with (tmp_path / OUTBOX).open("a") as file:
-        file.write('["log_step", [5, {"mapp')  # The trial's process is killed as it writes.
-    restarted = Outbox(tmp_path, uri, experiment, "s/t")
-    restarted.log_step(3, {"loss": 1.0 / 3})
-    restarted.log_file(picture, "synthetic")
-    restarted.finish("FINISHED")
+    reported(sweep, "one", 3, 4)
+    picture = sweep.folder / "trials" / "one" / "samples" / "00000002.png"
+    picture.parent.mkdir()
+    Image.new("L", (12, 12)).save(picture)
+    reported(sweep, "two", 1)
+    mirror.started("two", {RATE: 0.002})
+    mirror.ended("two", {"failure": "out of luck"})
+    time.sleep(8)  # It is asked, in vain.
     server.start_server()
-    assert restarted.flush(60)
-    assert not restarted.waiting
-
+    wait_for(lambda: statuses(server, sweep).get("two") == "FAILED", "the second trial", 90)
+    reported(sweep, "one", 5)
+    assert mirror.close(60, "FINISHED") == 0
+    assert statuses(server, sweep) == {"s": "FINISHED", "one": "KILLED", "two": "FAILED"}
     client = MlflowClient(tracking_uri=uri)
-    (run,) = client.search_runs([experiment])
-    assert run.info.status == "FINISHED"
-    assert run.data.params == {"a": "1", "b": "None"}
-    points = client.get_metric_history(run.info.run_id, "loss")
-    assert sorted((p.step, p.value) for p in points) == [(n, 1.0 / n) for n in (1, 2, 3, 4)]
-    assert [a.path for a in client.list_artifacts(run.info.run_id, "synthetic")] == [
-        "synthetic/grid.png"
-    ]
+    experiment = client.get_experiment_by_name(sweep.experiment)
+    assert experiment is not None
+    runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    for trial, steps in (("one", (1, 2, 3, 4, 5)), ("two", (1,))):
+        points = client.get_metric_history(runs[trial].info.run_id, "warm_up/loss")
+        assert sorted((p.step, p.value) for p in points) == [(n, 1 / n) for n in steps]
+    images = client.list_artifacts(runs["one"].info.run_id, "images")
+    assert len(images) == 2  # In full and as a preview.
 
 
-def test_what_a_trial_left_is_sent_as_soon_as_the_server_answers_again(server: Lab, tmp_path):
+def test_a_server_that_stays_away_is_waited_for_only_so_long(server: Lab, sweep: SweepConfig):
+    """What it lacks is told by the next driver."""
     uri = server.environment["MLFLOW_TRACKING_URI"]
-    experiment = open_experiment(uri, "late", tmp_path)
-    sweep = load_sweep(QUICKSTART, {"storage_path": str(tmp_path), "name": "late"})
-    recorder = Recorder(sweep, 0, Place("late", uri, experiment, ""), print)
+    mirror = Mirror(sweep, 0, uri, 1)
+    mirror.begin([])
+    wait_for(lambda: "s" in statuses(server, sweep), "the sweep", 60)
     server.stop_server()
-    recorder.started("one", {RATE: 0.001})
-    recorder.ended("one", {"failure": "out of luck"})
-    recorder.started("two", {RATE: 0.002})
-    outboxes = sweep.folder / "trials"
-    wait_for(lambda: len(list(outboxes.glob(f"*/{OUTBOX}"))) == 2, "outboxes", 60)
+    reported(sweep, "one", 1)
+    mirror.started("one", {RATE: 0.001})
+    began = time.monotonic()
+    assert mirror.close(3.0, "FINISHED") == 2
+    assert time.monotonic() - began < 60
     server.start_server()
-
-    def sent() -> bool:
-        recorder.reported("two", {"stage": "warm_up", "step": 1})
-        return not list(outboxes.glob(f"*/{OUTBOX}"))
-
-    wait_for(sent, "records", 60, every=1)
-    runs = MlflowClient(tracking_uri=uri).search_runs([experiment])
-    assert sorted(run.info.status for run in runs) == ["FAILED", "RUNNING"]
-    recorder.close(0.0)
-
-
-def test_what_the_server_refuses_is_an_error_not_a_delay(server: Lab, tmp_path):
-    uri = server.environment["MLFLOW_TRACKING_URI"]
-    box = Outbox(tmp_path, uri, open_experiment(uri, "away", tmp_path), "s/u")
-    with pytest.raises(MlflowException, match="Invalid"):
-        box.log_metrics({"a name with\nbreaks": 1.0})
-    assert not box.waiting
+    assert statuses(server, sweep) == {"s": "RUNNING"}
+    again = Mirror(sweep, 0, uri, 1)
+    again.begin([])
+    again.started("one", {RATE: 0.001})
+    assert again.close(60, "KILLED") == 0
+    assert statuses(server, sweep) == {"s": "KILLED", "one": "KILLED"}

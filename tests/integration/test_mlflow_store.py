@@ -1,6 +1,7 @@
 """MLflow's store as people have it: tried before anything is trained, each fault one line."""
 
 import http.server
+import json
 import re
 import shlex
 import shutil
@@ -9,8 +10,10 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow.tracking import MlflowClient
@@ -19,17 +22,18 @@ from core.errors import ConfigError
 from sweep.config.sweep import load_sweep
 from sweep.driver.launch import run_sweep
 from sweep.results.claim import claim
-from sweep.tracking import store
+from sweep.tracking import mirror, store
 from sweep.tracking.client import (
     Tracker,
     how_to_compare,
     kill_stale,
+    known_runs,
     open_experiment,
-    recorded,
+    status_of,
     tracking_uri,
     ui_command,
 )
-from sweep.tracking.outbox import Outbox
+from sweep.tracking.mirror import Mirror
 
 QUICKSTART = "sweep/configs/quickstart.yaml"
 STRANGE = ("a b", "a%20b", "a%2Fb", "a?b#c", "it's", "ü;&$(x)")
@@ -225,32 +229,77 @@ def test_a_place_for_files_that_cannot_be_used_is_one_line(storage, monkeypatch,
     assert re.search(message, told(uri, storage))
 
 
-def test_a_run_that_was_deleted_is_written_again_and_an_ended_one_stays_deleted(storage):
+def test_a_run_that_was_deleted_is_written_again_and_an_ended_one_stays_deleted(
+    storage, monkeypatch
+):
+    monkeypatch.setattr(mirror, "_INTERVAL", 0.05)
+    sweep = load_sweep(QUICKSTART, {"storage_path": str(storage), "name": "s"})
     uri = tracking_uri(storage)
-    experiment = open_experiment(uri, "e", storage)
+    experiment = open_experiment(uri, sweep.experiment, storage)
     client = MlflowClient(tracking_uri=uri)
-    first = Tracker(uri, experiment, "s")
-    box = Outbox(storage, uri, experiment, "s/t", first.run_id)
-    box.log_step(1, {"loss": 1.0})
-    (run,) = (run for run in client.search_runs([experiment]) if run.info.run_name == "t")
-    client.delete_run(run.info.run_id)
-    box.log_step(2, {"loss": 0.5})
-    box.finish("FINISHED")
-    assert not box.waiting
-    assert [point.step for point in client.get_metric_history(run.info.run_id, "loss")] == [1, 2]
-    assert client.get_run(run.info.run_id).info.lifecycle_stage == "active"
-    assert recorded(uri, experiment, "s") == {"s/t"}
+    folder = sweep.folder / "trials" / "t"
+    folder.mkdir(parents=True)
+    (sweep.folder / "sweep.json").write_text("{}")
 
-    for deleted in (run.info.run_id, first.run_id):
+    def runs() -> dict[str, Any]:
+        return {run.info.run_name: run for run in client.search_runs([experiment])}
+
+    def states() -> dict[str, str]:
+        known = known_runs(uri, sweep.experiment, "s")
+        return {key: status_of(run) for key, run in known.items()}
+
+    def wait_for_step(step: int) -> None:
+        end = time.monotonic() + 60
+        while (run := runs().get("t")) is None or run.data.metrics.get("step") != step:
+            assert time.monotonic() < end
+            time.sleep(0.1)
+
+    told = Mirror(sweep, 0, uri, 1)
+    told.begin([])
+    told.started("t", {})
+    for step in (1, 2):
+        with (folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"stage": "warm_up", "step": step, "loss": 0.5}) + "\n")
+        if step == 1:
+            wait_for_step(1)
+            run = runs()["t"]
+            client.delete_run(run.info.run_id)
+    wait_for_step(2)
+    history = client.get_metric_history(run.info.run_id, "warm_up/loss")
+    assert [point.step for point in history] == [1, 2]
+    assert runs()["t"].info.run_id == run.info.run_id
+    told.ended("t", {"failure": "out of luck"})
+    assert told.close(5.0, "FINISHED") == 0
+    assert states() == {"s": "FINISHED", "s/t": "FAILED"}
+
+    first = runs()["s"]
+    for deleted in (run.info.run_id, first.info.run_id):
         client.delete_run(deleted)
-    assert recorded(uri, experiment, "s") == {"s", "s/t"}
-    assert Tracker(uri, experiment, "s/t", first.run_id).run_id != run.info.run_id
-    assert recorded(uri, experiment, "s") == {"s"}  # It runs.
+    assert states() == {"s": "DELETED", "s/t": "DELETED"}
+    again = Tracker(uri, experiment, "s/t", first.info.run_id)
+    assert again.run_id != run.info.run_id
+    assert states() == {"s": "DELETED", "s/t": "RUNNING"}
     parent = Tracker(uri, experiment, "s")
-    kill_stale(uri, experiment, parent.run_id, "s")
-    runs = {run.info.run_name: run for run in client.search_runs([experiment])}
-    assert runs["t"].data.tags["mlflow.parentRunId"] == parent.run_id
-    assert {name: run.info.status for name, run in runs.items()} == {"s": "RUNNING", "t": "KILLED"}
+    kill_stale(uri, sweep.experiment, parent.run_id, "s")
+    assert runs()["t"].data.tags["mlflow.parentRunId"] == parent.run_id
+    assert states() == {"s": "RUNNING", "s/t": "KILLED"}
+
+
+def test_a_selection_creates_nothing_in_mlflow_before_its_end(tmp_path, storage):
+    """The times of what was created would tell how long its trials took."""
+    absent = tmp_path / "absent"
+    for _ in range(2):
+        assert open_experiment(tracking_uri(absent), "e", absent, create=False) == ""
+        assert not list(absent.iterdir())
+    uri = tracking_uri(storage)
+    assert open_experiment(uri, "e", storage, create=False) == ""
+    client = MlflowClient(tracking_uri=uri)
+    assert client.get_experiment_by_name("e") is None
+    made = open_experiment(uri, "e", storage)
+    assert open_experiment(uri, "e", storage, create=False) == made
+    client.delete_experiment(made)
+    with pytest.raises(ConfigError, match=r"experiment='e' was deleted"):
+        open_experiment(uri, "e", storage, create=False)
 
 
 def test_the_run_of_a_model_is_restored_or_made_anew(storage):

@@ -3,17 +3,22 @@
 import base64
 import json
 import math
+import threading
 import time
 import zlib
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
-from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from PIL import Image
 
 from core.io.files import to_json, write_json
+from core.record.folder import RunFolder
 from sweep.config.sweep import load_sweep, trial_id_of
+from sweep.driver.observers import Relay
+from sweep.tracking import mirror
+from sweep.tracking.charts import points
 from sweep.tracking.client import (
     Tracker,
     how_to_compare,
@@ -22,9 +27,7 @@ from sweep.tracking.client import (
     tracking_uri,
     ui_command,
 )
-from sweep.tracking.content import Place
-from sweep.tracking.outbox import OUTBOX, Outbox
-from sweep.tracking.recorder import Recorder
+from sweep.tracking.mirror import Mirror, lacking
 
 
 @pytest.fixture(scope="module")
@@ -46,25 +49,22 @@ def test_runs_are_found_again_and_steps_logged_once(tmp_path, uri):
     picture = tmp_path / "grid.png"
     picture.write_bytes(b"png")
 
+    def points(*steps: int) -> list[tuple[str, int, float]]:
+        return [("loss", step, 1.0 / step) for step in steps]
+
     first = Tracker(uri, experiment, "s/t1", parent.run_id)
     first.log_params({f"k{i}": i for i in range(150)})
-    for step in (10, 20):
-        first.log_step(step, {"loss": 1.0 / step})
-    kill_stale(uri, experiment, parent.run_id, "s")
+    first.log_points(points(*range(10, 20_000, 10)))
+    kill_stale(uri, "again", parent.run_id, "s")
     client = MlflowClient(tracking_uri=uri)
     assert client.get_run(first.run_id).info.status == "KILLED"
     assert client.get_run(parent.run_id).info.status == "RUNNING"
 
     again = Tracker(uri, experiment, "s/t1", parent.run_id)
     assert again.run_id == first.run_id
-    again.log_params({"k0": 0, "new": 1})
-    for step in (10, 20, 30):
-        again.log_step(step, {"loss": 1.0 / step})
-    reports = [{"stage": "warm_up", "step": step, "loss": 1.0 / step} for step in (20, 25, 30)]
-    reports.append({"stage": "evaluation", "step": 30})
-    lines = [json.dumps(report) for report in reports]
-    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
-    again.log_missing_steps(tmp_path / "metrics.jsonl")
+    for _ in range(2):
+        again.log_params({"k0": 0, "new": 1})
+        again.log_points(points(5, 10, 15, 20, 15, 20_000))
     again.log_file(picture, "synthetic")
     again.log_file(tmp_path / "absent.png")
     again.finish("FINISHED")
@@ -72,9 +72,8 @@ def test_runs_are_found_again_and_steps_logged_once(tmp_path, uri):
     run = client.get_run(first.run_id)
     assert run.info.status == "FINISHED"
     assert len(run.data.params) == 151
-    assert [m.step for m in client.get_metric_history(first.run_id, "loss")] == [10, 20, 30]
-    lost = client.get_metric_history(first.run_id, "warm_up/loss")
-    assert [(m.step, m.value) for m in lost] == [(25, 1 / 25)]
+    steps = [m.step for m in client.get_metric_history(first.run_id, "loss")]
+    assert sorted(steps) == sorted({*range(10, 20_001, 10), 5, 15})
     assert [a.path for a in client.list_artifacts(first.run_id, "synthetic")] == [
         "synthetic/grid.png"
     ]
@@ -85,140 +84,182 @@ def test_runs_are_found_again_and_steps_logged_once(tmp_path, uri):
     assert len(children) == 1
 
 
+def test_a_figure_is_logged_again_only_where_it_has_changed(tmp_path, uri):
+    tracker = Tracker(uri, open_experiment(uri, "figures", tmp_path), "s")
+    for accuracy in (0.5, 0.5, 0.6):
+        tracker.log_figures({"accuracy": accuracy, "fid": 3.0})
+    client = MlflowClient(tracking_uri=uri)
+    for name, values in (("accuracy", [0.5, 0.6]), ("fid", [3.0])):
+        assert [m.value for m in client.get_metric_history(tracker.run_id, name)] == values
+
+
 RATE = "private_training.learning_rate"
-SCORED = {"accuracy": 0.7, "epsilon": 1.0, "noise_multiplier": 2.0, "seconds": 3.0}
-DONE = {"stage": "done", "step": 4, **SCORED}
+DONE = {
+    "stage": "done", "step": 4, "accuracy": 0.7, "epsilon": 1.0, "noise_multiplier": 2.0,
+    "seconds": 3.0, "tags": {"accuracy": "non-private"},
+}  # fmt: skip
+USE = {"system/cpu": 0.5}
 
 
 @pytest.fixture
-def sweep(tmp_path):
-    return load_sweep("sweep/configs/quickstart.yaml", {"storage_path": str(tmp_path), "name": "s"})
+def sweep(tmp_path, request, monkeypatch):
+    """One of an experiment of its own, which MLflow is told of at once."""
+    monkeypatch.setattr(mirror, "_INTERVAL", 0.05)
+    keys = {"storage_path": str(tmp_path), "name": "s", "experiment": request.node.name}
+    sweep = load_sweep("sweep/configs/quickstart.yaml", keys)
+    sweep.folder.mkdir()
+    write_json(sweep.folder / "sweep.json", {})
+    return sweep
 
 
-def recorder_of(sweep, uri: str, experiment: str, notes: list[str], launch: int = 0) -> Recorder:
-    parent = Tracker(uri, experiment, "s")
-    return Recorder(sweep, launch, Place("s", uri, experiment, parent.run_id), notes.append)
+@pytest.fixture
+def begin(sweep, uri):
+    """Begins a mirror; in the end none is left running."""
+    begun: list[Mirror] = []
+
+    def begin(*rows: SimpleNamespace, launch: int = 0) -> Mirror:
+        begun.append(Mirror(sweep, launch, uri, 5))
+        begun[-1].begin(rows)
+        return begun[-1]
+
+    yield begin
+    for each in begun:
+        each.close(0.0, "KILLED")
 
 
-def trains(recorder: Recorder, sweep, rate: float, stage: str = "warm_up") -> str:
-    """Two steps of a trial, during which its process dies once; returns its name."""
+def reports(sweep, rate: float, *steps: int, stage: str = "warm_up") -> str:
+    """What a trial writes; returns its name."""
     name = trial_id_of(sweep.trial_config({RATE: rate}))
     folder = sweep.folder / "trials" / name
-    write_json(folder / "evaluation.json", {"tags": {"accuracy": "non-private"}})
-    for steps in ((2,), (2, 4)):
-        recorder.started(f"tune {rate}", {RATE: rate})
-        for step in steps:
-            report = {"stage": stage, "step": step, "loss": 1 / step, "system/cpu": 0.5}
-            recorder.reported(f"tune {rate}", {**report, "trial": name})
-    (folder / "metrics.jsonl").write_text("")
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [{"stage": stage, "step": step, "loss": 1 / step, **USE} for step in steps]
+    (folder / "metrics.jsonl").write_text("".join(to_json(line) + "\n" for line in lines))
     return name
 
 
-def test_the_driver_records_how_each_trial_went(tmp_path, uri, sweep):
-    experiment, notes = open_experiment(uri, "recorder", tmp_path), []
-    recorder = recorder_of(sweep, uri, experiment, notes)
-    ends = (
-        DONE,
-        {**DONE, "failure": "out of luck", "stage": "x"},
-        {},
-        {"stage": "warm_up", "step": 4},
-        None,
-    )
+def runs_of(sweep, uri: str) -> dict[str, Any]:
+    client = MlflowClient(tracking_uri=uri)
+    experiment = client.get_experiment_by_name(sweep.experiment)
+    found = client.search_runs([experiment.experiment_id]) if experiment else []
+    return {run.info.run_name: run for run in found}
+
+
+def steps_of(run, uri: str, name: str = "warm_up/loss") -> list[int]:
+    history = MlflowClient(tracking_uri=uri).get_metric_history(run.info.run_id, name)
+    return sorted(point.step for point in history)
+
+
+def wait_for(condition, seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_the_driver_mirrors_how_each_trial_went(sweep, uri, begin):
+    """Its process dies once: what it had reported and reports again is told once."""
+    told = begin()
+    ends = (DONE, {"failure": "out of luck"}, {}, {"stage": "warm_up", "step": 4}, None)
     names = []
     for number, last in enumerate(ends, start=1):
-        names.append(trains(recorder, sweep, rate := number / 1000))
-        recorder.reported(f"tune {rate}", last or {"stage": "evaluation", "step": 4})
+        names.append(reports(sweep, rate := number / 1000, 2, 3))
+        told.started(names[-1], {RATE: rate})
+        if number == 1:
+            wait_for(lambda: names[0] in runs_of(sweep, uri))
+            wait_for(lambda: steps_of(runs_of(sweep, uri)[names[0]], uri) == [2, 3])
+            told.died(names[0])
+            reports(sweep, rate, 2)
+            told.started(names[0], {RATE: rate})
+        reports(sweep, rate, 2, 3, 4)
         if last is not None:
-            recorder.ended(f"tune {rate}", last)
-    recorder.close(5.0)  # Cuts the last one off.
-    assert notes == []
-    client = MlflowClient(tracking_uri=uri)
-    runs = {run.info.run_name: run for run in client.search_runs([experiment])}
-    assert [runs[name].info.status for name in names] == [
-        *("FINISHED", "FAILED", "KILLED", "KILLED", "KILLED")
+            if "epsilon" in last:
+                write_json(sweep.folder / "trials" / names[-1] / "evaluation.json", last)
+            told.ended(names[-1], last)
+    assert told.close(5.0, "FINISHED") == 0  # Cuts the last one off.
+    runs = runs_of(sweep, uri)
+    assert [runs[name].info.status for name in (*names, "s")] == [
+        *("FINISHED", "FAILED", "KILLED", "KILLED", "KILLED", "FINISHED")
     ]
     for number, name in enumerate(names, start=1):
         run = runs[name]
         assert run.data.params[RATE] == str(number / 1000)
         assert run.data.metrics["system/cpu"] == 0.5
-        points = client.get_metric_history(run.info.run_id, "warm_up/loss")
-        assert [(point.step, point.value) for point in points] == [(2, 1 / 2), (4, 1 / 4)]
+        assert steps_of(run, uri) == steps_of(run, uri, "step") == [2, 3, 4]
         assert ("accuracy" in run.data.metrics) == (number == 1)
+        assert run.data.tags["mlflow.parentRunId"] == runs["s"].info.run_id
     assert runs[names[0]].data.tags["privacy.accuracy"] == "non-private"
 
 
-def test_what_mlflow_refuses_is_told_at_once_and_raised_at_the_end(tmp_path, uri, sweep):
-    experiment, notes = open_experiment(uri, "refused", tmp_path), []
-    recorder = recorder_of(sweep, uri, experiment, notes)
-    refused = trains(recorder, sweep, 0.001, stage="a name with\nbreaks")
-    fine, no_result = (trains(recorder, sweep, rate) for rate in (0.002, 0.003))
-    recorder.ended("tune 0.002", DONE)
-    (sweep.folder / "trials" / no_result / "evaluation.json").unlink()
-    recorder.ended("tune 0.003", DONE)
-    with pytest.raises(MlflowException, match="Invalid"):
-        recorder.close(5.0)
-    (note,) = notes
-    assert f"trial {refused} is not recorded whole: MlflowException: " in note
-    runs = {
-        run.info.run_name: run for run in MlflowClient(tracking_uri=uri).search_runs(experiment)
-    }
-    assert runs[fine].info.status == "FINISHED"
-    assert runs[refused].info.status == runs[no_result].info.status == "KILLED"
+def test_what_a_killed_driver_had_not_told_is_told_by_the_next(sweep, uri, begin):
+    """Machine use, too; and nothing twice."""
+    name = reports(sweep, 0.001, 2, 4)
+    config = sweep.trial_config({RATE: 0.001})
+    row = SimpleNamespace(trial=name, config=config, state="unfinished")
+    row.run_dir = sweep.folder / "trials" / name
+    assert lacking(sweep, [row], uri) == ([row], True)
+    begin(row).close(5.0, "KILLED")
+    assert lacking(sweep, [row], uri) == ([], True)
+    reports(sweep, 0.001, 2, 4, 6)
+    assert lacking(sweep, [row], uri) == ([row], True)
+    begin(row).close(5.0, "KILLED")
+    run = runs_of(sweep, uri)[name]
+    assert run.info.status == "KILLED"
+    assert steps_of(run, uri) == steps_of(run, uri, "system/cpu") == [2, 4, 6]
+    write_json(row.run_dir / "evaluation.json", DONE)
+    row.state = "finished"
+    assert lacking(sweep, [row], uri) == ([row], True)
+    assert begin(row).close(5.0, "FINISHED") == 0
+    assert lacking(sweep, [row], uri) == ([], False)
+    assert steps_of(runs_of(sweep, uri)[name], uri) == [2, 4, 6]
 
 
-def test_a_trial_whose_process_died_before_it_started_is_recorded_as_failed(tmp_path, uri, sweep):
-    experiment = open_experiment(uri, "unborn", tmp_path)
-    recorder = recorder_of(sweep, uri, experiment, [])
+def test_a_refusal_is_told_once_and_hinders_no_other_trial(sweep, uri, begin, capsys):
+    told = begin()
+    refused = [reports(sweep, rate, 2, stage="a name with\nbreaks") for rate in (0.001, 0.002)]
+    fine, no_result = (reports(sweep, rate, 2) for rate in (0.003, 0.004))
+    write_json(sweep.folder / "trials" / fine / "evaluation.json", DONE)
+    for number, name in enumerate((*refused, fine, no_result), start=1):
+        told.started(name, {RATE: number / 1000})
+    wait_for(lambda: len(runs_of(sweep, uri)) == 5)
+    for name in (*refused, fine, no_result):
+        told.ended(name, DONE)
+    assert told.close(5.0, "FINISHED") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: MLflow has not recorded all of s/{refused[0]} (MlflowExc")
+    assert line.endswith("the sweep's folder holds it, and the same command tries again")
+    runs = runs_of(sweep, uri)
+    assert [runs[name].info.status for name in (fine, no_result, *refused)] == [
+        *("FINISHED", "KILLED", "KILLED", "KILLED")
+    ]
+
+
+def test_a_trial_whose_process_died_before_it_started_is_recorded_as_failed(sweep, uri, begin):
+    told = begin()
     trial = SimpleNamespace(trial_id="tune", config={RATE: 0.001})
-    recorder.callback().on_trial_error(1, [trial], trial)
-    recorder.close(5.0)
-    runs = MlflowClient(tracking_uri=uri).search_runs([experiment])
-    assert sorted(run.info.status for run in runs) == ["FAILED", "RUNNING"]
+    Relay(sweep, [told]).on_trial_error(1, [trial], trial)
+    assert told.close(5.0, "KILLED") == 0
+    assert sorted(run.info.status for run in runs_of(sweep, uri).values()) == ["FAILED", "KILLED"]
 
 
-def test_a_slow_server_holds_up_the_end_only_so_long(tmp_path, uri, sweep, monkeypatch):
-    experiment = open_experiment(uri, "slow", tmp_path)
-    recorder = recorder_of(sweep, uri, experiment, [])
-    trains(recorder, sweep, 0.001)
-
-    def slow(self: Tracker, step: int, metrics: dict) -> None:
-        time.sleep(0.1)
-
-    monkeypatch.setattr(Tracker, "log_step", slow)
-    monkeypatch.setattr("sweep.tracking.recorder._LONGEST_CLOSE", 0.3)
-    for step in range(10, 500):
-        recorder.reported("tune 0.001", {"stage": "warm_up", "step": step})
+def test_a_slow_server_holds_up_the_end_only_so_long(sweep, uri, begin, monkeypatch):
+    told = begin()
+    name = reports(sweep, 0.001, 2)
+    gate = threading.Event()
+    monkeypatch.setattr(Tracker, "log_points", lambda *_: gate.wait())
+    monkeypatch.setattr(mirror, "_LONGEST_CLOSE", 0.3)
+    told.started(name, {RATE: 0.001})
     began = time.monotonic()
-    recorder.close(0.0)
-    assert time.monotonic() - began < 25  # Sent, it would take 49 seconds.
-    (outbox,) = sweep.folder.glob("trials/*/mlflow_outbox.jsonl")
-    *steps, end = outbox.read_text().splitlines()
-    name, (step, _) = json.loads(steps[-1])
-    assert (name, step) == ("log_step", 499)
-    assert json.loads(end) == ["finish", ["KILLED"]]
+    assert told.close(0.0, "FINISHED") == 2
+    assert time.monotonic() - began < 10
+    gate.set()
 
 
-def test_a_line_that_cannot_be_sent_hinders_no_other(tmp_path, uri):
-    experiment = open_experiment(uri, "lines", tmp_path)
-    lines = (["log_missing_steps", [{"path": f"{tmp_path}/gone"}]], ["finish", ["FINISHED"]])
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    (tmp_path / OUTBOX).write_text(f"{{torn\n{text}")
-    box = Outbox(tmp_path, uri, experiment, "s/t")
-    assert box.flush(5.0)
-    (run,) = MlflowClient(tracking_uri=uri).search_runs([experiment])
-    assert run.info.status == "FINISHED"
-
-
-def test_an_older_driver_records_nothing(tmp_path, uri, sweep):
-    experiment = open_experiment(uri, "older", tmp_path)
-    recorder = recorder_of(sweep, uri, experiment, [], launch=7)
-    sweep.folder.mkdir(exist_ok=True)
+def test_an_older_driver_tells_nothing(sweep, uri, begin):
     (sweep.folder / "launch").write_text("8")
-    trains(recorder, sweep, 0.001)
-    recorder.ended("tune 0.001", DONE)
-    recorder.close(0.0)
-    (parent,) = MlflowClient(tracking_uri=uri).search_runs([experiment])
-    assert parent.info.run_name == "s"
+    told = begin(launch=7)
+    told.started(reports(sweep, 0.001, 2), {RATE: 0.001})
+    told.close(0.0, "KILLED")
+    assert runs_of(sweep, uri) == {}
 
 
 def test_the_users_server_is_honoured(tmp_path, monkeypatch):
@@ -243,9 +284,10 @@ def test_pictures_are_logged_once(tmp_path, uri):
 
 def test_the_data_set_is_named_by_public_facts(tmp_path, uri):
     facts = {"num_examples": 1437, "num_classes": 10}
-    tracker = Tracker(uri, open_experiment(uri, "facts", tmp_path), "s/t")
+    experiment = open_experiment(uri, "facts", tmp_path)
+    tracker = Tracker(uri, experiment, "s/t")
     for _ in range(2):
-        tracker.log_dataset("digits", facts)
+        Tracker(uri, experiment, "s/t").log_dataset("digits", facts)
     (logged,) = MlflowClient(tracking_uri=uri).get_run(tracker.run_id).inputs.dataset_inputs
     assert logged.dataset.name == "digits"
     assert json.loads(logged.dataset.source) == facts
@@ -298,19 +340,14 @@ def test_a_password_is_never_shown(uri):
         assert "does not answer" in text
 
 
-def test_a_loss_that_is_not_finite_arrives_as_it_was(tmp_path, uri, monkeypatch):
-    """It is kept as a text, as JSON has no such number; also where MLflow was away."""
-    experiment = open_experiment(uri, "not finite", tmp_path)
-    box = Outbox(tmp_path, uri, experiment, "s/t")
-    with monkeypatch.context() as away:
-        away.setattr(Outbox, "_attempt", lambda *_: False)
-        box.log_step(1, {"loss": math.nan})
-    assert json.loads((tmp_path / OUTBOX).read_text())[1][1] == {"mapping": {"loss": "NaN"}}
-    assert box.flush()
-    report = {"step": 2, "stage": "private_training", "loss": math.inf}
-    (tmp_path / "metrics.jsonl").write_text(f"{to_json(report)}\n")
-    tracker = Tracker(uri, experiment, "s/t")
-    tracker.log_missing_steps(tmp_path / "metrics.jsonl")
-    found = MlflowClient(tracking_uri=uri).get_run(tracker.run_id).data.metrics
-    assert math.isnan(found["loss"])
-    assert found["private_training/loss"] > 1e300  # The data base holds its largest number.
+def test_numbers_that_are_not_finite_arrive_as_they_were(tmp_path, uri):
+    """They are kept as texts, as JSON has no such numbers."""
+    reported = [{"step": n, "stage": "x", "loss": v} for n, v in enumerate((math.nan, math.inf))]
+    torn = '{"step": 3, "sta'
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*map(to_json, reported), torn]))
+    tracker = Tracker(uri, open_experiment(uri, "not finite", tmp_path), "s/t")
+    tracker.log_points(points(RunFolder(tmp_path).reports()))
+    history = MlflowClient(tracking_uri=uri).get_metric_history(tracker.run_id, "x/loss")
+    first, second = (point.value for point in sorted(history, key=lambda point: point.step))
+    assert math.isnan(first)
+    assert second > 1e300  # The data base holds its largest number.

@@ -150,7 +150,7 @@ def test_a_run_needs_no_package_but_the_required_ones(tmp_path):
                 "sweep.run",
                 "sweep.driver.launch",
                 "sweep.trials.trial",
-                "sweep.tracking.outbox",
+                "sweep.tracking.mirror",
                 "sweep.results.table",
                 "sweep.__main__",
                 "core.privacy.ledger.account",

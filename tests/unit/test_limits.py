@@ -57,16 +57,18 @@ def make(tmp_path):
 def test_use_is_counted_over_restarts_interrupted_trials_and_a_killed_driver(make, clock):
     sweep = make(max_hours=1.0)
     first = Meter(sweep)
-    first.started("a")
+    first.started("a", {})
     clock.now += 600
-    first.started("b")
+    first.started("b", {})
     clock.now += 300
-    first.ended("a")
+    first.died("b")
+    first.started("b", {})  # Its devices were held.
+    first.ended("a", {})
     assert not first.tick()  # Notes that 900 s of a and 300 s of b were used, and nothing more:
     clock.now += 4  # the driver is killed.
     assert read_usage(sweep.folder) == Usage(1200, 2400, 900)
     second = Meter(sweep)
-    second.started("b")
+    second.started("b", {})
     clock.now += 599
     assert not second.tick()
     clock.now += 1

@@ -27,12 +27,14 @@ with log_to("sweep", Path(sys.argv[1])):
     progress = Progress(sweep, 4, 1, False, int(sys.argv[2]))
     first, second = {POINT}, {{**{POINT}, "stage_split": 0.25}}
     progress.pruned({{"stage_split": 0.9}}, "too expensive [sic]")
-    progress.moved(first, {{}})
+    progress.started("0a", first)
     for step in (10, 20, 30):
-        progress.moved(first, {{"stage": "warm_up", "step": step}})
+        progress.reported("0a", {{"stage": "warm_up", "step": step}})
         time.sleep(0.7)
-    progress.ended(first, "finished: accuracy 0.75, 3 s", False, "0.75")
-    progress.moved(second, {{"stage": "private_training", "step": 120, "note": "code changed"}})
+    progress.ended("0a", {{"stage": "done", "step": 200, "accuracy": 0.75, "seconds": 3}})
+    progress.started("0b", second)
+    report = {{"stage": "private_training", "step": 120, "note": "code changed"}}
+    progress.reported("0b", report)
     time.sleep(0.7)
     progress.close()
 print("the end")
@@ -102,8 +104,8 @@ def test_elsewhere_lines_are_plain_and_sparse(tmp_path):
     assert "\x1b" not in text
     lines = text.splitlines()
     assert sum("trials 1/4" in line for line in lines) == 1  # Not one for each report.
-    assert any(re.match(r"trial [0-9a-f]{8} finished: accuracy 0.75", line) for line in lines)
-    assert sum(bool(re.match(r"trial [0-9a-f]{8}: code changed$", line)) for line in lines) == 1
+    assert any(re.match(r"trial 0a finished: accuracy 0.75", line) for line in lines)
+    assert sum(bool(re.match(r"trial 0b: code changed$", line)) for line in lines) == 1
 
 
 def test_verbose_is_a_line_for_each_report(tmp_path):

@@ -10,7 +10,7 @@ from test_report_parts import PLAN
 from core.config import load, nested, yaml_subset
 from core.errors import ConfigError
 from core.io.code_digest import code_digest
-from core.io.terminal import FAILED, write_json
+from core.io.files import write_json
 from sweep.config.sweep import SweepConfig, load_sweep
 from sweep.driver.launch import _is_done, _require_same_code
 from sweep.results.table import claimed_row, load_rows, print_results
@@ -50,7 +50,7 @@ def test_a_failure_is_for_good_only_for_what_failed(tmp_path, code, identity):
     sweep = sweep_of(tmp_path)
     run_dir, digest = trial(sweep, "a", code_digest() if code == "this" else "other")
     failed_with = digest if identity == "that failed" else "0" * 64
-    write_json(run_dir / FAILED, {"identity": failed_with, "error": "the loss is nan"})
+    write_json(run_dir / "failed.json", {"identity": failed_with, "error": "the loss is nan"})
     (row,) = load_rows(sweep)
     assert (row.state, row.error) == ("failed", "the loss is nan")
     same = (code, identity) == ("this", "that failed")
@@ -84,7 +84,8 @@ def test_a_final_run_that_failed_is_told_with_its_reason(tmp_path, monkeypatch, 
     monkeypatch.setattr("sweep.results.table.sweep_epsilon", lambda *_: 1.0)
     told = {}
     for failed_with in (digest, "0" * 64):
-        write_json(run_dir / FAILED, {"identity": failed_with, "error": "the loss is nan at D:1"})
+        failure = {"identity": failed_with, "error": "the loss is nan at D:1"}
+        write_json(run_dir / "failed.json", failure)
         rows = load_rows(sweep)
         said = "final run: failed (the loss is nan at D:1), so nothing is claimed yet"
         assert claimed_row(sweep, rows) == (None, said)
