@@ -52,7 +52,7 @@ class Reporter:
     """Tells the supervisor and, where a log was begun, writes into that; called on all ranks."""
 
     def __init__(
-        self, report: Report, num_steps: int, measure: Callable[[], dict[str, float]]
+        self, report: Report, num_steps: int, measure: Callable[[], dict[str, float]] = dict
     ) -> None:
         self._report, self._num_steps, self._measure = report, num_steps, measure
         self._notes: list[str] = []

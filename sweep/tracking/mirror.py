@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from core.config import Config
+from core.record.folder import RunFolder
 from sweep.config.sweep import SweepConfig
 from sweep.results.claim import newest_launch
 from sweep.results.table import Row
@@ -85,7 +86,7 @@ class _Watched:
     def state(self) -> Any:
         """Of the file that grows while a trial runs."""
         try:
-            found = (self.folder / "metrics.jsonl").stat()
+            found = RunFolder(self.folder).metrics.stat()
         except FileNotFoundError:
             return None
         return found.st_size, found.st_mtime_ns
