@@ -64,10 +64,10 @@ def broadcast_object(value: Any) -> Any:
 
 def on_rank_0(function: Callable[[], Value]) -> Value:
     """Calls `function` on rank 0 alone; every rank returns its value or raises its error."""
-    return broadcast_object(together(function if rank() == 0 else lambda: None))
+    return broadcast_object(on_all_ranks(function if rank() == 0 else lambda: None))
 
 
-def together(function: Callable[[], Value]) -> Value:
+def on_all_ranks(function: Callable[[], Value]) -> Value:
     """Calls `function` on every rank; an error on one is raised on all, so that none waits."""
     value, failure = None, None
     try:

@@ -49,7 +49,7 @@ def printable(text: str) -> str:
 
 
 @contextmanager
-def stored(path: Path) -> Generator[None]:
+def storage_errors(path: Path) -> Generator[None]:
     """Turns what the file system refuses into a user's error that names the folder.
 
     Raises:

@@ -14,7 +14,7 @@ from core.generation.draw import generate
 from core.privacy.keys import KeyedStream
 from core.privacy.plan.plan import make_plan
 from core.training.loop import Stage
-from core.training.stages import Lesson, private_stage, warm_up_stage
+from core.training.stages import WarmUpData, private_stage, warm_up_stage
 
 _SECONDS, _STEPS = 2.0, 20
 """A stage is measured for as many seconds, or as many steps if they are done before."""
@@ -67,12 +67,12 @@ def measure(config: Config, workers: int) -> StageSeconds:
     return StageSeconds(warm_up, private_training, image)
 
 
-def _lesson(config: Config) -> Lesson:
+def _lesson(config: Config) -> WarmUpData:
     dataset = config.dataset
     labels = torch.arange(dataset.num_classes)
     shape = (len(labels), dataset.channels, dataset.image_size, dataset.image_size)
     images = torch.rand(shape, generator=torch.Generator().manual_seed(0))
-    return Lesson(config.warm_up_steps, images, labels)
+    return WarmUpData(config.warm_up_steps, images, labels)
 
 
 def _images(config: Config) -> Split:

@@ -15,6 +15,6 @@ DIRECTIONS = {
 """Every score that can be an objective and the direction in which it improves."""
 HEADLINES = ("accuracy", "dp_accuracy", "fid", "fid_cnn")
 """The scores that tables show beside the objective."""
-LIKENESS = ("fid", "kid", "precision", "recall")
+DISTRIBUTION_METRICS = ("fid", "kid", "precision", "recall")
 """The scores of a feature extractor; their names end in what `SUFFIXES` has for it."""
 SUFFIXES = {"inception": "", "cnn": "_cnn"}

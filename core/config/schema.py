@@ -17,7 +17,7 @@ from core.config.files import load_yaml
 from core.config.files import merge as merge
 from core.config.files import parse_overrides as parse_overrides
 from core.config.keys import explain
-from core.config.metrics import LIKENESS, SUFFIXES
+from core.config.metrics import DISTRIBUTION_METRICS, SUFFIXES
 from core.config.network import (
     DiffusionConfig,
     ModelConfig,
@@ -228,7 +228,7 @@ class Config(Section):
     def early_metric(self) -> str:
         """Name of the scores during training; of a small sample, so no `accuracy`; empty: none."""
         name = self.early_scores.metric
-        name += SUFFIXES[self.evaluation.fid_extractor] if name in LIKENESS else ""
+        name += SUFFIXES[self.evaluation.fid_extractor] if name in DISTRIBUTION_METRICS else ""
         return f"early_{name}" if self.early_scores.at else ""
 
     @property

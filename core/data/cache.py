@@ -16,7 +16,7 @@ from core.data.records import Dataset, Parts, Source, Split, fingerprint_of_labe
 from core.errors import DataError
 from core.io.code_digest import data_code_digest
 from core.io.files import private_folder, private_opener, whole_folder
-from core.io.locks import held
+from core.io.locks import locked
 
 _NO_TRANSFORM = ("path", "num_examples", "public", "family")
 _FEW = 64
@@ -58,7 +58,7 @@ def decoded_once(source: Source, config: DatasetConfig, cache: Path) -> Dataset:
     folder = cache / f"images-{_key(source, config)}"
     try:
         private_folder(cache)
-        with held(cache / f"{folder.name}.lock", patience=math.inf):
+        with locked(cache / f"{folder.name}.lock", patience=math.inf):
             if (dataset := _mapped(folder, config)) is None:
                 _write(source, config, folder)
                 dataset = _mapped(folder, config)

@@ -18,7 +18,7 @@ from torch.nn.utils import vector_to_parameters
 
 from core import distributed
 from core.diffusion.ema import NUM_SNAPSHOTS, TRACKED, PowerAverages, weights
-from core.errors import ConfigError, stored
+from core.errors import ConfigError, storage_errors
 from core.io.files import write_whole
 
 SHORTEST, LONGEST = 0.04, 0.25
@@ -33,7 +33,7 @@ def keep_snapshot(averages: PowerAverages, step: int, num_steps: int, folder: Pa
     """
 
     def keep() -> None:
-        with stored(folder):
+        with storage_errors(folder):
             write_whole(folder / f"{step:08d}.pt", partial(torch.save, averages.values.cpu()))
 
     if step in {round(num_steps * (k + 1) / NUM_SNAPSHOTS) for k in range(NUM_SNAPSHOTS)} - {0}:

@@ -11,7 +11,7 @@ from core.data import Split, to_float
 from core.errors import ConfigError
 from core.evaluation.networks import NETWORKS
 
-Judge = Callable[[nn.Module, int], float]
+EpochScorer = Callable[[nn.Module, int], float]
 """How good a classifier is after an epoch, counted from 1; the same at every call."""
 _WEIGHT_DECAY = 1e-2
 _WARM_UP = 0.2
@@ -57,7 +57,7 @@ def synthetic_split(
 
 def train_classifier(
     train: Split,
-    validation: Split | Judge,
+    validation: Split | EpochScorer,
     num_classes: int,
     epochs: int,
     batch_size: int,

@@ -11,7 +11,7 @@ from core.config import EvaluationConfig
 from core.data import Dataset, Split
 from core.errors import DataError
 from core.evaluation.classifiers import (
-    Judge,
+    EpochScorer,
     accuracy,
     count_correct,
     synthetic_split,
@@ -37,7 +37,7 @@ def downstream_classifier(
     device: torch.device | str,
     network: str = "cnn",
     repeat: int = 0,
-    judge: Judge | None = None,
+    judge: EpochScorer | None = None,
 ) -> nn.Module:
     """A classifier that saw synthetic images alone; its epoch is chosen on held-out ones.
 
@@ -110,7 +110,7 @@ def dp_accuracy(
     return min(max(noisy / len(dataset.train.labels), 0.0), 1.0)
 
 
-def likeness(
+def distribution_metrics(
     synthetic: Split,
     dataset: Dataset,
     config: EvaluationConfig,

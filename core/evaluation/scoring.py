@@ -12,7 +12,7 @@ from core import distributed
 from core.config import Config, EvaluationConfig
 from core.data import Dataset, Split
 from core.errors import NotFiniteError
-from core.evaluation.metrics import downstream_accuracy, downstream_classifier, likeness
+from core.evaluation.metrics import distribution_metrics, downstream_accuracy, downstream_classifier
 from core.evaluation.networks import NETWORKS
 from core.evaluation.private_scores import PrivateScores
 from core.privacy.keys import MasterSecret
@@ -77,7 +77,9 @@ def score(
 
     def compared() -> dict[str, Any]:
         cache = Path(config.runtime.cache)
-        values, record = likeness(synthetic, dataset, settings, num_classes, device, cache)
+        values, record = distribution_metrics(
+            synthetic, dataset, settings, num_classes, device, cache
+        )
         real = master.keyed(record["real_statistics"])
         return {"likeness": (values, record | {"real_statistics": real})}
 
@@ -92,7 +94,7 @@ def score(
         return share
 
     found: dict[str, Any] = {}
-    for part in distributed.all_gather_object(distributed.together(mine)):
+    for part in distributed.all_gather_object(distributed.on_all_ranks(mine)):
         found.update(part)
     return _gathered(found, settings)
 
@@ -111,11 +113,11 @@ def _gathered(found: dict[str, Any], settings: EvaluationConfig) -> Scores:
         values |= {f"accuracy_{name}": statistics.fmean(each) for name, each in single.items()}
     if "dp_accuracy" in found:
         values["dp_accuracy"] = found["dp_accuracy"]
-    likenesses, record = found["likeness"]
+    distribution, record = found["likeness"]
     classifiers = {
         name: {"network": NETWORKS[name].what, "accuracies": each} for name, each in single.items()
     }
-    values |= likenesses
+    values |= distribution
     require_finite(values)
     chosen = _CHOSEN_ON[settings.epoch_chosen_on]
     how = {"classifiers": classifiers, "epoch_chosen_on": chosen, "seed": settings.seed}

@@ -13,7 +13,7 @@ from core import distributed
 from core.config import Config
 from core.data import Split, from_model_range
 from core.diffusion.sampler import sample
-from core.errors import NotFiniteError, StoppedError, stored
+from core.errors import NotFiniteError, StoppedError, storage_errors
 from core.generation.png import write_grid
 from core.io.files import write_whole
 
@@ -61,12 +61,12 @@ def generate(
                 denoiser, chunks[number], config, config.seed, number, device
             )
             if path:
-                with stored(path.parent):
+                with storage_errors(path.parent):
                     write_whole(path, partial(torch.save, mine[number]))
         return mine
 
     parts: dict[int, torch.Tensor] = {}
-    for share in distributed.all_gather_object(distributed.together(draw_mine)):
+    for share in distributed.all_gather_object(distributed.on_all_ranks(draw_mine)):
         parts.update(share)
     return Split(torch.cat([parts[number] for number in sorted(parts)]), labels)
 

@@ -14,7 +14,7 @@ from core.errors import ConfigError
 
 
 @contextmanager
-def held(path: Path, patience: float = 0.0) -> Generator[None]:
+def locked(path: Path, patience: float = 0.0) -> Generator[None]:
     """Holds the lock file `path` while the block runs.
 
     The file must lie where flock works: a local disk, or a shared one that passes locks on.

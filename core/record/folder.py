@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from core.config import Config, flatten, load, load_yaml, nested, yaml_subset
-from core.errors import ConfigError, stored
+from core.errors import ConfigError, storage_errors
 from core.io.files import numbers, read_json, to_json, write_json, write_whole
-from core.privacy.plan.plan import PrivacyPlan, kept_plan, make_plan
+from core.privacy.plan.plan import PrivacyPlan, make_plan, resumed_plan
 from core.record.early import ENDED_EARLY
 
 CONFIG, CLASSES, GRID, IMAGES = "config.yaml", "classes.json", "grid.png", "images.npz"
@@ -113,7 +113,7 @@ class RunFolder:
         """
         if not self._has_begun(config):
             return make_plan(config), False
-        return kept_plan(config, self.plan()), True
+        return resumed_plan(config, self.plan()), True
 
     def _has_begun(self, config: Config) -> bool:
         if not self.config_file.exists():
@@ -143,7 +143,7 @@ class RunFolder:
         Raises:
             StorageError: the folder cannot be written.
         """
-        with stored(self.path):
+        with storage_errors(self.path):
             write_json(self.plan_file, plan.summary())
             write_json(self.environment, environment)
             write_whole(self.config_file, yaml_subset.dump(nested(config)))
@@ -184,7 +184,7 @@ class RunFolder:
         origin = {name: getattr(result, name) for name in _ORIGIN}
         if result.scored is None:
             del origin["scored"]
-        with stored(self.path):
+        with storage_errors(self.path):
             path = self.stopped if result.is_stopped else self.evaluation
             write_json(path, {**result.report, **origin}, private=True)
 

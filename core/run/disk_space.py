@@ -8,7 +8,7 @@ import torch
 from core.config import Config
 from core.diffusion.denoiser import build_denoiser
 from core.diffusion.ema import NUM_SNAPSHOTS, TRACKED
-from core.errors import StorageError, stored
+from core.errors import StorageError, storage_errors
 
 _PICTURES = 2**20
 """Bytes for what else a run writes: picture grids, metrics, records."""
@@ -38,7 +38,7 @@ def require_space(run_dir: Path, config: Config) -> None:
     Raises:
         StorageError: the folder cannot be written, or has too little space.
     """
-    with stored(run_dir):
+    with storage_errors(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
         probe = run_dir / "probe"
         probe.write_text("written")

@@ -9,10 +9,10 @@ from pathlib import Path
 from core import distributed
 from core.data import Dataset, Split
 from core.evaluation.metrics import (
+    distribution_metrics,
     downstream_accuracy,
     downstream_classifier,
     dp_accuracy,
-    likeness,
 )
 from core.evaluation.scoring import require_finite
 from core.generation.draw import generate
@@ -95,7 +95,9 @@ class EarlyScores:
         metric = config.early_scores.metric
         if metric not in ("accuracy", "dp_accuracy"):
             cache = Path(config.runtime.cache)
-            values, _ = likeness(synthetic, self._dataset, settings, num_classes, device, cache)
+            values, _ = distribution_metrics(
+                synthetic, self._dataset, settings, num_classes, device, cache
+            )
             return values[config.early_metric.removeprefix("early_")]
         network = settings.classifiers[0]
         classifier = downstream_classifier(synthetic, settings, num_classes, device, network)

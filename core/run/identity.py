@@ -31,7 +31,7 @@ from core.device import config_device
 from core.errors import ConfigError
 from core.io.code_digest import code_digest
 from core.io.files import read_json, to_json, write_first, write_json
-from core.io.locks import held
+from core.io.locks import locked
 from core.privacy.keys import SECRET_FILE_VARIABLE
 from core.privacy.plan.plan import PrivacyPlan
 from core.record.folder import RunFolder, identity_of
@@ -41,7 +41,7 @@ Parts = dict[str, dict[str, Any]]
 _CENTRAL = ("dataset.", "central_images.")
 """Settings that decide the central images, beside their plan."""
 _CODE = "code of core"
-_PATIENCE = 60.0
+_LOCK_TIMEOUT_S = 60.0
 SHOWN = "changed since this run was finished ({}): its result is shown as it was, nothing is drawn"
 _AGAIN = "changed since this run was begun ({}): it draws new noise and is charged again"
 _NOT_NOTED = "what it was begun with is not noted"
@@ -213,7 +213,9 @@ def _changed_since(path: Path, now: Parts) -> list[str] | None:
 
 def _note_parts(path: Path, parts: Parts) -> list[str]:
     """Notes what the folder is begun with; returns what has changed since the last note."""
-    with held(path.with_name(f"{path.name}.lock"), _PATIENCE):  # Trials share what a sweep notes.
+    with locked(
+        path.with_name(f"{path.name}.lock"), _LOCK_TIMEOUT_S
+    ):  # Trials share what a sweep notes.
         changed = _changed_since(path, parts) or []
         write_json(path, parts, private=True)
     return changed

@@ -20,14 +20,14 @@ from core.device import config_device, device_name
 from core.diffusion.denoiser import build_denoiser
 from core.diffusion.ema import Ema
 from core.diffusion.posthoc_ema import keep_snapshot
-from core.errors import ConfigError, NotFiniteError, stored
+from core.errors import ConfigError, NotFiniteError, storage_errors
 from core.evaluation.features import find_weights
 from core.evaluation.private_scores import PrivateScores
 from core.evaluation.scoring import score
 from core.generation.draw import generate, sample_pictures
 from core.generation.png import write_grid
 from core.io.files import private_folder, write_whole
-from core.io.locks import held
+from core.io.locks import locked
 from core.io.terminal import Report, log_to
 from core.privacy.keys import MasterSecret
 from core.privacy.ledger.account import Spending, require_same_data
@@ -41,9 +41,9 @@ from core.run.released import released_lessons, warm_up
 from core.training.loop import Loop, Model, Observer, Stage
 from core.training.stages import non_private_stage, private_stage
 
-_PATIENCE = 15.0
+_LOCK_TIMEOUT_S = 15.0
 """Seconds in which a worker that was given up by its supervisor may still let the folder go."""
-_SWEEP_PATIENCE = 120.0
+_SWEEP_LOCK_TIMEOUT_S = 120.0
 
 
 def run(
@@ -101,10 +101,10 @@ def _opened(folder: RunFolder, link: SweepLink) -> Iterator[None]:
     """Holds the folder and logs into it, on rank 0."""
     with ExitStack() as stack:
         # In a sweep the holder is a worker of the same trial that was given up.
-        lock = held(folder.lock, _PATIENCE if link.lease is None else _SWEEP_PATIENCE)
+        lock = locked(folder.lock, _LOCK_TIMEOUT_S if link.lease is None else _SWEEP_LOCK_TIMEOUT_S)
 
         def enter() -> None:
-            with stored(folder.path):
+            with storage_errors(folder.path):
                 stack.enter_context(lock)
                 stack.enter_context(log_to("core", folder.log))
 
@@ -127,7 +127,7 @@ def _planned(
         distributed.on_rank_0(lambda: find_weights(config.evaluation.inception_weights))
     if not begun:
         distributed.on_rank_0(lambda: folder.claim(config, plan, _environment(config)))
-    distributed.on_rank_0(stored(folder.path)(lambda: private_folder(folder.checkpoints)))
+    distributed.on_rank_0(storage_errors(folder.path)(lambda: private_folder(folder.checkpoints)))
     ledger, charged = Path(config.runtime.ledger), link.charged or folder.charged
     account = Spending(config, plan, ledger, name, folder.path, charged, link.lease)
     dataset = None
@@ -153,7 +153,9 @@ def _environment(config: Config) -> dict[str, Any]:
 
 
 def _read(config: Config) -> Dataset:
-    return distributed.together(lambda: load_dataset(config.dataset, Path(config.runtime.cache)))
+    return distributed.on_all_ranks(
+        lambda: load_dataset(config.dataset, Path(config.runtime.cache))
+    )
 
 
 def _ended(run: Run) -> Result | None:
@@ -207,9 +209,11 @@ def _loaded(run: Run, dataset: Dataset | None) -> Dataset:
     """The data set, which is opened only now, and is the one that was charged."""
     run.report.note(run.identity.note(run.folder, run.link.shared))
     found = dataset or _read(run.config)
-    distributed.together(lambda: require_same_data(run.fingerprint, found.fingerprint, run.config))
+    distributed.on_all_ranks(
+        lambda: require_same_data(run.fingerprint, found.fingerprint, run.config)
+    )
     path = run.folder.path
-    distributed.on_rank_0(stored(path)(lambda: write_class_names(path, found.class_names)))
+    distributed.on_rank_0(storage_errors(path)(lambda: write_class_names(path, found.class_names)))
     distributed.on_rank_0(lambda: run.account.remember(run.fingerprint))
     stage, step = run.reached
     offset = run.config.warm_up_steps if stage == "private_training" else 0
@@ -301,7 +305,7 @@ def _published(run: Run, dataset: Dataset, model: Model) -> dict[str, Any]:
     }
 
     def keep() -> None:
-        with stored(folder.path):
+        with storage_errors(folder.path):
             write_grid(folder.grid, synthetic.images, synthetic.labels)
             synthetic.write(folder.images)
             write_whole(folder.model, partial(torch.save, averaged.state_dict()))

@@ -18,7 +18,7 @@ from core import distributed
 from core.config import Config, flatten
 from core.data import Split, to_float
 from core.generation.png import write_grid
-from core.io.locks import held
+from core.io.locks import locked
 from core.privacy.mechanisms.central_images import CentralImages, release_central_images
 from core.privacy.mechanisms.frequency import FourierFeatures, release_features
 from core.privacy.plan.releases import CentralPlan, FrequencyPlan
@@ -26,27 +26,27 @@ from core.run.context import Run
 from core.training.checkpoint import Checkpoints
 from core.training.feature_generator import fitted_images
 from core.training.loop import Loop
-from core.training.stages import Lesson, warm_up_stage
+from core.training.stages import WarmUpData, warm_up_stage
 
 _LOG = logging.getLogger("core")
 _KEPT = 6
 """States of one trajectory on disk; each is as large as a checkpoint."""
-_PATIENCE = 600.0
+_LOCK_TIMEOUT_S = 600.0
 """Seconds in which other trials may be drawing or writing the same."""
 _DECIDES = ("seed", "model.", "diffusion.", "warm_up.", "training.", "runtime.channels_last")
 _LENGTH = "training.num_steps"
 
 
-def released_lessons(run: Run, images: Split) -> list[Lesson]:
+def released_lessons(run: Run, images: Split) -> list[WarmUpData]:
     """What the easy stage trains on: central images, then those of the frequency stage, if any."""
-    config, plan, lessons = run.config, run.plan, list[Lesson]()
+    config, plan, lessons = run.config, run.plan, list[WarmUpData]()
     if plan.central is not None:
         central = kept_central_images(run, images, plan.central)
         steps = config.warm_up_steps - config.frequency_steps
-        lessons.append(Lesson(steps, central.images, central.labels))
+        lessons.append(WarmUpData(steps, central.images, central.labels))
     if plan.frequency is not None:
         fitted = kept_frequency_images(run, images, plan.frequency)
-        lessons.append(Lesson(config.frequency_steps, to_float(fitted.images), fitted.labels))
+        lessons.append(WarmUpData(config.frequency_steps, to_float(fitted.images), fitted.labels))
     return lessons
 
 
@@ -60,7 +60,7 @@ def kept_central_images(run: Run, images: Split, plan: CentralPlan) -> CentralIm
     store = _store(folder, run.identity.central)
 
     def keep() -> CentralImages:
-        with held(store.path.with_suffix(".lock"), _PATIENCE):
+        with locked(store.path.with_suffix(".lock"), _LOCK_TIMEOUT_S):
             kept = store.load()
             if kept is None:
                 drawn = release_central_images(
@@ -114,7 +114,7 @@ def _store(folder: Path, identity: str) -> Checkpoints:
     return Checkpoints(folder, identity, f"{identity[:16]}.pt")
 
 
-def warm_up(run: Run, loop: Loop, lessons: Sequence[Lesson]) -> None:
+def warm_up(run: Run, loop: Loop, lessons: Sequence[WarmUpData]) -> None:
     """Trains on the lessons, from where another trial of the trajectory left them.
 
     Observers are not called for the steps that another trial did.
@@ -156,7 +156,7 @@ class Trajectory:
         """Keeps the state with which a run ends its warm-up."""
         state = checkpoints.load()
         assert state is not None
-        with held(self.folder / f"{self.identity[:16]}.lock", _PATIENCE):
+        with locked(self.folder / f"{self.identity[:16]}.lock", _LOCK_TIMEOUT_S):
             if state["step"] not in self._steps():
                 self._at(state["step"]).save(state)
             steps = self._steps()

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from core.errors import ConfigError, stored
+from core.errors import ConfigError, storage_errors
 from core.io.files import write_whole
 
 
@@ -39,7 +39,7 @@ class Checkpoints:
             StorageError: it cannot be written.
         """
         content = {**state, "identity": self.identity}
-        with stored(self.folder):
+        with storage_errors(self.folder):
             write_whole(self.path, partial(torch.save, content), private=True)
 
     def reached(self) -> tuple[str, int]:

@@ -29,7 +29,7 @@ from core.training.physical_batch import PhysicalBatches
 
 
 @dataclass(frozen=True)
-class Lesson:
+class WarmUpData:
     """What some steps of the easy stage train on; released, so that training on it is free.
 
     Attributes:
@@ -42,11 +42,11 @@ class Lesson:
     labels: torch.Tensor
 
 
-def warm_up_stage(config: Config, denoiser: Denoiser, lessons: Sequence[Lesson]) -> Stage:
+def warm_up_stage(config: Config, denoiser: Denoiser, lessons: Sequence[WarmUpData]) -> Stage:
     """The easy stage: ordinary training, data-parallel, on one lesson after the other."""
     device, settings = config_device(config), config.warm_up
     lessons = [
-        Lesson(each.num_steps, to_model_range(each.images).to(device), each.labels.to(device))
+        WarmUpData(each.num_steps, to_model_range(each.images).to(device), each.labels.to(device))
         for each in lessons
     ]
     ends = list(accumulate(lesson.num_steps for lesson in lessons))

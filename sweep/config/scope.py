@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from core.config import Config, load
-from core.config.metrics import LIKENESS, SUFFIXES
+from core.config.metrics import DISTRIBUTION_METRICS, SUFFIXES
 from core.errors import ConfigError
 from core.privacy.keys import KeyedStream, MasterSecret
 from core.privacy.plan.scopes import STAYS_INSIDE, num_trials_at
@@ -112,7 +112,7 @@ def _check_scores(base: Config, metrics: Sequence[str]) -> None:
     extractor = base.evaluation.fid_extractor
     for metric in metrics:
         name = metric.removesuffix("_cnn")
-        if name in LIKENESS and metric != name + SUFFIXES[extractor]:
+        if name in DISTRIBUTION_METRICS and metric != name + SUFFIXES[extractor]:
             raise ConfigError(
                 f"objective.metric={metric!r} is not what evaluation.fid_extractor={extractor!r} "
                 f"scores: choose {name + SUFFIXES[extractor]!r}, or the other extractor"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from core.errors import ConfigError
 from core.io.files import read_json, write_json, write_whole
-from core.io.locks import held
+from core.io.locks import locked
 from core.privacy.ledger.account import RELEASE_ID
 from sweep.config.sweep import SweepConfig, dump_sweep, flat
 from sweep.results.driver import LOCK
@@ -35,7 +35,7 @@ def driver_lock(folder: Path) -> Generator[int]:
     Raises:
         ConfigError: another driver runs this sweep.
     """
-    with held(folder / LOCK):
+    with locked(folder / LOCK):
         # By the clock, so that it also grows over a folder that was deleted and begun anew.
         token = max(newest_launch(folder) + 1, int(time.time()))
         write_whole(folder / _LAUNCH, str(token))

@@ -17,7 +17,7 @@ from core.record.early import PROGRESS
 from sweep.config.sweep import SweepConfig
 from sweep.results.table import Row
 
-_PATIENCE = 120.0
+_LOCK_TIMEOUT_S = 120.0
 """Seconds that a worker waits; then it goes on, and may be stopped at the next score."""
 
 
@@ -27,17 +27,17 @@ class Verdicts:
     def __init__(self) -> None:
         self._verdicts: dict[tuple[str, float], asyncio.Future[bool]] = {}
 
-    async def give(self, trial: str, progress: float, goes_on: bool) -> None:
+    async def give(self, trial: str, progress: float, should_continue: bool) -> None:
         """Tells whether a trial goes on; the first word counts."""
         verdict = self._verdict(trial, progress)
         if not verdict.done():
-            verdict.set_result(goes_on)
+            verdict.set_result(should_continue)
 
     async def ask(self, trial: str, progress: float) -> bool:
         """Waits for the verdict."""
         try:
             verdict = asyncio.shield(self._verdict(trial, progress))
-            return await asyncio.wait_for(verdict, _PATIENCE)
+            return await asyncio.wait_for(verdict, _LOCK_TIMEOUT_S)
         except TimeoutError:
             return True
 
@@ -82,8 +82,8 @@ class Asha(ASHAScheduler):
         """Judges a trial; Tune itself never stops one."""
         if PROGRESS in result:
             progress = result[PROGRESS]
-            goes_on = self._judge(trial, progress, result[self._score])
-            self._verdicts.give.remote(result["trial"], progress, goes_on)
+            should_continue = self._judge(trial, progress, result[self._score])
+            self._verdicts.give.remote(result["trial"], progress, should_continue)
         return TrialScheduler.CONTINUE
 
     def _judge(self, trial: Any, progress: float, score: float) -> bool:

@@ -24,7 +24,7 @@ from sweep.costs.estimate import print_costs
 _POINTS = 4
 
 
-def why_not(sweep: SweepConfig, point: Mapping[str, Any]) -> str:
+def infeasible_reason(sweep: SweepConfig, point: Mapping[str, Any]) -> str:
     """Why a point is no run that the budget can pay; empty if it is one."""
     runs = {"": point}
     if sweep.final:  # A search whose winner cannot run on the sensitive data would be in vain.
@@ -43,7 +43,7 @@ def payable_points(sweep: SweepConfig) -> list[dict[str, Any]]:
     payable: list[dict[str, Any]] = []
     for number, point in enumerate(points):
         line.show(f"what the budget can pay: {number}/{len(points)}")
-        payable += [] if why_not(sweep, point) else [point]
+        payable += [] if infeasible_reason(sweep, point) else [point]
     return payable
 
 
@@ -57,7 +57,7 @@ def with_num_trials(sweep: SweepConfig) -> SweepConfig:
         return sweep
     points = grid_points(sweep.choices)
     if not (payable := len(payable_points(sweep))):
-        reason = why_not(sweep, points[0])
+        reason = infeasible_reason(sweep, points[0])
         raise ConfigError(f"no point of the grid can be tried; the first, as {reason}")
     asked = sweep.num_trials or payable
     if asked > payable:

@@ -13,7 +13,7 @@ from ray.tune.search.optuna import OptunaSearch
 from core.record.early import ENDED_EARLY
 from sweep.config.grid import grid_points
 from sweep.config.sweep import SweepConfig, trial_id_of
-from sweep.search.feasible import why_not
+from sweep.search.feasible import infeasible_reason
 from sweep.search.study import distributions, open_storage
 
 MAX_ATTEMPTS = 200
@@ -116,7 +116,7 @@ class FeasibleSearch(OptunaSearch):
         )
 
     def _judge(self, point: dict[str, Any]) -> tuple[str, str]:
-        if reason := why_not(self._sweep, point):
+        if reason := infeasible_reason(self._sweep, point):
             return "", reason
         identity = trial_id_of(self._sweep.trial_config(point))
         known = self._known.get(identity)
@@ -189,7 +189,9 @@ class GridInOrder(optuna.samplers.GridSampler):
         choices = {key: list(values or ()) for key, values in sweep.choices.items()}
         super().__init__(choices, seed=sweep.search_seed)
         points = [dict(zip(self._param_names, each, strict=True)) for each in self._all_grids]
-        self._order = sorted(range(len(points)), key=lambda i: not why_not(sweep, points[i]))
+        self._order = sorted(
+            range(len(points)), key=lambda i: not infeasible_reason(sweep, points[i])
+        )
 
     def before_trial(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
         """Takes the first point that no earlier trial has taken."""

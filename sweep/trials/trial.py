@@ -226,7 +226,7 @@ def train_worker(settings: dict[str, Any]) -> None:
         distributed.on_rank_0(lambda: require_newest_launch(folder, launch))
         ray.train.report(metrics)
 
-    def goes_on(progress: float) -> bool:
+    def should_continue(progress: float) -> bool:
         verdicts = settings["verdicts"]
         return verdicts is None or ray.get(verdicts.ask.remote(settings["trial"], progress))
 
@@ -234,14 +234,14 @@ def train_worker(settings: dict[str, Any]) -> None:
         run(
             load(settings["config"]),
             Path(settings["run_dir"]),
-            master=distributed.together(lambda: MasterSecret.load(create=False)),
+            master=distributed.on_all_ranks(lambda: MasterSecret.load(create=False)),
             name=settings["name"],
             report=report,
             link=SweepLink(
                 lease=launch,
                 charged=folder / "charged",
                 shared=folder / "shared" if settings["shares"] else None,
-                should_continue=goes_on,
+                should_continue=should_continue,
                 measure=MachineUse(),
             ),
         )

@@ -32,7 +32,7 @@ from core.config import EvaluationConfig, load
 from core.data import load_dataset
 from core.diffusion.denoiser import build_denoiser
 from core.evaluation.fid import Moments, frechet_distance
-from core.evaluation.metrics import likeness
+from core.evaluation.metrics import distribution_metrics
 from core.generation.draw import generate
 from core.privacy.keys import MasterSecret
 from core.run.pipeline import run
@@ -155,7 +155,9 @@ def sampling() -> Figures:
             began = time.process_time()
             synthetic = generate(denoiser, config, 1000, "cpu")
             figures[f"sampling_{steps}_seconds"] = time.process_time() - began
-            found, _ = likeness(synthetic, dataset, scores, 10, "cpu", Path(folder) / "cache")
+            found, _ = distribution_metrics(
+                synthetic, dataset, scores, 10, "cpu", Path(folder) / "cache"
+            )
             figures[f"sampling_{steps}_fid_cnn"] = found["fid_cnn"]
         steps = base.sampler.num_steps
         low = load(run_dir / "config.yaml", {"sampler.precision": "bfloat16"})
@@ -163,7 +165,9 @@ def sampling() -> Figures:
         synthetic = generate(denoiser, low, 1000, "cpu")
         seconds = time.process_time() - began
         figures["sampling_bfloat16_over_float32"] = seconds / figures[f"sampling_{steps}_seconds"]
-        found, _ = likeness(synthetic, dataset, scores, 10, "cpu", Path(folder) / "cache")
+        found, _ = distribution_metrics(
+            synthetic, dataset, scores, 10, "cpu", Path(folder) / "cache"
+        )
         figures["sampling_bfloat16_fid_cnn"] = found["fid_cnn"]
         single = load(run_dir / "config.yaml", {"evaluation.batch_size": 1})
         began = time.process_time()

@@ -15,7 +15,7 @@ from leftovers import MARK, OF_TRIALS, assert_none_left
 
 from core.errors import UserError
 from core.io.files import write_json
-from core.io.locks import held
+from core.io.locks import locked
 from core.privacy.keys import SECRET_FILE_VARIABLE, MasterSecret
 from core.run.pipeline import run
 from sweep.config.sweep import SweepConfig, dump_sweep, load_sweep, trial_id_of
@@ -84,7 +84,7 @@ def storage(tmp_path_factory, worker_id) -> Path:
     """
     own = tmp_path_factory.getbasetemp()
     made = (own if worker_id == "master" else own.parent) / "small"
-    with held(made / "lock", patience=600):
+    with locked(made / "lock", patience=600):
         if not (made / "runs").exists():
             make_storage(made)
     copy = shutil.copytree(made / "runs", tmp_path_factory.mktemp("copy") / "runs")

@@ -167,7 +167,7 @@ def test_images_during_training_that_are_not_finite_end_it(tmp_path, monkeypatch
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_score_that_is_not_finite_is_named_and_no_result(tmp_path, monkeypatch, value):
     found = {"fid_cnn": value}, {"real_statistics": "digest"}
-    monkeypatch.setattr(scoring, "likeness", lambda *_: found)
+    monkeypatch.setattr(scoring, "distribution_metrics", lambda *_: found)
     fails(tmp_path, rf"^the score fid_cnn is {value}, so the run has failed", monkeypatch)
 
 

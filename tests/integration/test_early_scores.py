@@ -88,11 +88,11 @@ def test_an_interrupted_run_tells_its_scores_again_unchanged(scored, tmp_path, s
 def test_a_stopped_run_pays_for_the_steps_that_it_ran(tmp_path, share, executed):
     asked = []
 
-    def goes_on(progress: float) -> bool:
+    def should_continue(progress: float) -> bool:
         asked.append(progress)
         return progress < share
 
-    reports = tiny_run(tmp_path, goes_on=goes_on, **EARLY)
+    reports = tiny_run(tmp_path, should_continue=should_continue, **EARLY)
     assert asked[-1] == share
     last = reports[-1]
     assert last["stage"] == "stopped"
@@ -105,7 +105,7 @@ def test_a_stopped_run_pays_for_the_steps_that_it_ran(tmp_path, share, executed)
     stopped = json.loads((tmp_path / "stopped.json").read_text())
     assert stopped["tags"]["early_accuracy"] == "non-private"
     # It is over: a worker that is started again tells the same and computes nothing.
-    assert tiny_run(tmp_path, goes_on=goes_on, **EARLY) == [last]
+    assert tiny_run(tmp_path, should_continue=should_continue, **EARLY) == [last]
     assert entry_of(tmp_path) == entry
 
 
@@ -121,7 +121,7 @@ def test_the_score_of_the_step_where_it_stopped_counts(tmp_path, monkeypatch):
 
     with pytest.raises(KillError):
         tiny_run(tmp_path, kill, **settings)
-    last = tiny_run(tmp_path, goes_on=lambda share: share < 0.5, **settings)[-1]
+    last = tiny_run(tmp_path, should_continue=lambda share: share < 0.5, **settings)[-1]
     assert (last["stage"], last["step"], last["early_accuracy"]) == ("stopped", 8, 0.2)
     assert json.loads((tmp_path / "stopped.json").read_text())["early_accuracy"] == 0.2
     assert tiny_run(tmp_path, **settings) == [last]
@@ -139,7 +139,7 @@ def test_a_stopped_run_whose_count_was_lost_tells_what_the_ledger_counts(tmp_pat
     shutil.rmtree(tmp_path / "checkpoints")
     (counter,) = (tmp_path / "ledger").glob("*.begun")
     counter.unlink()
-    last = tiny_run(tmp_path, goes_on=lambda _: False, **EARLY)[-1]
+    last = tiny_run(tmp_path, should_continue=lambda _: False, **EARLY)[-1]
     assert (last["stage"], last["step"]) == ("stopped", 4)
     entry = entry_of(tmp_path)
     assert entry["executed_steps"] == entry["end_step"] == 8

@@ -13,7 +13,7 @@ from core.privacy.accounting.mechanism import FINE
 from core.privacy.accounting.solve import epsilon_of_mechanisms
 from core.privacy.ledger.ledger import Ledger
 from core.run import released
-from core.training.stages import Lesson, warm_up_stage
+from core.training.stages import WarmUpData, warm_up_stage
 from sweep.config.sweep import load_sweep
 
 PRO = {
@@ -113,7 +113,7 @@ def test_lessons_follow_each_other():
             return x * self.weight
 
     seen, images = Seen(), torch.zeros((3, 1, 8, 8))
-    lessons = [Lesson(n, images, torch.full((3,), n)) for n in (2, 3)]
+    lessons = [WarmUpData(n, images, torch.full((3,), n)) for n in (2, 3)]
     stage = warm_up_stage(config, seen, lessons)
     assert stage.num_steps == 5
     for number in range(5):

@@ -119,11 +119,11 @@ def test_a_damaged_ledger_stops_a_run_before_the_data_is_opened(again, unopened,
 
 
 def test_two_resumes_at_once_are_refused(again, capsys, monkeypatch):
-    monkeypatch.setattr(pipeline, "_PATIENCE", 0.0)
+    monkeypatch.setattr(pipeline, "_LOCK_TIMEOUT_S", 0.0)
     before = content(again / "ledger")
     program = (
         "import sys; from pathlib import Path; from core.io.locks import held\n"
-        "with held(Path(sys.argv[1])): print('held', flush=True); sys.stdin.readline()"
+        "with locked(Path(sys.argv[1])): print('held', flush=True); sys.stdin.readline()"
     )
     command = [sys.executable, "-c", program, str(again / "first" / "run.lock")]
     pipe = subprocess.PIPE

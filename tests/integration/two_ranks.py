@@ -38,7 +38,7 @@ def tiny_run(
     run_dir: Path,
     also: Callable[[dict], None] = lambda _: None,
     shared: Path | None = None,
-    goes_on: Callable[[float], bool] = lambda _: True,
+    should_continue: Callable[[float], bool] = lambda _: True,
     **changes: object,
 ) -> list[dict]:
     """Runs the tiny configuration and returns its reports, each given to `also` as well.
@@ -65,7 +65,7 @@ def tiny_run(
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "trial_id").write_text("tiny")  # Else no two runs would draw alike.
     master = MasterSecret(b"s" * 32)
-    link = SweepLink(charged=charged, shared=shared, should_continue=goes_on)
+    link = SweepLink(charged=charged, shared=shared, should_continue=should_continue)
     run(config, run_dir, master=master, name="tiny", report=report, link=link)
     return reports
 

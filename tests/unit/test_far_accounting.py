@@ -21,8 +21,8 @@ from core.privacy.plan.plan import (
     PrivacyPlan,
     composed_epsilon,
     estimated_noise_multiplier,
-    kept_plan,
     make_plan,
+    resumed_plan,
 )
 
 RENYI = "Renyi DP (Mironov 2017), as PLD ends at epsilon 600 and, for so many releases, delta "
@@ -133,7 +133,7 @@ def test_any_target_is_planned_in_seconds_spent_and_kept(name):
         began = time.process_time()
         plan = make_plan(config)
         again = PrivacyPlan.restored(json.loads(json.dumps(plan.summary())))
-        assert kept_plan(config, again) == plan
+        assert resumed_plan(config, again) == plan
         four = composed_epsilon([plan] * 4)
         assert time.process_time() - began < 10
         spent = {"fixed sweep": four}.get(name, plan.epsilon)
@@ -161,7 +161,7 @@ def test_a_kept_plan_whose_epsilon_renyi_dp_exceeds_many_times_is_taken():
     config = reference(private_training__expected_batch_size=6, privacy__target_epsilon=1.0)
     plan = make_plan(config)
     assert renyi.epsilon(plan.mechanisms, plan.delta) > 3
-    assert kept_plan(config, plan) is plan
+    assert resumed_plan(config, plan) is plan
 
 
 @pytest.mark.parametrize(

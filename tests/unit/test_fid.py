@@ -243,13 +243,13 @@ def test_the_metric_is_named_after_its_extractor(
     inception = EvaluationConfig(inception_weights="weights.pth", batch_size=7)
     cnn = EvaluationConfig(fid_extractor="cnn", extractor_epochs=1, batch_size=7)
     for config, expected in ((inception, "fid"), (cnn, "fid_cnn")):
-        same, _ = metrics.likeness(dataset.train, dataset, config, 2, "cpu", tmp_path)
+        same, _ = metrics.distribution_metrics(dataset.train, dataset, config, 2, "cpu", tmp_path)
         suffix = expected[3:]
         others = {f"{name}{suffix}" for name in ("kid", "precision", "recall")}
         assert set(same) == {expected, *others, f"kid{suffix}_stddev"}
         assert same[expected] == pytest.approx(0, abs=1e-6)
         darker = Split(dataset.train.images // 2, dataset.train.labels)
-        changed, _ = metrics.likeness(darker, dataset, config, 2, "cpu", tmp_path)
+        changed, _ = metrics.distribution_metrics(darker, dataset, config, 2, "cpu", tmp_path)
         assert changed[expected] > 1e-3
 
 
@@ -268,17 +268,23 @@ def test_what_a_score_rests_on_is_recorded_and_few_images_are_warned_of(
     monkeypatch.setattr(reference, "InceptionExtractor", Wide)
     dataset = Dataset(_images(90, seed=0), _images(8, seed=1), "a")
     config = EvaluationConfig(num_features=40)
-    _, few = metrics.likeness(_images(2047, seed=2), dataset, config, 2, "cpu", tmp_path)
+    _, few = metrics.distribution_metrics(
+        _images(2047, seed=2), dataset, config, 2, "cpu", tmp_path
+    )
     assert few["extractor"] == "pixels"
     assert (few["num_images"], few["num_real_images"]) == (2047, 90)
     assert (few["num_features"], few["num_real_features"]) == (40, 40)
     assert "fid of 2047 images, fewer than 2,048, is biased upwards" in few["notes"][0]
     assert few["notes"][0] in caplog.text
-    _, enough = metrics.likeness(_images(2048, seed=2), dataset, config, 2, "cpu", tmp_path)
+    _, enough = metrics.distribution_metrics(
+        _images(2048, seed=2), dataset, config, 2, "cpu", tmp_path
+    )
     assert enough["notes"] == []
     assert enough["real_statistics"] == few["real_statistics"]
     other = Dataset(dataset.train, dataset.test, "b")
-    _, elsewhere = metrics.likeness(_images(2048, seed=2), other, config, 2, "cpu", tmp_path)
+    _, elsewhere = metrics.distribution_metrics(
+        _images(2048, seed=2), other, config, 2, "cpu", tmp_path
+    )
     assert elsewhere["real_statistics"] != enough["real_statistics"]
 
 
@@ -286,14 +292,14 @@ def test_inception_never_falls_back_to_the_cnn(offline: Path, tmp_path: Path) ->
     pytest.importorskip("pytorch_fid")
     dataset = Dataset(_images(8, seed=0), _images(8, seed=1), "")
     with pytest.raises(ConfigError, match="no Inception weights"):
-        metrics.likeness(dataset.train, dataset, EvaluationConfig(), 2, "cpu", tmp_path)
+        metrics.distribution_metrics(dataset.train, dataset, EvaluationConfig(), 2, "cpu", tmp_path)
 
 
 def test_images_of_another_shape_are_refused(tmp_path: Path) -> None:
     dataset = Dataset(_images(8, seed=0), _images(8, seed=1), "")
     colour = _images(8, seed=2, channels=3)
     with pytest.raises(DataError, match=r"\[3, 8, 8\].*\[1, 8, 8\]"):
-        metrics.likeness(colour, dataset, EvaluationConfig(), 2, "cpu", tmp_path)
+        metrics.distribution_metrics(colour, dataset, EvaluationConfig(), 2, "cpu", tmp_path)
 
 
 def test_the_real_side_is_kept_for_the_same_data_and_settings_alone(
@@ -303,19 +309,19 @@ def test_the_real_side_is_kept_for_the_same_data_and_settings_alone(
     other = Dataset(_images(40, seed=5), _images(8, seed=1), "b")
     cnn = EvaluationConfig(fid_extractor="cnn", extractor_epochs=1, batch_size=7)
     images = _images(20, seed=2)
-    first = metrics.likeness(images, dataset, cnn, 2, "cpu", tmp_path)
-    fresh = metrics.likeness(images, other, cnn, 2, "cpu", tmp_path)
+    first = metrics.distribution_metrics(images, dataset, cnn, 2, "cpu", tmp_path)
+    fresh = metrics.distribution_metrics(images, other, cnn, 2, "cpu", tmp_path)
     assert fresh != first
     seeded = cnn.model_copy(update={"seed": 1})
-    assert metrics.likeness(images, dataset, seeded, 2, "cpu", tmp_path) != first
+    assert metrics.distribution_metrics(images, dataset, seeded, 2, "cpu", tmp_path) != first
     assert len(list(tmp_path.glob("cnn-*.pt"))) == 3
 
     def refuse(*_: object) -> None:
         raise AssertionError("trained again")
 
     monkeypatch.setattr(features, "train_classifier", refuse)
-    assert metrics.likeness(images, dataset, cnn, 2, "cpu", tmp_path) == first
-    assert metrics.likeness(images, other, cnn, 2, "cpu", tmp_path) == fresh
+    assert metrics.distribution_metrics(images, dataset, cnn, 2, "cpu", tmp_path) == first
+    assert metrics.distribution_metrics(images, other, cnn, 2, "cpu", tmp_path) == fresh
 
 
 def test_cnn_features_are_those_of_their_seed() -> None:

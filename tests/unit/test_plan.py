@@ -16,8 +16,8 @@ from core.privacy.plan.plan import (
     PrivacyPlan,
     check_stages,
     composed_epsilon,
-    kept_plan,
     make_plan,
+    resumed_plan,
 )
 
 REFERENCE = {
@@ -131,7 +131,7 @@ def test_a_kept_plan_is_taken_as_it_is_and_not_solved_again(changes, monkeypatch
 
     monkeypatch.setattr(solve, "solve_noise_multiplier", never)
     monkeypatch.setattr("core.privacy.plan.scopes.Share.solve_noise_multiplier", never)
-    assert kept_plan(config, PrivacyPlan.restored(kept)) == plan
+    assert resumed_plan(config, PrivacyPlan.restored(kept)) == plan
 
 
 @pytest.mark.parametrize("changes", SCOPES[:-1])
@@ -142,12 +142,12 @@ def test_a_kept_plan_with_too_little_noise_is_refused(changes):
         plan, dp_sgd=replace(plan.dp_sgd, noise_multiplier=0.998 * plan.noise_multiplier)
     )
     with pytest.raises(ConfigError, match=r"configuration in epsilon: restore .* new run folder"):
-        kept_plan(config, less)
+        resumed_plan(config, less)
     spent = solve.epsilon_of_mechanisms(
         tuple(less.mechanisms), plan.delta, plan.neighboring_relation, FINE
     )
     with pytest.raises(ConfigError, match="configuration in target_epsilon: "):
-        kept_plan(config, replace(less, epsilon=spent))
+        resumed_plan(config, replace(less, epsilon=spent))
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_a_kept_plan_of_other_numbers_is_refused(stage, key, factor):
     kept = make_plan(config).summary()
     kept[stage] = {**kept[stage], key: factor * kept[stage][key]}
     with pytest.raises(ConfigError, match=f"configuration in {stage}: "):
-        kept_plan(config, PrivacyPlan.restored(kept))
+        resumed_plan(config, PrivacyPlan.restored(kept))
 
 
 @pytest.mark.parametrize(
@@ -192,14 +192,14 @@ def test_a_private_run_never_takes_a_plan_without_its_noise_or_its_epsilons(
     if noise_multiplier is not None:
         plan = replace(plan, dp_sgd=replace(plan.dp_sgd, noise_multiplier=noise_multiplier))
     with pytest.raises(ConfigError, match="configuration in " + key):
-        kept_plan(config, plan)
+        resumed_plan(config, plan)
 
 
 @pytest.mark.parametrize("delta", [1e-9, 1e-12])
 def test_a_kept_plan_of_a_small_delta_is_taken(delta):
     config = reference(privacy__target_delta=delta, privacy__target_epsilon=10.0)
     plan = make_plan(config)
-    assert kept_plan(config, plan) is plan
+    assert resumed_plan(config, plan) is plan
 
 
 def test_public_numbers_come_from_the_configuration_alone():

@@ -7,7 +7,7 @@ from optuna.trial import TrialState
 from core.privacy.keys import MasterSecret
 from sweep.config.scope import settings_entropy
 from sweep.config.sweep import load_sweep, trial_id_of
-from sweep.search.feasible import print_plan, why_not
+from sweep.search.feasible import infeasible_reason, print_plan
 from sweep.search.search import MAX_ATTEMPTS, FeasibleSearch
 from sweep.search.study import open_storage
 
@@ -64,10 +64,10 @@ def test_a_point_whose_final_run_cannot_be_paid_is_not_searched(make):
         "stage_split": 0.5,
     }
     assert point.keys() == sweep.search_space.keys()
-    assert why_not(sweep.model_copy(update={"final": {}}), point) == ""
-    assert why_not(sweep, point).startswith("of the final run, ")
+    assert infeasible_reason(sweep.model_copy(update={"final": {}}), point) == ""
+    assert infeasible_reason(sweep, point).startswith("of the final run, ")
     large, _, _ = make(final__dataset__num_examples=60_000, **public)
-    assert why_not(large, point) == ""
+    assert infeasible_reason(large, point) == ""
 
 
 def test_results_reach_the_study_and_failures_do_not_count_as_bad(make):

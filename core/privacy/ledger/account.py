@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from core.config import Config, flatten
-from core.errors import ConfigError, DataError, stored
+from core.errors import ConfigError, DataError, storage_errors
 from core.io.files import replace_durably
 from core.privacy.ledger.file import Key, LedgerError, Terms, traces
 from core.privacy.ledger.ledger import Ledger, Reservation, events_of
@@ -141,7 +141,7 @@ class Spending:
 
     def _write_count(self, steps: int) -> None:
         for place in self._counters:
-            with stored(place.parent):
+            with storage_errors(place.parent):
                 place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
                 replace_durably(place, str(steps).encode())
         self._begun = steps

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from core.io.files import replace_durably
-from core.io.locks import held
+from core.io.locks import locked
 from core.privacy.ledger.file import LedgerError
 from core.privacy.ledger.names import charged_to, ledger_path
 
-_PATIENCE = 60.0
+_LOCK_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Sources:
         """Keeps what a source held; what was ever charged stays so, with the family it was with."""
         if self._after(key, source) == self.read():
             return
-        with held(self.folder / "sources.lock", _PATIENCE):
+        with locked(self.folder / "sources.lock", _LOCK_TIMEOUT_S):
             content = {k: asdict(v) for k, v in self._after(key, source).items()}
             replace_durably(self._path, json.dumps(content, indent=1).encode())
 

@@ -231,7 +231,7 @@ def make_plan(config: Config) -> PrivacyPlan:
     return _plan_with(config, noise_multiplier, total)
 
 
-def kept_plan(config: Config, plan: PrivacyPlan) -> PrivacyPlan:
+def resumed_plan(config: Config, plan: PrivacyPlan) -> PrivacyPlan:
     """The plan that a run began with: checked by composing it anew, but not solved again.
 
     A newer accountant may solve a noise multiplier that differs in its last digits; a run goes on
