@@ -1,4 +1,4 @@
-"""What `python -m core` does for each of its commands but `account`."""
+"""Commands of `python -m core` that load torch: run, compare, generate, evaluate, ledger, release."""
 
 import argparse
 import sys

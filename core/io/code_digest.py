@@ -1,4 +1,4 @@
-"""Which code decides what a run releases: a digest of the sources of `core`, without torch."""
+"""Digest of the sources of `core` that decide what a run releases; does not load torch."""
 
 import hashlib
 from collections.abc import Iterable

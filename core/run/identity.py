@@ -1,4 +1,4 @@
-"""What a run is: all that decides what it releases; a digest of it enters every key.
+"""Identity of a run: a digest of all that decides what it releases, which enters every key.
 
 Masks and noise depend on the identity alone, so the same noise never falls on another computation
 that could be named: code, versions, settings, data, device. What is left differs in rounding.

@@ -1,4 +1,4 @@
-"""How many images are in memory at once: given, or found by halving until memory suffices."""
+"""Physical batch size: given, or found by halving until memory suffices."""
 
 import hashlib
 import json

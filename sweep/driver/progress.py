@@ -1,4 +1,4 @@
-"""What a running sweep shows: a live table on a terminal, else plain lines; sweep.log has all."""
+"""Progress of a sweep: a live table on a terminal, else plain lines; sweep.log has all."""
 
 import logging
 import time

@@ -1,4 +1,4 @@
-"""What of a trial is compared side by side: few parameters, few figures, and the charts of both.
+"""Charts of MLflow's comparison of trials, with the few parameters and figures that they show.
 
 The whole configuration is an artifact; a column is worth its place only if a person compares by it.
 """

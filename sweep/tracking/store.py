@@ -1,4 +1,4 @@
-"""Where MLflow keeps records: its address, and whether it can be used from here.
+"""Store of MLflow: its address, and whether it can be used from here.
 
 MLflow reads its settings when it is imported, so import this module before it.
 """

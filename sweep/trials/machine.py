@@ -1,4 +1,4 @@
-"""What a trial's machine is doing, under the names that MLflow shows as system metrics."""
+"""Use of a trial's machine, under the names that MLflow shows as system metrics."""
 
 from typing import Any
 

@@ -57,6 +57,10 @@ def modules() -> list[str]:
 MODULES = modules()
 
 
+def tree_of(module: str) -> ast.Module:
+    return ast.parse((ROOT / (module.replace(".", "/") + ".py")).read_text())
+
+
 def room_of(module: str) -> str:
     """The longest floor that the module lies in; empty for the packages themselves."""
     parts = module.removesuffix(".__init__").split(".")
@@ -143,7 +147,7 @@ def test_no_two_modules_of_a_room_differ_only_by_their_ending():
 
 @pytest.mark.parametrize("module", [each for each in MODULES if each != "core.io.files"])
 def test_one_module_writes_files_whole_or_not_at_all(module):
-    tree = ast.parse((ROOT / (module.replace(".", "/") + ".py")).read_text())
+    tree = tree_of(module)
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
             of_path = node.func.attr in ("replace", "rename") and len(node.args) == 1
@@ -162,7 +166,7 @@ NAMES = {path.name for path in vars(RunFolder(Path("run"))).values() if path.suf
 @pytest.mark.parametrize("module", [each for each in MODULES if each != "core.record.folder"])
 def test_one_class_names_the_files_of_a_run(module):
     assert {CONFIG, "evaluation.json", "metrics.jsonl", "privacy.json", "model.pt"} <= NAMES
-    tree = ast.parse((ROOT / (module.replace(".", "/") + ".py")).read_text())
+    tree = tree_of(module)
     spelled = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
     ends = [Path(each).name for each in spelled if isinstance(each, str) and "\n" not in each]
     assert not NAMES & set(ends), f"{module}: ask core.record.folder.RunFolder"
@@ -181,7 +185,7 @@ def length(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_functions_are_short(module):
-    tree = ast.parse((ROOT / (module.replace(".", "/") + ".py")).read_text())
+    tree = tree_of(module)
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert length(node) <= MOST_LINES, f"{module}.{node.name} has {length(node)} lines"
@@ -191,3 +195,13 @@ def test_a_docstring_does_not_count():
     (function,) = ast.parse('def f():\n    """Two\n    lines."""\n    return 1').body
     assert isinstance(function, ast.FunctionDef)
     assert length(function) == 2
+
+
+RIDDLES = ("What", "How", "Who", "Where", "Why", "When", "Which")
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_modules_say_what_they_are_by_a_noun(module):
+    text = ast.get_docstring(tree_of(module)) or ""
+    assert text, f"{module} has no docstring"
+    assert text.split()[0] not in RIDDLES

@@ -1,4 +1,4 @@
-"""One run's dealings with the ledger: reserve before the data is opened, settle when it ends."""
+"""Account of a run at the ledger: reserved before the data is opened, settled when the run ends."""
 # pyright: reportUnknownMemberType=false
 
 import hashlib

@@ -1,4 +1,4 @@
-"""What the lines of a ledger add up to: a charge for each key, the writers of each run."""
+"""Book of a ledger, from its lines: a charge for each key, the writers of each run."""
 
 import math
 from collections.abc import Iterable

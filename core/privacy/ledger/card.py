@@ -1,4 +1,4 @@
-"""What people read of the ledger: its summary, and the privacy card of a publication."""
+"""Privacy card of a publication, and the ledger's summary in words."""
 
 import math
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""What the lines of a ledger say, and the file that keeps them: append-only, chained, locked.
+"""File of a ledger, and its lines: append-only, chained, locked.
 
 Every line holds its number, the time, a kind, the SHA-256 of the line before and its own SHA-256
 over canonical JSON, so an edited, deleted, inserted or moved line is found. A head file beside

@@ -1,4 +1,4 @@
-"""What a ledger's file is called: messages and printed lines show it, so it is keyed."""
+"""Names of ledger files; messages and printed lines show them, so they are keyed."""
 
 import hashlib
 import json

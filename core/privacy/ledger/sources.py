@@ -1,4 +1,4 @@
-"""Which source of data had which content: what a folder of ledgers remembers of them."""
+"""Sources of data that a folder of ledgers knows, with the fingerprint that each had."""
 
 import json
 from collections.abc import Mapping
