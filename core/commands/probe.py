@@ -1,4 +1,4 @@
-"""Probe of this machine: seconds of a step of each stage, on random images; reads no private data."""
+"""Probe of this machine: seconds of a step of each stage, on random images, not on data."""
 
 import time
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Commands of `python -m core` that load torch: run, compare, generate, evaluate, ledger, release."""
+"""Commands of `python -m core` that load torch: a run, and what is made of its folder."""
 
 import argparse
 import sys
