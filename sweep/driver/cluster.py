@@ -17,7 +17,7 @@ from sweep.config.sweep import SweepConfig
 DRIVER_RESOURCE = "trial_driver"
 """Trials hold this and no CPU: a trial that held CPUs could keep its own workers from starting."""
 _LOCAL_DRIVERS = 64
-_LOCK_TIMEOUT_S = 60.0
+_LAUNCH_TIMEOUT_S = 60.0
 """Seconds that a cluster without room may launch no node before the sweep ends."""
 _ANSWER = 10.0
 """Seconds that the head of a cluster has to answer."""
@@ -253,9 +253,9 @@ def wait_for_room(sweep: SweepConfig, note: Callable[[str], None]) -> bool:
         while (error := missing()) is not None:
             if _launching():
                 hopeful = time.monotonic()
-            elif time.monotonic() - hopeful > _LOCK_TIMEOUT_S:
+            elif time.monotonic() - hopeful > _LAUNCH_TIMEOUT_S:
                 raise ConfigError(
-                    f"{error}; no autoscaler has launched a node for it in {_LOCK_TIMEOUT_S:g} s"
+                    f"{error}; no autoscaler has launched a node for it in {_LAUNCH_TIMEOUT_S:g} s"
                 )
             time.sleep(1.0)
     finally:

@@ -38,7 +38,7 @@ from sweep.results.table import (
 from sweep.search.feasible import with_num_trials
 from sweep.trials.trial import ENDS, Context, Train, run_trial
 
-_LOCK_TIMEOUT_S = 10.0
+_MLFLOW_TIMEOUT_S = 10.0
 """Seconds that the end of a sweep waits for MLflow."""
 
 
@@ -124,7 +124,7 @@ def _run(context: Context, total: int, uri: str, verbosity: int) -> Outcome:
         status = "KILLED" if outcome.stopped else "FINISHED"
         return outcome
     finally:
-        if count := mirror.close(_LOCK_TIMEOUT_S, status):
+        if count := mirror.close(_MLFLOW_TIMEOUT_S, status):
             print(
                 f"MLflow at {without_user(uri)} lacks something of {count} runs: the sweep's "
                 "folder holds it, and the same command tells it when MLflow answers",

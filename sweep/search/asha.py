@@ -17,7 +17,7 @@ from core.record.early import PROGRESS
 from sweep.config.sweep import SweepConfig
 from sweep.results.table import Row
 
-_LOCK_TIMEOUT_S = 120.0
+_DECISION_TIMEOUT_S = 120.0
 """Seconds that a worker waits; then it goes on, and may be stopped at the next score."""
 
 
@@ -37,7 +37,7 @@ class Verdicts:
         """Waits for the verdict."""
         try:
             verdict = asyncio.shield(self._verdict(trial, progress))
-            return await asyncio.wait_for(verdict, _LOCK_TIMEOUT_S)
+            return await asyncio.wait_for(verdict, _DECISION_TIMEOUT_S)
         except TimeoutError:
             return True
 
