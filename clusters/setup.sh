@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Prepares a node with Ubuntu 24.04: `setup.sh aws|gcp|azure`. Running it again changes nothing.
+# Prepares a node with Ubuntu 24.04: `setup.sh aws|gcp`. Running it again changes nothing.
 set -euo pipefail
 cloud=$1
 cd "$(dirname "$0")/.."
@@ -26,10 +26,14 @@ sudo apt-get $wait_for_lock -qq install -y curl nfs-common pciutils python3-venv
 .venv/bin/python -m pip install -q --constraint constraints.txt \
     --editable ".[images,sweep,$cloud]"
 
+# In version 3 a machine that vanishes keeps its locks for ever; in 4.1 they end with its lease.
+options=vers=4.1,hard,noatime
 sudo mkdir -p "$FETA_SWEEP_MOUNT"
 mountpoint -q "$FETA_SWEEP_MOUNT" ||
-    sudo mount -t nfs -o hard,noatime "$FETA_SWEEP_NFS" "$FETA_SWEEP_MOUNT" ||
-    fail "FETA_SWEEP_NFS=$FETA_SWEEP_NFS cannot be mounted: give HOST:/PATH of an NFS share"
+    sudo mount -t nfs -o "$options" "$FETA_SWEEP_NFS" "$FETA_SWEEP_MOUNT" ||
+    fail "FETA_SWEEP_NFS=$FETA_SWEEP_NFS cannot be mounted: give HOST:/PATH of an NFS 4.1 share"
+grep -q "$FETA_SWEEP_MOUNT" /etc/fstab || # For the next boot.
+    echo "$FETA_SWEEP_NFS $FETA_SWEEP_MOUNT nfs $options,_netdev 0 0" | sudo tee -a /etc/fstab >/dev/null
 sudo chown "$(id -u):$(id -g)" "$FETA_SWEEP_MOUNT"
 flock --timeout 60 "$FETA_SWEEP_MOUNT/.lock-check" true ||
     fail "FETA_SWEEP_NFS=$FETA_SWEEP_NFS passes no locks between hosts, which the ledger needs"

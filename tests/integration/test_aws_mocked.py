@@ -53,7 +53,8 @@ def cluster(tmp_path, monkeypatch):
     (settings / "master.secret").write_text("not a real secret")
     with mock_aws():
         boto3.client("iam").create_instance_profile(InstanceProfileName="feta-sweep-head")
-        path = str(CLUSTERS / "aws.yaml")
+        path = str(settings / "aws.yaml")
+        Path(path).write_text(filled_in(boto3.client("ec2", "us-west-2")))
         config = yaml.safe_load(Path(path).read_text())
         config = commands._bootstrap_config(copy.deepcopy(config), no_config_cache=True)
         provider = _get_node_provider(config["provider"], config["cluster_name"], use_cache=False)
@@ -69,6 +70,21 @@ def cluster(tmp_path, monkeypatch):
             _runner=recorder,
         )
         yield boto3.client("ec2", "us-west-2"), provider, config, recorder.commands
+
+
+def filled_in(ec2: Any) -> str:
+    """The launcher file with the ids that the README's commands put in."""
+    subnet = ec2.describe_subnets()["Subnets"][0]
+    group = ec2.create_security_group(GroupName="nodes", Description="nodes", VpcId=subnet["VpcId"])
+    ids = {
+        "subnet-YOURS": subnet["SubnetId"],
+        "sg-YOURS": group["GroupId"],
+        "ami-YOURS": ec2.describe_images()["Images"][0]["ImageId"],
+    }
+    text = (CLUSTERS / "aws.yaml").read_text()
+    for old, new in ids.items():
+        text = text.replace(old, new)
+    return text
 
 
 def instances(ec2: Any) -> list[dict[str, Any]]:
@@ -98,6 +114,11 @@ def test_head_and_workers(cluster, monkeypatch):
     expected = {"ray-cluster-name": "feta-sweep", "ray-node-type": "head"}
     assert expected.items() <= tags(head).items()
 
+    # Ray makes neither a firewall of its own, which would be open to the world, nor picks a zone.
+    made = {group["GroupName"] for group in ec2.describe_security_groups()["SecurityGroups"]}
+    assert made == {"default", "nodes"}
+    assert [group["GroupName"] for group in head["SecurityGroups"]] == ["nodes"]
+
     started = next(command for command in run if "ray start --head" in command)
     assert '"CPU":0,"trial_driver":8' in started
     assert "RAY_enable_autoscaler_v2=1" in started
@@ -118,8 +139,9 @@ def test_head_and_workers(cluster, monkeypatch):
         assert {**WORKER_TAGS, "ray-cluster-name": "feta-sweep"}.items() <= (
             tags(worker) | {"ray-node-name": WORKER_TAGS["ray-node-name"]}
         ).items()
-        groups = {group["GroupId"] for group in worker["SecurityGroups"]}
-        assert groups == {group["GroupId"] for group in head["SecurityGroups"]}
+        assert worker["SecurityGroups"] == head["SecurityGroups"]
+        assert worker["SubnetId"] == head["SubnetId"]
+        assert worker["ImageId"] == head["ImageId"]
 
     refused = without_spot_capacity(monkeypatch)
     launch(provider, config)

@@ -29,15 +29,24 @@ from core.privacy.keys import SECRET_FILE_VARIABLE
 from sweep.driver.launch import DRIVER_RESOURCE
 
 ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "clusters" / "README.md").read_text().replace("\\\n", " ")
+(KUBERAY,) = re.findall(r"kuberay-operator .*--version (\S+)", README)
+"""The operator that the README installs, of whose schemas the tests have a copy."""
 Manifest = dict[str, Any]
 
 
 def read_all() -> dict[tuple[str, str], Manifest]:
     files = sorted((ROOT / "clusters" / "kuberay").glob("*.yaml"))
     found = [document for file in files for document in yaml.safe_load_all(file.read_text())]
-    named = {(one["kind"], one["metadata"]["name"]): one for one in found}
+    named = {(one["kind"], name_of(one)): one for one in found}
     assert len(named) == len(found)
     return named
+
+
+def name_of(manifest: Manifest) -> str:
+    """The name, or what a generated one begins with."""
+    given = manifest["metadata"]
+    return given.get("name") or given["generateName"].rstrip("-")
 
 
 ALL = read_all()
@@ -52,7 +61,7 @@ def manifests() -> dict[tuple[str, str], Manifest]:
 
 @functools.cache
 def own_schema(kind: str) -> jsonschema.Draft202012Validator:
-    path = ROOT / "tests" / "data" / f"kuberay-v1-{kind.lower()}s.json.gz"
+    path = ROOT / "tests" / "data" / f"kuberay-{KUBERAY}-{kind.lower()}s.json.gz"
     schema = json.loads(gzip.decompress(path.read_bytes()))
     return jsonschema.Draft202012Validator(closed(schema, top=True))
 
@@ -70,8 +79,10 @@ def closed(schema: Any, top: bool = False) -> Any:
     if top:  # The resource's schema leaves this to Kubernetes.
         copied["properties"]["metadata"] = {
             "type": "object",
-            "properties": {"name": {"type": "string"}, "namespace": {"type": "string"}},
-            "required": ["name", "namespace"],
+            "properties": {
+                key: {"type": "string"} for key in ("name", "generateName", "namespace")
+            },
+            "required": ["namespace"],
             "additionalProperties": False,
         }
     return copied
@@ -147,7 +158,10 @@ def structural_problems(manifests: dict[tuple[str, str], Manifest]) -> list[str]
 def namespace_problems(manifests: dict[tuple[str, str], Manifest]) -> Iterator[str]:
     names = {name for kind, name in manifests if kind == "Namespace"}
     for (kind, name), manifest in manifests.items():
-        if kind != "Namespace" and manifest["metadata"].get("namespace") not in names:
+        if (
+            kind not in ("Namespace", "StorageClass")
+            and manifest["metadata"].get("namespace") not in names
+        ):
             yield f"{kind} {name} is in no namespace of ours"
 
 
@@ -206,8 +220,7 @@ def secret_problems(manifests: dict[tuple[str, str], Manifest]) -> Iterator[str]
 
 
 def secret_of_readme() -> set[tuple[str, str]]:
-    text = (ROOT / "clusters" / "README.md").read_text().replace("\\\n", " ")
-    command = re.search(r"kubectl create secret generic .*", text)
+    command = re.search(r"kubectl create secret generic .*", README)
     assert command
     words = shlex.split(command[0])
     keys = [word.split("=", 2)[1] for word in words if word.startswith("--from-")]
@@ -353,6 +366,10 @@ def test_every_node_has_the_secret_the_folder_and_the_same_image():
         assert mounts["shared"] == "/mnt/feta-sweep"
         assert variables["MLFLOW_TRACKING_URI"] == "http://mlflow:5000"
     claim = ALL["PersistentVolumeClaim", "feta-sweep"]["spec"]
+    (kept,) = (manifest for key, manifest in ALL.items() if key[0] == "StorageClass")
+    assert claim["storageClassName"] == kept["metadata"]["name"]
+    assert kept["reclaimPolicy"] == "Retain"  # The only ledger lies there.
+    assert kept["parameters"]["protocol"] == "NFS_V4_1"
     assert claim["accessModes"] == ["ReadWriteMany"]
     assert "storage_path=/mnt/feta-sweep/" in ALL["RayJob", "quickstart"]["spec"]["entrypoint"]
     version = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.M)
