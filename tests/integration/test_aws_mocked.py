@@ -114,6 +114,11 @@ def test_head_and_workers(cluster, monkeypatch):
     expected = {"ray-cluster-name": "feta-sweep", "ray-node-type": "head"}
     assert expected.items() <= tags(head).items()
 
+    ends = ec2.describe_instance_attribute(
+        InstanceId=head["InstanceId"], Attribute="instanceInitiatedShutdownBehavior"
+    )
+    assert ends["InstanceInitiatedShutdownBehavior"] == {"Value": "terminate"}
+
     # Ray makes neither a firewall of its own, which would be open to the world, nor picks a zone.
     made = {group["GroupName"] for group in ec2.describe_security_groups()["SecurityGroups"]}
     assert made == {"default", "nodes"}

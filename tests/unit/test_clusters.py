@@ -16,6 +16,7 @@ import subprocess
 import tomllib
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import boto3
@@ -27,9 +28,10 @@ import yaml
 from botocore import xform_name
 from ray._private.runtime_env.packaging import create_package
 from ray.autoscaler._private import util
+from ray.job_submission import JobStatus
 from ray.scripts.scripts import cli as ray_cli
 
-from clusters import spot
+from clusters import autostop, spot
 from clusters.local.ports import free_ports
 from core.config.yaml_subset import parse
 from core.privacy.keys import SECRET_FILE_VARIABLE
@@ -189,6 +191,48 @@ def test_nodes_get_what_they_install_and_nothing_that_grows():
         assert all((ROOT / path).exists() for path in here)
 
 
+@every_cloud
+def test_the_head_ends_itself_when_idle_and_workers_sooner(cloud):
+    start, stop = FILES[cloud]["head_start_ray_commands"][-2:]
+    assert "ray start --head" in start
+    found = re.search(r" python -m clusters.autostop --minutes (\d+) .* &$", stop)
+    assert found
+    assert FILES[cloud]["idle_timeout_minutes"] < int(found[1]) <= 60
+
+
+def test_idle_is_a_time_without_a_break():
+    now, told = [0.0], iter([True, False, False, False, True, *[False] * 9])
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+
+    autostop.wait_until_idle(lambda: next(told), 40, lambda: now[0], sleep)
+    assert now[0] == 10 * (5 + 4)
+
+
+def test_jobs_and_workers_keep_a_cluster_and_a_dead_ray_does_not(monkeypatch):
+    def state(*jobs: str, workers: int) -> bool:
+        node = SimpleNamespace(state="ALIVE", is_head_node=True)
+        worker, gone = (SimpleNamespace(state=s, is_head_node=False) for s in ("ALIVE", "DEAD"))
+        there = [SimpleNamespace(status=JobStatus(job)) for job in jobs]
+        client = SimpleNamespace(list_jobs=lambda: there)
+        monkeypatch.setattr(autostop, "JobSubmissionClient", lambda address: client)
+        nodes = [node, gone, *[worker] * workers]
+        monkeypatch.setattr(autostop, "list_nodes", lambda **kwargs: nodes)
+        return autostop.is_busy()
+
+    assert state("RUNNING", "SUCCEEDED", workers=0)
+    assert state("PENDING", workers=0)
+    assert state("FAILED", workers=1)
+    assert not state("SUCCEEDED", "FAILED", "STOPPED", workers=0)
+    monkeypatch.setattr(autostop, "JobSubmissionClient", _refuse)
+    assert not autostop.is_busy()
+
+
+def _refuse(address: str) -> None:
+    raise ConnectionError("nobody listens")
+
+
 def test_secrets_come_from_outside_the_repository():
     for cloud in CLOUDS:
         mounts = FILES[cloud]["file_mounts"]
@@ -340,22 +384,29 @@ def test_options_of_commands_exist(program):
         assert {*options(words)} <= {*OPTIONS[max(known, key=len)]}, words
 
 
+AWS_OWN = {
+    # Of the command line itself, over several operations of a service.
+    "deploy": {"--stack-name", "--template-file", "--capabilities", "--parameter-overrides"},
+    "rb": {"--force"},
+}
+
+
 def test_options_of_the_aws_commands_exist():
     """By botocore's model of the services, which the AWS CLI is made of."""
     commands = shown("aws")
     assert commands
     for _, service, name, *rest in commands:
-        given = {*options(rest)} - {"--query", "--output"}
-        if name == "deploy":  # The command line's own, over several operations.
-            wanted = {"--stack-name", "--template-file", "--capabilities", "--parameter-overrides"}
-        else:
-            client = boto3.client(service, region_name="us-west-2")
-            operation = next(
-                o for o in client.meta.service_model.operation_names if xform_name(o, "-") == name
-            )
-            shape = client.meta.service_model.operation_model(operation).input_shape
-            wanted = {f"--{xform_name(member, '-')}" for member in shape.members}
-        assert given <= wanted, (service, name, given)
+        client = boto3.client(service, region_name="us-west-2")
+        if name == "wait":
+            waiter = client.get_waiter(rest.pop(0).replace("-", "_"))
+            name = xform_name(waiter.config.operation, "-")
+        wanted = AWS_OWN.get(name)
+        if wanted is None:
+            model = client.meta.service_model
+            (operation,) = (o for o in model.operation_names if xform_name(o, "-") == name)
+            members = model.operation_model(operation).input_shape.members
+            wanted = {f"--{xform_name(member, '-')}" for member in members}
+        assert {*options(rest)} <= wanted | {"--query", "--output"}, (service, name)
         for query in (b for a, b in itertools.pairwise(rest) if a == "--query"):
             jmespath.compile(query)
 
