@@ -10,6 +10,7 @@ from typing import Any
 
 import boto3
 import botocore.client
+import cfnlint.decode.cfn_yaml
 import pytest
 import yaml
 from botocore.exceptions import ClientError
@@ -148,6 +149,12 @@ def test_head_and_workers(cluster, monkeypatch):
         assert worker["SubnetId"] == head["SubnetId"]
         assert worker["ImageId"] == head["ImageId"]
 
+    called = recorded(monkeypatch)
+    launch(provider, config)
+    provider.non_terminated_nodes({})
+    provider.set_node_tags(instances(ec2)[-1]["InstanceId"], {"ray-node-status": "up-to-date"})
+    assert {"RunInstances", "CreateTags"} <= {operation for operation, _ in called}
+
     refused = without_spot_capacity(monkeypatch)
     launch(provider, config)
     assert refused
@@ -159,6 +166,47 @@ def test_head_and_workers(cluster, monkeypatch):
     provider.terminate_nodes([worker["InstanceId"] for worker in workers])
     states = {i["InstanceId"]: i["State"]["Name"] for i in instances(ec2)}
     assert {states[worker["InstanceId"]] for worker in workers} == {"terminated"}
+    for operation, parameters in called:
+        assert_allowed(operation, parameters)
+
+
+def recorded(monkeypatch) -> list[tuple[str, dict[str, Any]]]:
+    """The list of all calls from now on."""
+    called: list[tuple[str, dict[str, Any]]] = []
+    real = botocore.client.BaseClient._make_api_call
+
+    def call(self, operation, parameters):
+        called.append((operation, parameters))
+        return real(self, operation, parameters)
+
+    monkeypatch.setattr(botocore.client.BaseClient, "_make_api_call", call)
+    return called
+
+
+def assert_allowed(operation: str, parameters: dict[str, Any]) -> None:
+    """By the head's role, which is tied to the tag that Ray gives the cluster's machines."""
+    template = cfnlint.decode.cfn_yaml.load(CLUSTERS / "aws-storage.yaml")
+    role = template["Resources"]["HeadRole"]["Properties"]
+    assert "ManagedPolicyArns" not in role
+    statements = role["Policies"][0]["PolicyDocument"]["Statement"]
+    mine = [s for s in statements if f"ec2:{operation}" in [*listed(s["Action"])]]
+    assert mine, f"{operation} is not allowed"
+    tag = {"Key": "ray-cluster-name", "Value": "feta-sweep"}
+    for statement in mine:
+        for condition in statement.get("Condition", {}).values():
+            ((key, value),) = condition.items()
+            if key == "aws:RequestTag/ray-cluster-name":
+                (of_machines,) = parameters["TagSpecifications"]
+                assert of_machines["ResourceType"] == "instance"
+                assert tag in of_machines["Tags"]
+            elif key == "aws:ResourceTag/ray-cluster-name":
+                assert value == tag["Value"]
+            else:
+                assert (key, value) == ("ec2:CreateAction", "RunInstances")
+
+
+def listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def without_spot_capacity(monkeypatch) -> list[str]:
@@ -175,6 +223,20 @@ def without_spot_capacity(monkeypatch) -> list[str]:
 
     monkeypatch.setattr(botocore.client.BaseClient, "_make_api_call", call)
     return refused
+
+
+def test_what_changes_machines_is_tied_to_the_clusters_tag_or_named():
+    template = cfnlint.decode.cfn_yaml.load(CLUSTERS / "aws-storage.yaml")
+    document = template["Resources"]["HeadRole"]["Properties"]["Policies"][0]["PolicyDocument"]
+    for statement in document["Statement"]:
+        actions = listed(statement["Action"])
+        assert not any(action.endswith("*") for action in actions)
+        if statement["Resource"] == "*":
+            assert all(action.startswith("ec2:Describe") for action in actions)
+        elif "instance/*" in str(statement["Resource"]):
+            assert statement["Condition"]["StringEquals"]
+    (ssh,) = template["Resources"]["NodeAccess"]["Properties"]["SecurityGroupIngress"]
+    assert ssh == {"IpProtocol": "tcp", "FromPort": 22, "ToPort": 22, "CidrIp": {"Ref": "SshFrom"}}
 
 
 def test_template_passes_cloudformations_linter():

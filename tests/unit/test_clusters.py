@@ -5,11 +5,9 @@ No cloud is reached: what a schema cannot tell, such as quotas and images, only 
 
 import copy
 import gzip
-import itertools
 import json
 import os
 import re
-import shlex
 import shutil
 import socket
 import subprocess
@@ -19,17 +17,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import boto3
-import click
-import jmespath
 import jsonschema
 import pytest
 import yaml
-from botocore import xform_name
 from ray._private.runtime_env.packaging import create_package
 from ray.autoscaler._private import util
 from ray.job_submission import JobStatus
-from ray.scripts.scripts import cli as ray_cli
 
 from clusters import autostop, spot
 from clusters.local.ports import free_ports
@@ -324,116 +317,6 @@ def test_secrets_are_made_once_for_their_owner_alone(tmp_path):
     assert all(re.fullmatch(r"[0-9a-f]{64}\n", each) for each in made)
     assert len({*made}) == 2
     assert make() == made
-
-
-PAGE = (CLUSTERS / "README.md").read_text()
-BLOCKS = re.findall(r"^```sh\n(.*?)^```$", PAGE, re.M | re.S)
-
-
-def shown(program: str) -> list[list[str]]:
-    """Words of every command that the README shows of a program, those within `$( )` included."""
-    around = re.sub(r"^```sh\n.*?^```$", "", PAGE, flags=re.M | re.S)
-    lines = (
-        "\n".join((*BLOCKS, *re.findall(r"`([^`]+)`", around))).replace("\\\n", " ").splitlines()
-    )
-    inner = [each for line in lines for each in re.findall(r"\$\(([^()]+)\)", line)]
-    outer = [re.sub(r"\$\([^()]+\)", "inner", line) for line in lines]
-    each = [part.strip() for line in (*outer, *inner) for part in re.split(r" (?:&&|[|>]) ", line)]
-    return [shlex.split(one, comments=True) for one in each if one.startswith(f"{program} ")]
-
-
-def test_blocks_of_the_readme_parse_and_name_files_that_exist():
-    assert len(BLOCKS) >= 5
-    for block in BLOCKS:
-        subprocess.run(["bash", "-n"], input=block, text=True, check=True)
-        for path in re.findall(r"(?<![\w/-])(?:clusters|sweep|core)/[\w./-]+\w", block):
-            assert (ROOT / path).exists(), path
-    assert "sed -i" not in PAGE  # macOS wants another argument.
-
-
-def test_every_submission_names_its_environment_its_id_and_the_folder():
-    submissions = shown("ray job submit")
-    assert submissions
-    for words in submissions:
-        given = dict(itertools.pairwise(words))
-        assert given["--runtime-env"] == "clusters/runtime_env.yaml"
-        assert given["--working-dir"] == "."
-        assert "--submission-id" in given
-
-
-OPTIONS = json.loads((ROOT / "tests" / "data" / "command-options.json").read_text())
-
-
-def options(words: list[str]) -> list[str]:
-    ours = itertools.takewhile(lambda word: word != "--", words)
-    return [
-        word.split("=")[0]
-        for word in ours
-        if (word[0] == "-" and word[1:2].isalpha()) or word[:2] == "--"
-    ]
-
-
-@pytest.mark.parametrize("program", ["gcloud", "kubectl"])
-def test_options_of_commands_exist(program):
-    """By what the programs themselves list; tests/data/README.md says of which versions."""
-    commands = shown(program)
-    assert commands
-    for words in commands:
-        known = [name for name in OPTIONS if words[: len(name.split())] == name.split()]
-        assert known, f"`{' '.join(words)}`: not in command-options.json"
-        assert {*options(words)} <= {*OPTIONS[max(known, key=len)]}, words
-
-
-AWS_OWN = {
-    # Of the command line itself, over several operations of a service.
-    "deploy": {"--stack-name", "--template-file", "--capabilities", "--parameter-overrides"},
-    "rb": {"--force"},
-}
-
-
-def test_options_of_the_aws_commands_exist():
-    """By botocore's model of the services, which the AWS CLI is made of."""
-    commands = shown("aws")
-    assert commands
-    for _, service, name, *rest in commands:
-        client = boto3.client(service, region_name="us-west-2")
-        if name == "wait":
-            waiter = client.get_waiter(rest.pop(0).replace("-", "_"))
-            name = xform_name(waiter.config.operation, "-")
-        wanted = AWS_OWN.get(name)
-        if wanted is None:
-            model = client.meta.service_model
-            (operation,) = (o for o in model.operation_names if xform_name(o, "-") == name)
-            members = model.operation_model(operation).input_shape.members
-            wanted = {f"--{xform_name(member, '-')}" for member in members}
-        assert {*options(rest)} <= wanted | {"--query", "--output"}, (service, name)
-        for query in (b for a, b in itertools.pairwise(rest) if a == "--query"):
-            jmespath.compile(query)
-
-
-def test_options_of_rays_commands_exist():
-    commands = shown("ray")
-    assert commands
-    for _, *words in commands:
-        command: Any = ray_cli
-        while words and isinstance(command, click.Group):
-            command = command.commands[words.pop(0)]
-        known = {
-            name
-            for parameter in command.params
-            for name in (*parameter.opts, *parameter.secondary_opts)
-        }
-        assert {*options(words)} <= known, words
-
-
-@every_cloud
-def test_the_commands_fill_in_all_that_a_launcher_file_leaves_open(cloud):
-    text = (CLUSTERS / f"{cloud}.yaml").read_text()
-    (line,) = re.findall(rf"^sed (.*) clusters/{cloud}.yaml > .*", PAGE.replace("\\\n", " "), re.M)
-    for old in re.findall(r"s/([\w-]+)/", line):
-        assert old in text
-        text = text.replace(old, "filled-in")
-    assert "YOUR" not in text
 
 
 def test_ports_are_free_different_and_none_that_the_system_gives_out():
