@@ -269,17 +269,6 @@ def test_script_parses(script):
     subprocess.run(["bash", "-n", script], check=True)
 
 
-def test_setup_names_what_is_missing(tmp_path):
-    ended = subprocess.run(
-        ["bash", CLUSTERS / "setup.sh", "aws"],
-        env={"HOME": str(tmp_path), "PATH": "/usr/bin:/bin"},
-        capture_output=True,
-        text=True,
-    )
-    assert ended.returncode == 1
-    assert "master.secret is missing or empty" in ended.stderr
-
-
 def test_a_job_uploads_code_and_presets_alone(tmp_path):
     """By Ray's own packager, from a checkout in which all sorts of things lie about."""
     checkout = tmp_path / "checkout"

@@ -342,7 +342,7 @@ def test_autoscaler_sees_a_head_for_trials_and_spot_workers_first():
     head = types.pop("headgroup")["resources"]
     assert head["CPU"] == 0
     assert head[DRIVER_RESOURCE] == 8
-    assert config["idle_timeout_minutes"] == 5
+    assert config["idle_timeout_minutes"] == 10
     assert types["gpu-spot"]["priority"] > types["gpu-on-demand"]["priority"]
     assert types["gpu-spot"]["resources"] == types["gpu-on-demand"]["resources"]
     for kind in types.values():
