@@ -226,6 +226,28 @@ def _refuse(address: str) -> None:
     raise ConnectionError("nobody listens")
 
 
+def test_skypilot_file_fits_its_schemas_and_takes_along_what_is_installed():
+    text = (CLUSTERS / "README.md").read_text()
+    (version,) = re.findall(r"skypilot\[.*\]==([\d.]+)", text)
+    path = ROOT / "tests" / "data" / f"skypilot-{version}.json.gz"
+    schemas = json.loads(gzip.decompress(path.read_bytes()))
+    task = yaml.safe_load((CLUSTERS / "skypilot.yaml").read_text())
+    for schema, part in (("task", task), ("resources", task["resources"])):
+        jsonschema.validate(part, schemas[schema])
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate({**part, "unknown": 1}, schemas[schema])
+    assert 0 < task["resources"]["autostop"]["idle_minutes"] <= 60
+    # A spot machine, and one that is deleted when idle, would take the ledger along.
+    assert task["resources"]["use_spot"] is task["resources"]["autostop"]["down"] is False
+    mounts = {k.removeprefix("~/feta-sweep/"): v for k, v in task["file_mounts"].items()}
+    secret = "~/.config/feta-sweep/master.secret"
+    assert mounts.pop(secret) == secret
+    launcher = FILES["aws"]["file_mounts"].values()
+    assert {*mounts} == {*mounts.values()} == {path for path in launcher if path[0] != "~"}
+    for script in (task["setup"], task["run"]):
+        subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+
+
 def test_secrets_come_from_outside_the_repository():
     for cloud in CLOUDS:
         mounts = FILES[cloud]["file_mounts"]

@@ -64,7 +64,7 @@ def options(words: list[str]) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("program", ["gcloud", "kubectl"])
+@pytest.mark.parametrize("program", ["gcloud", "kubectl", "sky"])
 def test_options_of_commands_exist(program):
     """By what the programs themselves list; tests/data/README.md says of which versions."""
     commands = shown(program)

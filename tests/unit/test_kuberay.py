@@ -409,6 +409,23 @@ def test_ray_is_the_pinned_one():
     assert ALL[JOB]["spec"]["rayClusterSpec"]["rayVersion"] == pin[1]
 
 
+def test_the_job_for_kueue_is_the_same_on_machines_that_do_not_come_and_go():
+    """Kueue refuses another cluster's job, one that stays, autoscaling, and more than 7 groups."""
+    queued, usual = copy.deepcopy(ALL["RayJob", "queued"]), copy.deepcopy(ALL[JOB])
+    assert queued["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "feta-sweep"}
+    (group,) = queued["spec"]["rayClusterSpec"].pop("workerGroupSpecs")
+    assert group["minReplicas"] == group["maxReplicas"] == group["replicas"]
+    assert f"max_concurrent_trials={group['replicas']} " in queued["spec"]["entrypoint"]
+    (*_, on_demand) = usual["spec"]["rayClusterSpec"].pop("workerGroupSpecs")
+    on_demand["template"]["spec"].pop("affinity")
+    assert group["template"] == on_demand["template"]
+    head = queued["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
+    assert head.pop("automountServiceAccountToken") is False  # No autoscaler needs it.
+    for key in ("enableInTreeAutoscaling", "autoscalerOptions"):
+        usual["spec"]["rayClusterSpec"].pop(key)
+    assert queued["spec"] == usual["spec"]
+
+
 @pytest.mark.parametrize("key", [key for key in ALL if key[0] == "RayJob"], ids="/".join)
 def test_a_jobs_cluster_ends_with_it_and_never_runs_for_ever(key):
     spec = ALL[key]["spec"]

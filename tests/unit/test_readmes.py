@@ -133,7 +133,7 @@ ANSWERS = (
         r"(git clone|pip install|python3.11 -m venv|export|[A-Z]+=\$|echo|sed|for|done|mkdir) ?",
         CLOUD,
     ),
-    (r"(docker|helm|aws|gcloud|kubectl) ", CLOUD),
+    (r"(docker|helm|aws|gcloud|kubectl|sky|rsync|ssh) ", CLOUD),
     (r"ray (up|down|dashboard|rsync-up|rsync-down|attach|exec)\b", CLOUD),
 )
 
