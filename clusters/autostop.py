@@ -1,4 +1,4 @@
-"""End of an idle cluster: its head switches itself off.
+"""End of an idle cluster: its head ends itself.
 
 `python -m clusters.autostop --minutes 60` runs on the head, beside Ray. When for so long no job ran
 and no worker was there, it runs `--end`. A Ray that does not answer counts as idle, as such a head
@@ -12,11 +12,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from ray.job_submission import JobStatus, JobSubmissionClient
 from ray.util.state import list_nodes
 
+_END = f"bash {Path(__file__).with_name('end_head.sh')}"
 _ADDRESS = os.environ.get("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:8265")
 
 
@@ -24,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Waits until the cluster is idle; returns the exit code of what ends it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, required=True, help="idle time before the end")
-    parser.add_argument("--end", default="sudo shutdown -h now", help="what ends the cluster")
+    parser.add_argument("--end", default=_END, help="what ends the cluster")
     options = parser.parse_args(arguments)
     wait_until_idle(is_busy, 60 * options.minutes)
     print(f"nothing ran for {options.minutes:g} minutes: {options.end}", flush=True)

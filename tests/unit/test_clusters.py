@@ -193,6 +193,34 @@ def test_the_head_ends_itself_when_idle_and_workers_sooner(cloud):
     assert FILES[cloud]["idle_timeout_minutes"] < int(found[1]) <= 60
 
 
+@pytest.mark.parametrize("on_gcp", [True, False])
+def test_a_head_of_gcp_deletes_itself_as_its_disk_would_stay(on_gcp, tmp_path):
+    stand_ins = {
+        "curl": """echo "curl $*" >>"$LOG"
+            case "${@: -1}" in
+            *instance/zone) echo projects/1/zones/z ;;
+            *instance/name) echo ray-head ;;
+            *token) echo '{"access_token": "of-this-test", "expires_in": 9}' ;;
+            *) cat >>"$LOG" ;;
+            esac""",
+        "sudo": 'echo "sudo $*" >>"$LOG"',
+    }
+    if not on_gcp:
+        stand_ins["curl"] = "exit 6"  # No such host.
+    for name, body in stand_ins.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "LOG": str(tmp_path / "log")}
+    subprocess.run(["bash", CLUSTERS / "end_head.sh"], env=environment, check=True)
+    done = (tmp_path / "log").read_text()
+    assert done.splitlines()[-1] == "sudo shutdown -h now"
+    deletes = "-X DELETE -H @- https://compute.googleapis.com/compute/v1/projects/1/zones/z/"
+    assert (f"{deletes}instances/ray-head\n" in done) is on_gcp
+    assert ("Authorization: Bearer of-this-test\n" in done) is on_gcp
+    disks = node_config("gcp", HEAD)["disks"]
+    assert all(disk["autoDelete"] for disk in disks)
+
+
 def test_idle_is_a_time_without_a_break():
     now, told = [0.0], iter([True, False, False, False, True, *[False] * 9])
 
