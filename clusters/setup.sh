@@ -61,7 +61,7 @@ if [ "$(cat .venv/wanted 2>/dev/null)" != "$wanted" ]; then
     echo "$wanted" >.venv/wanted
 fi
 
-if lspci | grep -qi nvidia; then
+if lspci | grep -i nvidia >/dev/null; then
     .venv/bin/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
         fail "PyTorch finds no GPU: take an image whose NVIDIA driver supports its CUDA"
 fi

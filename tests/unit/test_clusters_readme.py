@@ -72,7 +72,7 @@ def test_options_of_commands_exist(program):
     for words in commands:
         known = [name for name in OPTIONS if words[: len(name.split())] == name.split()]
         assert known, f"`{' '.join(words)}`: not in command-options.json"
-        assert {*options(words)} <= {*OPTIONS[max(known, key=len)]}, words
+        assert {*options(words)} <= {*OPTIONS[max(known, key=len)].split()}, words
 
 
 AWS_OWN = {

@@ -2,7 +2,10 @@
 
 import os
 import shutil
+import sqlite3
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 STAND_INS = {
     # As root only what stays in the test's folder is done.
-    "sudo": 'case "$1" in mkdir | chown) "$@" ;; *) echo "sudo $*" >>"$LOG" ;; esac',
+    "sudo": """case "$1" in
+        mkdir | chown) "$@" ;;
+        tee) echo "sudo $*: $(cat)" >>"$LOG" ;;
+        *) echo "sudo $*" >>"$LOG" ;;
+        esac""",
     "dpkg": "exit 1",
     "mountpoint": "exit 1",
     "lspci": "true",
@@ -106,7 +113,7 @@ def test_one_node_installs_and_all_others_unpack_the_same(nodes):
 def test_the_folder_is_mounted_with_locks_that_end_with_a_machine_and_again_at_boot(nodes):
     done = nodes[0].set_up()
     assert "sudo mount -t nfs -o vers=4.1,hard,noatime host:/share " in done
-    assert "sudo tee -a /etc/fstab" in done
+    assert "sudo tee -a /etc/fstab: host:/share " in done
     first = (nodes[0].home / ".bashrc").read_text().splitlines()[0]
     assert first == '. "$HOME/feta-sweep/clusters/environment.sh"'
 
@@ -120,3 +127,46 @@ def test_setup_names_what_is_missing(tmp_path):
     )
     assert ended.returncode == 1
     assert "master.secret is missing or empty" in ended.stderr
+
+
+SERVER = """#!/usr/bin/env python3
+import sqlite3, sys
+address = sys.argv[sys.argv.index("--backend-store-uri") + 1]
+store = sqlite3.connect(address.removeprefix("sqlite:///"))
+store.execute("create table if not exists runs (name text)")
+store.execute("insert into runs values ('one')")
+store.commit()
+"""
+
+
+def test_mlflows_database_lies_on_the_heads_disk_and_outlives_it(tmp_path):
+    (tmp_path / "mlflow").write_text(SERVER)
+    # The server is up as soon as it has made its store.
+    (tmp_path / "curl").write_text(
+        "#!/usr/bin/env bash\n[ -e started ] || { touch started; exit 7; }\n"
+    )
+    for name in ("mlflow", "curl"):
+        (tmp_path / name).chmod(0o755)
+    shared = tmp_path / "shared"
+    shared.mkdir()
+
+    def rows(home: Path) -> list[tuple[str]]:
+        """Of the copy, after a head of this home has started and lived for a moment."""
+        home.mkdir()
+        environment = {
+            "HOME": str(home),
+            "PATH": f"{tmp_path}:{Path(sys.executable).parent}:/usr/bin:/bin",
+            "FETA_SWEEP_MOUNT": str(shared),
+            "FETA_SWEEP_BUCKET": "s3://b",
+            "FETA_SWEEP_COPY_SECONDS": "0.3",
+        }
+        subprocess.run(["bash", ROOT / "clusters" / "mlflow.sh"], env=environment, check=True)
+        time.sleep(2)
+        (home / "mlflow.db").unlink()
+        subprocess.run(["flock", "--timeout=20", home / "mlflow-copy.lock", "true"], check=True)
+        assert (home / "mlflow-copy.log").read_text() == ""
+        return sqlite3.connect(shared / "mlflow.db").execute("select * from runs").fetchall()
+
+    assert rows(tmp_path / "first") == [("one",)]
+    assert rows(tmp_path / "second") == [("one",)] * 2
+    assert [path.name for path in shared.iterdir()] == ["mlflow.db"]
