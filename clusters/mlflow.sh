@@ -16,10 +16,14 @@ MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false nohup setsid mlflow server \
     --backend-store-uri "sqlite:///$HOME/mlflow.db" \
     --artifacts-destination "$FETA_SWEEP_BUCKET" \
     >mlflow.log 2>&1 </dev/null &
-# SQLite copies a database in use; the rename comes last, as the machine may end at any time.
+# SQLite copies a database in use. Read-only, as opening one that is gone would make an empty one; the
+# rename comes last, as the machine may end at any time.
 nohup setsid flock --nonblock mlflow-copy.lock bash -c '
 while sleep "${FETA_SWEEP_COPY_SECONDS:-300}" && [ -e mlflow.db ]; do
-    python -c "import sqlite3 as s; s.connect(\"mlflow.db\").backup(s.connect(\"mlflow.copy\"))" &&
+    python -c "
+import sqlite3
+runs = sqlite3.connect(\"file:mlflow.db?mode=ro\", uri=True)
+runs.backup(sqlite3.connect(\"mlflow.copy\"))" &&
         cp mlflow.copy "$1.part" && mv "$1.part" "$1"
 done' copy "$copy" >mlflow-copy.log 2>&1 </dev/null &
 for _ in $(seq 90); do

@@ -160,12 +160,16 @@ def test_mlflows_database_lies_on_the_heads_disk_and_outlives_it(tmp_path):
             "FETA_SWEEP_BUCKET": "s3://b",
             "FETA_SWEEP_COPY_SECONDS": "0.3",
         }
+        began = time.time()
         subprocess.run(["bash", ROOT / "clusters" / "mlflow.sh"], env=environment, check=True)
-        time.sleep(2)
+        copy = shared / "mlflow.db"
+        while not copy.exists() or copy.stat().st_mtime < began + 1:  # Of a store that is ready.
+            assert time.time() < began + 60
+            time.sleep(0.1)
         (home / "mlflow.db").unlink()
         subprocess.run(["flock", "--timeout=20", home / "mlflow-copy.lock", "true"], check=True)
-        assert (home / "mlflow-copy.log").read_text() == ""
-        return sqlite3.connect(shared / "mlflow.db").execute("select * from runs").fetchall()
+        assert not (home / "mlflow.db").exists()
+        return sqlite3.connect(copy).execute("select * from runs").fetchall()
 
     assert rows(tmp_path / "first") == [("one",)]
     assert rows(tmp_path / "second") == [("one",)] * 2
