@@ -12,8 +12,13 @@ import boto3
 import click
 import jmespath
 import pytest
+import yaml
 from botocore import xform_name
 from ray.scripts.scripts import cli as ray_cli
+
+from core.__main__ import _parser as core_parser
+from sweep.__main__ import _parser as sweep_parser
+from sweep.run import main as run_main
 
 ROOT = Path(__file__).resolve().parents[2]
 CLUSTERS = ROOT / "clusters"
@@ -50,6 +55,33 @@ def test_every_submission_names_its_environment_its_id_and_the_folder():
         assert given["--runtime-env"] == "clusters/runtime_env.yaml"
         assert given["--working-dir"] == "."
         assert "--submission-id" in given
+
+
+def ours() -> list[str]:
+    """Commands of this project, in the README and the files that it has run."""
+    texts = [*BLOCKS, (CLUSTERS / "skypilot.yaml").read_text()]
+    for name in ("rayjob", "kueue-rayjob"):
+        manifest = yaml.safe_load((CLUSTERS / "kuberay" / f"{name}.yaml").read_text())
+        texts.append(manifest["spec"]["entrypoint"])
+    text = "\n".join(texts).replace("\\\n", " ")
+    return re.findall(r"python (?:-m core|-m sweep|\S*sweep/run.py) [^'\n]*", text)
+
+
+def test_what_is_run_of_this_project_is_known_to_it(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr("sweep.search.feasible.print_plan", lambda sweep, probe: seen.append(sweep))
+    parsers = {"core": core_parser(), "sweep": sweep_parser()}
+    for command in ours():
+        _, first, *words = shlex.split(command)
+        if first == "-m":
+            assert parsers[words[0]].parse_args(words[1:]).command
+            continue
+        words = [word.removeprefix("/opt/feta-sweep/") for word in words]
+        assert run_main([*words, "--plan", f"storage_path={tmp_path}"]) == 0
+    on_gpus = [sweep for sweep in seen if sweep.gpus_per_worker]
+    assert len(on_gpus) == 4  # Launchers, Kubernetes twice, SkyPilot.
+    assert {(each.workers_per_trial, each.gpus_per_worker) for each in on_gpus} == {(1, 1)}
+    assert all(each.max_concurrent_trials for each in on_gpus)
 
 
 OPTIONS = json.loads((ROOT / "tests" / "data" / "command-options.json").read_text())
