@@ -191,6 +191,8 @@ def test_the_head_ends_itself_when_idle_and_workers_sooner(cloud):
     found = re.search(r" python -m clusters.autostop --minutes (\d+) .* &$", stop)
     assert found
     assert FILES[cloud]["idle_timeout_minutes"] < int(found[1]) <= 60
+    # As Ray wraps what it runs over SSH.
+    subprocess.run(["bash", "-n"], input=f"true && ({stop})", text=True, check=True)
 
 
 @pytest.mark.parametrize("on_gcp", [True, False])

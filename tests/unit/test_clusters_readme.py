@@ -48,8 +48,10 @@ def test_blocks_of_the_readme_parse_and_name_files_that_exist():
 
 
 def test_every_submission_names_its_environment_its_id_and_the_folder():
-    submissions = shown("ray job submit")
-    assert submissions
+    text = (ROOT / "sweep" / "README.md").read_text().replace("\\\n", " ")
+    others = re.findall(r"^ray job submit .*", text, re.M)
+    assert others
+    submissions = [*shown("ray job submit"), *map(shlex.split, others)]
     for words in submissions:
         given = dict(itertools.pairwise(words))
         assert given["--runtime-env"] == "clusters/runtime_env.yaml"

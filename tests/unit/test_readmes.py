@@ -22,7 +22,7 @@ PAGES = [
     path for path in sorted(ROOT.rglob("*.md")) if not NOT_OURS & {*path.relative_to(ROOT).parts}
 ]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
-PROGRAMS = ("make", "python", "ray", "kubectl", "az", ".")
+PROGRAMS = ("make", "python", "ray", "kubectl", "gcloud", "aws", ".")
 CLOUD = "needs an account at a cloud or a cluster; test_clusters.py checks its syntax and options"
 HOURS = "needs a downloaded data set, and takes from minutes to hours"
 INSTALLS = "installs into .venv, which the tests run in"
