@@ -336,14 +336,14 @@ def test_a_job_uploads_code_and_presets_alone(tmp_path):
         (checkout / name).write_text("private")
     create_package(str(checkout), tmp_path / "up.zip", include_gitignore=True)
     up = {name for name in zipfile.ZipFile(tmp_path / "up.zip").namelist() if name[-1] != "/"}
-    code = {
-        path.relative_to(ROOT).as_posix()
-        for top in ("clusters", "core", "sweep")
-        for path in (ROOT / top).rglob("*")
-        if path.suffix in (".py", ".css", ".html", ".js")
-        or (path.suffix == ".yaml" and path.parent.name == "configs")
-    }
-    assert up == code | {"clusters/prices.yaml"}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    patterns = [f"{top}/**/*.py" for top in ("clusters", "core", "sweep")]
+    patterns += [
+        f"{top}/{name}" for top, names in project["package-data"].items() for name in names
+    ]
+    found = {path for pattern in patterns for path in ROOT.glob(pattern)}
+    wanted = {path.relative_to(ROOT).as_posix() for path in found} | {"clusters/prices.yaml"}
+    assert up == wanted, f"name in .rayignore, or take out: {sorted(up ^ wanted)}"
 
 
 def test_secrets_are_made_once_for_their_owner_alone(tmp_path):
