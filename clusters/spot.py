@@ -2,8 +2,8 @@
 
 Ray's autoscaler asks for the same node type again whenever a launch fails, so a second, on-demand
 node type would never get its turn while spot capacity is short. Here the launch itself falls back:
-a launcher file names `clusters.spot.AWS`, `clusters.spot.GCP` or `clusters.spot.Azure` as the
-module of an `external` provider. Each is Ray's own provider of that cloud but for this one method.
+a launcher file names `clusters.spot.AWS` or `clusters.spot.GCP` as the module of an `external`
+provider. Each is Ray's own provider of that cloud but for this one method.
 """
 
 import importlib
@@ -25,16 +25,9 @@ def _gcp_on_demand(config: NodeConfig) -> NodeConfig:
     return {**config, "scheduling": scheduling} if scheduling else config
 
 
-def _azure_on_demand(config: NodeConfig) -> NodeConfig:
-    spot = ("priority", "billingProfile", "evictionPolicy")
-    parameters = {k: v for k, v in config["azure_arm_parameters"].items() if k not in spot}
-    return {**config, "azure_arm_parameters": parameters}
-
-
 _CLOUDS: dict[str, tuple[str, str, Callable[[NodeConfig], NodeConfig]]] = {
     "AWS": ("aws.node_provider", "AWSNodeProvider", _aws_on_demand),
     "GCP": ("gcp.node_provider", "GCPNodeProvider", _gcp_on_demand),
-    "Azure": ("_azure.node_provider", "AzureNodeProvider", _azure_on_demand),
 }
 
 

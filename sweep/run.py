@@ -22,7 +22,7 @@ from sweep.config.sweep import load_sweep
 LIMITS = {
     "max_hours": "device hours (GPUs, or CPU cores without any)",
     "max_gpu_hours": "GPU hours",
-    "max_cost": "USD, by cloud=aws|gcp|azure and clusters/prices.yaml",
+    "max_cost": "USD, by cloud=aws|gcp and clusters/prices.yaml",
 }
 
 

@@ -6,8 +6,8 @@ from typing import Literal
 
 from core.config import load_yaml
 
-Cloud = Literal["aws", "gcp", "azure"]
-CLOUDS: tuple[Cloud, ...] = ("aws", "gcp", "azure")
+Cloud = Literal["aws", "gcp"]
+CLOUDS: tuple[Cloud, ...] = ("aws", "gcp")
 _TABLE = Path(__file__).resolve().parents[2] / "clusters" / "prices.yaml"
 
 

@@ -190,9 +190,7 @@ class SweepConfig(Section):
                     "or limit device hours with max_hours"
                 )
         if self.max_cost is not None and self.cloud is None:
-            raise ValueError(
-                f"max_cost={self.max_cost:g} needs prices: set cloud to aws, gcp or azure"
-            )
+            raise ValueError(f"max_cost={self.max_cost:g} needs prices: set cloud to aws or gcp")
         least = self.min_workers_per_trial
         if least is not None and least > self.workers_per_trial:
             raise ValueError(

@@ -6,19 +6,25 @@ No cloud is reached: what a schema cannot tell, such as quotas and images, only 
 import copy
 import gzip
 import json
+import os
 import re
+import shutil
 import socket
 import subprocess
 import tomllib
+import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jsonschema
 import pytest
 import yaml
-from ray.autoscaler._private import _azure, util
+from ray._private.runtime_env.packaging import create_package
+from ray.autoscaler._private import util
+from ray.job_submission import JobStatus
 
-from clusters import spot
+from clusters import autostop, spot
 from clusters.local.ports import free_ports
 from core.config.yaml_subset import parse
 from core.privacy.keys import SECRET_FILE_VARIABLE
@@ -26,7 +32,7 @@ from sweep.driver.launch import DRIVER_RESOURCE
 
 ROOT = Path(__file__).resolve().parents[2]
 CLUSTERS = ROOT / "clusters"
-CLOUDS = ("aws", "gcp", "azure")
+CLOUDS = ("aws", "gcp")
 FILES = {cloud: yaml.safe_load((CLUSTERS / f"{cloud}.yaml").read_text()) for cloud in CLOUDS}
 HEAD, WORKER = "head", "gpu"
 
@@ -75,9 +81,6 @@ def test_aws_head_takes_the_role_that_the_template_makes():
     text = (CLUSTERS / "aws-storage.yaml").read_text()
     name = node_config("aws", HEAD)["IamInstanceProfile"]["Name"]
     assert f"InstanceProfileName: {name}\n" in text
-    # Without it the head could not resolve the image's alias, and so start no worker.
-    assert node_config("aws", WORKER)["ImageId"].startswith("resolve:ssm:/aws/service/")
-    assert "ssm:GetParameters" in text
 
 
 @pytest.mark.parametrize("node_type", [HEAD, WORKER])
@@ -113,20 +116,6 @@ def check_discovery_node(schemas: dict, schema: dict, value: Any, path: str) -> 
         check_discovery_node(schemas, schema["items"], item, path)
 
 
-@pytest.mark.parametrize("node_type", [HEAD, WORKER])
-def test_azure_machine_has_the_parameters_of_rays_template(node_type):
-    template = json.loads(Path(_azure.__file__).with_name("azure-vm-template.json").read_text())
-    known = template["parameters"]
-    config = node_config("azure", node_type)
-    given = config["azure_arm_parameters"]
-    assert set(config) == {"azure_arm_parameters"}
-    assert set(given) <= set(known)
-    python = {"string": str, "int": int, "bool": bool, "object": dict}
-    assert all(isinstance(value, python[known[key]["type"]]) for key, value in given.items())
-    by_ray = {"vmName", "adminUsername", "publicKey", "vmTags", "vmCount", "msi", "nsg", "subnet"}
-    assert {key for key, entry in known.items() if "defaultValue" not in entry} <= by_ray | {*given}
-
-
 class Provider:
     """Stands for a cloud without spot capacity; the real providers need an account."""
 
@@ -146,7 +135,6 @@ class Provider:
 SPOT = {
     "aws": lambda c: c.get("InstanceMarketOptions", {}).get("MarketType") == "spot",
     "gcp": lambda c: c.get("scheduling", {}).get("provisioningModel") == "SPOT",
-    "azure": lambda c: c["azure_arm_parameters"].get("priority") == "Spot",
 }
 
 
@@ -169,17 +157,14 @@ def test_workers_are_spot_machines_and_fall_back_to_on_demand(cloud):
 
 
 def machine(config: dict[str, Any]) -> str:
-    given = config.get("azure_arm_parameters", config)
-    keys = ("InstanceType", "machineType", "vmSize")
-    return next(given[key] for key in keys if key in given)
+    return config.get("InstanceType") or config["machineType"]
 
 
 @every_cloud
 def test_price_table_names_the_machines_of_the_launcher_file(cloud):
     prices = parse((CLUSTERS / "prices.yaml").read_text())["prices"][cloud]
     assert {"date", "source", "region"} < set(prices)
-    provider = FILES[cloud]["provider"]
-    assert prices["region"] == provider.get("region", provider.get("location"))
+    assert prices["region"] == FILES[cloud]["provider"]["region"]
     for node_type in FILES[cloud]["available_node_types"]:
         assert prices[node_type]["machine"] == machine(node_config(cloud, node_type))
         assert prices[node_type]["on_demand"] > 0
@@ -197,6 +182,100 @@ def test_nodes_get_what_they_install_and_nothing_that_grows():
         assert here == packages | named | {"constraints.txt"}
         assert len(mounts) == len(here) + 1
         assert all((ROOT / path).exists() for path in here)
+
+
+@every_cloud
+def test_the_head_ends_itself_when_idle_and_workers_sooner(cloud):
+    start, stop = FILES[cloud]["head_start_ray_commands"][-2:]
+    assert "ray start --head" in start
+    found = re.search(r" python -m clusters.autostop --minutes (\d+) .* &$", stop)
+    assert found
+    assert FILES[cloud]["idle_timeout_minutes"] < int(found[1]) <= 60
+    # As Ray wraps what it runs over SSH.
+    subprocess.run(["bash", "-n"], input=f"true && ({stop})", text=True, check=True)
+
+
+@pytest.mark.parametrize("on_gcp", [True, False])
+def test_a_head_of_gcp_deletes_itself_as_its_disk_would_stay(on_gcp, tmp_path):
+    stand_ins = {
+        "curl": """echo "curl $*" >>"$LOG"
+            case "${@: -1}" in
+            *instance/zone) echo projects/1/zones/z ;;
+            *instance/name) echo ray-head ;;
+            *token) echo '{"access_token": "of-this-test", "expires_in": 9}' ;;
+            *) cat >>"$LOG" ;;
+            esac""",
+        "sudo": 'echo "sudo $*" >>"$LOG"',
+    }
+    if not on_gcp:
+        stand_ins["curl"] = "exit 6"  # No such host.
+    for name, body in stand_ins.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "LOG": str(tmp_path / "log")}
+    subprocess.run(["bash", CLUSTERS / "end_head.sh"], env=environment, check=True)
+    done = (tmp_path / "log").read_text()
+    assert done.splitlines()[-1] == "sudo shutdown -h now"
+    deletes = "-X DELETE -H @- https://compute.googleapis.com/compute/v1/projects/1/zones/z/"
+    assert (f"{deletes}instances/ray-head\n" in done) is on_gcp
+    assert ("Authorization: Bearer of-this-test\n" in done) is on_gcp
+    disks = node_config("gcp", HEAD)["disks"]
+    assert all(disk["autoDelete"] for disk in disks)
+
+
+def test_idle_is_a_time_without_a_break():
+    now, told = [0.0], iter([True, False, False, False, True, *[False] * 9])
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+
+    autostop.wait_until_idle(lambda: next(told), 40, lambda: now[0], sleep)
+    assert now[0] == 10 * (5 + 4)
+
+
+def test_jobs_and_workers_keep_a_cluster_and_a_dead_ray_does_not(monkeypatch):
+    def state(*jobs: str, workers: int) -> bool:
+        node = SimpleNamespace(state="ALIVE", is_head_node=True)
+        worker, gone = (SimpleNamespace(state=s, is_head_node=False) for s in ("ALIVE", "DEAD"))
+        there = [SimpleNamespace(status=JobStatus(job)) for job in jobs]
+        client = SimpleNamespace(list_jobs=lambda: there)
+        monkeypatch.setattr(autostop, "JobSubmissionClient", lambda address: client)
+        nodes = [node, gone, *[worker] * workers]
+        monkeypatch.setattr(autostop, "list_nodes", lambda **kwargs: nodes)
+        return autostop.is_busy()
+
+    assert state("RUNNING", "SUCCEEDED", workers=0)
+    assert state("PENDING", workers=0)
+    assert state("FAILED", workers=1)
+    assert not state("SUCCEEDED", "FAILED", "STOPPED", workers=0)
+    monkeypatch.setattr(autostop, "JobSubmissionClient", _refuse)
+    assert not autostop.is_busy()
+
+
+def _refuse(address: str) -> None:
+    raise ConnectionError("nobody listens")
+
+
+def test_skypilot_file_fits_its_schemas_and_takes_along_what_is_installed():
+    text = (CLUSTERS / "README.md").read_text()
+    (version,) = re.findall(r"skypilot\[.*\]==([\d.]+)", text)
+    path = ROOT / "tests" / "data" / f"skypilot-{version}.json.gz"
+    schemas = json.loads(gzip.decompress(path.read_bytes()))
+    task = yaml.safe_load((CLUSTERS / "skypilot.yaml").read_text())
+    for schema, part in (("task", task), ("resources", task["resources"])):
+        jsonschema.validate(part, schemas[schema])
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate({**part, "unknown": 1}, schemas[schema])
+    assert 0 < task["resources"]["autostop"]["idle_minutes"] <= 60
+    # A spot machine, and one that is deleted when idle, would take the ledger along.
+    assert task["resources"]["use_spot"] is task["resources"]["autostop"]["down"] is False
+    mounts = {k.removeprefix("~/feta-sweep/"): v for k, v in task["file_mounts"].items()}
+    secret = "~/.config/feta-sweep/master.secret"
+    assert mounts.pop(secret) == secret
+    launcher = FILES["aws"]["file_mounts"].values()
+    assert {*mounts} == {*mounts.values()} == {path for path in launcher if path[0] != "~"}
+    for script in (task["setup"], task["run"]):
+        subprocess.run(["bash", "-n"], input=script, text=True, check=True)
 
 
 def test_secrets_come_from_outside_the_repository():
@@ -242,30 +321,43 @@ def test_script_parses(script):
     subprocess.run(["bash", "-n", script], check=True)
 
 
-def test_setup_names_what_is_missing(tmp_path):
-    ended = subprocess.run(
-        ["bash", CLUSTERS / "setup.sh", "aws"],
-        env={"HOME": str(tmp_path), "PATH": "/usr/bin:/bin"},
-        capture_output=True,
-        text=True,
-    )
-    assert ended.returncode == 1
-    assert "master.secret is missing or empty" in ended.stderr
+def test_a_job_uploads_code_and_presets_alone(tmp_path):
+    """By Ray's own packager, from a checkout in which all sorts of things lie about."""
+    checkout = tmp_path / "checkout"
+    for name in ("clusters", "core", "sweep", "tests/data"):
+        shutil.copytree(ROOT / name, checkout / name)
+    for name in (".gitignore", ".rayignore", "README.md", "pyproject.toml"):
+        shutil.copy(ROOT / name, checkout)
+    private = "data/a.png core/data/b.png core/data/photos/c.png core/data/train-images-idx3-ubyte"
+    private += " sweep/configs/d.csv clusters/master.secret runs/e/f.pt runs-2/g.npz bundle/h.png"
+    private += " core/data/photos/labels.py core/photos/001 i.npz j.py .config/feta-sweep/ray.token"
+    for name in private.split():
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkout / name).write_text("private")
+    create_package(str(checkout), tmp_path / "up.zip", include_gitignore=True)
+    up = {name for name in zipfile.ZipFile(tmp_path / "up.zip").namelist() if name[-1] != "/"}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    patterns = [f"{top}/**/*.py" for top in ("clusters", "core", "sweep")]
+    patterns += [
+        f"{top}/{name}" for top, names in project["package-data"].items() for name in names
+    ]
+    found = {path for pattern in patterns for path in ROOT.glob(pattern)}
+    wanted = {path.relative_to(ROOT).as_posix() for path in found} | {"clusters/prices.yaml"}
+    assert up == wanted, f"name in .rayignore, or take out: {sorted(up ^ wanted)}"
 
 
-@pytest.mark.parametrize("title", ["AWS", "GCP", "Kubernetes"])
-def test_ten_commands_lead_to_a_finished_sweep(title):
-    text = (CLUSTERS / "README.md").read_text().replace("\\\n", " ")
-    section = text.split(f"## {title} in ten commands")[1].split("\n## ")[0]
-    block = re.search(r"(?:^    .*\n)+", section, re.M)
-    assert block
-    commands = block[0].splitlines()
-    assert len(commands) == 10
-    for command in commands:
-        subprocess.run(["bash", "-n"], input=command, text=True, check=True)
-    named = re.findall(r"clusters/[\w./-]+\w", block[0])
-    assert named
-    assert all((ROOT / path).exists() for path in named if "*" not in path)
+def test_secrets_are_made_once_for_their_owner_alone(tmp_path):
+    def make() -> list[str]:
+        environment = {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}
+        subprocess.run(["bash", CLUSTERS / "secrets.sh"], env=environment, check=True)
+        folder = tmp_path / ".config" / "feta-sweep"
+        assert {path.stat().st_mode & 0o077 for path in (folder, *folder.iterdir())} == {0}
+        return [(folder / name).read_text() for name in ("master.secret", "ray.token")]
+
+    made = make()
+    assert all(re.fullmatch(r"[0-9a-f]{64}\n", each) for each in made)
+    assert len({*made}) == 2
+    assert make() == made
 
 
 def test_ports_are_free_different_and_none_that_the_system_gives_out():

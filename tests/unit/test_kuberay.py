@@ -29,20 +29,30 @@ from core.privacy.keys import SECRET_FILE_VARIABLE
 from sweep.driver.launch import DRIVER_RESOURCE
 
 ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "clusters" / "README.md").read_text().replace("\\\n", " ")
+(KUBERAY,) = re.findall(r"kuberay-operator .*--version (\S+)", README)
+"""The operator that the README installs, of whose schemas the tests have a copy."""
 Manifest = dict[str, Any]
 
 
 def read_all() -> dict[tuple[str, str], Manifest]:
     files = sorted((ROOT / "clusters" / "kuberay").glob("*.yaml"))
     found = [document for file in files for document in yaml.safe_load_all(file.read_text())]
-    named = {(one["kind"], one["metadata"]["name"]): one for one in found}
+    named = {(one["kind"], name_of(one)): one for one in found}
     assert len(named) == len(found)
     return named
 
 
+def name_of(manifest: Manifest) -> str:
+    """The name, or what a generated one begins with."""
+    given = manifest["metadata"]
+    return given.get("name") or given["generateName"].rstrip("-")
+
+
 ALL = read_all()
-OWN_KINDS = ("RayCluster", "RayJob")
-POD, HEAD = "spec template", "spec headGroupSpec template"
+JOB = ("RayJob", "quickstart")
+SPEC = "spec rayClusterSpec"
+POD, HEAD = "spec template", f"{SPEC} headGroupSpec template"
 
 
 @pytest.fixture
@@ -52,7 +62,7 @@ def manifests() -> dict[tuple[str, str], Manifest]:
 
 @functools.cache
 def own_schema(kind: str) -> jsonschema.Draft202012Validator:
-    path = ROOT / "tests" / "data" / f"kuberay-v1-{kind.lower()}s.json.gz"
+    path = ROOT / "tests" / "data" / f"kuberay-{KUBERAY}-{kind.lower()}s.json.gz"
     schema = json.loads(gzip.decompress(path.read_bytes()))
     return jsonschema.Draft202012Validator(closed(schema, top=True))
 
@@ -70,8 +80,11 @@ def closed(schema: Any, top: bool = False) -> Any:
     if top:  # The resource's schema leaves this to Kubernetes.
         copied["properties"]["metadata"] = {
             "type": "object",
-            "properties": {"name": {"type": "string"}, "namespace": {"type": "string"}},
-            "required": ["name", "namespace"],
+            "properties": {
+                **{key: {"type": "string"} for key in ("name", "generateName", "namespace")},
+                "labels": {"type": "object", "additionalProperties": {"type": "string"}},
+            },
+            "required": ["namespace"],
             "additionalProperties": False,
         }
     return copied
@@ -79,7 +92,7 @@ def closed(schema: Any, top: bool = False) -> Any:
 
 def schema_problem(manifest: Manifest) -> str:
     try:
-        if manifest["kind"] in OWN_KINDS:
+        if manifest["kind"] == "RayJob":
             own_schema(manifest["kind"]).validate(manifest)
         else:
             kubernetes_validate.validate(manifest, "1.34", strict=True)
@@ -96,10 +109,10 @@ def test_manifest_fits_its_schema(key):
 @pytest.mark.parametrize(
     ("key", "path"),
     [
-        (("RayCluster", "feta-sweep"), "spec"),
-        (("RayCluster", "feta-sweep"), f"{HEAD} spec"),
-        (("RayCluster", "feta-sweep"), "spec autoscalerOptions"),
-        (("RayJob", "quickstart"), "spec"),
+        (JOB, "spec"),
+        (JOB, SPEC),
+        (JOB, f"{HEAD} spec"),
+        (JOB, f"{SPEC} autoscalerOptions"),
         (("Deployment", "mlflow"), f"{POD} spec"),
         (("PersistentVolumeClaim", "feta-sweep"), "spec"),
     ],
@@ -127,11 +140,23 @@ def pods(manifests: dict[tuple[str, str], Manifest]) -> Iterator[Pods]:
     for key, manifest in manifests.items():
         spec = manifest.get("spec", {})
         claims = {claim["metadata"]["name"] for claim in spec.get("volumeClaimTemplates", [])}
-        if "template" in spec:
-            yield Pods(key, spec["template"], claims)
-        for group in (spec.get("headGroupSpec"), *spec.get("workerGroupSpecs", [])):
-            if group:
-                yield Pods(key, group["template"], set())
+        if manifest["kind"] == "Pod":
+            yield Pods(key, manifest, claims)
+        for name in ("template", "submitterPodTemplate"):
+            if name in spec:
+                yield Pods(key, spec[name], claims)
+        for template, labels in nodes(manifest):
+            yield Pods(key, {**template, "metadata": {"labels": labels}}, claims)
+
+
+def nodes(manifest: Manifest) -> Iterator[tuple[Manifest, dict[str, str]]]:
+    """The templates of a cluster's head and workers, with the labels that KubeRay gives them."""
+    cluster = manifest.get("spec", {}).get("rayClusterSpec")
+    if cluster:
+        ours = {"ray.io/is-ray-node": "yes", "app.kubernetes.io/name": "kuberay"}
+        yield cluster["headGroupSpec"]["template"], {**ours, "ray.io/node-type": "head"}
+        for group in cluster["workerGroupSpecs"]:
+            yield group["template"], {**ours, "ray.io/node-type": "worker"}
 
 
 def structural_problems(manifests: dict[tuple[str, str], Manifest]) -> list[str]:
@@ -147,7 +172,10 @@ def structural_problems(manifests: dict[tuple[str, str], Manifest]) -> list[str]
 def namespace_problems(manifests: dict[tuple[str, str], Manifest]) -> Iterator[str]:
     names = {name for kind, name in manifests if kind == "Namespace"}
     for (kind, name), manifest in manifests.items():
-        if kind != "Namespace" and manifest["metadata"].get("namespace") not in names:
+        if (
+            kind not in ("Namespace", "StorageClass")
+            and manifest["metadata"].get("namespace") not in names
+        ):
             yield f"{kind} {name} is in no namespace of ours"
 
 
@@ -163,12 +191,9 @@ def selector_problems(manifests: dict[tuple[str, str], Manifest]) -> Iterator[st
             yield f"{kind} {name} names no service that exists"
         wanted = spec.get("selector") if kind == "Service" else None
         if kind == "NetworkPolicy":
-            wanted = spec["podSelector"]["matchLabels"]
+            wanted = spec["podSelector"].get("matchLabels")
         if wanted and not any(wanted.items() <= one.labels.items() for one in templates):
             yield f"{kind} {name} selects no pods"
-        cluster = spec.get("clusterSelector", {}).get("ray.io/cluster")
-        if kind == "RayJob" and ("RayCluster", cluster) not in manifests:
-            yield f"{kind} {name} selects no cluster"
 
 
 def volume_problems(manifests: dict[tuple[str, str], Manifest]) -> Iterator[str]:
@@ -200,14 +225,13 @@ def secret_problems(manifests: dict[tuple[str, str], Manifest]) -> Iterator[str]
             used += [(secret["secretName"], item["key"]) for item in secret.get("items", [])]
         yield from (f"secret {name}/{key} is not made" for name, key in {*used} - made)
     for (kind, name), manifest in manifests.items():
-        auth = manifest.get("spec", {}).get("authOptions")
+        auth = manifest.get("spec", {}).get("rayClusterSpec", {}).get("authOptions")
         if auth and (auth["secretName"], "auth_token") not in made:
             yield f"{kind} {name} finds no token in its secret"
 
 
 def secret_of_readme() -> set[tuple[str, str]]:
-    text = (ROOT / "clusters" / "README.md").read_text().replace("\\\n", " ")
-    command = re.search(r"kubectl create secret generic .*", text)
+    command = re.search(r"kubectl create secret generic .*", README)
     assert command
     words = shlex.split(command[0])
     keys = [word.split("=", 2)[1] for word in words if word.startswith("--from-")]
@@ -234,7 +258,10 @@ def port_problems(manifests: dict[tuple[str, str], Manifest]) -> Iterator[str]:
             for way in ("httpGet", "tcpSocket"):
                 if way in probe and probe[way]["port"] not in ports:
                     yield f"probe of {container['name']} asks a port that is not open"
-            words = [*container.get("args", []), *(e.get("value", "") for e in container["env"])]
+            words = [
+                *container.get("args", []),
+                *(e.get("value", "") for e in container.get("env", [])),
+            ]
             for word in words:
                 asked = re.match(r"-{1,2}(?:s3\.)?port=(\d+)$", word)
                 if asked and int(asked[1]) not in ports.values():
@@ -280,17 +307,16 @@ def test_manifests_agree_with_each_other():
             "x",
             "mounted or declared",
         ),
-        (("NetworkPolicy", "mlflow"), "spec podSelector matchLabels part-of", "x", "no pods"),
-        (("RayJob", "quickstart"), "spec clusterSelector ray.io/cluster", "x", "no cluster"),
-        (("RayCluster", "feta-sweep"), "spec authOptions secretName", "x", "no token"),
+        (("NetworkPolicy", "mlflow"), "spec podSelector matchLabels app", "x", "no pods"),
+        (JOB, f"{SPEC} authOptions secretName", "x", "no token"),
         (
-            ("RayCluster", "feta-sweep"),
+            JOB,
             f"{HEAD} spec volumes 0 persistentVolumeClaim claimName",
             "x",
             "claim x does not exist",
         ),
         (
-            ("RayCluster", "feta-sweep"),
+            JOB,
             f"{HEAD} spec containers 0 env 1 value",
             "http://mlflow:80",
             "calls mlflow:80",
@@ -308,14 +334,15 @@ def test_disagreements_are_found(manifests, key, path, value, problem):
 
 
 def test_autoscaler_sees_a_head_for_trials_and_spot_workers_first():
-    cluster = ALL["RayCluster", "feta-sweep"]
-    config = _derive_autoscaling_config_from_ray_cr(copy.deepcopy(cluster))
+    cluster = {"metadata": {"namespace": "feta-sweep", "name": "made-by-kuberay"}}
+    cluster["spec"] = copy.deepcopy(ALL[JOB]["spec"]["rayClusterSpec"])
+    config = _derive_autoscaling_config_from_ray_cr(cluster)
     validate_config(config)
     types = config["available_node_types"]
     head = types.pop("headgroup")["resources"]
     assert head["CPU"] == 0
     assert head[DRIVER_RESOURCE] == 8
-    assert config["idle_timeout_minutes"] == 5
+    assert config["idle_timeout_minutes"] == 10
     assert types["gpu-spot"]["priority"] > types["gpu-on-demand"]["priority"]
     assert types["gpu-spot"]["resources"] == types["gpu-on-demand"]["resources"]
     for kind in types.values():
@@ -327,7 +354,7 @@ def test_autoscaler_sees_a_head_for_trials_and_spot_workers_first():
 
 
 def test_spot_and_on_demand_nodes_exclude_each_other():
-    groups = ALL["RayCluster", "feta-sweep"]["spec"]["workerGroupSpecs"]
+    groups = ALL[JOB]["spec"]["rayClusterSpec"]["workerGroupSpecs"]
     spot, on_demand = (
         group["template"]["spec"]["affinity"]["nodeAffinity"][
             "requiredDuringSchedulingIgnoredDuringExecution"
@@ -340,21 +367,26 @@ def test_spot_and_on_demand_nodes_exclude_each_other():
 
 
 def test_every_node_has_the_secret_the_folder_and_the_same_image():
-    nodes = [one for one in pods(ALL) if one.key[0] == "RayCluster"]
-    assert len(nodes) == 3
+    nodes = [one for one in pods(ALL) if "ray.io/is-ray-node" in one.labels]
+    assert len(nodes) >= 3
     for node in nodes:
         (container,) = node.containers
-        variables = {variable["name"]: variable["value"] for variable in container["env"]}
+        variables = {variable["name"]: variable.get("value") for variable in container["env"]}
         mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
         (secret,) = (v["secret"] for v in node.spec["volumes"] if v["name"] == "secret")
         (item,) = secret["items"]
         assert variables[SECRET_FILE_VARIABLE] == f"{mounts['secret']}/{item['path']}"
         assert not secret["defaultMode"] & 0o007
         assert mounts["shared"] == "/mnt/feta-sweep"
-        assert variables["MLFLOW_TRACKING_URI"] == "http://mlflow:5000"
+        is_head = node.labels["ray.io/node-type"] == "head"
+        assert variables.get("MLFLOW_TRACKING_URI") == ("http://mlflow:5000" if is_head else None)
     claim = ALL["PersistentVolumeClaim", "feta-sweep"]["spec"]
+    (kept,) = (manifest for key, manifest in ALL.items() if key[0] == "StorageClass")
+    assert claim["storageClassName"] == kept["metadata"]["name"]
+    assert kept["reclaimPolicy"] == "Retain"  # The only ledger lies there.
+    assert kept["parameters"]["protocol"] == "NFS_V4_1"
     assert claim["accessModes"] == ["ReadWriteMany"]
-    assert "storage_path=/mnt/feta-sweep/" in ALL["RayJob", "quickstart"]["spec"]["entrypoint"]
+    assert "storage_path=/mnt/feta-sweep/" in ALL[JOB]["spec"]["entrypoint"]
     version = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.M)
     ours = {c["image"] for one in pods(ALL) for c in one.containers if "feta" in c["image"]}
     assert version
@@ -374,4 +406,33 @@ def test_image_has_the_driver_that_the_data_base_is_asked_with():
 def test_ray_is_the_pinned_one():
     pin = re.search(r"^ray==(.*)$", (ROOT / "constraints.txt").read_text(), re.M)
     assert pin
-    assert ALL["RayCluster", "feta-sweep"]["spec"]["rayVersion"] == pin[1]
+    assert ALL[JOB]["spec"]["rayClusterSpec"]["rayVersion"] == pin[1]
+
+
+def test_the_job_for_kueue_is_the_same_on_machines_that_do_not_come_and_go():
+    """Kueue refuses another cluster's job, one that stays, autoscaling, and more than 7 groups."""
+    queued, usual = copy.deepcopy(ALL["RayJob", "queued"]), copy.deepcopy(ALL[JOB])
+    assert queued["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "feta-sweep"}
+    (group,) = queued["spec"]["rayClusterSpec"].pop("workerGroupSpecs")
+    assert group["minReplicas"] == group["maxReplicas"] == group["replicas"]
+    assert f"max_concurrent_trials={group['replicas']} " in queued["spec"]["entrypoint"]
+    (*_, on_demand) = usual["spec"]["rayClusterSpec"].pop("workerGroupSpecs")
+    on_demand["template"]["spec"].pop("affinity")
+    assert group["template"] == on_demand["template"]
+    head = queued["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
+    assert head.pop("automountServiceAccountToken") is False  # No autoscaler needs it.
+    for key in ("enableInTreeAutoscaling", "autoscalerOptions"):
+        usual["spec"]["rayClusterSpec"].pop(key)
+    assert queued["spec"] == usual["spec"]
+
+
+@pytest.mark.parametrize("key", [key for key in ALL if key[0] == "RayJob"], ids="/".join)
+def test_a_jobs_cluster_ends_with_it_and_never_runs_for_ever(key):
+    spec = ALL[key]["spec"]
+    assert spec["shutdownAfterJobFinishes"] is True
+    assert spec["ttlSecondsAfterFinished"] <= 600
+    assert spec["preRunningDeadlineSeconds"] <= 3600
+    assert spec["activeDeadlineSeconds"] <= 7 * 86400
+    assert "clusterSelector" not in spec
+    environment = yaml.safe_load((ROOT / "clusters" / "runtime_env.yaml").read_text())
+    assert yaml.safe_load(spec["runtimeEnvYAML"]) == environment  # As on the other clusters.

@@ -22,8 +22,8 @@ PAGES = [
     path for path in sorted(ROOT.rglob("*.md")) if not NOT_OURS & {*path.relative_to(ROOT).parts}
 ]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
-PROGRAMS = ("make", "python", "ray", "kubectl", "az", ".")
-CLOUD = "needs an account at a cloud or a Kubernetes cluster; test_clusters.py checks its syntax"
+PROGRAMS = ("make", "python", "ray", "kubectl", "gcloud", "aws", ".")
+CLOUD = "needs an account at a cloud or a cluster; test_clusters.py checks its syntax and options"
 HOURS = "needs a downloaded data set, and takes from minutes to hours"
 INSTALLS = "installs into .venv, which the tests run in"
 UNIT, WHOLE, SWEEPS = "tests/unit/test_", "tests/integration/test_", "tests/e2e/test_"
@@ -117,7 +117,7 @@ ANSWERS = (
         SWEEPS + "autoscaling.py::test_a_submitted_sweep_runs_on_workers_that_come_and_go",
     ),
     (
-        r"ray job stop$",
+        r"ray job stop\b",
         "tests/faults/test_killed_processes.py::test_every_trial_ends_as_if_nothing_had_happened",
     ),
     (
@@ -125,9 +125,16 @@ ANSWERS = (
         WHOLE + "generator.py::test_the_registered_model_is_the_same_and_registered_once",
     ),
     (r"ray start ", "needs several machines, and changes which ports are open on this one"),
-    (r"(git clone|pip install|\(umask|echo|sed|for|mkdir|az|helm|aws|gcloud|kubectl) ?", CLOUD),
-    (r"ray (up|down|dashboard|rsync-up|rsync-down|attach)\b", CLOUD),
-    (r"RAY_ADDRESS=http://localhost:8265 ", CLOUD),
+    (
+        r"bash clusters/secrets.sh$",
+        UNIT + "clusters.py::test_secrets_are_made_once_for_their_owner_alone",
+    ),
+    (
+        r"(git clone|pip install|python3.11 -m venv|export|[A-Z]+=\$|echo|sed|for|done|mkdir) ?",
+        CLOUD,
+    ),
+    (r"(docker|helm|aws|gcloud|kubectl|sky|rsync|ssh) ", CLOUD),
+    (r"ray (up|down|dashboard|rsync-up|rsync-down|attach|exec)\b", CLOUD),
 )
 
 
