@@ -43,6 +43,8 @@ SECRET = ("tests/integration/test_secret_number.py",)
 CHANGED = ("tests/integration/test_changed_code.py",)
 LOSSES, LOSS_TESTS = "core/privacy/accounting/quick.py", ("tests/unit/test_loss_distribution.py",)
 DIVERGING = ("tests/integration/test_diverging_runs.py",)
+CHARGED = "_made(getattr(self, name) for name in RELEASES"
+MOMENTS, OF_MOMENTS = "core/privacy/mechanisms/moments.py", ("tests/statistical/test_moments.py",)
 DP_SGD_EVENT = "self.sample_rate, self.noise_multiplier, self.num_steps"
 
 
@@ -152,6 +154,63 @@ MUTANTS = (
         "shape = (-1, *[1] * (sums.ndim - 1)); "
         "sums = sums / counts.clamp(min=1).view(shape) * plan.expected_class_count",
     ),
+    Mutant(
+        "moments: the norm of a matrix off by sqrt(2)",
+        MOMENTS,
+        "torch.full((len(rows),), 2.0**0.5,",
+        "torch.full((len(rows),), 2.0,",
+        OF_MOMENTS,
+    ),
+    Mutant(
+        "moments: a class's divisor of private counts",
+        MOMENTS,
+        "class_means=firsts / plan.expected_class_count",
+        "class_means=firsts / torch.bincount(train.labels, minlength=num_classes)"
+        ".clamp(min=1)[:, None]",
+        OF_MOMENTS,
+    ),
+    Mutant(
+        "moments: one share uncharged",
+        STAGE_PLANS,
+        "1 - sum(shares)",
+        "1 - sum(shares[:2])",
+        OF_MOMENTS,
+    ),
+    Mutant(
+        "moments: noise halved",
+        STAGE_PLANS,
+        "return self.noise_stddev * norm / math.sqrt(share)",
+        "return self.noise_stddev * norm / math.sqrt(share) / 2",
+        OF_MOMENTS,
+    ),
+    Mutant(
+        "moments: noise 2 % too small",
+        MOMENTS,
+        "plan.stddev(norm, share) * drawn",
+        "plan.stddev(norm, share) * 0.98 * drawn",
+        OF_MOMENTS,
+    ),
+    Mutant(
+        "moments: images not clipped",
+        MOMENTS,
+        "yield clipped(rows, max_norm), labels",
+        "yield rows, labels",
+        OF_MOMENTS,
+    ),
+    Mutant(
+        "moments: two sums share their noise",
+        MOMENTS,
+        "noisy(2, firsts",
+        "noisy(0, firsts",
+        OF_MOMENTS,
+    ),
+    Mutant(
+        "moments not charged",
+        PLAN,
+        CHARGED,
+        f"{CHARGED} if name != 'moments'",
+        OF_MOMENTS,
+    ),
     Mutant("frequency noise halved", FREQUENCY, FEATURES, f"{FEATURES} / 2"),
     Mutant(
         "frequency features of a norm above 1",
@@ -162,14 +221,14 @@ MUTANTS = (
     Mutant(
         "frequency features not charged",
         PLAN,
-        "for name in RELEASES if (each :=",
-        "for name in RELEASES if name != 'frequency' and (each :=",
+        CHARGED,
+        f"{CHARGED} if name != 'frequency'",
     ),
     Mutant(
         "frequency features not paid for by DP-SGD",
         PLAN,
-        'if plan and name != "dp_sgd"',
-        'if plan and name not in ("dp_sgd", "frequency")',
+        "for plan in _made(plans.values())",
+        "for plan in _made(plans.values()) if plan.kind != 'frequency'",
     ),
     Mutant("half of the steps charged", STAGE_PLANS, DP_SGD_EVENT, f"{DP_SGD_EVENT} // 2"),
     Mutant(
@@ -240,8 +299,8 @@ MUTANTS = (
     Mutant(
         "private accuracy not charged",
         PLAN,
-        "for name in RELEASES if (each :=",
-        "for name in RELEASES if name != 'score' and (each :=",
+        CHARGED,
+        f"{CHARGED} if name != 'score'",
         ("tests/unit/test_scopes.py",),
     ),
     Mutant(

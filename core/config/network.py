@@ -35,6 +35,8 @@ class DiffusionConfig(Section):
     """EDM training distribution (Karras et al. 2022, table 1)."""
 
     sigma_data: Positive = 0.5
+    sigma_outside: Positive = 0.06
+    """What stands for it outside of the components of central_images.kind=moments."""
     p_mean: Annotated[float, Field(allow_inf_nan=False)] = -1.2
     p_std: Positive = 1.2
 

@@ -6,6 +6,7 @@ YAML, the command line, the search space and MLflow params share: `load(base, fl
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,6 +38,8 @@ from core.config.stages import (
 from core.errors import ConfigError
 
 Model = TypeVar("Model", bound=BaseModel)
+MOST_PIXELS = 4096
+"""Values of an image of which second moments are taken: in 1.3 GiB of memory."""
 
 
 class DatasetConfig(Section):
@@ -186,11 +189,13 @@ class Config(Section):
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Public seed of weights, diffusion noise and sampling; never of privacy noise or masks."""
-    method: Literal["dp_feta", "feta_pro", "dpdm", "non_private"] = "dp_feta"
+    method: Literal["dp_feta", "feta_pro", "dpdm", "moments", "dp_merf", "non_private"] = "dp_feta"
     """`dp_feta`: both stages (Li et al. 2024; `central_images.kind` mean or mode). `feta_pro`: the
     easy stage goes on with images fitted to noisy frequency features (Gong et al. 2025). `dpdm`:
-    DP-SGD alone, whatever `stage_split` (Dockhorn et al. 2023). `non_private`: no noise, no
-    clipping, no epsilon; a ceiling to compare with that must never leave."""
+    DP-SGD alone, whatever `stage_split` (Dockhorn et al. 2023). Without any DP-SGD, for the whole
+    budget: `moments`, a Gaussian for each class, and `dp_merf`, the generator of the frequency
+    stage alone (Harder et al. 2021). `non_private`: no noise, no clipping, no epsilon; a ceiling to
+    compare with that must never leave."""
     stage_split: Annotated[float, Field(ge=0, lt=1)] = 0.5
     """Share of the optimisation steps given to the easy stage; 0 is plain DP-SGD diffusion."""
     dataset: DatasetConfig = DatasetConfig()
@@ -221,8 +226,24 @@ class Config(Section):
 
     @property
     def private_steps(self) -> int:
-        """Optimisation steps of the hard stage, at least 1."""
-        return self.training.num_steps - self.warm_up_steps
+        """Optimisation steps of the hard stage; 0 for a method without it."""
+        return 0 if self.trains_nothing else self.training.num_steps - self.warm_up_steps
+
+    @property
+    def trains_nothing(self) -> bool:
+        """Whether the method is a release of the easy stage alone, for the whole budget."""
+        return self.method in ("moments", "dp_merf")
+
+    @property
+    def uses_moments(self) -> bool:
+        """Whether class moments are released."""
+        staged = self.method in ("dp_feta", "feta_pro") and self.central_images.kind == "moments"
+        return staged or self.method == "moments"
+
+    @property
+    def uses_frequency(self) -> bool:
+        """Whether frequency features are released."""
+        return self.frequency_steps > 0 or self.method == "dp_merf"
 
     @property
     def early_metric(self) -> str:
@@ -268,13 +289,7 @@ class Config(Section):
             )
         if self.method == "non_private":
             _without_promises(privacy)
-        if self.central_images.image_size > dataset.image_size:
-            raise ValueError(
-                f"central_images.image_size={self.central_images.image_size} must lie in "
-                f"[2, dataset.image_size={dataset.image_size}]"
-            )
-        if self.method == "feta_pro":
-            _enough_for_each_class(self.frequency, dataset.num_classes)
+        self._check_easy_stage()
         self._check_images()
         factor = self.model.patch_size * 2 ** (len(self.model.channel_multipliers) - 1)
         if dataset.image_size % factor:
@@ -284,6 +299,18 @@ class Config(Section):
                 "model.channel_multipliers but the first"
             )
         return self
+
+    def _check_easy_stage(self) -> None:
+        """Whether what it releases fits the images and their classes."""
+        if self.central_images.image_size > self.dataset.image_size:
+            raise ValueError(
+                f"central_images.image_size={self.central_images.image_size} must lie in "
+                f"[2, dataset.image_size={self.dataset.image_size}]"
+            )
+        if self.uses_moments:
+            _few_enough_moments(self.central_images, self.dataset)
+        if self.method in ("feta_pro", "dp_merf"):
+            _enough_for_each_class(self.frequency, self.dataset.num_classes)
 
     def _check_images(self) -> None:
         """Whether there are enough synthetic images to be scored, early ones in their order."""
@@ -297,12 +324,33 @@ class Config(Section):
                     f"dataset.num_classes={classes}: one to train the classifier, one to choose "
                     "its epoch"
                 )
+        if early.at and self.trains_nothing:
+            raise ValueError(
+                f"early_scores.at={list(early.at)} needs training steps, of which method="
+                f"{self.method!r} has none: set it to [], or choose another method"
+            )
         points = list(self.early_steps)
         if points != sorted(points) or not len(early.at) == len(points) < self.training.num_steps:
             raise ValueError(
                 f"early_scores.at={list(early.at)} must ascend and name different steps before the "
                 f"last of training.num_steps={self.training.num_steps}: these are {points}"
             )
+
+
+def _few_enough_moments(central: CentralImagesConfig, dataset: DatasetConfig) -> None:
+    pixels = central.image_size**2 * dataset.channels
+    if pixels > MOST_PIXELS:
+        side = math.isqrt(MOST_PIXELS // dataset.channels)
+        raise ValueError(
+            f"central_images.image_size={central.image_size} gives images of {pixels} values, "
+            f"whose second moment takes {80 * pixels**2 / 2**30:.1f} GiB: choose at most {side}, "
+            f"of {MOST_PIXELS} values"
+        )
+    if central.num_components > pixels:
+        raise ValueError(
+            f"central_images.num_components={central.num_components} must lie in [1, {pixels}], "
+            "the values of an image at central_images.image_size"
+        )
 
 
 def _enough_for_each_class(frequency: FrequencyConfig, num_classes: int) -> None:

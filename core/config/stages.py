@@ -6,22 +6,29 @@ from pydantic import Field, model_validator
 
 from core.config.network import Positive, PositiveInt, Section
 
+Share = Annotated[float, Field(gt=0, lt=1)]
+
 
 class CentralImagesConfig(Section):
-    """The easy stage's release: noisy aggregates of random private images."""
+    """The easy stage's release: noisy aggregates of private images."""
 
-    kind: Literal["mean", "mode"] = "mean"
+    kind: Literal["mean", "mode", "moments"] = "mean"
+    """Means or per-pixel modes of random samples; or, of all images, the mean and covariance of
+    each class, from which the denoiser starts in closed form."""
     per_class: Annotated[int, Field(ge=1, le=100_000)] = 5
+    """Images of each class; of kind moments those drawn from its Gaussian, which cost nothing."""
     noise_multiplier: Annotated[float, Field(ge=0.3, le=1e9)] = 5.0
-    """Noise standard deviation over sensitivity; below 0.3 a single release is hardly private."""
+    """Noise standard deviation over sensitivity, of the moments all together; below 0.3 a single
+    release is hardly private."""
     expected_batch_size: PositiveInt = 144
-    """Expected number of images in the Poisson sample of one release, over all classes."""
+    """Expected number of images in the Poisson sample of one release, over all classes; moments
+    are of all images."""
     image_size: Annotated[int, Field(ge=2, le=512)] = 8
     """Side to which private images are down-scaled before they are summed."""
     pixel_center: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Public value subtracted from pixels in [0, 1] before the sum; 0.5 halves the sensitivity."""
     max_norm: Positive | None = None
-    """Public bound to which each centred image's L2 norm is clipped, of mean images alone; lowers
+    """Public bound to which each centred image's L2 norm is clipped, but for mode images; lowers
     sensitivity and noise, and draws images of larger norm towards the centre. Null: no clipping."""
     num_bins: Annotated[int, Field(ge=2, le=256)] = 8
     """Bins of the per-pixel histogram; used by mode images alone."""
@@ -29,13 +36,33 @@ class CentralImagesConfig(Section):
     """3x3 median over the released images; post-processing, hence free."""
     sharpen: bool = False
     """Sharpened afterwards, as the paper does with grey images; free like all that follows."""
+    num_components: PositiveInt = 25
+    """Of kind moments, like all that follows: leading principal components of all images, in
+    which the moments of the classes are taken."""
+    mean_share: Share = 0.02
+    """Part of the squared privacy parameter, 1 / noise_multiplier^2, for the mean of all images."""
+    subspace_share: Share = 0.18
+    """Part for their second moment, which gives the principal components."""
+    class_mean_share: Share = 0.1
+    """Part for the means of the classes; what is left is for their second moments."""
+    eigenvalue_floor: Annotated[float, Field(ge=0, le=10)] = 0.5
+    """Variances below this part of the largest that the noise alone makes count as zero."""
 
     @model_validator(mode="after")
-    def _clips_means_alone(self) -> Self:
-        if self.max_norm is not None and self.kind != "mean":
+    def _clips_no_modes(self) -> Self:
+        if self.max_norm is not None and self.kind == "mode":
             raise ValueError(
                 f"central_images.max_norm={self.max_norm:g} applies to central_images.kind='mean' "
-                f"alone, not to {self.kind!r}: set max_norm to null, or choose kind mean"
+                "and 'moments', not to 'mode': set max_norm to null, or choose another kind"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _leaves_a_share(self) -> Self:
+        if (total := self.mean_share + self.subspace_share + self.class_mean_share) >= 1:
+            raise ValueError(
+                f"central_images.mean_share, subspace_share and class_mean_share add up to "
+                f"{total:g}, which must be below 1: the second moments of the classes have the rest"
             )
         return self
 

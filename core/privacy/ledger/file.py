@@ -85,8 +85,8 @@ class Event:
     """`count` releases of a Poisson-subsampled Gaussian mechanism, as plain data.
 
     Attributes:
-        kind: `central_images`, `frequency`, `dp_sgd`, which alone can stop half-way, or
-            `dp_accuracy`.
+        kind: `central_images`, `moments`, `frequency`, `dp_sgd`, which alone can stop half-way,
+            or `dp_accuracy`.
         sample_rate: q in (0, 1].
         noise_multiplier: standard deviation over sensitivity, positive and finite.
         count: at least 1.
@@ -101,14 +101,15 @@ class Event:
     release: str = ""
 
     def __post_init__(self) -> None:
-        kinds = ("central_images", "frequency", "dp_sgd", "dp_accuracy")
+        kinds = ("central_images", "moments", "frequency", "dp_sgd", "dp_accuracy")
         sigma = self.noise_multiplier
         require(self.kind in kinds, "event kind", self.kind, f"one of {', '.join(kinds)}")
         require(0 < self.sample_rate <= 1, "sample_rate", self.sample_rate, "in (0, 1]")
         require(0 < sigma < math.inf, "noise_multiplier", sigma, "positive and finite")
         require(operator.index(self.count) >= 1, "count", self.count, "at least 1")
-        whole = not self.release or self.kind == "central_images"
-        require(whole, "release", self.release, "empty but for central images, drawn as a whole")
+        whole = not self.release or self.kind in ("central_images", "moments")
+        allowed = "empty but for central images or moments, drawn as a whole"
+        require(whole, "release", self.release, allowed)
 
 
 @dataclass(frozen=True)

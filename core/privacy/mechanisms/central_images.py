@@ -117,7 +117,7 @@ def class_sums(
     sensitivity to the row of its own class and nothing to the others.
     """
     if config.kind == "mean":
-        features = _clipped(small.double() - config.pixel_center, config.max_norm)
+        features = clipped(small.double() - config.pixel_center, config.max_norm)
     else:
         bins = (small * config.num_bins).long().clamp(max=config.num_bins - 1)
         features = F.one_hot(bins, config.num_bins).movedim(-1, 1)
@@ -125,7 +125,7 @@ def class_sums(
     return sums.index_add_(0, labels, features.double())
 
 
-def _clipped(features: torch.Tensor, max_norm: float | None) -> torch.Tensor:
+def clipped(features: torch.Tensor, max_norm: float | None) -> torch.Tensor:
     """Scales each of float64 `[B, ...]` whose L2 norm exceeds `max_norm` down to it, if given.
 
     Privacy: acts on each image alone. One whose norm is not finite counts as zero.

@@ -27,8 +27,11 @@ from core.privacy.plan.releases import (
     CentralPlan,
     DpSgdPlan,
     FrequencyPlan,
+    MomentsPlan,
     Release,
     ScorePlan,
+    planned,
+    solved,
 )
 from core.privacy.plan.scopes import Share, share_of
 
@@ -45,7 +48,7 @@ class PrivacyPlan:
         target_epsilon: what `scope` covers, which may be more than this trial.
         public_data: whether the data set is public, as its owner states.
         epsilon: of this trial alone.
-        epsilon_central: of its central images alone.
+        epsilon_central: of its central images alone, or of the moments in their place.
         epsilon_frequency: of its frequency features alone.
         epsilon_score: by how much its private scores raise `epsilon`.
         early_metric: what it is scored by during training, and may be stopped by; empty: by none.
@@ -66,6 +69,7 @@ class PrivacyPlan:
     early_metric: str = ""
     frequency: FrequencyPlan | None = None
     epsilon_frequency: float = 0.0
+    moments: MomentsPlan | None = None
 
     @property
     def is_private(self) -> bool:
@@ -74,8 +78,13 @@ class PrivacyPlan:
 
     @property
     def noise_multiplier(self) -> float:
-        """DP-SGD's noise multiplier."""
-        return self.dp_sgd.noise_multiplier
+        """DP-SGD's noise multiplier; of a method without it that of its one release."""
+        alone = self.moments or self.frequency
+        return (
+            self.dp_sgd.noise_multiplier
+            if self.dp_sgd.num_steps or not alone
+            else alone.noise_multiplier
+        )
 
     @property
     def epsilon_dp_sgd(self) -> float:
@@ -85,6 +94,8 @@ class PrivacyPlan:
         """
         if not self.is_private:
             return math.inf
+        if not self.dp_sgd.num_steps:
+            return 0.0
         alone = (self.dp_sgd.mechanism,)
         grid = quick_grid(alone)
         return solve.epsilon_of_mechanisms(alone, self.delta, self.neighboring_relation, grid)
@@ -116,7 +127,7 @@ class PrivacyPlan:
     @property
     def releases(self) -> list[Release]:
         """All that is released, in the order in which it runs."""
-        return [each for name in RELEASES if (each := getattr(self, name)) is not None]
+        return _made(getattr(self, name) for name in RELEASES)
 
     @property
     def mechanisms(self) -> list[Mechanism]:
@@ -179,7 +190,7 @@ def check_stages(config: Config, exact: bool = True) -> dict[str, float]:
 
 def _check_alone(kind: type[Aggregate], config: Config, exact: bool) -> float:
     plan, privacy = kind.of(config), config.privacy
-    if plan is None:
+    if plan is None or kind is RELEASES[solved(config)]:
         return 0.0
     discretization = FINE if exact else quick_grid([plan.mechanism])
     epsilon = _epsilon([plan.mechanism], privacy, discretization)
@@ -279,16 +290,19 @@ def _disagreements(config: Config, plan: PrivacyPlan) -> list[str]:
 def _plan_with(config: Config, noise_multiplier: float, total: float | None) -> PrivacyPlan:
     """The plan at a noise multiplier; `total` is its epsilon, if that is known."""
     privacy, terms = config.privacy, _terms(config, noise_multiplier)
-    releases = {name: plan for name in RELEASES if (plan := terms[name]) is not None}
-    total = total or _epsilon([plan.mechanism for plan in releases.values()], privacy)
-    alone = check_stages(config)
-    by_score = 0.0
-    if releases.pop("score", None) is not None:
-        by_score = total - _epsilon([plan.mechanism for plan in releases.values()], privacy)
+    releases = _made(terms[name] for name in RELEASES)
+    total = total or _epsilon([plan.mechanism for plan in releases], privacy)
+    alone, by_score = check_stages(config), 0.0
+    if (name := solved(config)) in alone:
+        alone[name] = _epsilon([terms[name].mechanism], privacy)
+    if (score := terms["score"]) is not None:
+        by_score = total - _epsilon(
+            [plan.mechanism for plan in releases if plan is not score], privacy
+        )
     return PrivacyPlan(
         **terms,
         epsilon=total,
-        epsilon_central=alone["central"],
+        epsilon_central=alone["central"] or alone["moments"],
         epsilon_frequency=alone["frequency"],
         epsilon_score=by_score,
     )
@@ -346,10 +360,14 @@ def _terms(config: Config, noise_multiplier: float) -> dict[str, Any]:
         "neighboring_relation": privacy.neighboring_relation,
         "scope": privacy.scope,
         "public_data": config.dataset.public,
-        **{name: kind.of(config) for name, kind in RELEASES.items()},
-        "dp_sgd": DpSgdPlan.of(config, noise_multiplier),
+        **planned(config, noise_multiplier),
         "early_metric": config.early_metric,
     }
+
+
+def _made(plans: Iterable[Release | None]) -> list[Release]:
+    """Those that release anything."""
+    return [plan for plan in plans if plan is not None and plan.mechanism[-1]]
 
 
 def _epsilon(
@@ -376,11 +394,13 @@ def _repeated(mechanisms: Iterable[Mechanism], times: int) -> tuple[Mechanism, .
 
 
 def _problem(config: Config, trials: int | None = None) -> solve.Problem:
-    """Which DP-SGD noise the target leaves; for so many trials together, by default its copies."""
+    """Which noise the target leaves; for so many trials together, by default its copies."""
     privacy, times = config.privacy, trials or _copies(config.privacy)
-    plans = {name: kind.of(config) for name, kind in RELEASES.items()}
-    rate, _, steps = DpSgdPlan.of(config).mechanism
-    others = [plan.mechanism for name, plan in plans.items() if plan and name != "dp_sgd"]
+    plans = planned(config, math.inf)
+    sought = plans.pop(solved(config))
+    assert sought is not None
+    rate, _, steps = sought.mechanism
+    others = [plan.mechanism for plan in _made(plans.values())]
     return solve.Problem(
         _repeated(others, times),
         rate,

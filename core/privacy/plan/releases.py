@@ -1,14 +1,19 @@
 """Releases of a trial: one class for each kind, in one table that plan, ledger and card read."""
 
 import math
-from dataclasses import dataclass
-from typing import ClassVar, Self
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 
 from core.config import Config
 from core.errors import ConfigError
 from core.privacy.accounting.mechanism import Mechanism
 
 NO_SAMPLING = 1.0
+
+
+def _reach(center: float) -> float:
+    """Largest distance of a pixel in [0, 1] from the public centre."""
+    return max(center, 1 - center)
 
 
 class Release:
@@ -84,12 +89,11 @@ class CentralPlan(Aggregate):
     @classmethod
     def of(cls, config: Config) -> Self | None:
         """The plan; None where no step trains on them: then none is made or charged."""
-        if config.warm_up_steps == config.frequency_steps:
+        if config.warm_up_steps == config.frequency_steps or config.uses_moments:
             return None
         central, dataset = config.central_images, config.dataset
         # So far a pixel in [0, 1] lies from the public centre; a histogram entry is 0 or 1.
-        center = central.pixel_center
-        reach = max(center, 1 - center) if central.kind == "mean" else 1.0
+        reach = _reach(central.pixel_center) if central.kind == "mean" else 1.0
         sensitivity = reach * math.sqrt(central.image_size**2 * dataset.channels)
         return cls(
             num_releases=central.per_class,
@@ -107,6 +111,76 @@ class CentralPlan(Aggregate):
             f"lower central_images.per_class ({central.per_class}) or raise "
             f"central_images.noise_multiplier ({central.noise_multiplier:g})"
         )
+
+
+@dataclass(frozen=True)
+class MomentsPlan(Aggregate):
+    """The moments of all images and of each class: four Gaussian mechanisms, one after the other.
+
+    Each sum is scaled to norm 1 and has the square root of its share of the squared privacy
+    parameter mu^2 = 1 / noise_multiplier^2; as the shares add up to 1, all four together are
+    exactly one Gaussian mechanism of this noise multiplier (Dong, Roth and Su 2022, corollary 3.3),
+    also where a later one depends on what an earlier one released.
+
+    Attributes:
+        noise_multiplier: of all four together.
+        mean_norm: largest L2 norm that one image adds to the sum of centred images.
+        max_norm: C, to which the difference of an image from the released mean is clipped; its
+            products with itself, of which those off the diagonal count twice, have norm C^2.
+        num_examples: public divisor N of what is summed over all images.
+        expected_class_count: public divisor, N / number of classes; never a count of data.
+        sensitivity: of the four sums, each scaled to its share, as one vector.
+    """
+
+    kind, title, is_shared = "moments", "moments", True
+    noise_multiplier: float
+    mean_norm: float
+    max_norm: float
+    mean_share: float
+    subspace_share: float
+    class_mean_share: float
+    class_second_share: float
+    num_examples: int
+    expected_class_count: float
+    sensitivity: float = 1.0
+
+    def stddev(self, norm: float, share: float) -> float:
+        """Absolute noise standard deviation on every entry of a sum; an image adds up to `norm`."""
+        return self.noise_stddev * norm / math.sqrt(share)
+
+    @property
+    def class_second_stddev(self) -> float:
+        """That on every entry of the sums of products of a class."""
+        return self.stddev(self.max_norm**2, self.class_second_share)
+
+    @property
+    def mechanism(self) -> Mechanism:
+        """As of `Release`."""
+        return NO_SAMPLING, self.noise_multiplier, 1
+
+    @classmethod
+    def of(cls, config: Config) -> Self | None:
+        """The plan; None where the configuration asks for none."""
+        if not config.uses_moments:
+            return None
+        central, dataset = config.central_images, config.dataset
+        largest = math.sqrt(central.image_size**2 * dataset.channels)
+        shares = (central.mean_share, central.subspace_share, central.class_mean_share)
+        return cls(
+            central.noise_multiplier,
+            _reach(central.pixel_center) * largest,
+            min(largest, central.max_norm or math.inf),
+            *shares,
+            1 - sum(shares),
+            dataset.num_examples,
+            dataset.num_examples / dataset.num_classes,
+        )
+
+    @staticmethod
+    def remedy(config: Config) -> str:
+        """As of `Aggregate`."""
+        central = config.central_images
+        return f"raise central_images.noise_multiplier ({central.noise_multiplier:g})"
 
 
 @dataclass(frozen=True)
@@ -132,8 +206,8 @@ class FrequencyPlan(Aggregate):
 
     @classmethod
     def of(cls, config: Config) -> Self | None:
-        """The plan; None where it has no steps."""
-        if config.frequency_steps == 0:
+        """The plan; None where the configuration asks for none."""
+        if not config.uses_frequency:
             return None
         return cls(
             noise_multiplier=config.frequency.noise_multiplier,
@@ -148,7 +222,11 @@ class FrequencyPlan(Aggregate):
 
 @dataclass(frozen=True)
 class DpSgdPlan(Release):
-    """The hard stage's releases: `num_steps` noisy sums of clipped per-example gradients."""
+    """The hard stage's releases: `num_steps` noisy sums of clipped per-example gradients.
+
+    Attributes:
+        num_steps: 0 for a method without this stage, which then releases nothing.
+    """
 
     kind = "dp_sgd"
     num_steps: int
@@ -168,13 +246,13 @@ class DpSgdPlan(Release):
         return self.sample_rate, self.noise_multiplier, self.num_steps
 
     @classmethod
-    def of(cls, config: Config, noise_multiplier: float = math.inf) -> Self:
-        """The plan at a noise multiplier, which is 0 for `method=non_private`: it clips nothing."""
+    def of(cls, config: Config) -> Self:
+        """The plan before its noise is solved for; `method=non_private` clips nothing."""
         private = config.private_training
         return cls(
             num_steps=config.private_steps,
             sample_rate=private.expected_batch_size / config.dataset.num_examples,
-            noise_multiplier=noise_multiplier,
+            noise_multiplier=math.inf,
             max_grad_norm=math.inf if config.method == "non_private" else private.max_grad_norm,
             expected_batch_size=private.expected_batch_size,
         )
@@ -225,8 +303,28 @@ class ScorePlan(Release):
 
 RELEASES: dict[str, type[Release]] = {
     "central": CentralPlan,
+    "moments": MomentsPlan,
     "frequency": FrequencyPlan,
     "dp_sgd": DpSgdPlan,
     "score": ScorePlan,
 }
 """All kinds by their field in the privacy plan, in the order in which they run."""
+_SOLVED = {"moments": "moments", "dp_merf": "frequency"}
+
+
+def planned(config: Config, noise_multiplier: float | None = None) -> dict[str, Release | None]:
+    """The plan of each kind, by its field; None for one that is not made.
+
+    Args:
+        noise_multiplier: of the release for which the budget is solved, see `solved`.
+    """
+    plans: dict[str, Any] = {name: kind.of(config) for name, kind in RELEASES.items()}
+    if noise_multiplier is not None:
+        name = solved(config)
+        plans[name] = replace(plans[name], noise_multiplier=noise_multiplier)
+    return plans
+
+
+def solved(config: Config) -> str:
+    """Field of the release that has what the others leave of the budget: mostly DP-SGD."""
+    return _SOLVED.get(config.method, "dp_sgd")
