@@ -1,12 +1,15 @@
 """The EDM loss with noise multiplicity (Karras et al. 2022, eq. 8; Dockhorn et al. 2023, eq. 7)."""
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from core.config import DiffusionConfig
+
+Weight = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ def edm_loss(
     config: DiffusionConfig,
     label_dropout: float,
     num_classes: int,
+    weight_of: Weight | None = None,
 ) -> torch.Tensor:
     """Loss of each example: weighted squared error, mean over pixels and over its K draws.
 
@@ -66,6 +70,7 @@ def edm_loss(
             of an example next to each other.
         images: clean images in [-1, 1], `[B, C, H, W]`.
         labels: int64 `[B]`.
+        weight_of: `(sigma, labels) -> weight`, both `[B * K]`; EDM's of `sigma_data` by default.
 
     Returns:
         `[B]`, fp32.
@@ -76,5 +81,7 @@ def edm_loss(
     noisy = images[:, None] + sigma[..., None, None, None] * draws.noise
     conditions = torch.where(draws.dropout < label_dropout, num_classes, labels[:, None])
     denoised = denoiser(noisy.flatten(0, 1), sigma.flatten(), conditions.flatten())
+    if weight_of is not None:
+        weight = weight_of(sigma.flatten(), conditions.flatten()).view_as(sigma)
     error = (denoised.float().view_as(noisy) - images[:, None]).square().mean((2, 3, 4))
     return (weight * error).sum(1) / copies

@@ -19,12 +19,17 @@ class UNet(nn.Module):
             `image_size / patch_size / 2**l`.
         dataset: image shape and number of classes.
         channels_last: how feature maps lie in memory; changes the speed and roundings.
+        inputs: images that the input holds, channel by channel; the output holds one.
     """
 
     frequencies: torch.Tensor
 
     def __init__(
-        self, model: ModelConfig, dataset: DatasetConfig, channels_last: bool = False
+        self,
+        model: ModelConfig,
+        dataset: DatasetConfig,
+        channels_last: bool = False,
+        inputs: int = 1,
     ) -> None:
         super().__init__()
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -42,7 +47,7 @@ class UNet(nn.Module):
             "frequencies", torch.exp(torch.linspace(0.0, 7.0, base)) * 0.25, persistent=False
         )
         self.patch_size = patch
-        self.conv_in = nn.Conv2d(pixels, base, 3, padding=1)
+        self.conv_in = nn.Conv2d(inputs * pixels, base, 3, padding=1)
 
         def block(inputs: int, outputs: int, level: int, attends: bool = True) -> Block:
             attention = side // 2**level in model.attention_sizes
@@ -80,7 +85,7 @@ class UNet(nn.Module):
         self.conv_out = zero(nn.Conv2d(channels, pixels, 3, padding=1))
 
     def forward(self, x: torch.Tensor, c_noise: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Maps `[B, C, H, W]`, noise condition `[B]` and labels int64 `[B]` to `[B, C, H, W]`.
+        """Maps `[B, inputs * C, H, W]`, noise condition `[B]`, labels int64 `[B]` to an image each.
 
         The label `num_classes` means "no label".
         """

@@ -10,6 +10,7 @@ from torch import nn
 
 from core.config import DiffusionConfig
 from core.data import Split, to_float, to_model_range
+from core.diffusion.denoiser import MomentsDenoiser
 
 FALSE_POSITIVE_RATE = 0.01
 LEVELS = 8
@@ -47,6 +48,8 @@ def denoising_losses(
             level = torch.full((len(images),), sigma, device=device)
             denoised = denoiser(clean + sigma * draw, level, labels.to(device))
             weight = (sigma**2 + config.sigma_data**2) / (sigma * config.sigma_data) ** 2
+            if isinstance(denoiser, MomentsDenoiser):
+                weight = denoiser.weight(level, labels.to(device))
             total += (weight * (denoised - clean).square().mean((1, 2, 3))).cpu() / LEVELS
         parts.append(total)
     return torch.cat(parts).double().numpy()

@@ -14,7 +14,7 @@ from core import distributed
 from core.config import Config
 from core.data import Split, to_float, to_model_range
 from core.device import config_device
-from core.diffusion.denoiser import Denoiser
+from core.diffusion.denoiser import Denoiser, MomentsDenoiser
 from core.diffusion.loss import draw, edm_loss
 from core.privacy.keys import KeyedStream
 from core.privacy.mechanisms.adam_bc import DpAdamBc
@@ -186,6 +186,8 @@ def _loss_of_part(
 def _loss(
     config: Config, network: nn.Module, images: torch.Tensor, labels: torch.Tensor, draws: Any
 ) -> torch.Tensor:
+    # Inside of what may wrap it.
+    of_moments = next((m for m in network.modules() if isinstance(m, MomentsDenoiser)), None)
     low = config.training.precision == "bfloat16"
     with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=low):
         return edm_loss(
@@ -196,4 +198,5 @@ def _loss(
             config.diffusion,
             config.training.label_dropout,
             config.dataset.num_classes,
+            of_moments.weight if of_moments else None,
         )
