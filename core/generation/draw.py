@@ -12,10 +12,12 @@ from torch import nn
 from core import distributed
 from core.config import Config
 from core.data import Split, from_model_range
+from core.diffusion.gaussians import Gaussians
 from core.diffusion.sampler import sample
 from core.errors import NotFiniteError, StoppedError, storage_errors
 from core.generation.png import write_grid
 from core.io.files import write_whole
+from core.training.feature_generator import AuxiliaryGenerator
 
 _SEEDS = 1_000_003
 """Seeds that one public seed stands for: one for each chunk of images, the last for pictures."""
@@ -82,6 +84,7 @@ def draw_images(
     """One image for each label: uint8 `[B, C, H, W]` on the CPU.
 
     Args:
+        denoiser: or, of a method that trains none, what draws images itself.
         labels: int64 `[B]`, each in [0, num_classes).
         seed: public, at least 0.
         number: of the chunk, in [0, 1,000,003); each has random numbers of its own.
@@ -94,9 +97,11 @@ def draw_images(
     dataset = config.dataset
     shape = (dataset.channels, dataset.image_size, dataset.image_size)
     generator = torch.Generator(device).manual_seed((seed * _SEEDS + number) % 2**63)
-    images = sample(
-        denoiser, labels.to(device), shape, config.sampler, dataset.num_classes, generator
-    )
+    labels = labels.to(device)
+    if isinstance(denoiser, (Gaussians, AuxiliaryGenerator)):
+        images = denoiser.draw(labels, generator).view(-1, *shape)
+    else:
+        images = sample(denoiser, labels, shape, config.sampler, dataset.num_classes, generator)
     if not images.isfinite().all():
         raise NotFiniteError(
             "the network draws images that are not finite, so nothing of it can be used: train "

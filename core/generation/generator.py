@@ -16,9 +16,11 @@ from torch import nn
 from core.config import Config, load, load_yaml, merge, nested, yaml_subset
 from core.device import config_device
 from core.diffusion.denoiser import build_denoiser
+from core.diffusion.gaussians import Gaussians
 from core.errors import ConfigError, NotFiniteError
 from core.generation.draw import draw_images
 from core.record.folder import CONFIG, write_class_names
+from core.training.feature_generator import AuxiliaryGenerator
 
 GENERATOR = "generator"
 """Folder of a bundle that holds the weights."""
@@ -59,7 +61,7 @@ class Generator:
         seed = int((params or {}).get("seed", config.seed))
         if seed < 0:
             raise ConfigError(f"seed={seed} must be at least 0")
-        device = next(self._denoiser.parameters()).device.type
+        device = next(iter(self._denoiser.state_dict().values())).device.type
         parts = wanted.split(config.evaluation.batch_size)
         drawn = [
             draw_images(self._denoiser, part, config, seed, number, device)
@@ -69,18 +71,29 @@ class Generator:
 
 
 def load_denoiser(config: Config, weights: Path, device: str) -> nn.Module:
-    """The averaged model of a finished run.
+    """The averaged model of a finished run, or what else it draws with; the file says which.
 
     Raises:
         NotFiniteError: a weight is NaN or infinite.
     """
-    denoiser = build_denoiser(config).to(device).eval()
-    denoiser.load_state_dict(torch.load(weights, map_location=device, weights_only=True))
-    if not all(parameter.isfinite().all() for parameter in denoiser.parameters()):
+    state = torch.load(weights, map_location=device, weights_only=True)
+    denoiser = _built_for(config, state).to(device).eval()
+    denoiser.load_state_dict(state)
+    if not all(value.isfinite().all() for value in state.values()):
         raise NotFiniteError(
             f"'{weights}' holds weights that are not finite: train anew with a lower learning rate"
         )
     return denoiser
+
+
+def _built_for(config: Config, state: Mapping[str, torch.Tensor]) -> nn.Module:
+    dataset = config.dataset
+    if "dense.weight" in state:
+        return AuxiliaryGenerator(dataset.channels, dataset.image_size, dataset.num_classes)
+    if "basis" in state:
+        components, pixels = state["basis"].shape
+        return Gaussians(pixels, components, dataset.num_classes)
+    return build_denoiser(config, len(state.get("gaussians.basis", ())))
 
 
 def write_generator(

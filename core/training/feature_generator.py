@@ -47,8 +47,17 @@ class AuxiliaryGenerator(nn.Module):
         x = F.pixel_shuffle(self.out(x), 2)
         return x[..., : self._side, : self._side].sigmoid()
 
+    @torch.no_grad()
+    def draw(self, labels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Images in [-1, 1], `[B, C, H, W]`."""
+        shape = (len(labels), _LATENT)
+        latents = torch.randn(shape, generator=generator, device=labels.device)
+        return 2 * self(latents, labels) - 1
 
-def fitted_images(config: Config, features: FourierFeatures, released: torch.Tensor) -> Split:
+
+def fitted_images(
+    config: Config, features: FourierFeatures, released: torch.Tensor
+) -> tuple[Split, AuxiliaryGenerator]:
     """Fits a generator to the released features and draws images from it.
 
     Args:
@@ -56,7 +65,8 @@ def fitted_images(config: Config, features: FourierFeatures, released: torch.Ten
         released: noisy mean features of each class, `[num_classes, D]`.
 
     Returns:
-        uint8 `[frequency.num_images, C, H, W]`, image i of class `i % num_classes`.
+        uint8 `[frequency.num_images, C, H, W]`, image i of class `i % num_classes`; and the
+        generator.
 
     Raises:
         NotFiniteError: the generator diverged.
@@ -98,7 +108,7 @@ def fitted_images(config: Config, features: FourierFeatures, released: torch.Ten
                     f"start anew with frequency.learning_rate below {settings.learning_rate:g}"
                 )
             parts.append((drawn * 255).round().to(torch.uint8).cpu())
-    return Split(torch.cat(parts), labels)
+    return Split(torch.cat(parts), labels), generator
 
 
 def distances_to(targets: torch.Tensor, means: torch.Tensor, count: int) -> torch.Tensor:
