@@ -193,8 +193,8 @@ def identify(
         return json.loads(to_json(parts))  # As a file gives it back.
 
     shared_central = ""
-    if shared is not None and plan.central is not None:
-        central = parts_of(_CENTRAL, asdict(plan.central), shared / "central_id")
+    if shared is not None and (released := plan.central or plan.moments) is not None:
+        central = parts_of(_CENTRAL, asdict(released), shared / "central_id")
         shared_central = digest_of(central)
     parts = parts_of(("",), plan.mechanisms, folder.nonce)
     parts["others"]["shared central images"] = shared_central

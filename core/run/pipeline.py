@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from core import distributed
 from core.config import Config
 from core.data import Dataset, Split, load_dataset
 from core.device import config_device, device_name
-from core.diffusion.denoiser import build_denoiser
+from core.diffusion.denoiser import MomentsDenoiser, build_denoiser
 from core.diffusion.ema import Ema
 from core.diffusion.posthoc_ema import keep_snapshot
 from core.errors import ConfigError, NotFiniteError, storage_errors
@@ -37,7 +38,7 @@ from core.run.context import ALONE, Reporter, Run, SweepLink
 from core.run.disk_space import require_space
 from core.run.early_scores import EarlyScores
 from core.run.identity import SHOWN, identify
-from core.run.released import released_lessons, warm_up
+from core.run.released import kept_gaussians, released_lessons, released_model, warm_up
 from core.training.loop import Loop, Model, Observer, Stage
 from core.training.stages import non_private_stage, private_stage
 
@@ -90,7 +91,8 @@ def run(
         with _failure_noted(current):
             dataset = _loaded(current, dataset)
             try:
-                model = _trained(current, dataset)
+                made = _released if config.trains_nothing else _trained
+                model = made(current, dataset)
             except StoppedEarlyError as stop:
                 return _stopped(current, stop)
             return _published(current, dataset, model)
@@ -221,15 +223,26 @@ def _loaded(run: Run, dataset: Dataset | None) -> Dataset:
     return found
 
 
-def _trained(run: Run, dataset: Dataset) -> Model:
-    """The model after both stages; what ran of DP-SGD is settled however it ends."""
+def _released(run: Run, dataset: Dataset) -> nn.Module:
+    """What a method without training draws with."""
+    try:
+        return released_model(run, dataset.train)
+    finally:
+        run.settle()
+
+
+def _trained(run: Run, dataset: Dataset) -> nn.Module:
+    """The averaged model after both stages; what ran of DP-SGD is settled however it ends."""
     config, training = run.config, run.config.training
-    denoiser = build_denoiser(config).to(run.device)
+    denoiser, gaussians = build_denoiser(config), None
+    if isinstance(denoiser, MomentsDenoiser) and run.plan.moments is not None:
+        denoiser.gaussians = gaussians = kept_gaussians(run, dataset.train, run.plan.moments)
+    lessons = released_lessons(run, dataset.train, gaussians)
+    denoiser = denoiser.to(run.device)
     distributed.broadcast_module(denoiser)
     model = Model(denoiser, Ema(denoiser, training.ema_decay, training.posthoc_ema))
     observers = _observers(run, model, dataset)
     loop = Loop(config, model, run.checkpoints, run.report, observers, run.deadline)
-    lessons = released_lessons(run, dataset.train)
     if lessons and run.reached[0] != "private_training":
         warm_up(run, loop, lessons)
     stage = _hard_stage(run, model, dataset.train)
@@ -237,7 +250,7 @@ def _trained(run: Run, dataset: Dataset) -> Model:
         loop.run(stage)
     finally:
         run.settle()
-    return model
+    return model.ema.module
 
 
 def _observers(run: Run, model: Model, dataset: Dataset) -> list[Observer]:
@@ -281,12 +294,12 @@ def _stopped(run: Run, stop: StoppedEarlyError) -> dict[str, Any]:
     return run.end(result, [plan.early_metric, "loss"])
 
 
-def _published(run: Run, dataset: Dataset, model: Model) -> dict[str, Any]:
+def _published(run: Run, dataset: Dataset, model: nn.Module) -> dict[str, Any]:
     """Draws and scores the images, and keeps them with the model."""
-    config, plan, folder, averaged = run.config, run.plan, run.folder, model.ema.module
+    config, plan, folder = run.config, run.plan, run.folder
     run.report({"step": config.training.num_steps, "stage": "evaluation"})
     number, parts = config.evaluation.num_images, folder.parts(run.identity.run)
-    synthetic = generate(averaged, config, number, run.device, parts, run.deadline)
+    synthetic = generate(model, config, number, run.device, parts, run.deadline)
     private = None
     if plan.score is not None:
         noise, kept = run.stream("evaluation", "noise"), folder.private_scores
@@ -308,7 +321,7 @@ def _published(run: Run, dataset: Dataset, model: Model) -> dict[str, Any]:
         with storage_errors(folder.path):
             write_grid(folder.grid, synthetic.images, synthetic.labels)
             synthetic.write(folder.images)
-            write_whole(folder.model, partial(torch.save, averaged.state_dict()))
+            write_whole(folder.model, partial(torch.save, model.state_dict()))
         shutil.rmtree(parts, ignore_errors=True)
 
     distributed.on_rank_0(keep)

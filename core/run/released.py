@@ -7,24 +7,28 @@ trial that starts from another's state of step s ends where it would have ended 
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from core import distributed
 from core.config import Config, flatten
 from core.data import Split, to_float
+from core.diffusion.gaussians import Gaussians
 from core.generation.png import write_grid
 from core.io.locks import locked
 from core.privacy.mechanisms.central_images import CentralImages, release_central_images
 from core.privacy.mechanisms.frequency import FourierFeatures, release_features
-from core.privacy.plan.releases import CentralPlan, FrequencyPlan
+from core.privacy.mechanisms.moments import Moments, release_moments
+from core.privacy.plan.releases import CentralPlan, FrequencyPlan, MomentsPlan
 from core.run.context import Run
 from core.training.checkpoint import Checkpoints
-from core.training.feature_generator import fitted_images
+from core.training.class_gaussians import drawn_images, gaussians_of, pictures_of
+from core.training.feature_generator import AuxiliaryGenerator, fitted_images
 from core.training.loop import Loop
 from core.training.stages import WarmUpData, warm_up_stage
 
@@ -37,43 +41,52 @@ _DECIDES = ("seed", "model.", "diffusion.", "warm_up.", "training.", "runtime.ch
 _LENGTH = "training.num_steps"
 
 
-def released_lessons(run: Run, images: Split) -> list[WarmUpData]:
-    """What the easy stage trains on: central images, then those of the frequency stage, if any."""
+def released_lessons(run: Run, images: Split, gaussians: Gaussians | None) -> list[WarmUpData]:
+    """What the easy stage trains on: central images, then those of the frequency stage, if any.
+
+    Args:
+        gaussians: of released moments, of which images are drawn in place of central ones.
+    """
     config, plan, lessons = run.config, run.plan, list[WarmUpData]()
+    steps = config.warm_up_steps - config.frequency_steps
     if plan.central is not None:
         central = kept_central_images(run, images, plan.central)
-        steps = config.warm_up_steps - config.frequency_steps
         lessons.append(WarmUpData(steps, central.images, central.labels))
+    elif gaussians is not None and steps:
+        lessons.append(WarmUpData(steps, *drawn_images(config, gaussians)))
     if plan.frequency is not None:
-        fitted = kept_frequency_images(run, images, plan.frequency)
+        fitted, _ = kept_frequency_images(run, images, plan.frequency)
         lessons.append(WarmUpData(config.frequency_steps, to_float(fitted.images), fitted.labels))
     return lessons
 
 
-def kept_central_images(run: Run, images: Split, plan: CentralPlan) -> CentralImages:
-    """The central images of an identity: drawn by the first who asks, the same file ever after.
+def released_model(run: Run, images: Split) -> nn.Module:
+    """What a method without training draws with: class Gaussians, or the frequency generator."""
+    if run.plan.moments is not None:
+        return kept_gaussians(run, images, run.plan.moments).to(run.device)
+    assert run.plan.frequency is not None
+    dataset = run.config.dataset
+    _, state = kept_frequency_images(run, images, run.plan.frequency)
+    model = AuxiliaryGenerator(dataset.channels, dataset.image_size, dataset.num_classes)
+    model.load_state_dict(state)
+    return model.to(run.device)
 
-    Privacy: one release for all ranks, all trials of the identity and all restarts. Nothing is
-        summed a second time, which on another machine could differ in its last digits.
-    """
-    folder = (run.link.shared or run.folder.checkpoints) / "central_images"
-    store = _store(folder, run.identity.central)
+
+def kept_central_images(run: Run, images: Split, plan: CentralPlan) -> CentralImages:
+    """The central images of an identity: drawn by the first who asks, the same file ever after."""
+
+    def draw() -> CentralImages:
+        return release_central_images(
+            images,
+            run.config.dataset.num_classes,
+            run.config.central_images,
+            plan,
+            masks=run.stream("central_images", "mask"),
+            noise=run.stream("central_images", "noise"),
+        )
 
     def keep() -> CentralImages:
-        with locked(store.path.with_suffix(".lock"), _LOCK_TIMEOUT_S):
-            kept = store.load()
-            if kept is None:
-                drawn = release_central_images(
-                    images,
-                    run.config.dataset.num_classes,
-                    run.config.central_images,
-                    plan,
-                    masks=run.stream("central_images", "mask"),
-                    noise=run.stream("central_images", "noise"),
-                )
-                kept = {"images": drawn.images, "labels": drawn.labels}
-                store.save(kept)
-        central = CentralImages(**kept)
+        central = CentralImages(**_kept_release(run, draw))
         pixels = (central.images * 255).round().to(torch.uint8)
         write_grid(run.folder.central_grid, pixels, central.labels)
         return central
@@ -81,17 +94,54 @@ def kept_central_images(run: Run, images: Split, plan: CentralPlan) -> CentralIm
     return distributed.on_rank_0(keep)  # Its errors are everyone's, so that no rank waits.
 
 
-def kept_frequency_images(run: Run, images: Split, plan: FrequencyPlan) -> Split:
+def kept_gaussians(run: Run, images: Split, plan: MomentsPlan) -> Gaussians:
+    """The class Gaussians of the moments of an identity, which are kept like central images."""
+    config = run.config
+
+    def draw() -> Moments:
+        noise, classes = run.stream("central_images", "noise"), config.dataset.num_classes
+        return release_moments(images, classes, config.central_images, plan, noise)
+
+    def keep() -> Gaussians:
+        gaussians = gaussians_of(Moments(**_kept_release(run, draw)), plan, config)
+        write_grid(run.folder.central_grid, *pictures_of(config, gaussians))
+        return gaussians
+
+    return distributed.on_rank_0(keep)
+
+
+def _kept_release(run: Run, draw: Callable[[], CentralImages | Moments]) -> dict[str, Any]:
+    """The tensors of what trials of one identity share, drawn only where no file holds them.
+
+    Privacy: one release for all ranks, all trials of the identity and all restarts. Nothing is
+        summed a second time, which on another machine could differ in its last digits.
+    """
+    folder = (run.link.shared or run.folder.checkpoints) / "central_images"
+    store = _store(folder, run.identity.central)
+    with locked(store.path.with_suffix(".lock"), _LOCK_TIMEOUT_S):
+        kept = store.load()
+        if kept is None:
+            kept = dict(vars(draw()))
+            store.save(kept)
+    return kept
+
+
+def kept_frequency_images(
+    run: Run, images: Split, plan: FrequencyPlan
+) -> tuple[Split, dict[str, torch.Tensor]]:
     """The images fitted to the noisy features of a run: made once, the same file ever after.
 
-    Privacy: one release for all ranks and all restarts; see `kept_central_images`. The images are
-        post-processing of it.
+    Returns:
+        The images, and the weights of the generator that drew them.
+
+    Privacy: one release for all ranks and all restarts; see `_kept_release`. Images and generator
+        are post-processing of it.
     """
     config = run.config
     store = _store(run.folder.checkpoints / "frequency", run.identity.run)
 
-    def keep() -> Split:
-        kept = store.load() or {}
+    def keep() -> tuple[Split, dict[str, torch.Tensor]]:
+        kept: dict[str, Any] = store.load() or {}
         if "images" not in kept:
             features = FourierFeatures(config, run.device)
             if "features" not in kept:
@@ -99,12 +149,13 @@ def kept_frequency_images(run: Run, images: Split, plan: FrequencyPlan) -> Split
                 kept = {"features": release_features(images, features, num_classes, plan, noise)}
                 store.save(kept)
             _LOG.info("fits a generator to the frequency features")
-            fitted = fitted_images(config, features, kept["features"])
+            fitted, generator = fitted_images(config, features, kept["features"])
             kept |= {"images": fitted.images, "labels": fitted.labels}
+            kept["generator"] = generator.state_dict()
             store.save(kept)
         found = Split(kept["images"], kept["labels"])
         write_grid(run.folder.frequency_grid, found.images, found.labels)
-        return found
+        return found, kept["generator"]
 
     return distributed.on_rank_0(keep)
 

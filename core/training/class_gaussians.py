@@ -6,9 +6,14 @@ import torch
 import torch.nn.functional as F
 
 from core.config import Config
+from core.data import from_model_range
 from core.diffusion.gaussians import Gaussians
 from core.privacy.mechanisms.moments import Moments
 from core.privacy.plan.releases import MomentsPlan
+from core.seeds import public_seed
+
+_AXES = 4
+"""Of each class that are shown."""
 
 
 def gaussians_of(moments: Moments, plan: MomentsPlan, config: Config) -> Gaussians:
@@ -53,6 +58,41 @@ def gaussians_of(moments: Moments, plan: MomentsPlan, config: Config) -> Gaussia
     }
     found.load_state_dict({name: value.float() for name, value in state.items()})
     return found
+
+
+def drawn_images(config: Config, gaussians: Gaussians) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images drawn for the warm-up, `central_images.per_class` of each class, and their labels.
+
+    Returns:
+        float32 `[B, C, H, W]` in [0, 1] and int64 `[B]`.
+
+    Privacy: post-processing of the release, as of the public seed.
+    """
+    labels = torch.arange(config.dataset.num_classes).repeat(config.central_images.per_class)
+    generator = torch.Generator().manual_seed(public_seed(f"{config.seed}/moments", 0))
+    return _images(config, gaussians.draw(labels, generator)), labels
+
+
+def pictures_of(config: Config, gaussians: Gaussians) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mean of each class, and it moved by 2 standard deviations both ways on its main axes.
+
+    Returns:
+        uint8 `[B, C, H, W]` and the labels, int64 `[B]`.
+    """
+    components = gaussians.means.shape[1]
+    axes = torch.eye(components).flip(0)[:_AXES]  # The last have the largest variance.
+    moved = torch.stack((-2 * axes, 2 * axes), dim=1).flatten(0, 1)
+    deviations = torch.cat((torch.zeros(1, components), moved))
+    classes = torch.arange(config.dataset.num_classes)
+    labels = classes.repeat_interleave(len(deviations))
+    flat = gaussians.along(labels, deviations.repeat(len(classes), 1))
+    return (_images(config, flat) * 255).round().to(torch.uint8), labels
+
+
+def _images(config: Config, flat: torch.Tensor) -> torch.Tensor:
+    dataset = config.dataset
+    shape = (dataset.channels, dataset.image_size, dataset.image_size)
+    return from_model_range(flat.view(-1, *shape))
 
 
 def _up_scaled(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
