@@ -81,8 +81,9 @@ def _add_training(add: Callable[..., argparse.ArgumentParser]) -> None:
     """Commands up to a finished run."""
     run = add("run", "train, generate and score one model", config=True, folder=True)
     add_verbosity(_overridable(run))
-    text = "the easy stage against plain DP-SGD, same budget"
-    _overridable(add("compare", text, config=True))
+    text = "the easy stage against plain DP-SGD, and other methods, same budget"
+    compared = _overridable(add("compare", text, config=True))
+    compared.add_argument("--methods", default="", help="also these, such as moments,dp_merf")
     reproduce = _overridable(add("reproduce", "one published run, in time slots", "reproduce"))
     reproduce.add_argument("--dataset", required=True, help="preset in core/configs, such as mnist")
     reproduce.add_argument("--epsilon", type=float, default=10.0)

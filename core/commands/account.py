@@ -38,17 +38,22 @@ def account(options: argparse.Namespace) -> None:
             f"PLD, which ends at epsilon {LARGEST:g}, asks for less noise than Renyi DP does at "
             f"{upward(privacy.target_epsilon)}: so much of the target is spent"
         )
-    print(f"central images     epsilon {upward(plan.epsilon_central)} alone")
+    first = "moments" if plan.moments else "central images"
+    print(f"{first:<18} epsilon {upward(plan.epsilon_central)} alone")
     if plan.frequency is not None:
         print(f"frequency          epsilon {upward(plan.epsilon_frequency)} alone")
     if plan.score is not None:
         print(f"dp_accuracy        epsilon +{upward(plan.epsilon_score, 2)}")
+    if not plan.dp_sgd.num_steps:
+        print(f"no DP-SGD: the release has noise multiplier {plan.noise_multiplier:g}")
+        return
     print(
         f"DP-SGD             noise multiplier {plan.noise_multiplier:g}, sample rate "
         f"{plan.dp_sgd.sample_rate:.4g}, {plan.dp_sgd.num_steps} steps"
     )
     _print_scopes(config, plan)
-    _print_what_if(config)
+    if plan.moments is None:  # Which have no count.
+        _print_what_if(config)
 
 
 def _print_scopes(config: Config, plan: PrivacyPlan) -> None:

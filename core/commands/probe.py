@@ -26,7 +26,7 @@ class StageSeconds:
 
     Attributes:
         warm_up: of a step; 0 where there is no easy stage.
-        private_training: of a step.
+        private_training: of a step; 0, like all, for a method that trains nothing.
         image: of drawing one synthetic image.
     """
 
@@ -47,6 +47,8 @@ def measure(config: Config, workers: int) -> StageSeconds:
         nested(config), {"warm_up.batch_size": max(1, config.warm_up.batch_size // workers)}
     )
     plan = make_plan(config)
+    if config.trains_nothing:
+        return StageSeconds(0.0, 0.0, 0.0)
     device = config_device(config)
     denoiser = build_denoiser(config).to(device)
     warm_up = 0.0

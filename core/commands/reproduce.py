@@ -87,7 +87,7 @@ def row_of(
     metric = next(name for name in result if name.startswith("fid"))
     cells = (
         preset,
-        config.method if config.warm_up_steps or config.method != "dp_feta" else "dpdm",
+        "dpdm" if config.method == "dp_feta" and config.is_plain else config.method,
         upward(result["epsilon"]),
         upward(config.privacy.target_delta, 6),
         f"{100 * result['accuracy']:.1f} %",

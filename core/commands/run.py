@@ -51,28 +51,33 @@ def run(options: argparse.Namespace) -> None:
 
 
 def compare(options: argparse.Namespace) -> None:
-    """Runs a configuration and plain DP-SGD at the same budget."""
+    """Runs a configuration, plain DP-SGD and the named methods at the same budget."""
     config = load(options.config, parse_overrides(options.overrides))
-    if config.warm_up_steps == 0:
+    if config.is_plain:
         raise ConfigError(
             f"stage_split={config.stage_split:g} has no easy stage to compare: set it in (0, 1)"
         )
-    baseline = load(nested(config), {"stage_split": 0.0})
+    plain = {"method": "dpdm"} if config.uses_moments else {"stage_split": 0.0}
+    others = [{"method": name} for name in options.methods.split(",") if name]
+    baselines = [load(nested(config), changes) for changes in (plain, *others)]
     rows: list[tuple[Config, Path, dict[str, Any]]] = []
-    for each in (config, baseline):
+    for each in (config, *baselines):
         run_dir = run_dir_of(options.config, each)
-        print(f"stage_split={each.stage_split:g}: {run_dir}", file=sys.stderr, flush=True)
+        run = f"method={each.method} stage_split={each.stage_split:g}"
+        print(f"{run}: {run_dir}", file=sys.stderr, flush=True)
         rows.append((each, run_dir, train(each, run_dir)))
     print(RunFolder(rows[0][1]).plan().statement)
     print("Scores are computed from real images and are not private.")
     metric = next(name for name in rows[0][2] if name.startswith("fid"))
     print(
-        f"{'stage_split':>11} {'steps':>6} {'DP-SGD steps':>13} {'epsilon':>8} "
+        f"{'method':<11} {'stage_split':>11} {'steps':>6} {'DP-SGD steps':>13} {'epsilon':>8} "
         f"{'noise multiplier':>17} {'accuracy':>9} {metric:>8} {'seconds':>8}  samples"
     )
     for each, run_dir, result in rows:
         print(
-            f"{each.stage_split:>11g} {each.training.num_steps:>6} {each.private_steps:>13} "
+            f"{each.method:<11} {each.stage_split:>11g} "
+            f"{each.warm_up_steps + each.private_steps:>6} "
+            f"{each.private_steps:>13} "
             f"{upward(result['epsilon']):>8} {result['noise_multiplier']:>17.4f} "
             f"{result['accuracy']:>9.4f} {result[metric]:>8.4g} {result['seconds']:>8.0f}  "
             f"{RunFolder(run_dir).grid}"
@@ -179,6 +184,11 @@ def inspect(options: argparse.Namespace) -> None:
     if options.max_images < 4:
         raise ConfigError(f"--max-images={options.max_images} must be at least 4")
     config, denoiser = _finished(options.run_dir, options.overrides)
+    if config.method == "dp_merf":
+        raise ConfigError(
+            "method='dp_merf' trains no denoiser, whose losses the membership attack needs: "
+            "inspect a run of another method"
+        )
     folder = RunFolder(options.run_dir)
     if (result := folder.result()) is None:
         raise ConfigError(f"'{folder.path}' holds no result: finish the run first")

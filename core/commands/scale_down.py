@@ -37,10 +37,10 @@ def scaled_down(config: Config, factor: float) -> Config:
             "dataset.public=false: a run at less noise spends more than its target on private "
             "data; scale down on a public stand-in, with dataset.public=true"
         )
-    if privacy.covers.covers_choice or config.method == "non_private":
+    if privacy.covers.covers_choice or config.method == "non_private" or config.trains_nothing:
         raise ConfigError(
             f"privacy.scope={privacy.scope!r} with method={config.method!r} cannot be scaled down: "
-            "choose a scope whose target is that of one trial and a private method"
+            "choose a scope whose target is that of one trial and a private method with DP-SGD"
         )
     if not 1 < factor <= batch:
         raise ConfigError(f"--factor={factor:g} must lie in (1, {BATCH}={batch}]")

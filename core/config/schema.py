@@ -241,6 +241,11 @@ class Config(Section):
         return staged or self.method == "moments"
 
     @property
+    def is_plain(self) -> bool:
+        """Whether DP-SGD is all, without any easy stage."""
+        return not (self.warm_up_steps or self.uses_moments or self.uses_frequency)
+
+    @property
     def uses_frequency(self) -> bool:
         """Whether frequency features are released."""
         return self.frequency_steps > 0 or self.method == "dp_merf"

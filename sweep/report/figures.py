@@ -74,12 +74,14 @@ def scatter(rows: Sequence[Row], winner: Row | None, x: Any, y: Any) -> list[dic
 def describe(row: Row) -> str:
     """A trial's point and scores, for a hover label."""
     config = row.config
-    easy = (
-        f"count {config.central_images.per_class}, "
-        f"noise {config.central_images.noise_multiplier:.3g}, split {config.stage_split:.2f}"
-        if config.warm_up_steps
-        else "no easy stage (plain DP-SGD)"
-    )
+    central, count = config.central_images, f"count {config.central_images.per_class}"
+    if config.uses_moments:
+        count = f"{central.num_components} components"
+    easy = f"{count}, noise {central.noise_multiplier:.3g}, split {config.stage_split:.2f}"
+    if config.trains_nothing:
+        easy = f"{config.method} alone, noise {row.plan.noise_multiplier:.3g}"
+    elif config.is_plain:
+        easy = "no easy stage (plain DP-SGD)"
     scores = ", ".join(f"{name} {value:.4g}" for name, value in row.scores.items())
     return "<br>".join(filter(None, (f"<b>{row.trial}</b>", easy, scores)))
 

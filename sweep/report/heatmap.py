@@ -201,6 +201,8 @@ def _score(
 
 def _noise_factor(config: Config) -> float | str:
     """DP-SGD's noise multiplier over that of the same DP-SGD steps without an easy stage."""
+    if config.trains_nothing:
+        return "-"
     alone = {"method": "dpdm", "training.num_steps": config.private_steps}
     try:
         return (

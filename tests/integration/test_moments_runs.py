@@ -1,6 +1,7 @@
 """Runs on class moments, and methods that train nothing: charged once, kept, replayed, released."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -187,3 +188,25 @@ def test_a_sweep_searches_moments_and_the_method():
         assert config.uses_moments == (method in ("dp_feta", "moments"))
         assert (config.private_steps == 0) == (method in ("moments", "dp_merf"))
         assert load(nested(config), {}) == config
+
+
+def test_the_owner_inspects_what_denoises(whole, capsys):
+    name, folder, _ = whole
+    command = ["inspect", "--run-dir", str(folder), "--max-images", "60"]
+    assert main(command) == (2 if name == "dp_merf" else 0)
+    told = capsys.readouterr()
+    assert ("trains no denoiser" in told.err) == (name == "dp_merf")
+    assert ("membership attack: area" in told.out) == (name != "dp_merf")
+
+
+def test_account_tells_what_moments_cost(capsys):
+    command = ["account", "--config", "core/configs/digits.yaml", "privacy.target_epsilon=2"]
+    pairs = ["central_images.kind=moments", "central_images.noise_multiplier=8"]
+    assert main([*command, *pairs]) == 0
+    told = capsys.readouterr().out
+    assert re.search(r"^moments +epsilon 0\.\d+ alone", told, re.M)
+    assert "by central_images.per_class" not in told
+    assert main([*command, "method=moments"]) == 0
+    told = capsys.readouterr().out
+    assert re.search(r"^moments +epsilon (2|1\.99\d*) alone", told, re.M)
+    assert "no DP-SGD: the release has noise multiplier" in told

@@ -274,7 +274,13 @@ def test_compare_trains_with_and_without_the_easy_stage(tmp_path, monkeypatch, c
     config = str(ROOT / "core" / "configs" / "digits.yaml")
     pairs = [f"{key}={value}" for key, value in TINY.items()]
     pairs.append(f"runtime.cache={os.environ['FETA_SWEEP_TEST_CACHE']}")
-    assert core_main(["compare", "--config", config, *pairs]) == 0
+    pairs += ["frequency.num_features=50", "frequency.num_steps=4"]
+    assert core_main(["compare", "--config", config, "--methods", "moments,dp_merf", *pairs]) == 0
     told = capsys.readouterr().out
-    rows = re.findall(r"^ +(0|0\.5) +6 +(\d) ", told, re.M)
-    assert rows == [("0.5", "3"), ("0", "6")]
+    rows = re.findall(r"^(\w+) +(0|0\.5) +(\d) +(\d) +(?:1|0\.99\d*) ", told, re.M)
+    assert rows == [
+        ("dp_feta", "0.5", "6", "3"),
+        ("dp_feta", "0", "6", "6"),
+        ("moments", "0.5", "0", "0"),
+        ("dp_merf", "0.5", "0", "0"),
+    ]
