@@ -39,7 +39,7 @@ from core.errors import ConfigError
 
 Model = TypeVar("Model", bound=BaseModel)
 MOST_PIXELS = 4096
-"""Values of an image of which second moments are taken: in 1.3 GiB of memory."""
+"""Values of an image of which second moments are taken: in about 0.6 GiB of memory."""
 
 
 class DatasetConfig(Section):
@@ -348,7 +348,7 @@ def _few_enough_moments(central: CentralImagesConfig, dataset: DatasetConfig) ->
         side = math.isqrt(MOST_PIXELS // dataset.channels)
         raise ValueError(
             f"central_images.image_size={central.image_size} gives images of {pixels} values, "
-            f"whose second moment takes {80 * pixels**2 / 2**30:.1f} GiB: choose at most {side}, "
+            f"whose second moment takes {40 * pixels**2 / 2**30:.1f} GiB: choose at most {side}, "
             f"of {MOST_PIXELS} values"
         )
     if central.num_components > pixels:

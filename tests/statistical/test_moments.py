@@ -291,7 +291,7 @@ def test_a_method_without_training_spends_the_whole_budget_on_its_release(method
     ("changes", "text"),
     [
         ({"dataset__image_size": 128, "central_images__image_size": 128},
-         "image_size=128 gives images of 16384 values, whose second moment takes 20.0 GiB: choose "
+         "image_size=128 gives images of 16384 values, whose second moment takes 10.0 GiB: choose "
          "at most 64, of 4096"),
         ({"dataset__channels": 3, "dataset__image_size": 64, "central_images__image_size": 64},
          "gives images of 12288 values, .* at most 36"),

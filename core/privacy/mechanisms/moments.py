@@ -8,7 +8,7 @@ image with itself is a symmetric matrix, of which the upper triangle is released
 diagonal are scaled by sqrt(2), so that the vector has the norm of the matrix.
 
 Dividing by public expected counts and everything later is post-processing. With d values of an
-image at the small side, the second moment takes about 80 d^2 bytes and N d^2 operations.
+image at the small side, the second moment takes about 40 d^2 bytes and N d^2 operations.
 """
 # scipy has no types:
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
