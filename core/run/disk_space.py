@@ -21,7 +21,9 @@ def needed_bytes(config: Config) -> int:
     images are kept in chunks until the file of all is written.
     """
     with torch.device("meta"):
-        model = sum(p.numel() * p.element_size() for p in build_denoiser(config).parameters())
+        model = sum(
+            v.numel() * v.element_size() for v in build_denoiser(config).state_dict().values()
+        )
     checkpoint = 4 * model  # Parameters, their average, and two moments of Adam.
     data = config.dataset
     images = config.evaluation.num_images * data.channels * data.image_size**2

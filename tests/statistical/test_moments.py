@@ -303,3 +303,23 @@ def test_a_method_without_training_spends_the_whole_budget_on_its_release(method
 def test_what_cannot_be_is_refused(changes, text):
     with pytest.raises(ConfigError, match=text):
         settings(**changes)
+
+
+@pytest.mark.parametrize("changes", [
+    {"scope": "sweep", "num_shares": 3}, {"scope": "sweep", "num_shares": 3, "adaptive": False},
+    {"scope": "selection"}, {"scope": "public"}, {"neighboring_relation": "replace_one"},
+])  # fmt: skip
+def test_every_scope_pays_for_a_method_without_training(changes):
+    settings = SMALL | {"method": "moments", "privacy.target_epsilon": 4.0}
+    settings |= {"central_images.image_size": 8}
+    alone = make_plan(load({}, settings))
+    config = load({}, settings | {f"privacy.{key}": value for key, value in changes.items()})
+    plan = make_plan(config)
+    assert kept_plan(config, plan) == plan
+    if "neighboring_relation" in changes:  # Twice as far, so twice the noise.
+        assert plan.noise_multiplier == pytest.approx(2 * alone.noise_multiplier, rel=1e-3)
+    elif changes["scope"] == "public":
+        assert plan.noise_multiplier == alone.noise_multiplier
+    else:
+        assert plan.noise_multiplier > 1.3 * alone.noise_multiplier
+        assert plan.epsilon < alone.epsilon
