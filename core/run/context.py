@@ -145,14 +145,14 @@ class Run:
         if self.account.begins_block(step):
             distributed.on_rank_0(lambda: self.account.count(step))
 
-    def settle(self) -> int:
+    def commit(self) -> int:
         """Settles the steps that ever began; returns how many, on rank 0.
 
         Without a collective operation: it runs in a `finally`, where other ranks may be gone.
         """
         if self.reservation is None or distributed.rank() != 0:
             return 0
-        return self.account.settle(self.fingerprint, self.reservation)
+        return self.account.commit(self.fingerprint, self.reservation)
 
     def end(
         self, report: dict[str, Any], metrics: Sequence[str], scored: dict[str, Any] | None = None

@@ -202,7 +202,7 @@ def _failure_noted(run: Run) -> Iterator[None]:
         yield
     except NotFiniteError as error:
         if distributed.rank() == 0:
-            run.settle()
+            run.commit()
             run.folder.fail(run.identity.run, str(error))
         raise
 
@@ -228,7 +228,7 @@ def _released(run: Run, dataset: Dataset) -> nn.Module:
     try:
         return released_model(run, dataset.train)
     finally:
-        run.settle()
+        run.commit()
 
 
 def _trained(run: Run, dataset: Dataset) -> nn.Module:
@@ -249,7 +249,7 @@ def _trained(run: Run, dataset: Dataset) -> nn.Module:
     try:
         loop.run(stage)
     finally:
-        run.settle()
+        run.commit()
     return model.ema.module
 
 
@@ -282,7 +282,7 @@ def _hard_stage(run: Run, model: Model, images: Split) -> Stage:
 
 def _stopped(run: Run, stop: StoppedEarlyError) -> dict[str, Any]:
     """Pays for what ran; a run that was stopped never goes on."""
-    plan, steps = run.plan, distributed.on_rank_0(run.settle)
+    plan, steps = run.plan, distributed.on_rank_0(run.commit)
     result = {
         "step": stop.step,
         "stage": ENDED_EARLY,

@@ -22,7 +22,6 @@ from core.config import (
     load_yaml,
     merge,
     nested,
-    short_digest,
     validate,
 )
 from core.config.keys import known_keys, nearest_key
@@ -249,11 +248,6 @@ class SweepConfig(Section):
     def folder(self) -> Path:
         """Where everything of this sweep lies."""
         return Path(self.storage_path) / self.name
-
-
-def trial_id_of(config: Config) -> str:
-    """Short digest of a trial's configuration: the same point always has the same folder."""
-    return short_digest(config)
 
 
 def load_sweep(path: str | Path, overrides: Mapping[str, Any]) -> SweepConfig:

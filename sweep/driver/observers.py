@@ -5,7 +5,8 @@ from typing import Any, Protocol
 
 from ray import tune
 
-from sweep.config.sweep import SweepConfig, trial_id_of
+from core.config import short_digest
+from sweep.config.sweep import SweepConfig
 
 
 class TrialObserver(Protocol):
@@ -41,7 +42,7 @@ class Relay(tune.Callback):
 
     def on_trial_start(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
         """Tune starts a trial, or starts it again."""
-        self._names[trial.trial_id] = trial_id_of(self._sweep.trial_config(trial.config))
+        self._names[trial.trial_id] = short_digest(self._sweep.trial_config(trial.config))
         for each in self._observers:
             each.started(self._names[trial.trial_id], trial.config)
 

@@ -10,9 +10,10 @@ import numpy as np
 import optuna
 from ray.tune.search.optuna import OptunaSearch
 
+from core.config import short_digest
 from core.record.early import ENDED_EARLY
 from sweep.config.grid import grid_points
-from sweep.config.sweep import SweepConfig, trial_id_of
+from sweep.config.sweep import SweepConfig
 from sweep.search.feasible import infeasible_reason
 from sweep.search.study import distributions, open_storage
 
@@ -41,7 +42,7 @@ class FeasibleSearch(OptunaSearch):
         entropy: int = 0,
     ) -> None:
         self._sweep = sweep
-        self._known = {trial_id: "tried earlier" for trial_id in ended}
+        self._known = {digest: "tried earlier" for digest in ended}
         self._on_pruned = on_pruned
         self._asked: dict[str, str] = {}
         self._gave_up = ""
@@ -118,9 +119,9 @@ class FeasibleSearch(OptunaSearch):
     def _judge(self, point: dict[str, Any]) -> tuple[str, str]:
         if reason := infeasible_reason(self._sweep, point):
             return "", reason
-        identity = trial_id_of(self._sweep.trial_config(point))
-        known = self._known.get(identity)
-        return identity, f"trial {identity} has the same configuration ({known})" if known else ""
+        digest = short_digest(self._sweep.trial_config(point))
+        known = self._known.get(digest)
+        return digest, f"trial {digest} has the same configuration ({known})" if known else ""
 
 
 def _sampler(sweep: SweepConfig, seed: int, entropy: int) -> optuna.samplers.BaseSampler:
@@ -228,14 +229,14 @@ def _settle(
     again: dict[str, dict[str, Any]] = {}
     for trial in study.get_trials(deepcopy=False):
         whole = set(trial.params) == set(sweep.search_space)  # Not where a driver died asking.
-        identity = trial_id_of(sweep.trial_config(trial.params)) if whole else ""
+        digest = short_digest(sweep.trial_config(trial.params)) if whole else ""
         if trial.state == states.RUNNING:
-            if (values := ended.get(identity)) is not None:
+            if (values := ended.get(digest)) is not None:
                 study.tell(trial.number, values)
             else:
                 study.tell(trial.number, state=states.FAIL)
-        if trial.state in (states.RUNNING, states.FAIL) and identity not in {"", *ended}:
-            again[identity] = trial.params
+        if trial.state in (states.RUNNING, states.FAIL) and digest not in {"", *ended}:
+            again[digest] = trial.params
         if trial.state == states.WAITING:
             study.tell(trial.number, state=states.FAIL)  # Queued anew below, in order.
     for parameters in again.values():

@@ -9,12 +9,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from core.config import Config, nested
+from core.config import Config, nested, short_digest
 from core.errors import UserError
 from core.record.early import ENDED_EARLY
 from core.record.folder import RunFolder
 from sweep.config.scope import shares_central_images
-from sweep.config.sweep import SweepConfig, trial_id_of
+from sweep.config.sweep import SweepConfig
 from sweep.results.claim import newest_launch, require_newest_launch
 
 Train = Callable[["Context", Config, str], Iterator[dict[str, Any]]]
@@ -47,9 +47,9 @@ class Context:
     verdicts: Any = None
     train: "Train | None" = None
 
-    def run_dir(self, trial_id: str) -> Path:
+    def run_dir(self, digest: str) -> Path:
         """Folder of a trial."""
-        return self.sweep.folder / "trials" / trial_id
+        return self.sweep.folder / "trials" / digest
 
 
 def run_trial(parameters: dict[str, Any], context: Context) -> None:
@@ -61,21 +61,21 @@ def run_trial(parameters: dict[str, Any], context: Context) -> None:
     from ray import tune
 
     config = context.sweep.trial_config(parameters)
-    trial_id = trial_id_of(config)
+    digest = short_digest(config)
     result: dict[str, Any] | None = None
     try:
-        for metrics in (context.train or _supervised)(context, config, trial_id):
+        for metrics in (context.train or _supervised)(context, config, digest):
             if metrics["stage"] in ENDS:
                 result = metrics  # Reported when the workers have ended.
             else:
-                tune.report({**metrics, "trial": trial_id})
+                tune.report({**metrics, "trial": digest})
         if result is None:
             raise TrialError("the workers ended without a result")
-        tune.report({**result, "trial": trial_id})
+        tune.report({**result, "trial": digest})
     except TrialError as error:
         if newest_launch(context.sweep.folder) == context.launch:  # Else it is another's trial.
-            _note_failure(context.run_dir(trial_id), error)
-        tune.report({"failure": str(error), "trial": trial_id})
+            _note_failure(context.run_dir(digest), error)
+        tune.report({"failure": str(error), "trial": digest})
 
 
 def _note_failure(run_dir: Path, error: TrialError) -> None:
@@ -89,7 +89,7 @@ def _note_failure(run_dir: Path, error: TrialError) -> None:
         pass  # The storage is what failed: the sweep's output says so.
 
 
-def _supervised(context: Context, config: Config, trial_id: str) -> Iterator[dict[str, Any]]:
+def _supervised(context: Context, config: Config, digest: str) -> Iterator[dict[str, Any]]:
     """Yields what rank 0 reports; begins again when the workers' supervisor died.
 
     Raises:
@@ -97,20 +97,20 @@ def _supervised(context: Context, config: Config, trial_id: str) -> Iterator[dic
     """
     for attempt in range(context.sweep.max_failures + 1):
         try:
-            yield from _train(context, config, trial_id)
+            yield from _train(context, config, digest)
             return
         except _ControllerDiedError as error:
             if attempt == context.sweep.max_failures:
                 raise TrialError(_reason(error)) from error
 
 
-def _train(context: Context, config: Config, trial_id: str) -> Iterator[dict[str, Any]]:
+def _train(context: Context, config: Config, digest: str) -> Iterator[dict[str, Any]]:
     """Yields what rank 0 reports, while Ray Train supervises the workers."""
     import ray.train
     from ray.util.queue import Empty
 
     reports, attempt = _queue(), uuid.uuid4().hex
-    trainer = _trainer(context, config, trial_id, _relay(reports, attempt))
+    trainer = _trainer(context, config, digest, _relay(reports, attempt))
     failure: list[BaseException] = []
 
     def fit() -> None:
@@ -144,7 +144,7 @@ def _train(context: Context, config: Config, trial_id: str) -> Iterator[dict[str
     raise _ControllerDiedError(_reason(failure[0])) from failure[0]
 
 
-def _trainer(context: Context, config: Config, trial_id: str, relay: Any) -> Any:
+def _trainer(context: Context, config: Config, digest: str, relay: Any) -> Any:
     """The group of workers of a trial."""
     import ray.train
 
@@ -158,13 +158,13 @@ def _trainer(context: Context, config: Config, trial_id: str, relay: Any) -> Any
         train_worker,
         train_loop_config={
             "config": nested(config),
-            "run_dir": str(context.run_dir(trial_id)),
+            "run_dir": str(context.run_dir(digest)),
             "name": sweep.name,
             "folder": str(sweep.folder),
             "shares": shares_central_images(config),
             "launch": context.launch,
             "verdicts": context.verdicts,
-            "trial": trial_id,
+            "trial": digest,
             "threads": max(1, int(sweep.cpus_per_worker)),
         },
         scaling_config=ray.train.ScalingConfig(
@@ -173,7 +173,7 @@ def _trainer(context: Context, config: Config, trial_id: str, relay: Any) -> Any
             resources_per_worker=resources,
         ),
         run_config=ray.train.RunConfig(
-            name=f"{trial_id}-{context.launch}",
+            name=f"{digest}-{context.launch}",
             storage_path=str(sweep.folder / "ray" / "train"),
             callbacks=[relay],
             failure_config=ray.train.FailureConfig(max_failures=sweep.max_failures),

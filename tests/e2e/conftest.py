@@ -13,12 +13,13 @@ import pytest
 import torch
 from leftovers import MARK, OF_TRIALS, assert_none_left
 
+from core.config import short_digest
 from core.errors import UserError
 from core.io.files import write_json
 from core.io.locks import locked
 from core.privacy.keys import SECRET_FILE_VARIABLE, MasterSecret
 from core.run.pipeline import run
-from sweep.config.sweep import SweepConfig, dump_sweep, load_sweep, trial_id_of
+from sweep.config.sweep import SweepConfig, dump_sweep, load_sweep
 from sweep.driver.cluster import DRIVER_RESOURCE
 from sweep.search.study import distributions, open_storage
 
@@ -66,7 +67,7 @@ KEYS = ("central_images.per_class", "central_images.noise_multiplier", "stage_sp
 def train(sweep: SweepConfig, point: dict) -> None:
     """What a trial leaves behind, also where its workers refuse it."""
     config = sweep.trial_config(point)
-    folder = sweep.folder / "trials" / trial_id_of(config)
+    folder = sweep.folder / "trials" / short_digest(config)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "trial_id").write_text("always the same")  # Else other noise, and scores, each time.
     secret = MasterSecret(b"s" * 32)

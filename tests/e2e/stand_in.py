@@ -83,7 +83,7 @@ def stand_in(context: Any, config: Config, trial_id: str) -> Iterator[dict[str, 
             write_json(run_dir / "early_scores.json", kept)
             yield logged({"step": step, "stage": "early_score", "progress": share, **score})
             if not ray.get(context.verdicts.ask.remote(trial_id, share)):
-                spending.settle(fingerprint, reservation)
+                spending.commit(fingerprint, reservation)
                 spent = {"epsilon": plan.epsilon_after(step), "seconds": 0.1}
                 spent["noise_multiplier"] = plan.noise_multiplier
                 result = {"step": step, "stage": "stopped", **score, **spent}
@@ -91,7 +91,7 @@ def stand_in(context: Any, config: Config, trial_id: str) -> Iterator[dict[str, 
                 write_json(run_dir / "stopped.json", {**result, **origin})
                 yield result
                 return
-    spending.settle(fingerprint, reservation)
+    spending.commit(fingerprint, reservation)
     rate = config.private_training.learning_rate
     scores = {"accuracy": min(1.0, rate), "fid_cnn": 10 + 100 * rate}
     spent = {"epsilon": plan.epsilon, "noise_multiplier": plan.noise_multiplier}

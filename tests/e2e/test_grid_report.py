@@ -7,13 +7,13 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from core.config import nested, yaml_subset
+from core.config import nested, short_digest, yaml_subset
 from core.generation.png import write_grid
 from core.io.files import write_json
 from core.privacy.plan.plan import make_plan
 from sweep.__main__ import main
 from sweep.config.grid import grid_points
-from sweep.config.sweep import dump_sweep, load_sweep, trial_id_of
+from sweep.config.sweep import dump_sweep, load_sweep
 from sweep.search.study import distributions, open_storage
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,7 +61,7 @@ def report(tmp_path_factory) -> Path:
     plan = make_plan(sweep.run).summary()
     for point, score in zip(grid_points(sweep.choices), SCORES, strict=True):
         config = sweep.trial_config(point)
-        trial = sweep.folder / "trials" / trial_id_of(config)
+        trial = sweep.folder / "trials" / short_digest(config)
         if score is not None:
             result = {"accuracy": 0.5, "fid_cnn": score, "seconds": 1.0, "fingerprint": "0" * 64}
             write_json(trial / "evaluation.json", result)

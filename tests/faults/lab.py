@@ -22,12 +22,12 @@ from leftovers import MARK, marked_processes
 from ray.job_submission import JobSubmissionClient
 
 from clusters.local.ports import free_ports
-from core.config import load, nested
+from core.config import load, nested, short_digest
 from core.privacy.keys import MasterSecret
 from core.privacy.ledger.ledger import Ledger
 from core.run.context import SweepLink
 from core.run.pipeline import run
-from sweep.config.sweep import SweepConfig, load_sweep, trial_id_of
+from sweep.config.sweep import SweepConfig, load_sweep
 
 ROOT = Path(__file__).resolve().parents[2]
 RATE = "private_training.learning_rate"
@@ -188,7 +188,7 @@ class Lab:
         (config.folder / "shared").mkdir(parents=True)
         (config.folder / "shared" / "central_id").write_text(ORIGIN)
         for rate in rates:
-            folder = config.folder / "trials" / trial_id_of(config.trial_config({RATE: rate}))
+            folder = config.folder / "trials" / short_digest(config.trial_config({RATE: rate}))
             folder.mkdir(parents=True)
             (folder / "trial_id").write_text(ORIGIN)
         return sweep

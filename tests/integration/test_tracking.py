@@ -13,9 +13,10 @@ import pytest
 from mlflow.tracking import MlflowClient
 from PIL import Image
 
+from core.config import short_digest
 from core.io.files import to_json, write_json
 from core.record.folder import RunFolder
-from sweep.config.sweep import load_sweep, trial_id_of
+from sweep.config.sweep import load_sweep
 from sweep.driver.observers import Relay
 from sweep.tracking import mirror
 from sweep.tracking.charts import points
@@ -129,7 +130,7 @@ def begin(sweep, uri):
 
 def reports(sweep, rate: float, *steps: int, stage: str = "warm_up") -> str:
     """What a trial writes; returns its name."""
-    name = trial_id_of(sweep.trial_config({RATE: rate}))
+    name = short_digest(sweep.trial_config({RATE: rate}))
     folder = sweep.folder / "trials" / name
     folder.mkdir(parents=True, exist_ok=True)
     lines = [{"stage": stage, "step": step, "loss": 1 / step, **USE} for step in steps]

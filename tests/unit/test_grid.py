@@ -8,9 +8,10 @@ import pytest
 from optuna.trial import TrialState
 from test_report_parts import row
 
+from core.config import short_digest
 from core.errors import ConfigError, InfeasibleError
 from sweep.config.grid import CANNOT_BE_PAID, grid_points
-from sweep.config.sweep import dump_sweep, load_sweep, trial_id_of
+from sweep.config.sweep import dump_sweep, load_sweep
 from sweep.report import heatmap
 from sweep.report.heatmap import agreement, heat_maps
 from sweep.search.feasible import print_plan, with_num_trials
@@ -62,7 +63,7 @@ def sweep_of(tmp_path, request, monkeypatch):
 def searched(sweep, number: int, finished=()) -> tuple[list, list]:
     """Points of so many trials in a new driver, and those that it pruned."""
     pruned: list[dict] = []
-    ended = {trial_id_of(sweep.trial_config(point)): [0.5] for point in finished}
+    ended = {short_digest(sweep.trial_config(point)): [0.5] for point in finished}
     search = FeasibleSearch(sweep, ended, lambda point, _: pruned.append(point))
     return [search.suggest(str(i)) for i in range(number)], pruned
 

@@ -56,8 +56,8 @@ class Start:
                 self.spending.count(step)
         return self
 
-    def settle(self) -> int:
-        return self.spending.settle(self.data, self.reservation)
+    def commit(self) -> int:
+        return self.spending.commit(self.data, self.reservation)
 
 
 def entry(folder: Path) -> dict:
@@ -79,7 +79,7 @@ def own_counter(folder: Path) -> Path:
 def test_a_run_whose_folder_was_emptied_pays_for_what_it_ran_before(tmp_path, plan):
     Start(tmp_path, plan).train(160)  # Killed.
     shutil.rmtree(tmp_path / "run")
-    assert Start(tmp_path, plan).train(20).settle() == 175
+    assert Start(tmp_path, plan).train(20).commit() == 175
     assert entry(tmp_path)["executed_steps"] == 175
 
 
@@ -92,7 +92,7 @@ def test_all_steps_count_where_the_count_of_an_open_run_is_lost(tmp_path, plan, 
         counter(tmp_path).write_text(content)
     again = Start(tmp_path, plan).train(20)
     assert "all 200 count" in caplog.text
-    assert again.settle() == STEPS
+    assert again.commit() == STEPS
     assert entry(tmp_path)["executed_steps"] == STEPS
 
 
@@ -100,7 +100,7 @@ def test_the_loss_outlives_a_further_kill(tmp_path, plan):
     Start(tmp_path, plan).train(160)
     counter(tmp_path).unlink()
     Start(tmp_path, plan).train(20)
-    assert Start(tmp_path, plan).train(20).settle() == STEPS
+    assert Start(tmp_path, plan).train(20).commit() == STEPS
 
 
 def test_a_count_older_than_the_checkpoint_is_none(tmp_path, plan):
@@ -109,7 +109,7 @@ def test_a_count_older_than_the_checkpoint_is_none(tmp_path, plan):
     Start(tmp_path, plan, resumed=20).train(160, since=20)
     counter(tmp_path).write_bytes(older)
     own_counter(tmp_path).unlink()
-    assert Start(tmp_path, plan, resumed=150).train(152, since=150).settle() == STEPS
+    assert Start(tmp_path, plan, resumed=150).train(152, since=150).commit() == STEPS
 
 
 def test_a_count_older_than_that_in_the_runs_folder_does_not_make_steps_fewer(tmp_path, plan):
@@ -118,17 +118,17 @@ def test_a_count_older_than_that_in_the_runs_folder_does_not_make_steps_fewer(tm
     older = counter(tmp_path).read_bytes()
     Start(tmp_path, plan).train(160)
     counter(tmp_path).write_bytes(older)
-    assert Start(tmp_path, plan).train(20).settle() == 175
+    assert Start(tmp_path, plan).train(20).commit() == 175
     assert entry(tmp_path)["executed_steps"] == 175
 
 
 def test_what_the_original_of_a_copied_run_counts_outlives_what_its_copy_settles(tmp_path, plan):
     original = Start(tmp_path, plan).train(110)
     other = Start(tmp_path, plan)  # The copy: the same name and identity.
-    assert other.settle() == 125
+    assert other.commit() == 125
     original.train(160, since=110)  # And is killed.
     shutil.rmtree(tmp_path / "run")
-    assert Start(tmp_path, plan).settle() == 175
+    assert Start(tmp_path, plan).commit() == 175
 
 
 def lose_all_but_the_first_line(folder: Path) -> None:
@@ -141,50 +141,50 @@ def test_an_accepted_loss_does_not_discard_the_count_of_a_run(tmp_path, plan):
     Start(tmp_path, plan).train(160)
     lose_all_but_the_first_line(tmp_path)
     shutil.rmtree(tmp_path / "run")
-    assert Start(tmp_path, plan).train(20).settle() == 175
+    assert Start(tmp_path, plan).train(20).commit() == 175
 
 
 @pytest.mark.parametrize("ended", [True, False])
 def test_all_steps_of_a_run_count_whose_charge_an_accepted_loss_took(tmp_path, plan, ended, caplog):
     start = Start(tmp_path, plan).train(160)
     if ended:
-        start.settle()
+        start.commit()
     lose_all_but_the_first_line(tmp_path)
-    assert Start(tmp_path, plan, run="another").train(20).settle() == 25
+    assert Start(tmp_path, plan, run="another").train(20).commit() == 25
     assert "all 200 count" not in caplog.text
-    assert Start(tmp_path, plan).train(20).settle() == STEPS
+    assert Start(tmp_path, plan).train(20).commit() == STEPS
     assert "all 200 count" in caplog.text
 
 
 def test_a_count_below_what_was_settled_is_none(tmp_path, plan):
-    Start(tmp_path, plan).train(160).settle()
+    Start(tmp_path, plan).train(160).commit()
     Start(tmp_path, plan, resumed=150)
     counter(tmp_path).write_text("100")
-    assert Start(tmp_path, plan).settle() == STEPS
+    assert Start(tmp_path, plan).commit() == STEPS
 
 
 def test_while_nothing_is_open_the_ledger_itself_knows(tmp_path, plan):
-    assert Start(tmp_path, plan).train(60).settle() == 75
+    assert Start(tmp_path, plan).train(60).commit() == 75
     assert not list((tmp_path / "ledger").glob("*.begun"))
     again = Start(tmp_path, plan, resumed=60)
     assert entry(tmp_path)["state"] == "reserved"
-    assert again.train(62, since=60).settle() == 75
-    assert Start(tmp_path, plan, resumed=62).train(80, since=62).settle() == 100
-    assert Start(tmp_path, plan).settle() == 100  # From the beginning: a replay, not fewer steps.
+    assert again.train(62, since=60).commit() == 75
+    assert Start(tmp_path, plan, resumed=62).train(80, since=62).commit() == 100
+    assert Start(tmp_path, plan).commit() == 100  # From the beginning: a replay, not fewer steps.
     shutil.rmtree(tmp_path / "run")
-    assert Start(tmp_path, plan).settle() == 100
+    assert Start(tmp_path, plan).commit() == 100
 
 
 def test_a_checkpoint_that_the_ledger_knows_nothing_of_counts_in_full(tmp_path, plan):
-    assert Start(tmp_path, plan, resumed=150).settle() == STEPS
+    assert Start(tmp_path, plan, resumed=150).commit() == STEPS
 
 
 def test_a_finished_run_that_is_resumed_changes_nothing(tmp_path, plan):
-    assert Start(tmp_path, plan).train(STEPS).settle() == STEPS
+    assert Start(tmp_path, plan).train(STEPS).commit() == STEPS
     (path,) = (tmp_path / "ledger").glob("*.jsonl")
     before = path.read_bytes()
-    assert Start(tmp_path, plan, resumed=STEPS).settle() == STEPS
-    assert Start(tmp_path, plan).train(20).settle() == STEPS
+    assert Start(tmp_path, plan, resumed=STEPS).commit() == STEPS
+    assert Start(tmp_path, plan).train(20).commit() == STEPS
     assert path.read_bytes() == before
 
 
@@ -193,7 +193,7 @@ def test_a_voided_reservation_begins_at_none(tmp_path, plan):
     (path,) = (tmp_path / "ledger").glob("*.jsonl")
     with locked(path, notes=[tmp_path / "run" / "charged" / path.stem]) as chain:
         chain.append("void", {"key": asdict(start.reservation.key)})  # By an earlier version.
-    assert Start(tmp_path, plan).train(10).settle() == 25
+    assert Start(tmp_path, plan).train(10).commit() == 25
 
 
 # A ledger that is lost.
@@ -202,7 +202,7 @@ def test_a_voided_reservation_begins_at_none(tmp_path, plan):
 @pytest.mark.parametrize("gone", ["*.jsonl", "*.head", "*.lock"])
 def test_sources_know_which_ledger_must_be_there(tmp_path, plan, gone):
     """Another run on the same data, whose own folder knows nothing."""
-    Start(tmp_path, plan).train(STEPS).settle()
+    Start(tmp_path, plan).train(STEPS).commit()
     (path,) = (tmp_path / "ledger").glob("*.jsonl")
     beside_secret(path).unlink()
     for pattern in {"*.jsonl", "*.head", gone}:
@@ -212,16 +212,16 @@ def test_sources_know_which_ledger_must_be_there(tmp_path, plan, gone):
     with pytest.raises(LedgerError, match="no ledger at"):
         Start(tmp_path, plan, run="another")
     assert main(["ledger", "accept-loss", "--file", str(path), "--reason", "disk failure"]) == 0
-    Start(tmp_path, plan, run="another").train(STEPS).settle()
+    Start(tmp_path, plan, run="another").train(STEPS).commit()
     found = Ledger.at(path).summary()
     assert [each["run"] for each in found["entries"]] == ["another"]
     assert len(found["losses"]) == 1
 
 
 def test_the_folder_of_a_run_knows_of_an_older_ledger(tmp_path, plan):
-    Start(tmp_path, plan, run="first").settle()
+    Start(tmp_path, plan, run="first").commit()
     older = shutil.copytree(tmp_path / "ledger", tmp_path / "older")
-    Start(tmp_path, plan, run="second").settle()
+    Start(tmp_path, plan, run="second").commit()
     shutil.rmtree(tmp_path / "ledger")
     older.rename(tmp_path / "ledger")
     (path,) = (tmp_path / "ledger").glob("*.jsonl")
@@ -263,13 +263,13 @@ def test_what_was_never_charged_needs_no_ledger(tmp_path, plan):
 
 
 def test_what_is_not_charged_does_not_rename_the_family_of_what_was(tmp_path, plan):
-    Start(tmp_path, plan).settle()
+    Start(tmp_path, plan).commit()
     ceiling = config_of(tmp_path, method="non_private", dataset__family="patients")
     run_dir = tmp_path / "ceiling"
     free = make_plan(ceiling)
     folder = tmp_path / "ledger"
     Spending(ceiling, free, folder, "ceiling", run_dir, run_dir / "charged").remember(DATA)
-    Start(tmp_path, plan, run="another").settle()
+    Start(tmp_path, plan, run="another").commit()
     (source,) = json.loads((folder / "sources.json").read_text()).values()
     assert (source["family"], source["charged"]) == (None, True)
 
@@ -301,12 +301,12 @@ def test_a_note_of_an_older_version_alone_tells_of_no_ledger(tmp_path, plan):
     free, where = make_plan(ceiling), tmp_path / "ledger"
     Spending(ceiling, free, where, "c", tmp_path / "c", tmp_path / "c" / "charged").remember(DATA)
     as_an_older_version_noted_it(tmp_path)
-    Start(tmp_path, plan).settle()
+    Start(tmp_path, plan).commit()
 
 
 @pytest.mark.parametrize("kept", [".lock", ".head"])
 def test_a_lock_or_head_beside_it_tells_of_one(tmp_path, plan, kept):
-    Start(tmp_path, plan).settle()
+    Start(tmp_path, plan).commit()
     as_an_older_version_noted_it(tmp_path)
     (path,) = (tmp_path / "ledger").glob("*.jsonl")
     beside_secret(path).unlink()
@@ -318,7 +318,7 @@ def test_a_lock_or_head_beside_it_tells_of_one(tmp_path, plan, kept):
 
 
 def test_a_ledger_where_earlier_versions_kept_it_is_not_passed_over(tmp_path, plan):
-    Start(tmp_path, plan).settle()
+    Start(tmp_path, plan).commit()
     with pytest.raises(LedgerError, match=r"has a ledger '.*', where earlier versions kept it"):
         Start(tmp_path, plan, run="another", runtime__ledger=str(tmp_path / "data"))
     assert not (tmp_path / "data").exists()
@@ -327,20 +327,20 @@ def test_a_ledger_where_earlier_versions_kept_it_is_not_passed_over(tmp_path, pl
 def test_one_in_the_working_directory_is_not_passed_over_either(tmp_path, plan, monkeypatch):
     """Also where an upgrade has begun a second one already."""
     monkeypatch.chdir(tmp_path)
-    Start(tmp_path, plan, runtime__ledger="runs/ledger").settle()  # Itself it does not refuse.
+    Start(tmp_path, plan, runtime__ledger="runs/ledger").commit()  # Itself it does not refuse.
     moved = {"runtime__cache": str(tmp_path / "elsewhere" / "cache")}
     with pytest.raises(LedgerError, match=r"'runs/ledger/.*' from there to '.*/ledger'"):
         Start(tmp_path, plan, run="another", **moved)
     assert not (tmp_path / "ledger").exists()
     (tmp_path / "runs").rename(tmp_path / "away")
-    Start(tmp_path, plan, run="another", **moved).settle()
+    Start(tmp_path, plan, run="another", **moved).commit()
     (tmp_path / "away").rename(tmp_path / "runs")
     before = entry(tmp_path)
     with pytest.raises(LedgerError, match=r"move the one away whose charges '.*' holds too"):
         Start(tmp_path, plan, run="third", **moved)
     assert entry(tmp_path) == before
     moved["runtime__ledger"] = str(tmp_path / "runs" / "ledger")  # As the message asks.
-    Start(tmp_path, plan, run="third", **moved).settle()
+    Start(tmp_path, plan, run="third", **moved).commit()
 
 
 # Data sets that charge together.
@@ -348,10 +348,10 @@ def test_one_in_the_working_directory_is_not_passed_over_either(tmp_path, plan, 
 
 def test_a_family_charges_one_ledger_and_the_card_of_each_run_finds_it(tmp_path, plan):
     family = {"dataset__family": "patients"}
-    Start(tmp_path, plan, run="whole", **family).train(STEPS).settle()
+    Start(tmp_path, plan, run="whole", **family).train(STEPS).commit()
     fewer = replace(plan, num_examples=1436)
     less = {**family, "dataset__num_examples": 1436}
-    Start(tmp_path, fewer, run="less", data="cd" * 32, **less).train(STEPS).settle()
+    Start(tmp_path, fewer, run="less", data="cd" * 32, **less).train(STEPS).commit()
     ledger = ledger_of_run(config_of(tmp_path, **family), tmp_path / "whole", DATA)
     summary = ledger.summary()
     assert [each["run"] for each in summary["entries"]] == ["whole", "less"]
@@ -360,16 +360,16 @@ def test_a_family_charges_one_ledger_and_the_card_of_each_run_finds_it(tmp_path,
 
 
 def test_a_family_is_named_before_the_first_run(tmp_path, plan):
-    Start(tmp_path, plan).settle()
+    Start(tmp_path, plan).commit()
     with pytest.raises(LedgerError, match=r"dataset.family='patients', but .* with None before"):
         Start(tmp_path, plan, run="another", dataset__family="patients")
-    Start(tmp_path, plan, run="third", data="ef" * 32, dataset__family="patients").settle()
+    Start(tmp_path, plan, run="third", data="ef" * 32, dataset__family="patients").commit()
     with pytest.raises(LedgerError, match=r"dataset.family=None, but .* with 'patients' before"):
         Start(tmp_path, plan, run="fourth", data="ef" * 32)
 
 
 def test_a_family_is_not_named_beside_a_ledger_that_the_sources_do_not_know(tmp_path, plan):
-    Start(tmp_path, plan).settle()
+    Start(tmp_path, plan).commit()
     (tmp_path / "ledger" / "sources.json").unlink()
     with pytest.raises(LedgerError, match=r"'patients', but this data set was charged alone"):
         Start(tmp_path, plan, run="another", dataset__family="patients")
@@ -379,7 +379,7 @@ def test_show_warns_where_one_path_was_read_as_several_data_sets(tmp_path, plan,
     folder = tmp_path / "pictures"
     for label, data in (("label", DATA), ("other", "cd" * 32)):
         changes = {"dataset__path": str(folder), "dataset__label_column": label}
-        Start(tmp_path, plan, run=label, data=data, **changes).settle()
+        Start(tmp_path, plan, run=label, data=data, **changes).commit()
         assert main(["ledger", "show", "--folder", str(tmp_path / "ledger")]) == 0
         warned = f"warning: '{folder}' was read as several data sets" in capsys.readouterr().out
         assert warned == (label == "other")

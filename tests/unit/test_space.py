@@ -4,9 +4,10 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
+from core.config import short_digest
 from core.privacy.keys import MasterSecret
 from sweep.config.scope import settings_entropy
-from sweep.config.sweep import load_sweep, trial_id_of
+from sweep.config.sweep import load_sweep
 from sweep.search.feasible import infeasible_reason, print_plan
 from sweep.search.search import MAX_ATTEMPTS, FeasibleSearch
 from sweep.search.study import open_storage
@@ -87,7 +88,7 @@ def test_a_new_driver_tries_interrupted_points_first_and_keeps_results(make):
     sweep, search, _ = make()
     done, cut, lost = (search.suggest(name) for name in "abc")
     search.on_trial_complete("a", {"training_iteration": 1, "accuracy": 0.5})
-    ids = [trial_id_of(sweep.trial_config(point)) for point in (done, lost)]
+    ids = [short_digest(sweep.trial_config(point)) for point in (done, lost)]
     _, again, pruned = make(finished={ids[0]: [0.5], ids[1]: [0.9]})
     assert again.suggest("d") == cut
     assert again.suggest("e") not in (done, cut, lost)
@@ -104,7 +105,7 @@ def test_several_objectives_reach_the_study_also_over_a_restart(make, sampler):
     search.on_trial_result("a", {"training_iteration": 1, "loss": 1.0})
     search.on_trial_complete("a", {"training_iteration": 2, "accuracy": 0.75, "fid_cnn": 9.0})
     search.on_trial_complete("b", {"training_iteration": 2, "accuracy": 0.75})
-    ids = [trial_id_of(sweep.trial_config(point)) for point in points]
+    ids = [short_digest(sweep.trial_config(point)) for point in points]
     _, again, _ = make(finished={ids[0]: [9.0, 0.75], ids[2]: [7.0, 0.5]}, **settings)
     assert again.suggest("d") == points[1]
     assert again.suggest("e") not in points
@@ -145,7 +146,7 @@ def test_random_points_are_fixed_before_the_first_result(make, stops, tmp_path):
     sweep, search, _ = make(sampler="random", name=f"stopped{len(stops)}")
     for i in range(5):
         if i in stops:
-            done = {trial_id_of(sweep.trial_config(point)): [0.5] for point in points}
+            done = {short_digest(sweep.trial_config(point)): [0.5] for point in points}
             sweep, search, _ = make(finished=done, sampler="random", name=f"stopped{len(stops)}")
         points.append(search.suggest(str(i)))
     _, other, _ = make(sampler="random", name="undisturbed")

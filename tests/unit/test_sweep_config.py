@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from core.config import validate
+from core.config import short_digest, validate
 from core.errors import ConfigError
 from core.privacy.keys import MasterSecret
 from core.privacy.plan.plan import make_plan
 from sweep.config.scope import count_trials
-from sweep.config.sweep import SweepConfig, dump_sweep, load_sweep, trial_id_of
+from sweep.config.sweep import SweepConfig, dump_sweep, load_sweep
 from sweep.results.claim import claim
 from sweep.run import main
 
@@ -135,9 +135,9 @@ def test_errors_name_key_and_remedy(overrides, message):
 
 def test_the_same_point_has_the_same_id_and_another_another():
     sweep = load_sweep(QUICKSTART, {})
-    first = trial_id_of(sweep.trial_config({"stage_split": 0.25}))
-    assert first == trial_id_of(sweep.trial_config({"stage_split": 0.25}))
-    assert first != trial_id_of(sweep.trial_config({"stage_split": 0.5}))
+    first = short_digest(sweep.trial_config({"stage_split": 0.25}))
+    assert first == short_digest(sweep.trial_config({"stage_split": 0.25}))
+    assert first != short_digest(sweep.trial_config({"stage_split": 0.5}))
 
 
 SELECTION = {

@@ -107,7 +107,7 @@ class Spending:
         self._write_count(begun)
         return reservation
 
-    def settle(self, fingerprint: str, reservation: Reservation) -> int:
+    def commit(self, fingerprint: str, reservation: Reservation) -> int:
         """Settles what ran: all steps that ever began, by this process or one before it.
 
         Returns:
