@@ -24,7 +24,7 @@ from core.privacy.mechanisms.moments import (
     second_sum,
     to_triangle,
 )
-from core.privacy.plan.plan import PrivacyPlan, check_stages, kept_plan, make_plan
+from core.privacy.plan.plan import PrivacyPlan, check_stages, make_plan, resumed_plan
 from core.privacy.plan.releases import MomentsPlan
 
 CLASSES, NOISE = 3, KeyedStream(b"n" * 32)
@@ -281,10 +281,10 @@ def test_a_method_without_training_spends_the_whole_budget_on_its_release(method
     assert plan.epsilon_dp_sgd == 0
     assert plan.epsilon_after(0) == pytest.approx(plan.epsilon)
     assert [event.kind for event in events_of(plan)] == [name, "dp_accuracy"]
-    assert PrivacyPlan.restored(plan.summary()) == plan == kept_plan(config, plan)
+    assert PrivacyPlan.restored(plan.summary()) == plan == resumed_plan(config, plan)
     weaker = dataclasses.replace(release, noise_multiplier=0.9 * release.noise_multiplier)
     with pytest.raises(ConfigError, match="does not agree"):
-        kept_plan(config, dataclasses.replace(plan, **{name: weaker}))
+        resumed_plan(config, dataclasses.replace(plan, **{name: weaker}))
 
 
 @pytest.mark.parametrize(
@@ -315,7 +315,7 @@ def test_every_scope_pays_for_a_method_without_training(changes):
     alone = make_plan(load({}, settings))
     config = load({}, settings | {f"privacy.{key}": value for key, value in changes.items()})
     plan = make_plan(config)
-    assert kept_plan(config, plan) == plan
+    assert resumed_plan(config, plan) == plan
     if "neighboring_relation" in changes:  # Twice as far, so twice the noise.
         assert plan.noise_multiplier == pytest.approx(2 * alone.noise_multiplier, rel=1e-3)
     elif changes["scope"] == "public":
