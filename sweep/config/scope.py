@@ -100,12 +100,9 @@ def scope_settings(
                 "best of a fixed number of trials is not covered: set num_trials=null; the number "
                 "is drawn secretly with mean privacy.selection_mean"
             )
-    settings: dict[str, Any] = {}
-    if has_profile(privacy) and not privacy.selection_reference:
-        reference = selection_reference(_smoothest(base, search.extremes))
-        settings = {"privacy.selection_reference": tuple(chain.from_iterable(reference))}
+    settings = _reference(base, search.extremes)
     if search.scheduler != "none":
-        settings = _early_settings(search)
+        settings |= _early_settings(search)
     if privacy.covers.splits_target:
         # Given, the shares stay; else the target is divided among the trials asked for.
         asked = num_trials or search.default_num_trials
@@ -115,12 +112,15 @@ def scope_settings(
     return settings
 
 
-def _smoothest(base: Config, extremes: Mapping[str, Sequence[Any]]) -> Config:
-    """The base run, with each searched key at the end that makes the best reference of all points.
+def _reference(base: Config, extremes: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+    """Under scope `selection` the mechanisms whose privacy profile bounds that of every trial.
 
-    That is the one of the most DP-SGD steps, beside the least of other releases: its privacy loss
-    is the nearest to a normal one, and a bound by it costs the other points the least noise.
+    They are those of the base run, with each searched key at the end that leaves the most DP-SGD
+    steps beside the least of other releases: its privacy loss is the nearest to a normal one, and a
+    bound by it costs the other points the least noise.
     """
+    if not has_profile(base.privacy) or base.privacy.selection_reference:
+        return {}
     best = base
     for key, values in extremes.items():
         points = [best]
@@ -130,7 +130,8 @@ def _smoothest(base: Config, extremes: Mapping[str, Sequence[Any]]) -> Config:
             except ConfigError:  # A value that is valid beside others alone.
                 continue
         best = max(points, key=smoothness)
-    return best
+    mechanisms = selection_reference(best)
+    return {"privacy.selection_reference": tuple(chain.from_iterable(mechanisms))}
 
 
 def _check_scores(base: Config, metrics: Sequence[str]) -> None:
