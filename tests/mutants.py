@@ -31,6 +31,8 @@ REDUCE = """        if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(flat, op=dist.ReduceOp.SUM)
 """
 SCOPES = "core/privacy/plan/scopes.py"
+SELECTED = "core/privacy/accounting/selection.py"
+BEST, BOUNDED = ("tests/unit/test_best_of_trials.py",), ("tests/unit/test_selection_shares.py",)
 FAR = ("tests/unit/test_far_accounting.py",)
 KEPT = ("tests/unit/test_plan.py",)
 SPENDING_CODE, CHARGES = "core/privacy/ledger/account.py", ("tests/unit/test_run_and_ledger.py",)
@@ -309,6 +311,48 @@ MUTANTS = (
         "math.sqrt(2 * room / order / privacy.num_shares)",
         "math.sqrt(2 * room / order)",
         ("tests/unit/test_scopes.py",),
+    ),
+    Mutant(
+        "selection: phi' at the wrong end of a grid cell",
+        SELECTED,
+        "np.concatenate([[0.0], ends]), np.concatenate([reach, [1.0]])",
+        "np.concatenate([[0.0], ends]), np.concatenate([sticks[-1:], reach])",
+        BEST,
+    ),
+    Mutant(
+        "selection: one direction only",
+        SELECTED,
+        "for forth, back in (deltas, deltas[::-1])",
+        "for forth, back in (deltas,)",
+        BEST,
+    ),
+    Mutant(
+        "selection: the mass at infinity dropped",
+        SELECTED,
+        "slopes @ falls + most * sticks[-1]",
+        "slopes @ falls",
+        BEST,
+    ),
+    Mutant(
+        "selection: a trial compared with the reference at one epsilon alone",
+        SCOPES,
+        "(deltas / bound).max()",
+        "(deltas / bound)[:, int(self.epsilon / step / 2)].max()",
+        BOUNDED,
+    ),
+    Mutant(
+        "selection: a trial compared with the reference in one direction alone",
+        SCOPES,
+        "(deltas / bound).max()",
+        "(deltas / bound)[0].max()",
+        BOUNDED,
+    ),
+    Mutant(
+        "selection: a reference that exceeds the target",
+        SCOPES,
+        "> 1 + _ROUNDING:\n",
+        "> 1e9:\n",
+        BOUNDED,
     ),
     Mutant(
         "a sweep forgets its earlier trials",

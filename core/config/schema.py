@@ -92,6 +92,9 @@ class PrivacyConfig(Section):
     """Scope `selection`: law of the secret number of trials (Papernot and Steinke 2022)."""
     selection_mean: Annotated[float, Field(gt=1, le=10_000)] = 16.0
     """Scope `selection`: its mean."""
+    selection_reference: tuple[Positive, ...] = ()
+    """Scope `selection`: sample rate, noise multiplier and count, three numbers for each, of the
+    mechanisms whose privacy profile bounds that of every trial. A sweep derives them."""
     dp_accuracy_stddev: Annotated[float, Field(ge=1, le=1e9)] | None = None
     """Noise, in images, on the number of private images that the downstream classifier gets
     right; its charge is part of the trial's. Null: there is no `dp_accuracy`."""
@@ -104,8 +107,15 @@ class PrivacyConfig(Section):
         return SCOPES[self.scope]
 
     @property
+    def reference(self) -> tuple[tuple[float, float, int], ...]:
+        """The mechanisms of `selection_reference`."""
+        numbers = self.selection_reference
+        parts = (numbers[::3], numbers[1::3], map(int, numbers[2::3]))
+        return tuple(zip(*parts, strict=True))
+
+    @property
     def needs_filter(self) -> bool:
-        """Whether trials get a share each at fixed orders of Renyi DP; else PLD composes all."""
+        """Whether each trial has a bound of its own, a share; else PLD composes all."""
         return self.covers.is_secret or (self.covers.splits_target and self.adaptive)
 
 
@@ -286,6 +296,16 @@ class Config(Section):
                 f"privacy.scope={privacy.scope!r} is proven for privacy.neighboring_relation="
                 f"'zero_out' alone, not for {privacy.neighboring_relation!r}: choose that, or "
                 "scope 'trial'"
+            )
+        numbers = privacy.selection_reference
+        if (
+            len(numbers) % 3
+            or any(rate > 1 for rate in numbers[::3])
+            or any(count % 1 for count in numbers[2::3])
+        ):
+            raise ValueError(
+                f"privacy.selection_reference={list(numbers)} must hold a sample rate in (0, 1], a "
+                "noise multiplier and a whole count for each mechanism: leave it to the sweep"
             )
         if privacy.covers.is_secret and privacy.data_set_budget is not None:
             raise ValueError(

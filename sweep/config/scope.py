@@ -1,14 +1,16 @@
 """Demands of `privacy.scope` on a search, and its settings for the trials."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
-from core.config import Config, load
+from core.config import Config, load, nested
 from core.config.metrics import DISTRIBUTION_METRICS, SUFFIXES
 from core.errors import ConfigError
 from core.privacy.keys import KeyedStream, MasterSecret
-from core.privacy.plan.scopes import STAYS_INSIDE, num_trials_at
+from core.privacy.plan.plan import selection_reference, smoothness
+from core.privacy.plan.scopes import STAYS_INSIDE, has_profile, num_trials_at
 
 DEFAULT_NUM_TRIALS = 8
 EARLY_AT = "early_scores.at"
@@ -26,6 +28,7 @@ class Search:
         metrics: that choose.
         rungs: shares of the steps after which the scheduler judges a trial.
         default_num_trials: the most that there can be if no number is given.
+        extremes: values of each searched key, between which all others lie.
     """
 
     metrics: Sequence[str]
@@ -33,6 +36,7 @@ class Search:
     scheduler: str
     rungs: Sequence[float]
     default_num_trials: int = DEFAULT_NUM_TRIALS
+    extremes: Mapping[str, Sequence[Any]] = field(default_factory=dict[str, Sequence[Any]])
 
 
 def scope_settings(
@@ -96,9 +100,9 @@ def scope_settings(
                 "best of a fixed number of trials is not covered: set num_trials=null; the number "
                 "is drawn secretly with mean privacy.selection_mean"
             )
-    settings: dict[str, Any] = {}
+    settings = _reference(base, search.extremes)
     if search.scheduler != "none":
-        settings = _early_settings(search)
+        settings |= _early_settings(search)
     if privacy.covers.splits_target:
         # Given, the shares stay; else the target is divided among the trials asked for.
         asked = num_trials or search.default_num_trials
@@ -106,6 +110,28 @@ def scope_settings(
         adaptive = sampler not in NON_ADAPTIVE
         settings |= {"privacy.num_shares": shares, "privacy.adaptive": adaptive}
     return settings
+
+
+def _reference(base: Config, extremes: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+    """Under scope `selection` the mechanisms whose privacy profile bounds that of every trial.
+
+    They are those of the base run, with each searched key at the end that leaves the most DP-SGD
+    steps beside the least of other releases: its privacy loss is the nearest to a normal one, and a
+    bound by it costs the other points the least noise.
+    """
+    if not has_profile(base.privacy) or base.privacy.selection_reference:
+        return {}
+    best = base
+    for key, values in extremes.items():
+        points = [best]
+        for value in values:
+            try:
+                points.append(load(nested(best), {key: value}))
+            except ConfigError:  # A value that is valid beside others alone.
+                continue
+        best = max(points, key=smoothness)
+    mechanisms = selection_reference(best)
+    return {"privacy.selection_reference": tuple(chain.from_iterable(mechanisms))}
 
 
 def _check_scores(base: Config, metrics: Sequence[str]) -> None:

@@ -340,7 +340,10 @@ def _scoped(sweep: SweepConfig) -> SweepConfig:
     """
     base = sweep.run
     total = default_num_trials(sweep.sampler, sweep.choices)
-    search = Search(sweep.metrics, sweep.sampler, sweep.scheduler, sweep.asha.rungs, total)
+    extremes = {key: dimension.extremes for key, dimension in sweep.search_space.items()}
+    search = Search(
+        sweep.metrics, sweep.sampler, sweep.scheduler, sweep.asha.rungs, total, extremes
+    )
     settings = scope_settings(base, search, sweep.num_trials, sweep.final)
     check_searched(base, list(sweep.search_space))
     check_limits(base, {k: getattr(sweep, k) for k in ("max_hours", "max_gpu_hours", "max_cost")})

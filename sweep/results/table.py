@@ -338,11 +338,11 @@ def results_table(
         first = name == "trial"
         table.add_column(name, justify="left" if first else "right", no_wrap=first)
     for row in rows:
-        flat, released = flatten(row.config), row.plan.central or row.plan.moments
+        flat, easy = flatten(row.config), row.plan.central or row.plan.moments
         cells = [row.trial + (" *" if row in starred else "")]
         cells += [
             str(flat["central_images.per_class"]) if row.plan.central else "-",
-            f"{released.noise_multiplier:.3g}" if released else "-",
+            f"{easy.noise_multiplier:.3g}" if easy else "-",
             f"{flat['stage_split']:.2f}",
         ]
         cells += [figure(key, flat[key], 3) for key in others]

@@ -122,7 +122,7 @@ def test_two_resumes_at_once_are_refused(again, capsys, monkeypatch):
     monkeypatch.setattr(pipeline, "_LOCK_TIMEOUT_S", 0.0)
     before = content(again / "ledger")
     program = (
-        "import sys; from pathlib import Path; from core.io.locks import held\n"
+        "import sys; from pathlib import Path; from core.io.locks import locked\n"
         "with locked(Path(sys.argv[1])): print('held', flush=True); sys.stdin.readline()"
     )
     command = [sys.executable, "-c", program, str(again / "first" / "run.lock")]

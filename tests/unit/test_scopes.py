@@ -18,7 +18,7 @@ from core.privacy.accounting import renyi, solve
 from core.privacy.accounting.mechanism import COARSE, grouped
 from core.privacy.accounting.quick import LIBRARY_RELATIONS
 from core.privacy.plan.plan import estimated_noise_multiplier, make_plan
-from core.privacy.plan.scopes import RunBudget, run_budget, share_of
+from core.privacy.plan.scopes import RenyiShare, RunBudget, run_budget, share_of
 
 DELTA = 1e-5
 MECHANISMS = [(0.1, 5.0, 5), (0.07, 1.76, 2197), (1.0, 50.0, 1), (0.5, 0.5, 3), (0.001, 90.0, 9)]
@@ -111,18 +111,6 @@ def test_noise_for_the_work_of_several_runs_is_golden(total, runs, golden):
     assert accountant.get_epsilon(DELTA) == pytest.approx(total, rel=3e-3)
 
 
-@pytest.mark.parametrize(("total", "golden"), [(10.0, 2.99), (1.0, 32.0)])
-def test_selection_asks_for_the_golden_noise(total, golden):
-    plan = make_plan(
-        reference(
-            privacy__scope="selection",
-            privacy__selection_law="geometric",
-            privacy__target_epsilon=total,
-        )
-    )
-    assert plan.noise_multiplier == pytest.approx(golden, rel=0.012)
-
-
 @pytest.mark.parametrize("shares", [1, 4, 16])
 def test_a_share_filled_by_any_trials_adds_up_to_the_target_and_not_more(shares):
     settings = {"privacy__scope": "sweep", "privacy__num_shares": shares}
@@ -176,17 +164,17 @@ def test_without_adaptation_all_that_was_reserved_counts_by_pld():
     assert plan.noise_multiplier < adaptive.noise_multiplier
 
 
-def test_a_share_of_a_selection_keeps_the_bound_at_its_orders():
-    config = reference(privacy__scope="selection", privacy__dp_accuracy_stddev=50.0)
+def test_a_share_of_a_selection_by_renyi_dp_keeps_the_bound_at_its_orders():
+    settings = {"privacy__scope": "selection", "privacy__target_delta": 1e-9}
+    config = reference(**settings, privacy__dp_accuracy_stddev=50.0)
     share, plan = share_of(config.privacy), make_plan(config)
-    assert share is not None
+    assert isinstance(share, RenyiShare)
     assert 0.999 < share.used(plan.mechanisms) <= 1.0
     caps = [order * share.mu**2 / 2 for order in share.orders]
-    total = renyi.selection_epsilon((caps[0], caps[1]), share.orders, "logarithmic", 16.0, DELTA)
+    total = renyi.selection_epsilon((caps[0], caps[1]), share.orders, "logarithmic", 16.0, 1e-9)
     assert total == pytest.approx(10.0, rel=1e-9)
     assert plan.mechanisms[-1] == (1.0, 50.0, 1)
-    without = reference(privacy__scope="selection")
-    assert make_plan(without).noise_multiplier < plan.noise_multiplier
+    assert make_plan(reference(**settings)).noise_multiplier < plan.noise_multiplier
 
 
 def test_a_private_score_is_charged_what_the_specification_says():
@@ -218,7 +206,9 @@ def test_what_exceeds_the_share_is_refused_with_the_reason():
     )
     with pytest.raises(InfeasibleError, match=r"central images take .* times the trial's share"):
         make_plan(dear)
-    small = reference(privacy__scope="selection", privacy__target_epsilon=0.001)
+    small = reference(
+        privacy__scope="selection", privacy__target_epsilon=0.001, privacy__target_delta=1e-9
+    )
     with pytest.raises(InfeasibleError, match="selecting among 16 trials on average takes all"):
         make_plan(small)
 

@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from core.config import short_digest, validate
+from core.config import load, nested, short_digest, validate
+from core.config.yaml_subset import dump, parse
 from core.errors import ConfigError
 from core.privacy.keys import MasterSecret
 from core.privacy.plan.plan import make_plan
+from core.privacy.plan.scopes import share_of
 from sweep.config.scope import count_trials
 from sweep.config.sweep import SweepConfig, dump_sweep, load_sweep
 from sweep.results.claim import claim
@@ -282,6 +284,27 @@ def test_a_scope_decides_what_its_trials_share():
     public = load_sweep(QUICKSTART, PUBLIC)
     assert public.final == {"dataset.path": "secret"}
     assert public.run.dataset.public
+
+
+def test_every_trial_of_a_selection_has_the_one_reference_that_the_sweep_fixed():
+    sweep = load_sweep(QUICKSTART, SELECTION)
+    score, dp_sgd = sweep.run.privacy.reference
+    assert score == (1.0, SELECTION["privacy.dp_accuracy_stddev"], 1)
+    # The end of the space with the most steps of DP-SGD: no easy stage, so no central images.
+    assert dp_sgd[2] == sweep.run.training.num_steps
+    for split in (0.0, 0.3, 0.8):
+        trial = sweep.trial_config({"stage_split": split, "central_images.per_class": 2})
+        assert trial.privacy.reference == sweep.run.privacy.reference
+        assert share_of(trial.privacy) == share_of(sweep.run.privacy)
+        again = load(nested(trial), {})
+        assert again.privacy == trial.privacy
+        assert parse(dump(nested(trial)))["privacy"]["selection_reference"] == list(
+            trial.privacy.selection_reference
+        )
+    given = {"privacy.selection_reference": sweep.run.privacy.selection_reference}
+    assert load_sweep(QUICKSTART, SELECTION | given).run.privacy == sweep.run.privacy
+    with pytest.raises(ConfigError, match=r"must hold a sample rate in \(0, 1\]"):
+        load_sweep(QUICKSTART, SELECTION | {"privacy.selection_reference": [0.5, 2.0]})
 
 
 def test_the_secret_number_of_trials_is_that_of_the_sweep_and_its_secret():

@@ -10,7 +10,7 @@ states in the end is the library's own figure: see `accounting`.
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import dp_accounting
 import numpy as np
@@ -101,26 +101,50 @@ def one_release(
     return privacy_loss_distribution._pld_for_subsampled_mechanism(one_way, sample_rate)
 
 
+class Losses(NamedTuple):
+    """Distribution of the privacy loss of a composition, rounded pessimistically.
+
+    Attributes:
+        first: the least loss, in steps of the grid.
+        probabilities: of it and the losses that follow, one step apart.
+        infinite: probability of more than these, with all that was cut off.
+    """
+
+    first: int
+    probabilities: NDArray[np.float64]
+    infinite: float
+
+
+def composed_losses(
+    mechanisms: Sequence[Mechanism], relation: str, discretization: float
+) -> tuple[Losses, Losses]:
+    """The losses of all mechanisms together, with the record against without, and the reverse.
+
+    Connect the dots (Doroshenko et al. 2022), composed by one discrete Fourier transform (Koskela
+    et al. 2020), on a grid of losses `discretization` apart.
+    """
+    releases = [one_release(*each[:2], relation, discretization) for each in mechanisms]
+    counts = [count for *_, count in mechanisms]
+    one = _one_way([each._pmf_remove.to_dense_pmf() for each in releases], counts, discretization)
+    if all(each._symmetric for each in releases):
+        return one, one
+    ways = [each._pmf_add.to_dense_pmf() for each in releases]
+    return one, _one_way(ways, counts, discretization)
+
+
 def quick_epsilon(
     mechanisms: Sequence[Mechanism], delta: float, relation: str, discretization: float
 ) -> float:
     """Epsilon at `delta` of all mechanisms together, on a grid of losses `discretization` apart.
 
-    Connect the dots (Doroshenko et al. 2022), composed by one discrete Fourier transform (Koskela
-    et al. 2020): equal to the library's figure on the same grid to about 1e-6; infinite where that
-    exceeds about 700.
+    Equal to the library's figure on the same grid to about 1e-6; infinite where that exceeds about
+    700.
     """
-    releases = [one_release(*each[:2], relation, discretization) for each in mechanisms]
-    counts = [count for *_, count in mechanisms]
-    ways = [[each._pmf_remove.to_dense_pmf() for each in releases]]
-    if not all(each._symmetric for each in releases):
-        ways.append([each._pmf_add.to_dense_pmf() for each in releases])
-    return max(_one_way_epsilon(way, counts, delta, discretization) for way in ways)
+    ways = composed_losses(mechanisms, relation, discretization)
+    return max(_epsilon(way, delta, discretization) for way in ways)
 
 
-def _one_way_epsilon(
-    releases: Sequence[Any], counts: Sequence[int], delta: float, discretization: float
-) -> float:
+def _one_way(releases: Sequence[Any], counts: Sequence[int], discretization: float) -> Losses:
     parts = [np.asarray(each._probs, dtype=float) for each in releases]
     first, last = _range(parts, counts)
     size = cast(int, fft.next_fast_len(max(last - first + 1, *map(len, parts)), real=True))
@@ -130,14 +154,19 @@ def _one_way_epsilon(
         log_finite += count * math.log1p(-release._infinity_mass)
         least += count * release._lower_loss
     probabilities = np.roll(np.fft.irfft(spectrum, size), -first)[: last - first + 1]
-    losses = (least + first + np.arange(len(probabilities))) * discretization
-    infinite = _TAIL - math.expm1(log_finite) + probabilities[losses > _LARGEST].sum()
-    if infinite > delta:
+    finite = max(0, math.floor(_LARGEST / discretization) - least - first + 1)
+    infinite = _TAIL - math.expm1(log_finite) + float(probabilities[finite:].sum())
+    return Losses(least + first, probabilities[:finite], infinite)
+
+
+def _epsilon(way: Losses, delta: float, discretization: float) -> float:
+    if way.infinite > delta:
         return math.inf
-    above = (losses > 0) & (losses <= _LARGEST)  # Epsilon is not negative.
-    losses, probabilities = losses[above][::-1], probabilities[above][::-1]
+    losses = (way.first + np.arange(len(way.probabilities))) * discretization
+    above = losses > 0  # Epsilon is not negative.
+    losses, probabilities = losses[above][::-1], way.probabilities[above][::-1]
     # From the largest loss down: the masses of both outcomes' laws at or above each loss.
-    upper = infinite + np.cumsum(probabilities)
+    upper = way.infinite + np.cumsum(probabilities)
     lower = np.cumsum(probabilities * np.exp(-losses))
     reached = np.flatnonzero(upper - np.exp(losses) * lower > delta)
     place = reached[0] - 1 if len(reached) else len(losses) - 1

@@ -2,8 +2,8 @@
 
 PLD is tighter but composes only mechanisms that were fixed beforehand, and ends at large epsilons
 and small deltas. Where the noise of a later trial depends on earlier results, the proven filter is
-that of Renyi DP at one fixed order (Feldman and Zrnic 2021, theorem 4.3). The theorem on releasing
-the best of a secret number of runs is one of Renyi DP, too (Papernot and Steinke 2022, theorem 2).
+that of Renyi DP at one fixed order (Feldman and Zrnic 2021, theorem 4.3). For the best of a secret
+number of runs it has a theorem, too (Papernot and Steinke 2022, theorem 2), for small deltas.
 """
 # scipy has no types:
 # pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false

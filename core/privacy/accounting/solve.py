@@ -196,7 +196,7 @@ def solve_noise_multiplier(problem: Problem) -> tuple[float, float]:
         epsilon = quick_epsilon(mechanisms, problem.delta, problem.relation, grid)
         return min(epsilon, 4 * LARGEST) - target_epsilon
 
-    low, high = _bracket(excess, problem)
+    low, high = bracket(excess, problem)
     coarse = renyi.find_root(excess, low, high, rtol=2e-3)
     # The grid's error falls with its square, so that of a quarter of it is about a fifteenth of
     # the difference. One Newton step, then rounded up, and a proof on the finest grid.
@@ -256,8 +256,12 @@ def estimated_noise_multiplier(problem: Problem) -> float:
     return solve_noise_multiplier(problem)[0]
 
 
-def _bracket(excess: Callable[[float], float], problem: Problem) -> tuple[float, float]:
-    """Interval that holds the root of `excess`; RDP, cheap, over-estimates it by 1-14 %."""
+def bracket(excess: Callable[[float], float], problem: Problem) -> tuple[float, float]:
+    """Interval that holds the root of `excess`; RDP, cheap, over-estimates it by 1-14 %.
+
+    Raises:
+        InfeasibleError: the root lies beyond the noise multipliers that are solved for.
+    """
     guess = _guess(problem)
     low, high = 0.7 * guess, 1.01 * guess
     while excess(high) > 0:

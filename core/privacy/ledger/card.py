@@ -225,10 +225,7 @@ def _chosen_by(scope: Scope, trials: int, others: int, objective: str, searched:
 def accountant_of(privacy: PrivacyConfig, composition: str) -> str:
     """What bounds the epsilon of the scope, in words; `composition` where all is composed."""
     share = share_of(privacy)
-    if share is None:
-        return composition
-    orders = " and ".join(str(order) for order in share.orders)
-    return f"Renyi DP at order {orders} ({privacy.covers.theorem})"
+    return composition if share is None else share.accountant
 
 
 def _accountant_of_all(summary: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from core.config import Config, PrivacyConfig
 from core.errors import ConfigError, InfeasibleError
 from core.io.files import numbers
-from core.privacy.accounting import solve
+from core.privacy.accounting import renyi, solve
 from core.privacy.accounting.mechanism import (
     FINE,
     Mechanism,
@@ -196,7 +196,7 @@ def _check_alone(kind: type[Aggregate], config: Config, exact: bool) -> float:
     epsilon = _epsilon([plan.mechanism], privacy, discretization)
     if (share := share_of(privacy)) is not None:
         used = share.used([plan.mechanism])
-        too_dear = f"take {used:.3g} times the trial's share of epsilon" if used >= 1 else ""
+        too_dear = f"take {used:.3g} times {share.measure} epsilon" if used >= 1 else ""
     else:
         paid = _repeated([plan.mechanism], _copies(privacy))
         alone = _epsilon(paid, privacy, discretization)
@@ -378,6 +378,24 @@ def _epsilon(
     return solve.epsilon_of_mechanisms(
         tuple(mechanisms), terms.target_delta, terms.neighboring_relation, discretization
     )
+
+
+def selection_reference(config: Config) -> tuple[Mechanism, ...]:
+    """What a trial with these settings may release at most, if the best of trials leaves.
+
+    Raises:
+        InfeasibleError: the budget cannot pay for trials like this one.
+    """
+    check_stages(config, exact=False)
+    share, problem = share_of(config.privacy), _problem(config)
+    assert share is not None
+    return problem.with_noise(share.solve_noise_multiplier(problem))
+
+
+def smoothness(config: Config) -> tuple[int, float]:
+    """The larger, the nearer to normal is the privacy loss: steps of DP-SGD, and little else."""
+    problem = _problem(config)
+    return problem.num_steps, -renyi.divergence(problem.spent, 2)
 
 
 def _solve_within(share: Share, config: Config) -> float:

@@ -1,21 +1,35 @@
 """Scopes: what the target epsilon covers beyond one trial, and the share of one trial.
 
 `trial`: each trial spends the target. `public`: likewise, by the only run on the data. `sweep`: all
-trials together. `selection`: the best of a secret number of trials. Under the last two a trial's
-share is that of a Gaussian mechanism, at one or two orders of Renyi DP: whatever the trials
-release, the sum over them (`sweep`) or the largest of them (`selection`) keeps its bound.
+trials together; a trial's share is that of a Gaussian mechanism at one order of Renyi DP, whose
+sum over the trials keeps the bound whatever they release. `selection`: the best of a secret number
+of trials; all stay below one privacy profile.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, ClassVar
 
 from core.config import Config, PrivacyConfig
 from core.errors import InfeasibleError
 from core.privacy.accounting import renyi, solve
-from core.privacy.accounting.mechanism import Mechanism, discretization_for, grouped
+from core.privacy.accounting.mechanism import LARGEST, Mechanism, discretization_for, grouped
 from core.privacy.accounting.rounding import upward
 
+if TYPE_CHECKING:
+    from core.privacy.accounting.profile import Profile
+
+RELATION = "zero_out"
+"""What the shares are proven for."""
+_SLACK = 0.01
+"""Part of the delta of a trial, delta / mean, that is added to the reference's profile."""
+_LEAST_DELTA = 1e-9
+"""Smaller ones of a trial are too close to the error of PLD's transforms."""
+_MANY = 1e9
+_ROUNDING = 1e-6
+"""By how much another version's accountant may find another delta for a reference."""
 STAYS_INSIDE = (
     "For the owner of the data alone, to stay inside: this tells of a selection's trials, whose "
     "number must be secret for its guarantee to hold."
@@ -23,20 +37,28 @@ STAYS_INSIDE = (
 """Stands above whatever gives the number of a selection's trials away."""
 
 
-@dataclass(frozen=True)
 class Share:
-    """A bound on what one trial releases: at each of `orders`, at most the divergence of a
-    Gaussian mechanism whose sensitivity is `mu` standard deviations.
+    """A bound on what one trial releases.
+
+    Attributes:
+        measure: what `used` is a part of, before "epsilon" and the target.
     """
 
-    orders: tuple[int, ...]
-    mu: float
+    measure: ClassVar[str]
+
+    @property
+    def budget(self) -> str:
+        """What messages call it."""
+        return "the trial's share of the budget"
+
+    @property
+    def accountant(self) -> str:
+        """What it is proven by, with the theorem."""
+        raise NotImplementedError
 
     def used(self, mechanisms: Sequence[Mechanism]) -> float:
         """The part of the share that `mechanisms` take; at most 1 is allowed."""
-        return max(
-            renyi.divergence(mechanisms, order) / (order * self.mu**2 / 2) for order in self.orders
-        )
+        raise NotImplementedError
 
     def solve_noise_multiplier(self, problem: solve.Problem) -> float:
         """The smallest DP-SGD noise multiplier within the share, rounded up to four decimals.
@@ -49,15 +71,11 @@ class Share:
         """
 
         def excess(noise_multiplier: float) -> float:
-            return self.used(problem.with_noise(noise_multiplier)) - 1
+            return math.log(min(self.used(problem.with_noise(noise_multiplier)), _MANY))
 
         if excess(solve.MAX_NOISE_MULTIPLIER) > 0:
-            raise InfeasibleError(
-                solve.too_little("the trial's share of the budget", problem.spent)
-            )
-        low, high = solve.MIN_NOISE_MULTIPLIER, solve.MAX_NOISE_MULTIPLIER
-        if excess(low) < 0:
-            raise InfeasibleError(solve.too_much("the trial's share of the budget"))
+            raise InfeasibleError(solve.too_little(self.budget, problem.spent))
+        low, high = solve.bracket(excess, problem)
         found = renyi.find_root(excess, low, high, xtol=1e-9, rtol=1e-8)
         noise_multiplier = solve.rounded_up(found)
         while excess(noise_multiplier) > 0:
@@ -65,20 +83,131 @@ class Share:
         return noise_multiplier
 
 
+@dataclass(frozen=True)
+class RenyiShare(Share):
+    """At each of `orders`, at most the divergence of a Gaussian mechanism whose sensitivity is
+    `mu` standard deviations.
+    """
+
+    measure = "the trial's share of"
+    orders: tuple[int, ...]
+    mu: float
+    theorem: str
+
+    @property
+    def accountant(self) -> str:
+        """As of `Share`."""
+        return f"Renyi DP at order {' and '.join(map(str, self.orders))} ({self.theorem})"
+
+    def used(self, mechanisms: Sequence[Mechanism]) -> float:
+        """As of `Share`."""
+        return max(
+            renyi.divergence(mechanisms, order) / (order * self.mu**2 / 2) for order in self.orders
+        )
+
+
+@dataclass(frozen=True)
+class ProfileShare(Share):
+    """At every epsilon and in both directions, at most the delta of `reference`, fixed beforehand;
+    without one, what the best of trials that all release the same may spend.
+
+    A little delta is added to the reference: so the far tail of a trial may be heavier than its.
+    """
+
+    measure = "the delta that selecting the best leaves each trial of"
+    epsilon: float
+    delta: float
+    law: str
+    mean: float
+    reference: tuple[Mechanism, ...] = ()
+
+    @property
+    def accountant(self) -> str:
+        """As of `Share`."""
+        return (
+            "PLD of the best of a secret number of trials, each bounded by one privacy profile, as "
+            "proven in core/privacy/accounting/selection.py"
+        )
+
+    @property
+    def budget(self) -> str:
+        """As of `Share`."""
+        if not self.reference:
+            return f"epsilon {upward(self.epsilon)}"
+        return "the privacy profile that bounds every trial of the selection"
+
+    def used(self, mechanisms: Sequence[Mechanism]) -> float:
+        """As of `Share`."""
+        from core.privacy.accounting import profile, selection
+
+        composed = tuple(mechanisms)
+        if renyi.epsilon(composed, self.delta) > 2 * LARGEST:
+            return math.inf
+        if self.reference:
+            step, bound = _bound(self.reference, self.delta / self.mean)
+            deltas = profile.profile(composed, RELATION, step, bound.shape[1])
+            return float((deltas / bound).max())
+        step, bound = _bound(composed, self.delta / self.mean)
+        phi = selection.derivative(self.law, self.mean)
+        return selection.selection_delta(bound, step, self.epsilon, phi) / self.delta
+
+
+@lru_cache(maxsize=8)
+def _bound(reference: tuple[Mechanism, ...], delta: float) -> tuple[float, "Profile"]:
+    """Grid and profile of `reference`, with a part of `delta` added, where it is more than that."""
+    from core.privacy.accounting import profile
+
+    step = profile.profile_step(reference)
+    deltas = profile.profile(reference, RELATION, step)
+    points = 1 + int((deltas > _SLACK / 4 * delta).any(axis=0).sum())
+    return step, deltas[:, : max(2, points)] + _SLACK * delta
+
+
 def share_of(privacy: PrivacyConfig) -> Share | None:
     """The share of one trial; None where PLD composes what was fixed beforehand.
 
-    Both depend on public numbers alone, so all trials of a sweep have the same.
+    It depends on public numbers alone, so all trials of a sweep have the same; of a selection once
+    the sweep has fixed `selection_reference`.
 
     Raises:
-        InfeasibleError: the bound itself takes the whole target.
+        InfeasibleError: the bound itself takes the whole target, or the reference exceeds it.
     """
     if not privacy.needs_filter:
         return None
-    return _selection_share(privacy) if privacy.covers.is_secret else _filter_share(privacy)
+    if not privacy.covers.is_secret:
+        return _filter_share(privacy)
+    if not has_profile(privacy):
+        return _selection_share(privacy)
+    terms = (min(privacy.target_epsilon, LARGEST / 2), privacy.target_delta)
+    alike = ProfileShare(*terms, privacy.selection_law, privacy.selection_mean)
+    if not (reference := privacy.reference):
+        return alike
+    if (used := _used(alike, reference)) > 1 + _ROUNDING:
+        raise InfeasibleError(
+            f"the best of trials like privacy.selection_reference has {used:.4g} times the delta "
+            f"{upward(privacy.target_delta, 6)} at epsilon {upward(privacy.target_epsilon)}: leave "
+            "the reference to the sweep, which solves for it"
+        )
+    return replace(alike, reference=reference)
 
 
-def _filter_share(privacy: PrivacyConfig) -> Share:
+@lru_cache(maxsize=8)
+def _used(share: ProfileShare, reference: tuple[Mechanism, ...]) -> float:
+    return share.used(reference)
+
+
+def has_profile(privacy: PrivacyConfig) -> bool:
+    """Whether a selection's bound is that of privacy profiles, as far as PLD is exact.
+
+    Below, at deltas under 1e-9 times the mean number of trials, it is that of Renyi DP. Above
+    epsilon 300 the profiles spend 300.
+    """
+    return (
+        privacy.covers.is_secret and privacy.target_delta / privacy.selection_mean >= _LEAST_DELTA
+    )
+
+
+def _filter_share(privacy: PrivacyConfig) -> RenyiShare:
     """One of `num_shares` parts of what a filter at the best order leaves."""
     epsilon, delta = privacy.target_epsilon, privacy.target_delta
     order = renyi.best_order(epsilon, delta)
@@ -89,11 +218,16 @@ def _filter_share(privacy: PrivacyConfig) -> Share:
             f"epsilon {upward(epsilon)}: raise privacy.target_epsilon or privacy.target_delta, "
             "or search with sampler=random or grid"
         )
-    return Share((order,), math.sqrt(2 * room / order / privacy.num_shares))
+    return RenyiShare(
+        (order,), math.sqrt(2 * room / order / privacy.num_shares), privacy.covers.theorem
+    )
 
 
-def _selection_share(privacy: PrivacyConfig) -> Share:
-    """The pair of orders that leaves a Gaussian mechanism the most room; see `renyi`."""
+def _selection_share(privacy: PrivacyConfig) -> RenyiShare:
+    """The pair of orders that leaves a Gaussian mechanism the most room; see `renyi`.
+
+    Whatever the trials release, the largest of them keeps the bound.
+    """
     shape = renyi.SHAPES[privacy.selection_law]
     mean, delta = privacy.selection_mean, privacy.target_delta
 
@@ -111,7 +245,7 @@ def _selection_share(privacy: PrivacyConfig) -> Share:
             f"{upward(privacy.target_epsilon)}: raise privacy.target_epsilon or lower "
             "privacy.selection_mean"
         )
-    return Share(orders, math.sqrt(mu_squared(*orders)))
+    return RenyiShare(orders, math.sqrt(mu_squared(*orders)), privacy.covers.theorem)
 
 
 @dataclass(frozen=True)
