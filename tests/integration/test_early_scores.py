@@ -133,7 +133,7 @@ def test_a_stopped_run_whose_count_was_lost_tells_what_the_ledger_counts(tmp_pat
             raise KillError
 
     with monkeypatch.context() as killed:
-        killed.setattr(Spending, "settle", lambda *_: 0)
+        killed.setattr(Spending, "commit", lambda *_: 0)
         with pytest.raises(KillError):
             tiny_run(tmp_path, die, **EARLY)
     shutil.rmtree(tmp_path / "checkpoints")

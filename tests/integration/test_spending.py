@@ -133,7 +133,7 @@ def test_a_run_that_lost_its_checkpoints_pays_for_the_steps_before(tmp_path, mon
         return stop
 
     with monkeypatch.context() as killed:
-        killed.setattr(Spending, "settle", lambda *_: 0)
+        killed.setattr(Spending, "commit", lambda *_: 0)
         with pytest.raises(StopRunError):
             tiny_run(tmp_path, stop_at(40), **where)
     shutil.rmtree(tmp_path / "checkpoints", ignore_errors=True)
