@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import secrets
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from shutil import rmtree
@@ -31,20 +32,21 @@ def write_whole(path: Path, content: Content, private: bool = False, by_many: bo
     if private:
         private_folder(path.parent)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp" if by_many else f"{path.name}.tmp")
+    temporary = path.with_name(_name(path) if by_many else f"{path.name}.tmp")
     try:
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
         name = str(temporary)
         descriptor = private_opener(name, flags) if private else os.open(name, flags, 0o666)
         write_and_sync(descriptor, buffer.getbuffer())
         temporary.replace(path)
+        sync_folder(path)
     finally:
         temporary.unlink(missing_ok=True)  # Half a file would keep the space.
 
 
 def write_first(path: Path, content: str) -> None:
     """Gives a private file its content, unless it is there: whoever is first decides, for good."""
-    whole = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    whole = path.with_name(_name(path))
     private_folder(path.parent)
     try:
         with open(whole, "w", opener=private_opener) as file:
@@ -53,14 +55,14 @@ def write_first(path: Path, content: str) -> None:
             os.fsync(file.fileno())
         with contextlib.suppress(FileExistsError):
             os.link(whole, path)
+        sync_folder(path)
     finally:
         whole.unlink(missing_ok=True)
 
 
-def replace_durably(path: Path, content: bytes) -> None:
-    """The same as `write_whole` for a private file, whose name is on the disk, too."""
-    write_whole(path, content, private=True)
-    sync_folder(path)
+def _name(path: Path) -> str:
+    """Of a temporary file: hosts that share the folder may have processes of the same number."""
+    return f"{path.name}.{secrets.token_hex(8)}.tmp"
 
 
 @contextlib.contextmanager

@@ -1,6 +1,8 @@
 """Files are whole or absent, whatever happens while they are written."""
 
 import os
+from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -25,6 +27,38 @@ def test_a_file_is_as_it_was_where_its_writer_fails(tmp_path, by_many):
     write_whole(path, lambda file: file.write(b"new"), by_many=by_many)
     assert path.read_bytes() == b"new"
     assert names(path.parent) == ["file"]
+
+
+@pytest.mark.parametrize("write", [write_whole, write_first])
+def test_a_file_and_its_name_are_on_the_disk_when_the_call_returns(tmp_path, monkeypatch, write):
+    synced, fsync = [], os.fsync
+
+    def noting(descriptor: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        assert len(synced) < 2 or (tmp_path / "file").exists()  # The folder last.
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noting)
+    write(tmp_path / "file", "text")
+    assert synced[-1] == str(tmp_path)
+    assert len(synced) == 2
+
+
+@pytest.mark.parametrize("write", [partial(write_whole, by_many=True), write_first])
+def test_processes_of_the_same_number_on_two_hosts_never_share_half_a_file(
+    tmp_path, monkeypatch, write
+):
+    used, opened = [], os.open
+
+    def noting(path: str, flags: int, mode: int = 0) -> int:
+        used.append(str(path))
+        return opened(path, flags, mode)
+
+    monkeypatch.setattr(os, "open", noting)
+    for folder in ("one", "other"):
+        (tmp_path / folder).mkdir()
+        write(tmp_path / folder / "file", "text")
+    assert len({Path(each).name for each in used if each.endswith(".tmp")}) == 2
 
 
 def test_a_full_disk_leaves_no_half_file(tmp_path, monkeypatch):

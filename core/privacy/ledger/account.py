@@ -12,7 +12,7 @@ from typing import Any
 
 from core.config import Config, flatten
 from core.errors import ConfigError, DataError, storage_errors
-from core.io.files import replace_durably
+from core.io.files import write_whole
 from core.privacy.ledger.file import Key, LedgerError, Terms, traces
 from core.privacy.ledger.ledger import Ledger, Reservation, events_of
 from core.privacy.ledger.names import charged_to, ledger_path
@@ -143,7 +143,7 @@ class Spending:
         for place in self._counters:
             with storage_errors(place.parent):
                 place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-                replace_durably(place, str(steps).encode())
+                write_whole(place, str(steps).encode(), private=True)
         self._begun = steps
 
     def remember(self, fingerprint: str) -> None:

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import UserError
-from core.io.files import private_opener, replace_durably, sync_folder, write_and_sync
+from core.io.files import private_opener, sync_folder, write_and_sync, write_whole
 from core.privacy.accounting.mechanism import RELATIONS
 from core.privacy.ledger.notes import beside_secret, contradiction, copy_note, write_notes
 
@@ -266,8 +266,8 @@ def accept_loss(path: Path, reason: str, known: bool = False) -> int:
                 break
         whole = b"".join(_canonical(entry) + b"\n" for entry in entries)
         if content != whole:
-            replace_durably(path.with_suffix(f".lost-{len(content)}"), content)
-            replace_durably(path, whole)
+            write_whole(path.with_suffix(f".lost-{len(content)}"), content, private=True)
+            write_whole(path, whole, private=True)
         if entries:
             _write_head(path, entries[-1])
         else:
@@ -354,7 +354,7 @@ def _read_head(path: Path) -> tuple[int, str]:
 
 def _write_head(path: Path, entry: Entry) -> None:
     head = {"sequence": entry["sequence"], "hash": entry["hash"]}
-    replace_durably(_head(path), _canonical(head) + b"\n")
+    write_whole(_head(path), _canonical(head) + b"\n", private=True)
 
 
 def _head(path: Path) -> Path:

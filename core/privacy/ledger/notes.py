@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from core.io.files import replace_durably
+from core.io.files import write_whole
 from core.privacy.keys import secret_path
 
 _LOG = logging.getLogger("core")
@@ -41,7 +41,7 @@ def write_notes(path: Path, places: Sequence[Path], entries: Sequence[dict[str, 
     content = json.dumps(note).encode()
     for place in places:
         place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        replace_durably(place, content)
+        write_whole(place, content, private=True)
     _keep_beside_secret(path, lambda: content)
 
 
@@ -54,7 +54,7 @@ def _keep_beside_secret(path: Path, content: Callable[[], bytes]) -> None:
     own = beside_secret(path)
     try:
         own.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        replace_durably(own, content())
+        write_whole(own, content(), private=True)
     except OSError as error:
         _LOG.warning("no note of the ledger beside the master secret: %s", error)
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from core.io.files import replace_durably
+from core.io.files import write_whole
 from core.io.locks import locked
 from core.privacy.ledger.file import LedgerError
 from core.privacy.ledger.names import charged_to, ledger_path
@@ -64,7 +64,7 @@ class Sources:
             return
         with locked(self.folder / "sources.lock", _LOCK_TIMEOUT_S):
             content = {k: asdict(v) for k, v in self._after(key, source).items()}
-            replace_durably(self._path, json.dumps(content, indent=1).encode())
+            write_whole(self._path, json.dumps(content, indent=1).encode(), private=True)
 
     def _after(self, key: str, source: Source) -> dict[str, Source]:
         sources = self.read()
