@@ -243,3 +243,19 @@ def test_a_target_that_dp_sgd_alone_cannot_keep_blames_no_other_release():
         make_plan(reference(privacy__target_epsilon=1e-6, stage_split=0.0))
     with pytest.raises(InfeasibleError, match=r"would fall below 0\.0001.* lower privacy\.target"):
         make_plan(reference(privacy__target_epsilon=1e12, stage_split=0.0))
+
+
+@pytest.mark.parametrize("scope", ["trial", "selection"])
+@pytest.mark.parametrize(
+    ("method", "title"), [("moments", "moments"), ("dp_merf", "frequency features")]
+)
+def test_a_refusal_of_a_method_without_training_speaks_of_what_it_releases(scope, method, title):
+    settings = {"method": method, "privacy__scope": scope}
+    with pytest.raises(InfeasibleError, match=f"of {title} would fall below 0"):
+        make_plan(reference(privacy__target_epsilon=1e12, **settings))
+    score = {"privacy__dp_accuracy_stddev": 1.0}
+    with pytest.raises(
+        InfeasibleError,
+        match=rf"leave too little of .* for {title}, .*: raise privacy\.dp_accuracy_stddev \(1\)$",
+    ):
+        make_plan(reference(privacy__target_epsilon=2.5, **settings, **score))

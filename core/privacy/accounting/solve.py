@@ -127,12 +127,14 @@ def check_reach(
 
 @dataclass(frozen=True)
 class Problem:
-    """Which DP-SGD noise multiplier keeps the total within a target.
+    """Which noise multiplier of one release, mostly DP-SGD, keeps the total within a target.
 
     Attributes:
         spent: mechanisms already fixed (those of the easy stage, a private score).
         sample_rate: Poisson sample rate q of DP-SGD, in (0, 1].
         num_steps: DP-SGD steps, at least 1.
+        sought: what messages call the release.
+        remedy: what to change where the target is too little.
     """
 
     spent: tuple[Mechanism, ...]
@@ -141,6 +143,8 @@ class Problem:
     target_epsilon: float
     delta: float
     relation: str
+    sought: str = "DP-SGD"
+    remedy: str = "raise privacy.target_epsilon"
 
     def with_noise(self, noise_multiplier: float) -> tuple[Mechanism, ...]:
         """All that is released at this noise multiplier of DP-SGD."""
@@ -152,13 +156,26 @@ class Problem:
         grid = discretization or quick_grid(mechanisms)
         return epsilon_of_mechanisms(mechanisms, self.delta, self.relation, grid)
 
-    def refuse_too_little(self) -> NoReturn:
-        """Raises `InfeasibleError`: the target is too little for any noise that is solved for."""
-        raise InfeasibleError(too_little(f"epsilon {upward(self.target_epsilon)}", self.spent))
+    def refuse_too_little(self, budget: str = "") -> NoReturn:
+        """Raises `InfeasibleError`: the target is too little for any noise that is solved for.
 
-    def refuse_too_much(self) -> NoReturn:
+        Args:
+            budget: what is too little, if that is not the target.
+        """
+        budget = budget or f"epsilon {upward(self.target_epsilon)}"
+        left = f"the other releases leave too little of {budget} for {self.sought}"
+        raise InfeasibleError(
+            f"{left if self.spent else f'{budget} is too little for {self.sought}'}, whose noise "
+            f"multiplier would exceed {MAX_NOISE_MULTIPLIER:g}: {self.remedy}"
+        )
+
+    def refuse_too_much(self, budget: str = "") -> NoReturn:
         """Raises `InfeasibleError`: the target is too much for it."""
-        raise InfeasibleError(too_much(f"epsilon {upward(self.target_epsilon)}"))
+        raise InfeasibleError(
+            f"{budget or f'epsilon {upward(self.target_epsilon)}'} is so large that the noise "
+            f"multiplier of {self.sought} would fall below {MIN_NOISE_MULTIPLIER:g}, the least "
+            "that is solved for: lower privacy.target_epsilon"
+        )
 
 
 def check_room(problem: Problem) -> None:
@@ -329,26 +346,3 @@ def rounded_up(noise_multiplier: float) -> float:
     """To four decimals, or to four digits where those are fewer."""
     decimals = max(_DIGITS, _DIGITS - 1 - math.floor(math.log10(noise_multiplier)))
     return round(math.ceil(noise_multiplier * 10**decimals) / 10**decimals, decimals)
-
-
-def too_much(budget: str) -> str:
-    """Why no DP-SGD noise is so little that `budget` would be spent."""
-    return (
-        f"{budget} is so large that DP-SGD's noise multiplier would fall below "
-        f"{MIN_NOISE_MULTIPLIER:g}, the least that is solved for: lower privacy.target_epsilon"
-    )
-
-
-def too_little(budget: str, spent: Sequence[Mechanism]) -> str:
-    """Why no DP-SGD noise fits into what the other releases leave of `budget`."""
-    if not spent:
-        return (
-            f"{budget} is too little for DP-SGD, whose noise multiplier would exceed "
-            f"{MAX_NOISE_MULTIPLIER:g}: raise privacy.target_epsilon, or lower training.num_steps "
-            "or private_training.expected_batch_size"
-        )
-    return (
-        f"the other releases leave too little of {budget} for DP-SGD, whose noise multiplier would "
-        f"exceed {MAX_NOISE_MULTIPLIER:g}: lower central_images.per_class, or raise "
-        "central_images.noise_multiplier or, of method feta_pro, frequency.noise_multiplier"
-    )

@@ -418,13 +418,19 @@ def _problem(config: Config, trials: int | None = None) -> solve.Problem:
     sought = plans.pop(solved(config))
     assert sought is not None
     rate, _, steps = sought.mechanism
-    others = [plan.mechanism for plan in _made(plans.values())]
+    others = _made(plans.values())
+    remedies = [each.remedy(config) for each in others]
+    if not others:
+        alone = [] if isinstance(sought, Aggregate) else [sought.remedy(config)]
+        remedies = ["raise privacy.target_epsilon", *alone]
     return solve.Problem(
-        _repeated(others, times),
+        _repeated((each.mechanism for each in others), times),
         rate,
         times * steps,
         # Trials that differ do not compose exactly like equal ones: a little is kept for that.
         privacy.target_epsilon * (1 - _MIXTURE if privacy.covers.splits_target else 1),
         privacy.target_delta,
         privacy.neighboring_relation,
+        sought.title,
+        ", or ".join(remedies),
     )

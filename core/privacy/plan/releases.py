@@ -21,10 +21,12 @@ class Release:
 
     Attributes:
         kind: its name in the ledger.
+        title: what messages call it.
         is_shared: whether several trials of a sweep may have it from one release.
     """
 
     kind: ClassVar[str]
+    title: ClassVar[str]
     is_shared: ClassVar[bool] = False
 
     @property
@@ -37,15 +39,15 @@ class Release:
         """The plan of this release; None where the configuration asks for none."""
         raise NotImplementedError
 
+    @staticmethod
+    def remedy(config: Config) -> str:
+        """How it costs less."""
+        raise NotImplementedError
+
 
 class Aggregate(Release):
-    """A release of the easy stage: a noisy sum over images.
+    """A release of the easy stage: a noisy sum over images."""
 
-    Attributes:
-        title: what messages call it.
-    """
-
-    title: ClassVar[str]
     noise_multiplier: float
     sensitivity: float
 
@@ -53,11 +55,6 @@ class Aggregate(Release):
     def noise_stddev(self) -> float:
         """Absolute noise standard deviation on every entry of a sum."""
         return self.noise_multiplier * self.sensitivity
-
-    @staticmethod
-    def remedy(config: Config) -> str:
-        """How it costs less."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -105,7 +102,7 @@ class CentralPlan(Aggregate):
 
     @staticmethod
     def remedy(config: Config) -> str:
-        """As of `Aggregate`."""
+        """As of `Release`."""
         central = config.central_images
         return (
             f"lower central_images.per_class ({central.per_class}) or raise "
@@ -178,7 +175,7 @@ class MomentsPlan(Aggregate):
 
     @staticmethod
     def remedy(config: Config) -> str:
-        """As of `Aggregate`."""
+        """As of `Release`."""
         central = config.central_images
         return f"raise central_images.noise_multiplier ({central.noise_multiplier:g})"
 
@@ -216,7 +213,7 @@ class FrequencyPlan(Aggregate):
 
     @staticmethod
     def remedy(config: Config) -> str:
-        """As of `Aggregate`."""
+        """As of `Release`."""
         return f"raise frequency.noise_multiplier ({config.frequency.noise_multiplier:g})"
 
 
@@ -228,7 +225,7 @@ class DpSgdPlan(Release):
         num_steps: 0 for a method without this stage, which then releases nothing.
     """
 
-    kind = "dp_sgd"
+    kind, title = "dp_sgd", "DP-SGD"
     num_steps: int
     sample_rate: float
     noise_multiplier: float
@@ -257,6 +254,11 @@ class DpSgdPlan(Release):
             expected_batch_size=private.expected_batch_size,
         )
 
+    @staticmethod
+    def remedy(config: Config) -> str:
+        """As of `Release`."""
+        return "lower training.num_steps or private_training.expected_batch_size"
+
 
 @dataclass(frozen=True)
 class ScorePlan(Release):
@@ -269,7 +271,7 @@ class ScorePlan(Release):
             those of each classifier's epochs if they choose one.
     """
 
-    kind = "dp_accuracy"
+    kind, title = "dp_accuracy", "private scores"
     noise_stddev: float
     num_releases: int = 1
 
@@ -299,6 +301,11 @@ class ScorePlan(Release):
                 )
             return None
         return cls(stddev, 1 + at_early + by_epoch)
+
+    @staticmethod
+    def remedy(config: Config) -> str:
+        """As of `Release`."""
+        return f"raise privacy.dp_accuracy_stddev ({config.privacy.dp_accuracy_stddev:g})"
 
 
 RELEASES: dict[str, type[Release]] = {

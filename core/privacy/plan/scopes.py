@@ -74,7 +74,7 @@ class Share:
             return math.log(min(self.used(problem.with_noise(noise_multiplier)), _MANY))
 
         if excess(solve.MAX_NOISE_MULTIPLIER) > 0:
-            raise InfeasibleError(solve.too_little(self.budget, problem.spent))
+            problem.refuse_too_little(self.budget)
         low, high = solve.bracket(excess, problem)
         found = renyi.find_root(excess, low, high, xtol=1e-9, rtol=1e-8)
         noise_multiplier = solve.rounded_up(found)
