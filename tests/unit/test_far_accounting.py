@@ -245,7 +245,7 @@ def test_a_target_that_dp_sgd_alone_cannot_keep_blames_no_other_release():
         make_plan(reference(privacy__target_epsilon=1e12, stage_split=0.0))
 
 
-@pytest.mark.parametrize("scope", ["trial", "selection"])
+@pytest.mark.parametrize("scope", ["trial", "sweep"])
 @pytest.mark.parametrize(
     ("method", "title"), [("moments", "moments"), ("dp_merf", "frequency features")]
 )
