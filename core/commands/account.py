@@ -38,8 +38,9 @@ def account(options: argparse.Namespace) -> None:
             f"PLD, which ends at epsilon {LARGEST:g}, asks for less noise than Renyi DP does at "
             f"{upward(privacy.target_epsilon)}: so much of the target is spent"
         )
-    first = "moments" if plan.moments else "central images"
-    print(f"{first:<18} epsilon {upward(plan.epsilon_central)} alone")
+    if plan.epsilon_central:
+        first = "moments" if plan.moments else "central images"
+        print(f"{first:<18} epsilon {upward(plan.epsilon_central)} alone")
     if plan.frequency is not None:
         print(f"frequency          epsilon {upward(plan.epsilon_frequency)} alone")
     if plan.score is not None:
