@@ -229,8 +229,8 @@ MUTANTS = (
     Mutant(
         "frequency features not paid for by DP-SGD",
         PLAN,
-        "for plan in _made(plans.values())",
-        "for plan in _made(plans.values()) if plan.kind != 'frequency'",
+        "_repeated((each.mechanism for each in others), times)",
+        "_repeated((each.mechanism for each in others if each.kind != 'frequency'), times)",
     ),
     Mutant("half of the steps charged", STAGE_PLANS, DP_SGD_EVENT, f"{DP_SGD_EVENT} // 2"),
     Mutant(
