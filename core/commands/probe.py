@@ -53,7 +53,7 @@ def measure(config: Config, workers: int) -> StageSeconds:
     denoiser = build_denoiser(config).to(device)
     warm_up = 0.0
     if config.warm_up_steps:
-        warm_up = _seconds_of(warm_up_stage(share, denoiser, [_lesson(config)]), device)
+        warm_up = _seconds_of(warm_up_stage(share, denoiser, [_warm_up_data(config)]), device)
     stage = private_stage(
         config,
         denoiser,
@@ -69,7 +69,7 @@ def measure(config: Config, workers: int) -> StageSeconds:
     return StageSeconds(warm_up, private_training, image)
 
 
-def _lesson(config: Config) -> WarmUpData:
+def _warm_up_data(config: Config) -> WarmUpData:
     dataset = config.dataset
     labels = torch.arange(dataset.num_classes)
     shape = (len(labels), dataset.channels, dataset.image_size, dataset.image_size)

@@ -27,7 +27,7 @@ from core.config.network import (
     SamplerConfig,
     Section,
 )
-from core.config.scopes import SCOPES, Scope
+from core.config.privacy import PrivacyConfig, without_promises
 from core.config.stages import (
     CentralImagesConfig,
     FrequencyConfig,
@@ -73,50 +73,6 @@ class DatasetConfig(Section):
     family: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-]{0,63}$")] | None = None
     """Public name that data sets with records in common share: all charge one ledger and budget.
     Null: a data set of this very content, order, format and numbering of classes has its own."""
-
-
-class PrivacyConfig(Section):
-    """The total budget, and what it covers."""
-
-    target_epsilon: Positive = 10.0
-    target_delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
-    neighboring_relation: Literal["zero_out", "replace_one"] = "zero_out"
-    scope: Literal["trial", "sweep", "selection", "public"] = "trial"
-    """What the target covers: one trial; all trials of a sweep together; the best of a secret
-    number of trials; or the one run on this data, after tuning on public data."""
-    num_shares: PositiveInt = 1
-    """Scope `sweep`: how many complete trials the target pays for."""
-    adaptive: bool = True
-    """Scope `sweep`: whether the noise of a trial may depend on the results of others."""
-    selection_law: Literal["geometric", "logarithmic"] = "logarithmic"
-    """Scope `selection`: law of the secret number of trials (Papernot and Steinke 2022)."""
-    selection_mean: Annotated[float, Field(gt=1, le=10_000)] = 16.0
-    """Scope `selection`: its mean."""
-    selection_reference: tuple[Positive, ...] = ()
-    """Scope `selection`: sample rate, noise multiplier and count, three numbers for each, of the
-    mechanisms whose privacy profile bounds that of every trial. A sweep derives them."""
-    dp_accuracy_stddev: Annotated[float, Field(ge=1, le=1e9)] | None = None
-    """Noise, in images, on the number of private images that the downstream classifier gets
-    right; its charge is part of the trial's. Null: there is no `dp_accuracy`."""
-    data_set_budget: Positive | None = None
-    """Epsilon that all runs ever made on this data set may spend together; null is no cap."""
-
-    @property
-    def covers(self) -> Scope:
-        """The scope's entry in `SCOPES`."""
-        return SCOPES[self.scope]
-
-    @property
-    def reference(self) -> tuple[tuple[float, float, int], ...]:
-        """The mechanisms of `selection_reference`."""
-        numbers = self.selection_reference
-        parts = (numbers[::3], numbers[1::3], map(int, numbers[2::3]))
-        return tuple(zip(*parts, strict=True))
-
-    @property
-    def needs_filter(self) -> bool:
-        """Whether each trial has a bound of its own, a share; else PLD composes all."""
-        return self.covers.is_secret or (self.covers.splits_target and self.adaptive)
 
 
 class EvaluationConfig(Section):
@@ -223,9 +179,13 @@ class Config(Section):
     runtime: RuntimeConfig = Field(default_factory=RuntimeConfig)
 
     @property
+    def _has_both_stages(self) -> bool:
+        return self.method in ("dp_feta", "feta_pro")
+
+    @property
     def warm_up_steps(self) -> int:
         """Optimisation steps of the easy stage, in [0, training.num_steps)."""
-        if self.method not in ("dp_feta", "feta_pro"):
+        if not self._has_both_stages:
             return 0
         return min(round(self.stage_split * self.training.num_steps), self.training.num_steps - 1)
 
@@ -247,7 +207,7 @@ class Config(Section):
     @property
     def uses_moments(self) -> bool:
         """Whether class moments are released."""
-        staged = self.method in ("dp_feta", "feta_pro") and self.central_images.kind == "moments"
+        staged = self._has_both_stages and self.central_images.kind == "moments"
         return staged or self.method == "moments"
 
     @property
@@ -290,30 +250,8 @@ class Config(Section):
                 f"privacy.target_delta={self.privacy.target_delta:g} must lie in (0, "
                 f"1/dataset.num_examples={1 / count:.3g}): a larger delta allows publishing records"
             )
-        privacy = self.privacy
-        if privacy.needs_filter and privacy.neighboring_relation != "zero_out":
-            raise ValueError(
-                f"privacy.scope={privacy.scope!r} is proven for privacy.neighboring_relation="
-                f"'zero_out' alone, not for {privacy.neighboring_relation!r}: choose that, or "
-                "scope 'trial'"
-            )
-        numbers = privacy.selection_reference
-        if (
-            len(numbers) % 3
-            or any(rate > 1 for rate in numbers[::3])
-            or any(count % 1 for count in numbers[2::3])
-        ):
-            raise ValueError(
-                f"privacy.selection_reference={list(numbers)} must hold a sample rate in (0, 1], a "
-                "noise multiplier and a whole count for each mechanism: leave it to the sweep"
-            )
-        if privacy.covers.is_secret and privacy.data_set_budget is not None:
-            raise ValueError(
-                f"privacy.data_set_budget cannot be combined with {privacy.scope=}: a "
-                "refused trial would change the law of their secret number; set it to null"
-            )
         if self.method == "non_private":
-            _without_promises(privacy)
+            without_promises(self.privacy)
         self._check_easy_stage()
         self._check_images()
         factor = self.model.patch_size * 2 ** (len(self.model.channel_multipliers) - 1)
@@ -384,21 +322,6 @@ def _enough_for_each_class(frequency: FrequencyConfig, num_classes: int) -> None
             raise ValueError(
                 f"frequency.{key}={value} must be at least {each * num_classes}, {each} for "
                 f"each of dataset.num_classes={num_classes}"
-            )
-
-
-def _without_promises(privacy: PrivacyConfig) -> None:
-    """Refuses settings that promise what a run without privacy breaks."""
-    for key, allowed in (
-        ("scope", "trial"),
-        ("dp_accuracy_stddev", None),
-        ("data_set_budget", None),
-    ):
-        if (value := getattr(privacy, key)) != allowed:
-            raise ValueError(
-                f"method='non_private' spends without bound, which privacy.{key}={value!r} "
-                f"excludes: set that to {'null' if allowed is None else allowed}, or choose "
-                "another method"
             )
 
 

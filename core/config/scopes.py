@@ -20,7 +20,7 @@ class Scope:
         chosen_on_public_data: whether all trials but one run are on other, public data.
         chosen: by what the trial was chosen.
         owner_states, chosen_by_owner: the same where no search of this project vouches for it.
-        theorem: what proves it for trials that results of others may decide; empty: composition.
+        theorem: what proves a share of it by Renyi DP; empty: its trials have no shares.
     """
 
     statement: str

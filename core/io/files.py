@@ -1,4 +1,4 @@
-"""Files that are whole or absent, on the disk when a call returns; JSON; their owner's alone."""
+"""Files that are whole or absent, on the disk when a call returns; folders; JSON."""
 
 import contextlib
 import io
@@ -49,10 +49,8 @@ def write_first(path: Path, content: str) -> None:
     whole = path.with_name(_name(path))
     private_folder(path.parent)
     try:
-        with open(whole, "w", opener=private_opener) as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        descriptor = private_opener(str(whole), os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        write_and_sync(descriptor, content.encode())
         with contextlib.suppress(FileExistsError):
             os.link(whole, path)
         sync_folder(path)
@@ -69,7 +67,7 @@ def _name(path: Path) -> str:
 def whole_folder(path: Path, private: bool = False) -> Generator[Path]:
     """Yields a new folder that becomes `path`, which is absent or empty, when the block ends.
 
-    Nothing is left of it where the block raises.
+    Nothing is left of it where the block raises. A power cut soon after may undo it.
     """
     temporary = path.with_name(f"{path.name}.tmp")
     rmtree(temporary, ignore_errors=True)

@@ -18,6 +18,8 @@ CONFIG, CLASSES, GRID, IMAGES = "config.yaml", "classes.json", "grid.png", "imag
 NON_PRIVATE = "non_private"
 """Folder of a run for its owner's eyes: real images and attacks. Neither bundle nor MLflow may
 hold it."""
+COMPUTED_BY, CODE = "computed by", "code of core"
+"""In a run's identity: the group of what computes, and the digest of the code in it."""
 _ORIGIN = ("identity", "fingerprint", "name", "tags", "scored")
 
 
@@ -153,7 +155,7 @@ class RunFolder:
         if not self.identity.exists():
             return "", ""
         parts = read_json(self.identity)
-        return identity_of(parts), parts["computed by"]["code of core"]
+        return identity_of(parts), parts[COMPUTED_BY][CODE]
 
     def result(self) -> Result | None:
         """How the run ended; None while it has not, or has failed.

@@ -34,13 +34,12 @@ from core.io.files import read_json, to_json, write_first, write_json
 from core.io.locks import locked
 from core.privacy.keys import SECRET_FILE_VARIABLE
 from core.privacy.plan.plan import PrivacyPlan
-from core.record.folder import RunFolder, identity_of
+from core.record.folder import CODE, COMPUTED_BY, RunFolder, identity_of
 
 Parts = dict[str, dict[str, Any]]
 """What decides a run, by group and name: plain data."""
 _CENTRAL = ("dataset.", "central_images.")
 """Settings that decide the central images, beside their plan."""
-_CODE = "code of core"
 _LOCK_TIMEOUT_S = 60.0
 SHOWN = "changed since this run was finished ({}): its result is shown as it was, nothing is drawn"
 _AGAIN = "changed since this run was begun ({}): it draws new noise and is charged again"
@@ -71,7 +70,7 @@ def computed_by(config: Config) -> dict[str, str]:
     device = config_device(config)
     model = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
     return {
-        _CODE: code_digest(),
+        CODE: code_digest(),
         "torch": torch.__version__,
         "torchvision": _version("torchvision"),
         "numpy": np.__version__,
@@ -111,7 +110,7 @@ def differences(earlier: Parts, now: Parts) -> list[str]:
     for group, named in now.items():
         for name, value in named.items():
             if (before := earlier.get(group, {}).get(name)) != value:
-                short = group != "others" and name != _CODE
+                short = group != "others" and name != CODE
                 changed.append(f"{name} {before} -> {value}" if short else f"{name} changed")
     return changed
 
@@ -148,7 +147,7 @@ class Identity:
             told.append(_PERHAPS if unknown else _AGAIN.format("; ".join(self.changed)))
         distributed.on_rank_0(lambda: _note_parts(folder.identity, self.parts))
         if shared is not None and self.shared_central:
-            by = {"computed by": self.parts["computed by"]}
+            by = {COMPUTED_BY: self.parts[COMPUTED_BY]}
             central = RunFolder(shared).identity
             if changed := distributed.on_rank_0(lambda: _note_parts(central, by)):
                 told.append(_REDRAWN.format("; ".join(changed)))
@@ -189,7 +188,7 @@ def identify(
             for key, value in flatten(config).items()
             if key.startswith(sections) and not key.startswith(_NOT_IDENTITY)
         }
-        parts = {"computed by": computed_by(config), "settings": settings, "others": others}
+        parts = {COMPUTED_BY: computed_by(config), "settings": settings, "others": others}
         return json.loads(to_json(parts))  # As a file gives it back.
 
     shared_central = ""
@@ -213,9 +212,8 @@ def _changed_since(path: Path, now: Parts) -> list[str] | None:
 
 def _note_parts(path: Path, parts: Parts) -> list[str]:
     """Notes what the folder is begun with; returns what has changed since the last note."""
-    with locked(
-        path.with_name(f"{path.name}.lock"), _LOCK_TIMEOUT_S
-    ):  # Trials share what a sweep notes.
+    # Trials share what a sweep notes.
+    with locked(path.with_name(f"{path.name}.lock"), _LOCK_TIMEOUT_S):
         changed = _changed_since(path, parts) or []
         write_json(path, parts, private=True)
     return changed

@@ -38,7 +38,7 @@ from core.run.context import ALONE, Reporter, Run, SweepLink
 from core.run.disk_space import require_space
 from core.run.early_scores import EarlyScores
 from core.run.identity import SHOWN, identify
-from core.run.released import kept_gaussians, released_lessons, released_model, warm_up
+from core.run.released import kept_gaussians, released_data, released_model, warm_up
 from core.training.loop import Loop, Model, Observer, Stage
 from core.training.stages import non_private_stage, private_stage
 
@@ -237,14 +237,14 @@ def _trained(run: Run, dataset: Dataset) -> nn.Module:
     denoiser, gaussians = build_denoiser(config), None
     if isinstance(denoiser, MomentsDenoiser) and run.plan.moments is not None:
         denoiser.gaussians = gaussians = kept_gaussians(run, dataset.train, run.plan.moments)
-    lessons = released_lessons(run, dataset.train, gaussians)
+    data = released_data(run, dataset.train, gaussians)
     denoiser = denoiser.to(run.device)
     distributed.broadcast_module(denoiser)
     model = Model(denoiser, Ema(denoiser, training.ema_decay, training.posthoc_ema))
     observers = _observers(run, model, dataset)
     loop = Loop(config, model, run.checkpoints, run.report, observers, run.deadline)
-    if lessons and run.reached[0] != "private_training":
-        warm_up(run, loop, lessons)
+    if data and run.reached[0] != "private_training":
+        warm_up(run, loop, data)
     stage = _hard_stage(run, model, dataset.train)
     try:
         loop.run(stage)

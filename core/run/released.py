@@ -41,23 +41,23 @@ _DECIDES = ("seed", "model.", "diffusion.", "warm_up.", "training.", "runtime.ch
 _LENGTH = "training.num_steps"
 
 
-def released_lessons(run: Run, images: Split, gaussians: Gaussians | None) -> list[WarmUpData]:
+def released_data(run: Run, images: Split, gaussians: Gaussians | None) -> list[WarmUpData]:
     """What the easy stage trains on: central images, then those of the frequency stage, if any.
 
     Args:
         gaussians: of released moments, of which images are drawn in place of central ones.
     """
-    config, plan, lessons = run.config, run.plan, list[WarmUpData]()
+    config, plan, data = run.config, run.plan, list[WarmUpData]()
     steps = config.warm_up_steps - config.frequency_steps
     if plan.central is not None:
         central = kept_central_images(run, images, plan.central)
-        lessons.append(WarmUpData(steps, central.images, central.labels))
+        data.append(WarmUpData(steps, central.images, central.labels))
     elif gaussians is not None and steps:
-        lessons.append(WarmUpData(steps, *drawn_images(config, gaussians)))
+        data.append(WarmUpData(steps, *drawn_images(config, gaussians)))
     if plan.frequency is not None:
         fitted, _ = kept_frequency_images(run, images, plan.frequency)
-        lessons.append(WarmUpData(config.frequency_steps, to_float(fitted.images), fitted.labels))
-    return lessons
+        data.append(WarmUpData(config.frequency_steps, to_float(fitted.images), fitted.labels))
+    return data
 
 
 def released_model(run: Run, images: Split) -> nn.Module:
@@ -165,12 +165,12 @@ def _store(folder: Path, identity: str) -> Checkpoints:
     return Checkpoints(folder, identity, f"{identity[:16]}.pt")
 
 
-def warm_up(run: Run, loop: Loop, lessons: Sequence[WarmUpData]) -> None:
-    """Trains on the lessons, from where another trial of the trajectory left them.
+def warm_up(run: Run, loop: Loop, data: Sequence[WarmUpData]) -> None:
+    """Trains on the released data, from where another trial of the trajectory left them.
 
     Observers are not called for the steps that another trial did.
     """
-    stage = warm_up_stage(run.config, loop.model.denoiser, lessons)
+    stage = warm_up_stage(run.config, loop.model.denoiser, data)
     shared, trajectory = run.link.shared, None
     if shared is not None and run.plan.frequency is None:  # Whose images are a trial's own.
         trajectory = trajectory_of(shared, run.config, run.identity.central)

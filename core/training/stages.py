@@ -4,7 +4,6 @@ from bisect import bisect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +14,7 @@ from core.config import Config
 from core.data import Split, to_float, to_model_range
 from core.device import config_device
 from core.diffusion.denoiser import Denoiser, MomentsDenoiser
-from core.diffusion.loss import draw, edm_loss
+from core.diffusion.loss import Draws, Weight, draw, edm_loss
 from core.privacy.keys import KeyedStream
 from core.privacy.mechanisms.adam_bc import DpAdamBc
 from core.privacy.mechanisms.dp_sgd import DpSgdOptimizer
@@ -42,16 +41,16 @@ class WarmUpData:
     labels: torch.Tensor
 
 
-def warm_up_stage(config: Config, denoiser: Denoiser, lessons: Sequence[WarmUpData]) -> Stage:
-    """The easy stage: ordinary training, data-parallel, on one lesson after the other."""
+def warm_up_stage(config: Config, denoiser: Denoiser, data: Sequence[WarmUpData]) -> Stage:
+    """The easy stage: ordinary training, data-parallel, on one set after the other."""
     device, settings = config_device(config), config.warm_up
-    lessons = [
+    data = [
         WarmUpData(each.num_steps, to_model_range(each.images).to(device), each.labels.to(device))
-        for each in lessons
+        for each in data
     ]
-    ends = list(accumulate(lesson.num_steps for lesson in lessons))
+    ends = list(accumulate(each.num_steps for each in data))
     optimizer = torch.optim.Adam(denoiser.parameters(), lr=settings.learning_rate)
-    network: nn.Module = denoiser
+    network, weight_of = denoiser, _weight_of(denoiser)
     if distributed.world_size() > 1:
         network = DistributedDataParallel(denoiser)
     stream = f"{config.seed}/warm_up"
@@ -59,14 +58,15 @@ def warm_up_stage(config: Config, denoiser: Denoiser, lessons: Sequence[WarmUpDa
     def step(number: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(public_seed(stream, number))
         batch = settings.batch_size
-        lesson = lessons[bisect(ends, number)]
-        images, labels = lesson.images, lesson.labels
+        now = data[bisect(ends, number)]
+        images, labels = now.images, now.labels
         chosen = torch.randint(len(images), (batch,), generator=generator)
         batch_images = augment(images[chosen.to(device)], settings.augmentation, generator)
         share = rank_share(torch.arange(batch), distributed.rank(), distributed.world_size())
         draws = draw(stream, number, share, 1, images.shape[1:], device)
         share = share.to(device)
-        loss = _loss(config, network, batch_images[share], labels[chosen.to(device)][share], draws)
+        labels_of_share = labels[chosen.to(device)][share]
+        loss = _loss(config, network, weight_of, batch_images[share], labels_of_share, draws)
         # DDP averages over ranks: the factor makes the result that of the whole batch.
         (loss.sum() * distributed.world_size() / batch).backward()
         optimizer.step()
@@ -102,7 +102,7 @@ def private_stage(
     per_example = PerExampleGradients(denoiser, settings.noise_multiplicity)
     optimizer = DpSgdOptimizer(adam, plan, noise)
     sampler = PoissonSampler(masks, len(train_split.labels), plan.sample_rate)
-    batches = PhysicalBatches(config, device)
+    batches, weight_of = PhysicalBatches(config, device), _weight_of(denoiser)
     stream = f"{config.seed}/private_training"
 
     def step(number: int) -> torch.Tensor:
@@ -112,7 +112,9 @@ def private_stage(
         share = rank_share(chosen, distributed.rank(), distributed.world_size())
 
         def compute(part: torch.Tensor) -> torch.Tensor:
-            loss = _loss_of_part(config, per_example, train_split, part, stream, number).sum()
+            loss = _loss_of_part(
+                config, per_example, weight_of, train_split, part, stream, number
+            ).sum()
             loss.backward()
             optimizer.accumulate()  # Last: a part whose gradients count is not computed again.
             return loss.detach()
@@ -127,7 +129,7 @@ def private_stage(
         first = torch.zeros(1, dtype=torch.long)
         grey = torch.zeros((1, *train_split.images.shape[1:]), device=device)
         draws = draw(stream, number, first, settings.noise_multiplicity, grey.shape[1:], device)
-        return _loss(config, per_example, grey, first.to(device), draws)
+        return _loss(config, per_example, weight_of, grey, first.to(device), draws)
 
     return Stage("private_training", plan.num_steps, step, adam, public_loss, config.warm_up_steps)
 
@@ -147,7 +149,7 @@ def non_private_stage(
     parameters = list(denoiser.parameters())
     adam = torch.optim.Adam(parameters, lr=settings.learning_rate)
     sampler = PoissonSampler(masks, len(train_split.labels), plan.sample_rate)
-    batches = PhysicalBatches(config, device)
+    batches, weight_of = PhysicalBatches(config, device), _weight_of(denoiser)
     stream = f"{config.seed}/non_private_training"
 
     def step(number: int) -> torch.Tensor:
@@ -156,7 +158,9 @@ def non_private_stage(
         sums = [torch.zeros_like(parameter) for parameter in parameters]
 
         def compute(part: torch.Tensor) -> torch.Tensor:
-            loss = _loss_of_part(config, denoiser, train_split, part, stream, number).sum()
+            loss = _loss_of_part(
+                config, denoiser, weight_of, train_split, part, stream, number
+            ).sum()
             for total, gradient in zip(sums, torch.autograd.grad(loss, parameters), strict=True):
                 total += gradient
             return loss.detach()
@@ -173,21 +177,35 @@ def non_private_stage(
     return Stage("non_private_training", plan.num_steps, step, adam)
 
 
+def _weight_of(denoiser: Denoiser) -> Weight | None:
+    """The weight of the loss; None: EDM's."""
+    return denoiser.weight if isinstance(denoiser, MomentsDenoiser) else None
+
+
 def _loss_of_part(
-    config: Config, network: nn.Module, split: Split, part: torch.Tensor, stream: str, number: int
+    config: Config,
+    network: nn.Module,
+    weight_of: Weight | None,
+    split: Split,
+    part: torch.Tensor,
+    stream: str,
+    number: int,
 ) -> torch.Tensor:
     """Of each image of a part of the batch of step `number`: `[len(part)]`."""
     device, copies = config_device(config), config.private_training.noise_multiplicity
     images = to_model_range(to_float(split.images[part])).to(device)
     draws = draw(stream, number, part, copies, images.shape[1:], device)
-    return _loss(config, network, images, split.labels[part].to(device), draws)
+    return _loss(config, network, weight_of, images, split.labels[part].to(device), draws)
 
 
 def _loss(
-    config: Config, network: nn.Module, images: torch.Tensor, labels: torch.Tensor, draws: Any
+    config: Config,
+    network: nn.Module,
+    weight_of: Weight | None,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    draws: Draws,
 ) -> torch.Tensor:
-    # Inside of what may wrap it.
-    of_moments = next((m for m in network.modules() if isinstance(m, MomentsDenoiser)), None)
     low = config.training.precision == "bfloat16"
     with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=low):
         return edm_loss(
@@ -198,5 +216,5 @@ def _loss(
             config.diffusion,
             config.training.label_dropout,
             config.dataset.num_classes,
-            of_moments.weight if of_moments else None,
+            weight_of,
         )

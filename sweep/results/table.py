@@ -306,11 +306,6 @@ def _scores(row: Row) -> str:
     return "; ".join(f"{', '.join(scores)}: {tag}" for tag, scores in by_tag.items())
 
 
-def stored_result(row: Row) -> dict[str, Any]:
-    """What a trial that finished or was stopped reported last."""
-    return _result(row).report
-
-
 def _result(row: Row) -> Result:
     result = row.folder.result()
     assert result is not None

@@ -3,7 +3,7 @@
 The tracker leaves out what MLflow has.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,11 @@ from sweep.tracking.client import STATE, Tracker
 
 def last_step(folder: Path) -> int:
     """Step of the last point that a run's folder holds; -1 without any."""
-    return max((step for _, step, _ in points(RunFolder(folder).reports())), default=-1)
+    return _last(points(RunFolder(folder).reports()))
+
+
+def _last(known: Iterable[tuple[str, int, float]]) -> int:
+    return max((step for _, step, _ in known), default=-1)
 
 
 def tell_trial(
@@ -40,12 +44,13 @@ def tell_trial(
     tracker.log_params(compared_params(sweep, config))
     tracker.log_dataset(config.dataset.name, public_facts(config))
     kept = RunFolder(folder)
-    tracker.log_points(points(kept.reports()))
+    known = list(points(kept.reports()))
+    tracker.log_points(known)
     if status and (result := kept.result()) is not None:
         _tell_result(tracker, sweep, kept, result)
         return
     # That of the last step may be half written.
-    for picture in pictures(folder, last_step(folder) - 1, finished=False):
+    for picture in pictures(folder, _last(known) - 1, finished=False):
         tracker.log_picture(*picture)
     if status:
         tracker.finish(status)

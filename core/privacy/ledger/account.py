@@ -142,7 +142,6 @@ class Spending:
     def _write_count(self, steps: int) -> None:
         for place in self._counters:
             with storage_errors(place.parent):
-                place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
                 write_whole(place, str(steps).encode(), private=True)
         self._begun = steps
 

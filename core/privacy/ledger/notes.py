@@ -40,7 +40,6 @@ def write_notes(path: Path, places: Sequence[Path], entries: Sequence[dict[str, 
     note |= {"ledger": str(path.resolve()), "losses": sorted(losses)}
     content = json.dumps(note).encode()
     for place in places:
-        place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         write_whole(place, content, private=True)
     _keep_beside_secret(path, lambda: content)
 
@@ -53,7 +52,6 @@ def copy_note(path: Path, place: Path) -> None:
 def _keep_beside_secret(path: Path, content: Callable[[], bytes]) -> None:
     own = beside_secret(path)
     try:
-        own.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         write_whole(own, content(), private=True)
     except OSError as error:
         _LOG.warning("no note of the ledger beside the master secret: %s", error)

@@ -79,12 +79,8 @@ class PrivacyPlan:
     @property
     def noise_multiplier(self) -> float:
         """DP-SGD's noise multiplier; of a method without it that of its one release."""
-        alone = self.moments or self.frequency
-        return (
-            self.dp_sgd.noise_multiplier
-            if self.dp_sgd.num_steps or not alone
-            else alone.noise_multiplier
-        )
+        alone = None if self.dp_sgd.num_steps else self.moments or self.frequency
+        return (alone or self.dp_sgd).noise_multiplier
 
     @property
     def epsilon_dp_sgd(self) -> float:

@@ -316,7 +316,6 @@ RELEASES: dict[str, type[Release]] = {
     "score": ScorePlan,
 }
 """All kinds by their field in the privacy plan, in the order in which they run."""
-_SOLVED = {"moments": "moments", "dp_merf": "frequency"}
 
 
 def planned(config: Config, noise_multiplier: float | None = None) -> dict[str, Release | None]:
@@ -334,4 +333,6 @@ def planned(config: Config, noise_multiplier: float | None = None) -> dict[str, 
 
 def solved(config: Config) -> str:
     """Field of the release that has what the others leave of the budget: mostly DP-SGD."""
-    return _SOLVED.get(config.method, "dp_sgd")
+    if not config.trains_nothing:
+        return "dp_sgd"
+    return "moments" if config.uses_moments else "frequency"

@@ -172,7 +172,7 @@ def share_of(privacy: PrivacyConfig) -> Share | None:
     Raises:
         InfeasibleError: the bound itself takes the whole target, or the reference exceeds it.
     """
-    if not privacy.needs_filter:
+    if not privacy.has_shares:
         return None
     if not privacy.covers.is_secret:
         return _filter_share(privacy)
