@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from two_ranks import tiny_run
+from two_ranks import StopRunError, stop_at, tiny_run
 
 from core.errors import ConfigError
 from core.privacy.ledger.ledger import Ledger
@@ -14,18 +14,6 @@ from core.run import identity, pipeline
 from core.run.identity import differences
 
 SETTINGS = {"training.num_steps": 4, "runtime.log_every": 1, "runtime.checkpoint_every": 100}
-
-
-class StopRunError(Exception):
-    pass
-
-
-def stop_at(step: int):
-    def stop(report: dict) -> None:
-        if report["step"] == step:
-            raise StopRunError
-
-    return stop
 
 
 def entries(folder: Path) -> list[dict]:

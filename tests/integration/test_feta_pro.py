@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from two_ranks import start_ranks, tiny_run
+from two_ranks import StopRunError, start_ranks, stop_at, tiny_run
 
 from core.config import load, nested
 from core.data import Split
@@ -57,15 +57,8 @@ def test_everything_that_is_released_is_charged_and_stated(whole):
 
 @pytest.mark.parametrize("step", [2, 4, 7])
 def test_interrupted_in_any_lesson_it_goes_on_bit_for_bit(whole, tmp_path, monkeypatch, step):
-    class StopRunError(Exception):
-        pass
-
-    def stop(report: dict) -> None:
-        if report["step"] == step:
-            raise StopRunError
-
     with pytest.raises(StopRunError):
-        tiny_run(tmp_path, stop, **PRO)
+        tiny_run(tmp_path, stop_at(step), **PRO)
     monkeypatch.setattr(released, "release_features", lambda *_: pytest.fail("released again"))
     tiny_run(tmp_path, **PRO)
     for name, value in torch.load(whole[0] / "model.pt").items():

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from two_ranks import start_ranks, tiny_run
+from two_ranks import StopRunError, start_ranks, stop_at, tiny_run
 
 from core.__main__ import main
 from core.config import load, nested
@@ -119,15 +119,8 @@ def test_interrupted_after_the_release_it_goes_on_without_another(whole, tmp_pat
 def test_interrupted_in_training_it_goes_on_bit_for_bit(tmp_path, monkeypatch, step):
     tiny_run(tmp_path / "whole", **STARTED)
 
-    class StopRunError(Exception):
-        pass
-
-    def stop(report: dict) -> None:
-        if report["step"] == step:
-            raise StopRunError
-
     with pytest.raises(StopRunError):
-        tiny_run(tmp_path / "run", stop, **STARTED)
+        tiny_run(tmp_path / "run", stop_at(step), **STARTED)
     forbid(monkeypatch)
     tiny_run(tmp_path / "run", **STARTED)
     assert same(model(tmp_path / "run"), model(tmp_path / "whole"))

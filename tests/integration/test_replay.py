@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from two_ranks import in_processes, tiny_run
+from two_ranks import StopRunError, in_processes, stop_at, tiny_run
 
 from core.errors import ConfigError
 from core.privacy.keys import MasterSecret
@@ -69,15 +69,8 @@ def test_killed_and_resumed_is_as_undisturbed(undisturbed, tmp_path, stage, step
 
 
 def test_a_lost_key_is_refused_before_it_is_charged(undisturbed, tmp_path, monkeypatch):
-    class StopRunError(Exception):
-        pass
-
-    def stop(report: dict) -> None:
-        if report["step"] == 12:
-            raise StopRunError
-
     with pytest.raises(StopRunError):
-        tiny_run(tmp_path, stop, **SETTINGS)
+        tiny_run(tmp_path, stop_at(12), **SETTINGS)
     before = summary_of(tmp_path)
     monkeypatch.setattr("two_ranks.MasterSecret", lambda _: MasterSecret(b"x" * 32))
     with monkeypatch.context() as closed:

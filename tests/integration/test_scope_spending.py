@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from checks import is_normal
-from two_ranks import tiny_run
+from two_ranks import StopRunError, stop_at, tiny_run
 
 from core.config import EvaluationConfig, load
 from core.data import Dataset, Split
@@ -21,10 +21,6 @@ from core.privacy.ledger.ledger import Ledger
 from core.privacy.plan.plan import ScorePlan
 from core.privacy.plan.scopes import run_budget
 from core.run import pipeline
-
-
-class StopRunError(Exception):
-    """Stands for a trial that is stopped early."""
 
 
 def ledger_of(folder: Path) -> Ledger:
@@ -72,13 +68,9 @@ def test_a_stopped_trial_leaves_room_where_the_filter_allows_it(tmp_path, adapti
     shared |= {"training.num_steps": 60, "stage_split": 0.05, "runtime.checkpoint_every": 1}
     shared |= {"central_images.per_class": 1, "runtime.log_every": 1}
 
-    def stop(report: dict) -> None:
-        if report["step"] == 6:
-            raise StopRunError
-
     for i in range(2):
         with pytest.raises(StopRunError):
-            tiny_run(tmp_path / str(i), stop, seed=i, **shared)
+            tiny_run(tmp_path / str(i), stop_at(6), seed=i, **shared)
     shared |= {"runtime.checkpoint_every": 60, "runtime.log_every": 60}
     if goes_on:
         assert tiny_run(tmp_path / "2", seed=2, **shared)[-1]["stage"] == "done"

@@ -4,14 +4,13 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 from pyarrow import parquet
-from two_ranks import tiny_run
+from two_ranks import StopRunError, stop_at, tiny_run
 
 from core.__main__ import main
 from core.config import load
@@ -92,20 +91,12 @@ def test_changed_data_of_a_known_source_is_refused(finished, tmp_path, monkeypat
     assert not (tmp_path / "run" / "central_images").exists()
 
 
-class StopRunError(Exception):
-    """Stands for a run that is stopped by its user."""
-
-
 def test_a_stopped_run_pays_for_the_steps_that_began_and_needs_its_ledger(tmp_path):
     where = {"runtime.ledger": str(tmp_path / "ledger"), "runtime.checkpoint_every": 3}
     where |= {"training.num_steps": 34, "stage_split": 0.1, "runtime.log_every": 1}
 
-    def stop(metrics: dict) -> None:
-        if metrics["step"] == 9:
-            raise StopRunError
-
     with pytest.raises(StopRunError):
-        tiny_run(tmp_path / "run", stop, **where)
+        tiny_run(tmp_path / "run", stop_at(9), **where)
     (entry,) = summary_of(tmp_path / "ledger")["entries"]
     assert entry["state"] == "committed"
     assert 6 <= entry["executed_steps"] < entry["end_step"] == 31
@@ -124,13 +115,6 @@ def test_a_stopped_run_pays_for_the_steps_that_began_and_needs_its_ledger(tmp_pa
 
 def test_a_run_that_lost_its_checkpoints_pays_for_the_steps_before(tmp_path, monkeypatch):
     where = {"training.num_steps": 60, "stage_split": 0.0, "runtime.log_every": 1}
-
-    def stop_at(step: int) -> Callable[[dict], None]:
-        def stop(metrics: dict) -> None:
-            if metrics["step"] == step:
-                raise StopRunError
-
-        return stop
 
     with monkeypatch.context() as killed:
         killed.setattr(Spending, "commit", lambda *_: 0)

@@ -34,6 +34,20 @@ TINY = {
 }
 
 
+class StopRunError(Exception):
+    """Stands for whatever ends a run in its training."""
+
+
+def stop_at(step: int) -> Callable[[dict], None]:
+    """For `tiny_run`: ends it with the report of a step."""
+
+    def stop(report: dict) -> None:
+        if report["step"] == step:
+            raise StopRunError
+
+    return stop
+
+
 def tiny_run(
     run_dir: Path,
     also: Callable[[dict], None] = lambda _: None,
