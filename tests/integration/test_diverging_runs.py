@@ -107,8 +107,8 @@ def test_a_private_loss_decides_nothing(tmp_path, monkeypatch):
     """One record's loss is NaN in each step: what is released is finite, and so is the model."""
     real = stages._loss
 
-    def spoilt(config, network, images, labels, draws):
-        loss = real(config, network, images, labels, draws)
+    def spoilt(config, network, *batch):
+        loss = real(config, network, *batch)
         if isinstance(network, PerExampleGradients) and torch.is_grad_enabled():
             loss = torch.cat((loss[:1] * math.nan, loss[1:]))
         return loss
