@@ -159,7 +159,7 @@ class Config(Section):
     """`dp_feta`: both stages (Li et al. 2024; `central_images.kind` mean or mode). `feta_pro`: the
     easy stage goes on with images fitted to noisy frequency features (Gong et al. 2025). `dpdm`:
     DP-SGD alone, whatever `stage_split` (Dockhorn et al. 2023). Without any DP-SGD, for the whole
-    budget: `moments`, a Gaussian for each class, and `dp_merf`, the generator of the frequency
+    budget: `moments`, mixtures of Gaussians, and `dp_merf`, the generator of the frequency
     stage alone (Harder et al. 2021). `non_private`: no noise, no clipping, no epsilon; a ceiling to
     compare with that must never leave."""
     stage_split: Annotated[float, Field(ge=0, lt=1)] = 0.5

@@ -13,10 +13,10 @@ class CentralImagesConfig(Section):
     """The easy stage's release: noisy aggregates of private images."""
 
     kind: Literal["mean", "mode", "moments"] = "mean"
-    """Means or per-pixel modes of random samples; or, of all images, the mean and covariance of
-    each class, from which the denoiser starts in closed form."""
+    """Means or per-pixel modes of random samples; or, of all images, means and covariances of
+    clusters within each class, from which the denoiser starts in closed form."""
     per_class: Annotated[int, Field(ge=1, le=100_000)] = 5
-    """Images of each class; of kind moments those drawn from its Gaussian, which cost nothing."""
+    """Images of each class; of kind moments those drawn from its Gaussians, which cost nothing."""
     noise_multiplier: Annotated[float, Field(ge=0.3, le=1e9)] = 5.0
     """Noise standard deviation over sensitivity, of the moments all together; below 0.3 a single
     release is hardly private."""
@@ -38,13 +38,19 @@ class CentralImagesConfig(Section):
     """Sharpened afterwards, as the paper does with grey images; free like all that follows."""
     num_components: PositiveInt = 25
     """Of kind moments, like all that follows: leading principal components of all images, in
-    which the moments of the classes are taken."""
+    which the moments of the clusters are taken."""
+    num_clusters: Annotated[int, Field(ge=1, le=1_000)] = 1
+    """Of each class, each with a mean and a covariance of its own."""
+    num_rounds: Annotated[int, Field(ge=2, le=100)] = 4
+    """Of Lloyd's algorithm, each of which releases counts and means of clusters; several clusters
+    alone need more than one."""
     mean_share: Share = 0.02
     """Part of the squared privacy parameter, 1 / noise_multiplier^2, for the mean of all images."""
     subspace_share: Share = 0.18
     """Part for their second moment, which gives the principal components."""
     class_mean_share: Share = 0.1
-    """Part for the means of the classes; what is left is for their second moments."""
+    """Part for counts and means of clusters, all rounds together; the rest is for their second
+    moments."""
     eigenvalue_floor: Annotated[float, Field(ge=0, le=10)] = 0.5
     """Variances below this part of the largest that the noise alone makes count as zero."""
 
@@ -62,7 +68,7 @@ class CentralImagesConfig(Section):
         if (total := self.mean_share + self.subspace_share + self.class_mean_share) >= 1:
             raise ValueError(
                 f"central_images.mean_share, subspace_share and class_mean_share add up to "
-                f"{total:g}, which must be below 1: the second moments of the classes have the rest"
+                f"{total:g}, which must be below 1: the clusters' second moments have the rest"
             )
         return self
 

@@ -49,7 +49,7 @@ class Denoiser(nn.Module):
 class MomentsDenoiser(Denoiser):
     """D(x; sigma) = D_c(x; sigma) + c(sigma) F(c_in x, D_c(x; sigma); c_noise).
 
-    D_c is the posterior mean of the Gaussian of class c and c^2 its expected squared error, so
+    D_c is the posterior mean of the mixture of class c and c^2 its expected squared error, so
     that F, whose last layer starts at zero, learns what is not Gaussian, at unit variance.
 
     Args:
@@ -75,14 +75,17 @@ class MomentsDenoiser(Denoiser):
         return 1 / self.gaussians.error(sigma, labels)
 
 
-def build_denoiser(config: Config, components: int | None = None) -> Denoiser:
+def build_denoiser(
+    config: Config, components: int | None = None, clusters: int | None = None
+) -> Denoiser:
     """A freshly initialised denoiser; the same public seed gives the same weights.
 
     Global random state is left as it was.
 
     Args:
-        components: of class Gaussians that are still to be loaded; 0 for none. By default as the
-            configuration says.
+        components: of Gaussians that are still to be loaded; 0 for none. By default as the
+            configuration says, like the next.
+        clusters: of each class.
     """
     dataset, settings = config.dataset, config.central_images
     if components is None:
@@ -94,5 +97,6 @@ def build_denoiser(config: Config, components: int | None = None) -> Denoiser:
     if not components:
         return Denoiser(network, config.diffusion.sigma_data)
     pixels = dataset.channels * dataset.image_size**2
-    gaussians = Gaussians(pixels, components, dataset.num_classes)
+    clusters = clusters or settings.num_clusters
+    gaussians = Gaussians(pixels, components, dataset.num_classes, clusters)
     return MomentsDenoiser(network, config.diffusion.sigma_data, gaussians)

@@ -1,79 +1,144 @@
-"""Class Gaussians and their posterior means, from which a denoiser starts in closed form.
+"""Mixtures of Gaussians and their posterior means, from which a denoiser starts in closed form.
 
 For data N(mu, B diag(lambda) B^T + lambda_0 I) the posterior mean given x of noise level sigma is
 linear in x: along component i it keeps (lambda_i + lambda_0) / (lambda_i + lambda_0 + sigma^2) of
-the distance to mu, and lambda_0 / (lambda_0 + sigma^2) outside. For other data with these moments
-it is the best linear denoiser. EDM's preconditioning (Karras et al. 2022, table 1) is the case
-without components, where mu = 0 and lambda_0 = sigma_data^2.
+the distance to mu, and lambda_0 / (lambda_0 + sigma^2) outside. That of a mixture is the mean of
+those of its clusters, each weighted with its posterior probability. EDM's preconditioning (Karras
+et al. 2022, table 1) is the case of one cluster without components, mu = 0 and lambda_0 =
+sigma_data^2.
 """
+
+import math
 
 import torch
 from torch import nn
 
+_LEVELS, _LOW, _HIGH = 33, math.log(1e-3), math.log(1e2)
+"""Noise levels, evenly spaced by their logarithm, at which the ambiguity is measured."""
+_DRAWS = 256
+
 
 class Gaussians(nn.Module):
-    """One Gaussian for each class, and last that of all classes together, for "no label".
+    """A mixture of J clusters for each class, and last one Gaussian of all, for "no label".
 
     All are in [-1, 1] and share the k components `basis`, within which each has axes of its own.
-    With D values of an image, the buffers are `center [D]`, `basis [k, D]`, `means [C + 1, k]`,
-    `axes [C + 1, k, k]` (columns), `variances [C + 1, k]` (lambda), and two numbers: `outside`
+    With D values of an image, the buffers are `center [D]`, `basis [k, D]`, `log_weights
+    [C + 1, J]`, `means [C + 1, J, k]`, `axes [C + 1, J, k, k]` (columns), `variances
+    [C + 1, J, k]` (lambda), `ambiguity [C + 1, levels]`, see `measure`, and two numbers: `outside`
     (lambda_0), and `residual`, the mean variance of real images outside of the components.
 
     Args:
         pixels: D.
         components: k.
         num_classes: C.
+        clusters: J.
     """
 
     center: torch.Tensor
     basis: torch.Tensor
+    log_weights: torch.Tensor
     means: torch.Tensor
     axes: torch.Tensor
     variances: torch.Tensor
+    ambiguity: torch.Tensor
     outside: torch.Tensor
     residual: torch.Tensor
 
-    def __init__(self, pixels: int, components: int, num_classes: int) -> None:
+    def __init__(self, pixels: int, components: int, num_classes: int, clusters: int = 1) -> None:
         super().__init__()
-        count = num_classes + 1
+        shape = (num_classes + 1, clusters)
         self.register_buffer("center", torch.zeros(pixels))
         self.register_buffer("basis", torch.eye(components, pixels))
-        self.register_buffer("means", torch.zeros(count, components))
-        self.register_buffer("axes", torch.eye(components).repeat(count, 1, 1))
-        self.register_buffer("variances", torch.zeros(count, components))
+        self.register_buffer("log_weights", torch.full(shape, -math.log(clusters)))
+        self.register_buffer("means", torch.zeros(*shape, components))
+        self.register_buffer("axes", torch.eye(components).repeat(*shape, 1, 1))
+        self.register_buffer("variances", torch.zeros(*shape, components))
+        self.register_buffer("ambiguity", torch.zeros(num_classes + 1, _LEVELS))
         self.register_buffer("outside", torch.ones(()))
         self.register_buffer("residual", torch.ones(()))
 
     def forward(self, x: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """The posterior mean of clean images `[B, C, H, W]`; arguments as those of `Denoiser`."""
-        flat, mean, noise = x.flatten(1) - self.center, self.means[labels], sigma[:, None] ** 2
+        flat, noise = x.flatten(1) - self.center, sigma[:, None] ** 2
         shrunk = self.outside / (self.outside + noise)
-        variances, axes = self.variances[labels] + self.outside, self.axes[labels]
-        along = torch.einsum("bi,bij->bj", flat @ self.basis.T - mean, axes)
-        along = along * (variances / (variances + noise) - shrunk)
-        inside = (1 - shrunk) * mean + torch.einsum("bj,bij->bi", along, axes)
+        points = flat @ self.basis.T
+        weights, means = self._posterior(points, noise, labels)
+        inside = torch.einsum("bj,bji->bi", weights, means) - shrunk * points
         return (self.center + shrunk * flat + inside @ self.basis).view_as(x)
 
     def error(self, sigma: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Expected squared error of `forward`, mean over pixels, `[B]`.
 
-        Exact for data with these moments whose variance outside of the components is `residual`.
+        Exact for data with these moments whose variance outside of the components is `residual`,
+        but for the ambiguity, which is interpolated.
         """
         noise, pixels = sigma**2, len(self.center)
-        variances = self.variances[labels] + self.outside
-        inside = (variances * noise[:, None] / (variances + noise[:, None])).sum(1)
+        variances, weights = self.variances[labels] + self.outside, self.log_weights[labels].exp()
+        known = (variances * noise[:, None, None] / (variances + noise[:, None, None])).sum(2)
+        place = (sigma.log() - _LOW) / (_HIGH - _LOW) * (_LEVELS - 1)
+        place = place.clamp(0, _LEVELS - 1)
+        below = place.floor().clamp(max=_LEVELS - 2)
+        between = torch.stack((1 - (place - below), place - below), dim=1)
+        levels = below.long()[:, None] + torch.arange(2, device=below.device)
+        inside = (weights * known).sum(1) + (between * self.ambiguity[labels[:, None], levels]).sum(
+            1
+        )
         kept = self.outside / (self.outside + noise)
         outside = (1 - kept) ** 2 * self.residual + kept**2 * noise
-        return (inside + (pixels - variances.shape[1]) * outside) / pixels
+        return (inside + (pixels - variances.shape[2]) * outside) / pixels
+
+    def measure(self, generator: torch.Generator) -> None:
+        """Measures the ambiguity on draws, once the other buffers are set.
+
+        It is what not knowing the cluster adds to the squared error, summed over the components:
+        the posterior mean's mean squared distance from that of the cluster that an image is of.
+        """
+        classes, clusters = self.log_weights.shape
+        if clusters == 1:
+            return
+        labels = torch.arange(classes).repeat_interleave(_DRAWS)
+        for level, log_sigma in enumerate(torch.linspace(_LOW, _HIGH, _LEVELS)):
+            own, points = self._drawn(labels, generator)
+            noise = torch.exp(2 * log_sigma)
+            scale = (self.outside + noise).sqrt()
+            points = points + scale * torch.randn(points.shape, generator=generator)
+            weights, means = self._posterior(points, noise.view(1, 1), labels)
+            apart = torch.einsum("bj,bji->bi", weights, means)
+            apart = apart - means[torch.arange(len(own)), own]
+            self.ambiguity[:, level] = apart.square().sum(1).view(classes, _DRAWS).mean(1)
 
     def draw(self, labels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Flat images `[B, D]` in the components alone, without the variance `outside`."""
-        shape = (len(labels), self.means.shape[1])
-        drawn = torch.randn(shape, generator=generator, device=self.means.device)
-        return self.along(labels, drawn)
+        return self.center + self._drawn(labels, generator)[1] @ self.basis
 
-    def along(self, labels: torch.Tensor, deviations: torch.Tensor) -> torch.Tensor:
-        """Flat images `[B, D]`, so many standard deviations `[B, k]` from the mean on each axis."""
-        offsets = deviations * self.variances[labels].sqrt()
-        inside = self.means[labels] + torch.einsum("bj,bij->bi", offsets, self.axes[labels])
-        return self.center + inside @ self.basis
+    def _drawn(
+        self, labels: torch.Tensor, generator: torch.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Clusters `[B]` and points in the components `[B, k]`."""
+        own = torch.multinomial(self.log_weights[labels].exp(), 1, generator=generator)[:, 0]
+        shape = (len(labels), self.means.shape[2])
+        drawn = torch.randn(shape, generator=generator, device=self.means.device)
+        offsets = drawn * self.variances[labels, own].sqrt()
+        return own, self.means[labels, own] + _times(self.axes[labels, own], offsets)
+
+    def _posterior(
+        self, points: torch.Tensor, noise: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the clusters, given noisy points `[B, k]`: weights `[B, J]` and means `[B, J, k]`.
+
+        Cluster by cluster, as the axes of all of them would take J k^2 numbers an image.
+        """
+        logs, means = list[torch.Tensor](), list[torch.Tensor]()
+        for cluster in range(self.means.shape[1]):
+            axes, mean = self.axes[labels, cluster], self.means[labels, cluster]
+            kept = self.variances[labels, cluster] + self.outside
+            wide = kept + noise
+            along = _times(axes.mT, points - mean)
+            logs.append(-(along.square() / wide + wide.log()).sum(1) / 2)
+            means.append(mean + _times(axes, along * (kept / wide)))
+        weights = torch.softmax(self.log_weights[labels] + torch.stack(logs, 1), dim=1)
+        return weights, torch.stack(means, 1)
+
+
+def _times(matrices: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+    return torch.einsum("bij,bj->bi", matrices, vectors)

@@ -92,8 +92,9 @@ def _built_for(config: Config, state: Mapping[str, torch.Tensor]) -> nn.Module:
         return AuxiliaryGenerator(dataset.channels, dataset.image_size, dataset.num_classes)
     if "basis" in state:
         components, pixels = state["basis"].shape
-        return Gaussians(pixels, components, dataset.num_classes)
-    return build_denoiser(config, len(state.get("gaussians.basis", ())))
+        return Gaussians(pixels, components, dataset.num_classes, state["means"].shape[1])
+    of = state.get("gaussians.means", torch.zeros(0, 0, 0))
+    return build_denoiser(config, of.shape[2], of.shape[1])
 
 
 def write_generator(

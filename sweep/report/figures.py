@@ -76,7 +76,7 @@ def describe(row: Row) -> str:
     config = row.config
     central, count = config.central_images, f"count {config.central_images.per_class}"
     if config.uses_moments:
-        count = f"{central.num_components} components"
+        count = f"{central.num_clusters} clusters"
     easy = f"{count}, noise {central.noise_multiplier:.3g}, split {config.stage_split:.2f}"
     if config.trains_nothing:
         easy = f"{config.method} alone, noise {row.plan.noise_multiplier:.3g}"

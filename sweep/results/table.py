@@ -336,7 +336,7 @@ def results_table(
         flat, easy = flatten(row.config), row.plan.central or row.plan.moments
         cells = [row.trial + (" *" if row in starred else "")]
         cells += [
-            str(flat["central_images.per_class"]) if row.plan.central else "-",
+            _count(row.plan),
             f"{easy.noise_multiplier:.3g}" if easy else "-",
             f"{flat['stage_split']:.2f}",
         ]
@@ -352,4 +352,11 @@ def results_table(
 
 _NO_CLAIM = "so nothing is claimed yet"
 _WIDTH_OF_A_COLUMN = 11
-_SHOWN = (COUNT, NOISE, "stage_split")
+_SHOWN = (COUNT, "central_images.num_clusters", NOISE, "stage_split")
+
+
+def _count(plan: PrivacyPlan) -> str:
+    """Central images of each class, or clusters of moments."""
+    if plan.central:
+        return str(plan.central.num_releases)
+    return str(plan.moments.num_clusters) if plan.moments else "-"

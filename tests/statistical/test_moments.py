@@ -1,4 +1,4 @@
-"""The moments' release: bounded records in four sums, their noise, and its charge as one."""
+"""The moments' release: bounded records in each sum, their noise, and its charge as one."""
 
 import dataclasses
 
@@ -16,10 +16,14 @@ from core.privacy.keys import KeyedStream
 from core.privacy.ledger.ledger import events_of
 from core.privacy.mechanisms import moments
 from core.privacy.mechanisms.moments import (
-    class_sums,
+    cluster_seconds,
+    cluster_sums,
+    coordinates,
     from_triangle,
     leading,
     mean_sum,
+    nearest,
+    next_centers,
     release_moments,
     second_sum,
     to_triangle,
@@ -31,13 +35,15 @@ CLASSES, NOISE = 3, KeyedStream(b"n" * 32)
 TINY = 1e-9
 """What rounding may add to a sensitivity, relative: sums and norms are float64."""
 MOMENTS = SMALL | {"central_images.kind": "moments", "central_images.num_components": 4}
-PARTS = ("mean", "second", "class_means", "class_seconds")
+CLUSTERS, ROUNDS = 2, 2
+PARTS = ("mean", "second", "clusters of round 0", "clusters of round 1", "cluster seconds")
 
 
 def settings(**changes: object) -> Config:
     """Of 8 x 8 images, in three classes; double underscores for dots."""
     mine = {"dataset.num_classes": CLASSES, "dataset.num_examples": 300, "evaluation.num_images": 6}
     mine |= {"central_images.image_size": 8}
+    mine |= {"central_images.num_clusters": CLUSTERS, "central_images.num_rounds": ROUNDS}
     changed = {key.replace("__", "."): value for key, value in changes.items()}
     return load({}, MOMENTS | mine | changed)
 
@@ -50,18 +56,41 @@ def plan_of(config: Config) -> MomentsPlan:
 
 def bounds(plan: MomentsPlan) -> dict[str, tuple[float, float]]:
     """What a record may add to each sum, and the noise of it."""
-    norms = {"mean": plan.mean_norm, "second": plan.max_norm**2,
-             "class_means": plan.max_norm, "class_seconds": plan.max_norm**2}  # fmt: skip
-    shares = (plan.mean_share, plan.subspace_share, plan.class_mean_share, plan.class_second_share)
-    named = zip(norms.items(), shares, strict=True)
-    return {name: (norm, plan.stddev(norm, share)) for (name, norm), share in named}
+    of_round = (plan.cluster_norm, plan.round_share)
+    parts = [
+        (plan.mean_norm, plan.mean_share),
+        (plan.max_norm**2, plan.subspace_share),
+        *[of_round] * plan.num_rounds,
+        (plan.max_norm**2, plan.second_share),
+    ]
+    named = zip(PARTS, parts, strict=True)
+    return {name: (norm, plan.stddev(norm, share)) for name, (norm, share) in named}
 
 
-def sums_of(split: Split, config: Config, mean: torch.Tensor, basis: torch.Tensor):
-    central, plan = config.central_images, plan_of(config)
-    firsts, seconds = class_sums(split, mean, basis, CLASSES, central, plan)
-    both = (mean_sum(split, central, plan), second_sum(split, mean, central, plan))
-    return dict(zip(PARTS, (*both, firsts, seconds), strict=True))
+def some_centers(count: int, components: int = 4) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(5)
+    return torch.randn((CLASSES, count, components), generator=generator, dtype=torch.float64)
+
+
+def sums_of(
+    split: Split,
+    config: Config,
+    mean: torch.Tensor,
+    basis: torch.Tensor,
+    centers: torch.Tensor | None = None,
+    last: torch.Tensor | None = None,
+):
+    """All sums of a release that found these centers after its first round and its last."""
+    central, plan, count = config.central_images, plan_of(config), len(basis)
+    centers = some_centers(CLUSTERS, count) if centers is None else centers
+    points, labels = coordinates(split, mean, basis, central, plan), split.labels
+    found = [mean_sum(split, central, plan), second_sum(split, mean, central, plan)]
+    for each in (torch.zeros(CLASSES, 1, count, dtype=torch.float64), centers):
+        clusters = nearest(points, labels, each)
+        found.append(cluster_sums(points, labels, clusters, each, plan))
+    last = centers if last is None else last
+    found.append(cluster_seconds(points, labels, clusters, last, plan))
+    return dict(zip(PARTS, found, strict=True))
 
 
 def random_split(count: int, channels: int = 1, seed: int = 0, side: int = 8) -> Split:
@@ -104,9 +133,10 @@ def test_one_record_moves_each_sum_by_at_most_its_norm(record, max_norm, channel
             moved = whole[name] - without[name]
             assert moved.norm() <= norm * (1 + TINY), name
             assert torch.isfinite(moved).all()
-            if name.startswith("class"):
-                rest = [label for label in range(CLASSES) if label != index % CLASSES]
-                assert moved[rest].abs().max() < 1e-9
+            if name.startswith("cluster"):  # One cluster of its own class, and no other.
+                places = (moved.abs().amax(2) > 1e-9).nonzero().tolist()
+                assert len(places) <= 1
+                assert all(place[0] == index % CLASSES for place in places)
         if record == "white":  # The bounds are tight: no smaller one would do.
             moved = whole["mean"] - without["mean"]
             assert moved.norm() >= plan.mean_norm * (1 - TINY)
@@ -121,9 +151,26 @@ def test_a_record_in_the_subspace_reaches_the_bounds_of_its_class(max_norm):
     plan, image = plan_of(config), torch.full((1, 1, 8, 8), 255.0)
     basis = torch.eye(64, dtype=torch.float64)[:4]
     basis[0] = 1 / 8  # The direction of white.
-    one = sums_of(Split(image, torch.tensor([2])), config, torch.zeros(64), basis[:1])
-    assert one["class_means"].norm().item() == pytest.approx(plan.max_norm)
-    assert one["class_seconds"].norm().item() == pytest.approx(plan.max_norm**2)
+    centers = torch.zeros((CLASSES, 2, 1), dtype=torch.float64)
+    one = sums_of(Split(image, torch.tensor([2])), config, torch.zeros(64), basis[:1], centers)
+    assert one["clusters of round 0"].norm().item() == pytest.approx(plan.cluster_norm)
+    assert one["clusters of round 1"].norm().item() == pytest.approx(plan.cluster_norm)
+    assert one["cluster seconds"].norm().item() == pytest.approx(plan.max_norm**2)
+    assert one["clusters of round 0"][2, 0, 0].item() == pytest.approx(plan.max_norm / 2)
+
+
+@pytest.mark.parametrize("count", [60, 1_024, 1_025, 2_500])
+def test_no_other_record_moves_a_point_by_a_bit(count):
+    """Or a cluster could change with the rounding of others, which no bound counts."""
+    config, split = settings(), random_split(count)
+    plan, mean = plan_of(config), torch.full((64,), 0.5)
+    basis = leading(torch.cov(torch.rand((64, 90)).double()), 4)
+    points = coordinates(split, mean, basis, config.central_images, plan)
+    for index in (0, 7, count - 1):
+        others = torch.arange(count) != index
+        fewer = Split(split.images[others], split.labels[others])
+        found = coordinates(fewer, mean, basis, config.central_images, plan)
+        assert torch.equal(found, points[others])
 
 
 def test_triangles_keep_norms_and_come_back():
@@ -166,11 +213,12 @@ def test_noise_has_the_planned_scale_on_every_sum(monkeypatch):
     streams = [KeyedStream(number.to_bytes(32, "big")) for number in range(270)]
     drawn = [released_sums(monkeypatch, empty, config, stream) for stream in streams]
     shapes = {name: drawn[0][name].shape for name in PARTS}
-    assert list(shapes.values()) == [(256,), (32_896,), (CLASSES, 256), (CLASSES, 32_896)]
+    assert list(shapes.values()) == [(256,), (32_896,), (CLASSES, 1, 257), (CLASSES, 2, 257),
+                                     (CLASSES, 2, 32_896)]  # fmt: skip
     total = 0.0
     for name, (norm, stddev) in bounds(plan).items():
         rows = torch.cat([kept[name].view(-1, shapes[name][-1]) for kept in drawn])
-        of_each = CLASSES if name.startswith("class") else 1
+        of_each = shapes[name][:-1].numel()
         for label in range(of_each):
             values = rows[label::of_each].flatten()[:200_000].numpy()
             assert is_normal(values, stddev), name
@@ -178,8 +226,10 @@ def test_noise_has_the_planned_scale_on_every_sum(monkeypatch):
                 assert not is_normal(values, wrong * stddev), name
         total += (norm / stddev) ** 2
     assert total == pytest.approx(4.0**-2, rel=1e-9)  # One Gaussian mechanism, all shares paid.
-    flat = drawn[0]["class_seconds"]
-    assert (torch.corrcoef(flat) - torch.eye(CLASSES)).abs().max() < 0.04
+    flat = drawn[0]["cluster seconds"].flatten(0, 1)
+    assert (torch.corrcoef(flat) - torch.eye(2 * CLASSES)).abs().max() < 0.04
+    rounds = [torch.cat([kept[name][:, 0, 1:].flatten() for kept in drawn]) for name in PARTS[2:4]]
+    assert torch.corrcoef(torch.stack(rounds))[0, 1].abs() < 0.01  # Each has noise of its own.
 
 
 def test_sums_and_noise_are_rounded_once_and_together(monkeypatch):
@@ -188,34 +238,62 @@ def test_sums_and_noise_are_rounded_once_and_together(monkeypatch):
     kept = released_sums(monkeypatch, split, config)
     mean = (kept["mean"] / plan.num_examples).clamp(0.0, 1.0)
     second = from_triangle((kept["second"] / plan.num_examples).double())
-    sums = sums_of(split, config, mean, leading(second, 4))
+    basis = leading(second, 4)
+    spread, firsts = (basis @ second @ basis.T).diagonal(), torch.zeros(CLASSES, 1, 4).double()
+    centers = [firsts]
+    for number in range(ROUNDS):
+        sums = kept[PARTS[2 + number]].double()
+        centers.append(next_centers(centers[-1], sums, spread, number, plan))
+    sums = sums_of(split, config, mean, basis, *centers[1:])
     for number, (name, (_, stddev)) in enumerate(bounds(plan).items()):
         drawn = stddev * box_muller(NOISE, number, sums[name].numel()).view_as(sums[name])
         assert torch.equal(kept[name], (sums[name] + drawn).float()), name
         assert not torch.equal(kept[name], sums[name].float() + drawn.float()), name
 
 
-def test_divisors_are_the_public_expected_counts():
-    config = settings(central_images__image_size=4, central_images__num_components=16)
+def test_divisors_are_public_or_released(monkeypatch):
+    config = settings(central_images__num_components=16, central_images__noise_multiplier=0.5,
+                      dataset__num_examples=2_900)  # fmt: skip
+    plan, split = plan_of(config), random_split(3_000)
+    split.images[::2] //= 4  # Two clusters in each class.
+    kept = released_sums(monkeypatch, split, config)
+    found = release_moments(split, CLASSES, config.central_images, plan, NOISE)
+    mean = (kept["mean"] / 2_900).clamp(0.0, 1.0)  # As the configuration says; there are 3,000.
+    assert torch.equal(found.mean.flatten(), mean)
+    trace = from_triangle(kept["second"].double()).trace() / 2_900
+    assert found.variance.item() == pytest.approx(trace.item(), rel=1e-6)
+    last = kept["clusters of round 1"].double()
+    torch.testing.assert_close(found.counts.double(), last[..., 0] / plan.count_norm)
+    assert (found.counts - found.counts.round()).abs().max() > 1e-3  # Noisy.
+    assert (found.counts > plan.smallest_count).all()
+    means = last[..., 1:] / (last[..., :1] / plan.count_norm)
+    torch.testing.assert_close(found.means.double(), means, rtol=1e-5, atol=1e-5)
+    assert torch.equal(found.seconds, from_triangle(kept["cluster seconds"]))
+
+
+def test_without_noise_each_class_has_the_moments_of_its_images():
+    config = settings(
+        central_images__image_size=4, central_images__num_components=16,
+        central_images__num_clusters=1,
+    )  # fmt: skip
     quiet = dataclasses.replace(plan_of(config), noise_multiplier=1e-12)
-    for count in (300, 600):
-        split = random_split(count, side=4)
-        labels = torch.where(split.labels == 2, 1, split.labels)  # Class 2 is empty.
-        moments = release_moments(
-            Split(split.images, labels), CLASSES, config.central_images, quiet, NOISE
-        )
-        pixels = split.images.double().flatten(1) / 255
-        mean = (pixels.sum(0) / 300).clamp(0, 1)
-        torch.testing.assert_close(moments.mean.flatten().double(), mean, rtol=0, atol=1e-6)
-        basis = moments.basis.flatten(1).double()
-        torch.testing.assert_close(basis @ basis.T, torch.eye(16).double(), rtol=0, atol=1e-6)
-        for label in range(CLASSES):
-            rows = (pixels[labels == label] - mean) @ basis.T
-            found = moments.class_means[label].double(), moments.class_seconds[label].double()
-            torch.testing.assert_close(found[0], rows.sum(0) / 100, rtol=0, atol=1e-5)
-            torch.testing.assert_close(found[1], rows.T @ rows / 100, rtol=0, atol=1e-5)
-        variance = (pixels - mean).square().sum() / 300
-        assert moments.variance.item() == pytest.approx(variance.item(), rel=1e-5)
+    assert quiet.num_rounds == 1
+    split = random_split(300, side=4)
+    labels = torch.where(split.labels == 2, 1, split.labels)  # Class 2 is empty.
+    images = Split(split.images, labels)
+    found = release_moments(images, CLASSES, config.central_images, quiet, NOISE)
+    pixels = split.images.double().flatten(1) / 255
+    mean = pixels.sum(0) / 300
+    basis = found.basis.flatten(1).double()
+    torch.testing.assert_close(basis @ basis.T, torch.eye(16).double(), rtol=0, atol=1e-6)
+    for label in range(2):
+        rows = (pixels[labels == label] - mean) @ basis.T
+        assert found.counts[label].item() == pytest.approx(len(rows))
+        center = rows.mean(0)
+        torch.testing.assert_close(found.means[label, 0].double(), center, rtol=0, atol=1e-5)
+        products = (rows - center).T @ (rows - center)
+        torch.testing.assert_close(found.seconds[label, 0].double(), products, rtol=0, atol=1e-3)
+    assert not found.means[2].any()
 
 
 def test_numbers_of_the_release_come_from_the_configuration_alone():
@@ -224,7 +302,12 @@ def test_numbers_of_the_release_come_from_the_configuration_alone():
     shares = (0.02, 0.18, 0.1, 1 - (0.02 + 0.18 + 0.1))
     plan = make_plan(config).moments
     assert plan is not None
-    assert dataclasses.astuple(plan) == (4.0, size / 2, size, *shares, 1000, 100.0, 1.0)
+    assert dataclasses.astuple(plan) == (4.0, size / 2, size, 1, 1, *shares, 1000, 1.0)
+    config = load({}, MOMENTS | {"central_images.num_clusters": 7, "central_images.num_rounds": 5})
+    plan = make_plan(config).moments
+    assert plan is not None
+    assert (plan.num_clusters, plan.num_rounds) == (7, 5)
+    assert 5 * plan.round_share == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize("relation", list(RELATIONS))
@@ -247,7 +330,8 @@ def test_replacing_one_record_moves_each_sum_by_at_most_twice_its_norm():
     for name, (norm, _) in bounds(plan_of(config)).items():
         moved = (sums[0][name] - sums[1][name]).norm()
         assert moved <= 2 * norm * (1 + TINY)
-    assert (sums[0]["class_means"] - sums[1]["class_means"]).norm() > 1.4 * 2.0 * (1 - TINY)
+    moved = (sums[0]["clusters of round 0"] - sums[1]["clusters of round 0"]).norm()
+    assert moved > 2**0.5 * plan_of(config).cluster_norm * (1 - TINY)
 
 
 def test_epsilon_of_the_trial_is_that_of_moments_and_dp_sgd():

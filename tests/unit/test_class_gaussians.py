@@ -12,7 +12,7 @@ from core.diffusion.gaussians import Gaussians
 from core.diffusion.loss import draw, edm_loss
 from core.diffusion.sampler import sample
 from core.privacy.keys import KeyedStream
-from core.privacy.mechanisms.moments import release_moments
+from core.privacy.mechanisms.moments import Moments, release_moments
 from core.privacy.mechanisms.per_example_gradients import PerExampleGradients
 from core.privacy.plan.releases import MomentsPlan
 from core.training.class_gaussians import gaussians_of
@@ -30,79 +30,100 @@ SETTINGS = {
 }
 
 
-def gaussians(pixels: int, components: int, classes: int = 2, seed: int = 0) -> Gaussians:
-    """Arbitrary ones, in float64."""
+def gaussians(pixels: int, components: int, clusters: int = 2, seed: int = 0) -> Gaussians:
+    """Arbitrary ones of two classes, in float64."""
     generator = torch.Generator().manual_seed(seed)
 
-    def orthonormal(rows: int, columns: int) -> torch.Tensor:
-        drawn = torch.randn((columns, rows), generator=generator, dtype=torch.float64)
-        return torch.linalg.qr(drawn)[0].T
+    def orthonormal(*shape: int) -> torch.Tensor:
+        drawn = torch.randn(shape, generator=generator, dtype=torch.float64)
+        return torch.linalg.qr(drawn.mT)[0].mT
 
-    found = Gaussians(pixels, components, classes).double()
-    axes = [orthonormal(components, components) for _ in range(classes + 1)]
+    found = Gaussians(pixels, components, 2, clusters).double()
+    shape = (3, clusters, components)
     state = {
         "center": torch.randn(pixels, generator=generator) / 3,
         "basis": orthonormal(components, pixels),
-        "means": torch.randn((classes + 1, components), generator=generator),
-        "axes": torch.stack(axes),
-        "variances": 2 * torch.rand((classes + 1, components), generator=generator),
+        "log_weights": torch.rand((3, clusters), generator=generator).log_softmax(1),
+        "means": torch.randn(shape, generator=generator),
+        "axes": orthonormal(*shape, components),
+        "variances": 2 * torch.rand(shape, generator=generator),
         "outside": torch.tensor(0.3),
         "residual": torch.tensor(0.3),
     }
-    found.load_state_dict(state)
+    found.load_state_dict(found.state_dict() | state)
     return found
 
 
-def covariance(found: Gaussians, label: int) -> torch.Tensor:
-    columns = found.basis.T @ found.axes[label]
-    inside = (columns * found.variances[label]) @ columns.T
+def covariance(found: Gaussians, label: int, cluster: int = 0) -> torch.Tensor:
+    columns = found.basis.T @ found.axes[label, cluster]
+    inside = (columns * found.variances[label, cluster]) @ columns.T
     return inside + found.outside * torch.eye(len(found.center), dtype=inside.dtype)
 
 
-def mean_of(found: Gaussians, label: int) -> torch.Tensor:
-    return found.center + found.means[label] @ found.basis
+def mean_of(found: Gaussians, label: int, cluster: int = 0) -> torch.Tensor:
+    return found.center + found.means[label, cluster] @ found.basis
+
+
+def by_quadrature(
+    found: Gaussians, label: int, cluster: int, noisy: torch.Tensor, sigma: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logarithm of the density of `noisy`, posterior mean, and variance, mean over pixels."""
+    pixels = len(noisy)
+    mean, wide = mean_of(found, label, cluster), covariance(found, label, cluster)
+    # The integrand lies within some deviations of its peak, which quadrature must resolve.
+    around = (wide.inverse() + torch.eye(pixels) / sigma**2).inverse()
+    peak = around @ (wide.inverse() @ mean + noisy / sigma**2)
+    reach = 9 * around.diagonal().sqrt()
+    lines = [torch.linspace(-r, r, 301).double() + p for r, p in zip(reach, peak, strict=True)]
+    points = torch.cartesian_prod(*lines).view(-1, pixels)
+    apart, noise = points - mean, noisy - points
+    logs = -((apart @ wide.inverse()) * apart).sum(1) / 2 - noise.square().sum(1) / 2 / sigma**2
+    weights = torch.softmax(logs, 0)
+    expected = weights @ points
+    density = torch.logsumexp(logs, 0) + reach.log().sum() - wide.logdet() / 2
+    return density, expected, (weights @ (points - expected).square()).mean()
 
 
 @pytest.mark.parametrize("sigma", [0.002, 0.3, 1.7, 80.0])
 @pytest.mark.parametrize(("pixels", "components"), [(1, 1), (2, 1), (2, 2)])
-def test_the_closed_form_is_the_posterior_mean_by_quadrature(sigma, pixels, components):
-    found = gaussians(pixels, components)
+@pytest.mark.parametrize("clusters", [1, 3])
+def test_the_closed_form_is_the_posterior_mean_by_quadrature(sigma, pixels, components, clusters):
+    found = gaussians(pixels, components, clusters)
     for label in range(3):
-        mean, wide = mean_of(found, label), covariance(found, label)
-        noisy = mean + torch.tensor([0.7, -1.1][:pixels]).double()
-        # The integrand lies within some deviations of its peak, which quadrature must resolve.
-        around = (wide.inverse() + torch.eye(pixels) / sigma**2).inverse()
-        peak = around @ (wide.inverse() @ mean + noisy / sigma**2)
-        reach = 9 * around.diagonal().sqrt()
-        lines = [torch.linspace(-r, r, 301).double() + p for r, p in zip(reach, peak, strict=True)]
-        points = torch.cartesian_prod(*lines).view(-1, pixels)
-        apart, noise = points - mean, noisy - points
-        logs = -((apart @ wide.inverse()) * apart).sum(1) / 2 - noise.square().sum(1) / 2 / sigma**2
-        weights = torch.softmax(logs, 0)
-        expected = weights @ points
+        noisy = mean_of(found, label) + torch.tensor([0.7, -1.1][:pixels]).double()
+        parts = [by_quadrature(found, label, each, noisy, sigma) for each in range(clusters)]
+        densities, means, variances = (torch.stack(part) for part in zip(*parts, strict=True))
+        prior = found.log_weights[label]
+        expected = torch.softmax(prior + densities, 0) @ means
         level, labels = torch.tensor([sigma]).double(), torch.tensor([label])
         closed = found(noisy.view(1, 1, 1, pixels), level, labels).flatten()
         torch.testing.assert_close(closed, expected, rtol=1e-6, atol=1e-6)
-        # As the residual is the variance outside, the error is the posterior variance.
-        spread = (weights @ (points - expected).square()).mean()
+        # As the residual is the variance outside, the error, while nothing is ambiguous, is the
+        # posterior variance.
+        spread = prior.exp() @ variances
         torch.testing.assert_close(found.error(level, labels)[0], spread, rtol=1e-4, atol=1e-12)
 
 
-def test_the_error_is_that_of_images_of_another_variance_outside():
-    found = gaussians(12, 3)
+@pytest.mark.parametrize("clusters", [1, 3])
+def test_the_error_is_that_of_images_of_another_variance_outside(clusters):
+    found = gaussians(12, 3, clusters)
+    found.means *= 2
     found.residual.fill_(0.9)
+    found.float().measure(torch.Generator().manual_seed(2))
     generator = torch.Generator().manual_seed(1)
     count, label = 60_000, torch.ones(60_000, dtype=torch.long)
-    clean = found.along(label, torch.randn((count, 3), generator=generator).double())
-    drawn = torch.randn((count, 12), generator=generator).double()
+    clean = found.draw(label, generator)
+    drawn = torch.randn((count, 12), generator=generator)
     inside = (drawn @ found.basis.T) @ found.basis
     clean += found.outside.sqrt() * inside + found.residual.sqrt() * (drawn - inside)
     for sigma in (0.1, 0.6, 3.0):
-        noisy = clean + sigma * torch.randn(clean.shape, generator=generator).double()
-        level = torch.full((count,), sigma).double()
+        noisy = clean + sigma * torch.randn(clean.shape, generator=generator)
+        level = torch.full((count,), sigma)
         closed = found(noisy.view(-1, 1, 3, 4), level, label).flatten(1)
-        error = (closed - clean).square().mean()
-        assert error.item() == pytest.approx(found.error(level, label)[0].item(), rel=0.01)
+        error, close = (closed - clean).square().mean(), 0.01 if clusters == 1 else 0.03
+        assert error.item() == pytest.approx(found.error(level, label)[0].item(), rel=close)
+    if clusters > 1:  # Else the check above would not see it.
+        assert found.ambiguity[1].max() / 12 > 0.05 * error
 
 
 def test_the_isotropic_case_is_edms_preconditioning():
@@ -227,14 +248,94 @@ def test_before_any_step_it_samples_the_class_gaussians(name, steps):
 
 
 def test_plain_draws_have_the_moments_but_for_what_is_assumed_outside():
-    found = gaussians(6, 3).float()
-    labels = torch.arange(60_000) % 3
+    found = gaussians(6, 3, clusters=3).float()
+    labels = torch.arange(90_000) % 3
     images = found.draw(labels, torch.Generator().manual_seed(0))
     for label in range(3):
-        drawn, wide = images[labels == label], covariance(found, label)
-        assert (drawn.mean(0) - mean_of(found, label)).abs().max() < 0.03
-        expected = wide - found.outside * torch.eye(6)
+        weights = found.log_weights[label].exp()
+        means = torch.stack([mean_of(found, label, each) for each in range(3)])
+        wide = torch.stack([covariance(found, label, each) for each in range(3)])
+        wide = (weights[:, None, None] * (wide + means[:, :, None] * means[:, None, :])).sum(0)
+        mean = weights @ means
+        drawn = images[labels == label]
+        assert (drawn.mean(0) - mean).abs().max() < 0.03
+        expected = wide - mean[:, None] * mean - found.outside * torch.eye(6)
         assert (torch.cov(drawn.T) - expected).norm() < 0.05 * wide.norm()
+
+
+def of_two_kinds(count: int = 4_000) -> Split:
+    """Two classes, each of images that are light above or light below, one kind three in four."""
+    generator = torch.Generator().manual_seed(0)
+    labels, kinds = torch.arange(count) % 2, torch.arange(count) // 2 % 4 == 0
+    images = 0.2 + 0.1 * torch.rand((count, 1, 4, 4), generator=generator)
+    images[kinds, :, :2] += 0.5
+    images[~kinds, :, 2:] += 0.5
+    images[labels == 1] += 0.1
+    return Split((255 * images).round().byte(), labels)
+
+
+TWO = {"dataset.image_size": 4, "central_images.num_clusters": 2}
+
+
+@pytest.mark.parametrize("clusters", [2, 5])
+def test_clusters_are_the_kinds_of_images_of_a_class(clusters):
+    config = load({}, SETTINGS | TWO | {"central_images.num_clusters": clusters})
+    split = of_two_kinds()
+    found = released(config, split)
+    rows = 2 * split.images.double().flatten(1) / 255 - 1
+    kinds = torch.arange(4_000) // 2 % 4 == 0
+    for label in range(2):
+        weights = found.log_weights[label].exp()
+        assert weights.sum().item() == pytest.approx(1, abs=1e-5)
+        means = torch.stack([mean_of(found, label, each) for each in range(clusters)])
+        for kind, share in ((kinds, 0.25), (~kinds, 0.75)):
+            center = rows[kind & (split.labels == label)].mean(0).float()
+            near = (means - center).norm(dim=1) < 0.3
+            assert weights[near].sum().item() == pytest.approx(share, abs=1e-3)
+    drawn = found.draw(torch.zeros(400, dtype=torch.long), torch.Generator().manual_seed(0))
+    above = drawn.view(-1, 4, 4)[:, :2].mean((1, 2)) > drawn.view(-1, 4, 4)[:, 2:].mean((1, 2))
+    assert above.float().mean().item() == pytest.approx(0.25, abs=0.07)
+
+
+def test_a_cluster_of_too_few_images_is_left_out():
+    config = load({}, SETTINGS | TWO | {"central_images.num_clusters": 3})
+    plan = MomentsPlan.of(config)
+    assert plan is not None
+    moments = release_moments(of_two_kinds(), 2, config.central_images, plan, NOISE)
+    counts = torch.tensor([[2_000.0, -30.0, plan.smallest_count - 1], [3.0, 5.0, -8.0]])
+    found = gaussians_of(dataclasses.replace(moments, counts=counts), plan, config)
+    assert found.log_weights[0].exp().tolist() == [1.0, 0.0, 0.0]
+    assert found.log_weights[1].exp().tolist() == [0.0, 1.0, 0.0]  # All that the class has.
+    assert all(value.isfinite().all() for value in found.state_dict().values())
+    labels = torch.tensor([0, 1] * 50)
+    drawn = found.draw(labels, torch.Generator().manual_seed(0))
+    assert drawn.isfinite().all()
+
+
+def test_covariances_of_clusters_are_drawn_towards_their_class_as_far_as_chance_explains():
+    config = load({}, SETTINGS | TWO)
+    plan = MomentsPlan.of(config)
+    assert plan is not None
+    alike = torch.eye(6).expand(2, 2, 6, 6)
+    apart = alike.clone()
+    apart[0, 0, 0, 0] = 20.0
+
+    def variances(covariances: torch.Tensor, noise: float, count: float) -> torch.Tensor:
+        quiet = dataclasses.replace(plan, noise_multiplier=noise)
+        moments = Moments(
+            torch.zeros(1, 4, 4), torch.eye(6, 16).view(6, 1, 4, 4), torch.full((2, 2), count),
+            torch.zeros(2, 2, 6), count * covariances, torch.tensor(30.0),
+        )  # fmt: skip
+        return gaussians_of(moments, quiet, config).variances / 4
+
+    torch.testing.assert_close(variances(alike, 1e-9, 1e6)[:2], torch.ones(2, 2, 6))
+    many = variances(apart, 1e-9, 1e6)
+    assert many[0, 0, -1].item() == pytest.approx(20, rel=1e-3)
+    assert many[0, 1, -1].item() == pytest.approx(1, rel=1e-3)
+    few = variances(apart, 1e-9, 2.0)
+    assert few[0, 0, -1].item() == pytest.approx(10.5, rel=0.01)  # Of two images: chance.
+    loud = variances(apart, 1e6, 1e6)
+    assert loud[0, 0].max() == loud[0, 1].max()
 
 
 def test_each_example_has_the_gradient_of_its_own_weighted_loss():

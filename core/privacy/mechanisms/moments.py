@@ -1,14 +1,16 @@
-"""Class moments: noisy means and second moments of all private images, class by class.
+"""Clustered class moments: noisy counts, means and second moments of the clusters of each class.
 
-Four Gaussian mechanisms on all records, each of which may depend on what those before it released:
-the mean of all images; their second moment about it, whose leading eigenvectors span the subspace
-of principal components (Dwork et al. 2014, "Analyze Gauss"); and in this subspace the mean and the
-second moment of each class. Every image is taken at a small side, in [0, 1]. The product of an
-image with itself is a symmetric matrix, of which the upper triangle is released; entries off the
-diagonal are scaled by sqrt(2), so that the vector has the norm of the matrix.
+Gaussian mechanisms on all records, each of which may depend on what those before it released: the
+mean of all images; their second moment about it, whose leading eigenvectors span the subspace of
+principal components (Dwork et al. 2014, "Analyze Gauss"); in this subspace rounds of Lloyd's
+algorithm within each class, which release the count and the sum of each cluster (Blum et al. 2005,
+"Practical privacy: the SuLQ framework"); and the second moment of each cluster about its released
+mean. Every image is taken at a small side, in [0, 1]. The product of an image with itself is a
+symmetric matrix, of which the upper triangle is released; entries off the diagonal are scaled by
+sqrt(2), so that the vector has the norm of the matrix.
 
-Dividing by public expected counts and everything later is post-processing. With d values of an
-image at the small side, the second moment takes about 40 d^2 bytes and N d^2 operations.
+Means and all that follows are post-processing. With d values of an image at the small side, the
+second moment takes about 40 d^2 bytes and N d^2 operations.
 """
 # scipy has no types:
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
@@ -24,8 +26,11 @@ from core.data import Split
 from core.privacy.keys import KeyedStream
 from core.privacy.mechanisms.central_images import clipped, down_scaled
 from core.privacy.plan.releases import MomentsPlan
+from core.seeds import public_seed
 
 _CHUNK = 1024
+_SPREAD, _NEARBY = 0.7, 0.3
+"""Standard deviations, of those within classes, at which clusters begin and begin anew."""
 
 
 @dataclass(frozen=True)
@@ -35,15 +40,18 @@ class Moments:
     Attributes:
         mean: of all images, `[C, h, w]`, in [0, 1].
         basis: orthonormal principal components, `[k, C, h, w]`, the leading one first.
-        class_means: of the classes, less `mean`, in the basis: `[num_classes, k]`.
-        class_seconds: second moments about `mean`, in the basis: `[num_classes, k, k]`.
+        counts: noisy numbers of images of the clusters of each class, `[num_classes, J]`; those of
+            small ones may be negative.
+        means: of the clusters, less `mean`, in the basis: `[num_classes, J, k]`.
+        seconds: sums of products about `means`, in the basis: `[num_classes, J, k, k]`.
         variance: of all images about `mean`, summed over pixels, as the noisy trace tells it: `[]`.
     """
 
     mean: torch.Tensor
     basis: torch.Tensor
-    class_means: torch.Tensor
-    class_seconds: torch.Tensor
+    counts: torch.Tensor
+    means: torch.Tensor
+    seconds: torch.Tensor
     variance: torch.Tensor
 
 
@@ -61,9 +69,9 @@ def release_moments(
         plan: noise, norms and divisors; the only source of these numbers.
         noise: secret stream of the Gaussian noise.
 
-    Privacy: each record adds a vector of at most the stated norm to each of four sums, and of those
-    of the classes to the row of its own; every entry gets noise of `plan.stddev` in float64. Sums
-    and noise are rounded once, together; all after that is post-processing.
+    Privacy: each record adds a vector of at most the stated norm to each sum, and of those of the
+        clusters to the row of one; every entry gets noise of `plan.stddev` in float64. Sums and
+        noise are rounded once, together; all after that is post-processing.
     """
 
     def noisy(number: int, sums: torch.Tensor, norm: float, share: float) -> torch.Tensor:
@@ -77,14 +85,28 @@ def release_moments(
     second = noisy(1, second, plan.max_norm**2, plan.subspace_share) / plan.num_examples
     matrix = from_triangle(second.double())
     basis = leading(matrix, config.num_components)
-    firsts, seconds = class_sums(train, mean, basis, num_classes, config, plan)
-    firsts = noisy(2, firsts, plan.max_norm, plan.class_mean_share)
-    seconds = noisy(3, seconds, plan.max_norm**2, plan.class_second_share)
+    points = coordinates(train, mean, basis, config, plan)
+    spread = (basis @ matrix @ basis.T).diagonal()
+
+    def one_round(
+        number: int, centers: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        clusters = nearest(points, train.labels, centers)
+        sums = cluster_sums(points, train.labels, clusters, centers, plan)
+        sums = noisy(2 + number, sums, plan.cluster_norm, plan.round_share).double()
+        return clusters, sums, next_centers(centers, sums, spread, number, plan)
+
+    clusters, sums, centers = one_round(0, points.new_zeros((num_classes, 1, len(basis))))
+    for number in range(1, plan.num_rounds):
+        clusters, sums, centers = one_round(number, centers)
+    seconds = cluster_seconds(points, train.labels, clusters, centers, plan)
+    seconds = noisy(2 + plan.num_rounds, seconds, plan.max_norm**2, plan.second_share)
     return Moments(
         mean=mean.view(shape),
         basis=basis.view(-1, *shape).float(),
-        class_means=firsts / plan.expected_class_count,
-        class_seconds=from_triangle(seconds / plan.expected_class_count),
+        counts=(sums[..., 0] / plan.count_norm).float(),
+        means=centers.float(),
+        seconds=from_triangle(seconds),
         variance=matrix.trace().float(),
     )
 
@@ -95,7 +117,7 @@ def mean_sum(train: Split, config: CentralImagesConfig, plan: MomentsPlan) -> to
     Privacy: not private by itself. Each image adds a vector of norm at most `plan.mean_norm`.
     """
     total = torch.zeros(_size(train, config), dtype=torch.float64)
-    for rows, _ in _rows(train, config, config.pixel_center, plan.mean_norm):
+    for rows in _rows(train, config, config.pixel_center, plan.mean_norm):
         total += rows.sum(0)
     return total
 
@@ -109,39 +131,115 @@ def second_sum(
     """
     size = _size(train, config)
     total = torch.zeros((size, size), dtype=torch.float64)
-    for rows, _ in _rows(train, config, mean.double(), plan.max_norm):
+    for rows in _rows(train, config, mean.double(), plan.max_norm):
         total.addmm_(rows.T, rows)
     return to_triangle(total)
 
 
-def class_sums(
+def coordinates(
     train: Split,
     mean: torch.Tensor,
     basis: torch.Tensor,
-    num_classes: int,
     config: CentralImagesConfig,
     plan: MomentsPlan,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The last two: sums of coordinates in the basis, and of their products, for each class.
+) -> torch.Tensor:
+    """Of each image less the released mean, clipped, in the basis, float64 `[N, k]`.
 
     Args:
         basis: orthonormal rows, float64 `[k, d]`.
 
-    Returns:
-        float64 `[num_classes, k]` and `[num_classes, k (k + 1) / 2]`.
-
-    Privacy: not private by themselves. Each image adds to the rows of its own class vectors of norm
-    at most `plan.max_norm` and `plan.max_norm**2`, and nothing to the others.
+    Privacy: not private. Each row depends on one image alone, to the last bit, as every product has
+        as many rows: a cluster that changed with the rounding of others would escape the bounds.
     """
-    firsts = torch.zeros((num_classes, len(basis)), dtype=torch.float64)
-    seconds = torch.zeros((num_classes, len(basis), len(basis)), dtype=torch.float64)
-    for rows, labels in _rows(train, config, mean.double(), plan.max_norm):
-        coordinates = rows @ basis.T
-        firsts.index_add_(0, labels, coordinates)
-        for label in labels.unique().tolist():
-            mine = coordinates[labels == label]
-            seconds[label].addmm_(mine.T, mine)
-    return firsts, to_triangle(seconds)
+    points = torch.zeros((len(train.labels), len(basis)), dtype=torch.float64)
+    for start, rows in enumerate(_rows(train, config, mean.double(), plan.max_norm)):
+        padded = torch.nn.functional.pad(rows, (0, 0, 0, _CHUNK - len(rows)))
+        begin = start * _CHUNK
+        points[begin : begin + len(rows)] = (padded @ basis.T)[: len(rows)]
+    return points
+
+
+def nearest(points: torch.Tensor, labels: torch.Tensor, centers: torch.Tensor) -> torch.Tensor:
+    """The nearest of the centers `[num_classes, J, k]` of each point's class, the first of equals.
+
+    Returns:
+        int64 `[N]`, in [0, J).
+
+    Privacy: not private. Each depends on one image alone.
+    """
+    parts = zip(points.split(_CHUNK), labels.split(_CHUNK), strict=True)
+    found = [(rows[:, None] - centers[own]).square().sum(2).argmin(1) for rows, own in parts]
+    return torch.cat(found)
+
+
+def cluster_sums(
+    points: torch.Tensor,
+    labels: torch.Tensor,
+    clusters: torch.Tensor,
+    centers: torch.Tensor,
+    plan: MomentsPlan,
+) -> torch.Tensor:
+    """Counts, times `plan.count_norm`, and sums of the clusters, float64 `[num_classes, J, 1 + k]`.
+
+    Privacy: not private by itself. Each image adds to the row of one cluster of its own class a
+    vector of norm at most `plan.cluster_norm`, and nothing to the others.
+    """
+    classes, size = centers.shape[:2]
+    sums = points.new_zeros((classes * size, 1 + points.shape[1]))
+    ones = points.new_full((len(points), 1), plan.count_norm)
+    sums.index_add_(0, labels * size + clusters, torch.cat((ones, points), dim=1))
+    return sums.view(classes, size, -1)
+
+
+def cluster_seconds(
+    points: torch.Tensor,
+    labels: torch.Tensor,
+    clusters: torch.Tensor,
+    centers: torch.Tensor,
+    plan: MomentsPlan,
+) -> torch.Tensor:
+    """The last: sums of products about `centers`, float64 `[num_classes, J, k (k + 1) / 2]`.
+
+    Privacy: not private by itself. Each image adds to the row of one cluster of its own class a
+    vector of norm at most `plan.max_norm**2`, and nothing to the others.
+    """
+    classes, size, count = centers.shape
+    apart = clipped(points - centers[labels, clusters], plan.max_norm)
+    seconds = points.new_zeros((classes * size, count, count))
+    for number, matrix in enumerate(seconds):
+        mine = apart[labels * size + clusters == number]
+        matrix.addmm_(mine.T, mine)
+    return to_triangle(seconds).view(classes, size, -1)
+
+
+def next_centers(
+    centers: torch.Tensor, sums: torch.Tensor, spread: torch.Tensor, number: int, plan: MomentsPlan
+) -> torch.Tensor:
+    """Centers of clusters after the sums of round `number`, float64 `[num_classes, J, k]`.
+
+    Those of the first round are the classes, about whose means the clusters begin. A cluster too
+    small for a mean keeps its center in the last round and begins anew beside the largest before.
+
+    Args:
+        sums: as released, of `cluster_sums`.
+        spread: variance of all images along each component, `[k]`.
+
+    Privacy: post-processing.
+    """
+    counts, firsts = sums[..., 0] / plan.count_norm, sums[..., 1:]
+    large = (counts >= plan.smallest_count)[..., None]
+    means = torch.where(large, firsts / counts.clamp(min=plan.smallest_count)[..., None], centers)
+    if number == plan.num_rounds - 1:
+        return means
+    of_class = firsts.sum(1) / counts.sum(1).clamp(min=plan.smallest_count)[:, None]
+    within = (spread - of_class.var(0, correction=0)).clamp(min=0).sqrt()
+    generator = torch.Generator().manual_seed(public_seed("clusters", number))
+    shape = (len(means), plan.num_clusters, means.shape[2])
+    drawn = within * torch.randn(shape, generator=generator, dtype=torch.float64)
+    if number == 0:
+        return means + _SPREAD * drawn
+    largest = means[torch.arange(len(means)), counts.argmax(1)][:, None]
+    return torch.where(large, means, largest + _NEARBY * drawn)
 
 
 def leading(matrix: torch.Tensor, count: int) -> torch.Tensor:
@@ -183,10 +281,9 @@ def _size(train: Split, config: CentralImagesConfig) -> int:
 
 def _rows(
     train: Split, config: CentralImagesConfig, center: torch.Tensor | float, max_norm: float
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yields centred, clipped images, float64 `[B, d]`, with their labels."""
-    parts = zip(torch.split(train.images, _CHUNK), torch.split(train.labels, _CHUNK), strict=True)
-    for images, labels in parts:
+) -> Iterator[torch.Tensor]:
+    """Yields centred, clipped images, float64 `[B, d]`."""
+    for images in torch.split(train.images, _CHUNK):
         if len(images):
             rows = down_scaled(images, config).double().flatten(1) - center
-            yield clipped(rows, max_norm), labels
+            yield clipped(rows, max_norm)

@@ -112,33 +112,37 @@ class CentralPlan(Aggregate):
 
 @dataclass(frozen=True)
 class MomentsPlan(Aggregate):
-    """The moments of all images and of each class: four Gaussian mechanisms, one after the other.
+    """The moments of all images and of clusters within each class: Gaussian mechanisms in a row.
 
     Each sum is scaled to norm 1 and has the square root of its share of the squared privacy
-    parameter mu^2 = 1 / noise_multiplier^2; as the shares add up to 1, all four together are
+    parameter mu^2 = 1 / noise_multiplier^2; as the shares add up to 1, all of them together are
     exactly one Gaussian mechanism of this noise multiplier (Dong, Roth and Su 2022, corollary 3.3),
     also where a later one depends on what an earlier one released.
 
     Attributes:
-        noise_multiplier: of all four together.
+        noise_multiplier: of all together.
         mean_norm: largest L2 norm that one image adds to the sum of centred images.
-        max_norm: C, to which the difference of an image from the released mean is clipped; its
+        max_norm: C, to which the difference of an image from a released mean is clipped; its
             products with itself, of which those off the diagonal count twice, have norm C^2.
+        num_clusters: of each class.
+        num_rounds: in which their counts and means are released; 1 where a class is one cluster.
+        round_share: of each of these.
+        second_share: of the clusters' second moments.
         num_examples: public divisor N of what is summed over all images.
-        expected_class_count: public divisor, N / number of classes; never a count of data.
-        sensitivity: of the four sums, each scaled to its share, as one vector.
+        sensitivity: of the sums, each scaled to its share, as one vector.
     """
 
     kind, title, is_shared = "moments", "moments", True
     noise_multiplier: float
     mean_norm: float
     max_norm: float
+    num_clusters: int
+    num_rounds: int
     mean_share: float
     subspace_share: float
-    class_mean_share: float
-    class_second_share: float
+    round_share: float
+    second_share: float
     num_examples: int
-    expected_class_count: float
     sensitivity: float = 1.0
 
     def stddev(self, norm: float, share: float) -> float:
@@ -146,9 +150,24 @@ class MomentsPlan(Aggregate):
         return self.noise_stddev * norm / math.sqrt(share)
 
     @property
-    def class_second_stddev(self) -> float:
-        """That on every entry of the sums of products of a class."""
-        return self.stddev(self.max_norm**2, self.class_second_share)
+    def count_norm(self) -> float:
+        """What an image adds to the count of its cluster, beside at most C to the sum."""
+        return self.max_norm / 2
+
+    @property
+    def cluster_norm(self) -> float:
+        """Of what an image adds to count and sum of its cluster, as one vector."""
+        return math.hypot(self.max_norm, self.count_norm)
+
+    @property
+    def smallest_count(self) -> float:
+        """Number of images below which the noise hides the mean of a cluster."""
+        return max(5 * self.stddev(self.cluster_norm, self.round_share) / self.count_norm, 1.0)
+
+    @property
+    def second_stddev(self) -> float:
+        """Absolute noise standard deviation on every entry of the sums of products of a cluster."""
+        return self.stddev(self.max_norm**2, self.second_share)
 
     @property
     def mechanism(self) -> Mechanism:
@@ -162,15 +181,19 @@ class MomentsPlan(Aggregate):
             return None
         central, dataset = config.central_images, config.dataset
         largest = math.sqrt(central.image_size**2 * dataset.channels)
+        rounds = central.num_rounds if central.num_clusters > 1 else 1
         shares = (central.mean_share, central.subspace_share, central.class_mean_share)
         return cls(
             central.noise_multiplier,
             _reach(central.pixel_center) * largest,
             min(largest, central.max_norm or math.inf),
-            *shares,
+            central.num_clusters,
+            rounds,
+            central.mean_share,
+            central.subspace_share,
+            central.class_mean_share / rounds,
             1 - sum(shares),
             dataset.num_examples,
-            dataset.num_examples / dataset.num_classes,
         )
 
     @staticmethod
