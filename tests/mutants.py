@@ -222,8 +222,15 @@ MUTANTS = (
     Mutant(
         "moments: a cluster's second moment not clipped",
         MOMENTS,
-        "clipped(points - centers[labels, clusters], plan.max_norm)",
+        "clipped(points - centers[labels, clusters], reach)",
         "points - centers[labels, clusters]",
+        OF_MOMENTS,
+    ),
+    Mutant(
+        "moments: noise of a smaller reach than the clip's",
+        MOMENTS,
+        "noisy(2 + plan.num_rounds, seconds, reach**2,",
+        "noisy(2 + plan.num_rounds, seconds, 0.98 * reach**2,",
         OF_MOMENTS,
     ),
     Mutant(

@@ -35,7 +35,8 @@ def gaussians_of(moments: Moments, plan: MomentsPlan, config: Config) -> Gaussia
     seconds = moments.seconds.double()
     inside = (shares * _per_image(seconds, counts).diagonal(dim1=2, dim2=3).sum(2)).sum()
     inside = inside + (shares * means.square().sum(2)).sum()
-    covariances = _covariances(seconds, counts, plan, config.central_images.eigenvalue_floor)
+    stddev = plan.stddev(float(moments.reach) ** 2, plan.second_share)
+    covariances = _covariances(seconds, counts, stddev, config.central_images.eigenvalue_floor)
     size = (dataset.image_size, dataset.image_size)
     center, basis = (
         _up_scaled(part.double(), size) for part in (moments.mean[None], moments.basis)
@@ -82,7 +83,7 @@ def _per_image(seconds: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
 
 
 def _covariances(
-    seconds: torch.Tensor, counts: torch.Tensor, plan: MomentsPlan, floor: float
+    seconds: torch.Tensor, counts: torch.Tensor, stddev: float, floor: float
 ) -> torch.Tensor:
     """Covariances of clusters `[num_classes, J, k, k]`, with variances >= 0.
 
@@ -94,13 +95,13 @@ def _covariances(
     pooled = (counts[..., None, None] * found).sum(1, keepdim=True)
     pooled = pooled / counts.sum(1)[:, None, None, None]
     images = counts.clamp(min=1.0)
-    noise = plan.second_stddev / images
+    noise = stddev / images
     trace = pooled.diagonal(dim1=2, dim2=3).sum(2).clamp(min=0)
     chance = noise**2 * components * (components + 1) / 2 + trace**2 / images
     distance = (found - pooled).square().sum((2, 3))
     drawn = (chance / distance).nan_to_num(nan=1.0).clamp(max=1.0)
     found = torch.lerp(found, pooled, drawn[..., None, None])
-    left = (counts > 0).sum(1, keepdim=True).sqrt() * plan.second_stddev
+    left = (counts > 0).sum(1, keepdim=True).sqrt() * stddev
     of_pooled = left / counts.sum(1, keepdim=True)
     # The largest eigenvalue of the noise alone (Wigner 1958).
     edge = torch.hypot((1 - drawn) * noise, drawn * of_pooled) * math.sqrt(2 * components)

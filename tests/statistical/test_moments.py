@@ -24,6 +24,7 @@ from core.privacy.mechanisms.moments import (
     mean_sum,
     nearest,
     next_centers,
+    reach_of,
     release_moments,
     second_sum,
     to_triangle,
@@ -54,14 +55,15 @@ def plan_of(config: Config) -> MomentsPlan:
     return plan
 
 
-def bounds(plan: MomentsPlan) -> dict[str, tuple[float, float]]:
+def bounds(plan: MomentsPlan, reach: float | None = None) -> dict[str, tuple[float, float]]:
     """What a record may add to each sum, and the noise of it."""
+    reach = reach or plan.max_norm
     of_round = (plan.cluster_norm, plan.round_share)
     parts = [
         (plan.mean_norm, plan.mean_share),
         (plan.max_norm**2, plan.subspace_share),
         *[of_round] * plan.num_rounds,
-        (plan.max_norm**2, plan.second_share),
+        (reach**2, plan.second_share),
     ]
     named = zip(PARTS, parts, strict=True)
     return {name: (norm, plan.stddev(norm, share)) for name, (norm, share) in named}
@@ -78,7 +80,7 @@ def sums_of(
     mean: torch.Tensor,
     basis: torch.Tensor,
     centers: torch.Tensor | None = None,
-    last: torch.Tensor | None = None,
+    last: tuple[torch.Tensor, float] | None = None,
 ):
     """All sums of a release that found these centers after its first round and its last."""
     central, plan, count = config.central_images, plan_of(config), len(basis)
@@ -88,8 +90,8 @@ def sums_of(
     for each in (torch.zeros(CLASSES, 1, count, dtype=torch.float64), centers):
         clusters = nearest(points, labels, each)
         found.append(cluster_sums(points, labels, clusters, each, plan))
-    last = centers if last is None else last
-    found.append(cluster_seconds(points, labels, clusters, last, plan))
+    last, reach = (centers, plan.max_norm) if last is None else last
+    found.append(cluster_seconds(points, labels, clusters, last, reach))
     return dict(zip(PARTS, found, strict=True))
 
 
@@ -173,6 +175,49 @@ def test_no_other_record_moves_a_point_by_a_bit(count):
         assert torch.equal(found, points[others])
 
 
+@pytest.mark.parametrize("reach", [1e-3, 0.4, 2.0])
+def test_differences_from_clusters_are_clipped_to_their_reach(reach):
+    """However far an image is from the mean of its cluster, in the last round or in that before."""
+    config, split = settings(), random_split(900)
+    split.images[7], split.images[8] = 255, 0
+    basis = leading(torch.cov(torch.rand((64, 90)).double()), 4)
+    mean, centers = torch.full((64,), 0.5), some_centers(CLUSTERS)
+    far = (centers + 3.0, reach)
+    whole = sums_of(split, config, mean, basis, centers, far)["cluster seconds"]
+    for index in (7, 8, 9):
+        others = torch.arange(900) != index
+        fewer = Split(split.images[others], split.labels[others])
+        moved = whole - sums_of(fewer, config, mean, basis, centers, far)["cluster seconds"]
+        assert moved.norm().item() == pytest.approx(reach**2, rel=1e-6)
+
+
+@pytest.mark.parametrize("noise", [1e-9, 1.0])
+def test_the_reach_is_that_of_the_differences_from_clusters(noise):
+    """Also under noise, whose part in the means is taken off."""
+    config = settings(dataset__num_examples=3_000)
+    plan = dataclasses.replace(plan_of(config), noise_multiplier=noise)
+    stream = torch.Generator().manual_seed(1)
+    means = torch.randn((CLASSES, 2, 4), generator=stream).double()
+    counts = torch.tensor([300.0, 700.0]).expand(CLASSES, 2).double()
+    within = torch.tensor([0.3, 0.2, 0.1, 0.1]).double()
+    mean = (counts[..., None] * means).sum((0, 1)) / 3_000
+    spread = (counts[..., None] * (means - mean) ** 2).sum((0, 1)) / 3_000 + within
+    stddev = plan.stddev(plan.cluster_norm, plan.round_share)
+    found = []
+    for _ in range(200):
+        drawn = stddev * torch.randn((CLASSES, 2, 5), generator=stream).double()
+        sums = torch.cat(
+            (plan.count_norm * counts[..., None], counts[..., None] * (means - mean)), 2
+        )
+        noisy = (sums + drawn)[..., 1:] / counts[..., None]
+        found.append(reach_of(noisy, sums, spread, plan))
+    squares = torch.tensor(found).square().mean().item()
+    assert squares == pytest.approx(1.25**2 * 0.7, rel=0.05)
+    assert reach_of(means, sums, 1e9 * spread, plan) == plan.max_norm
+    nothing = reach_of(means, 0 * sums, 0 * spread, plan)
+    assert nothing == pytest.approx(1e-3 * plan.max_norm)
+
+
 def test_triangles_keep_norms_and_come_back():
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn((5, 30), generator=generator, dtype=torch.float64)
@@ -199,12 +244,12 @@ def released_sums(
     with monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "float", record)
         patch.setattr(moments, "down_scaled", lambda images, _: images.div(255.0))
-        release_moments(split, CLASSES, config.central_images, plan_of(config), noise)
-    return kept
+        found = release_moments(split, CLASSES, config.central_images, plan_of(config), noise)
+    return kept | {"reach": found.reach}
 
 
 def test_noise_has_the_planned_scale_on_every_sum(monkeypatch):
-    """On no data, under many keys: of each of the four sums and each class apart."""
+    """On no data, under many keys: of each sum, class and cluster apart."""
     config = settings(
         dataset__image_size=16, central_images__image_size=16, central_images__num_components=256,
         central_images__max_norm=3.0,
@@ -216,6 +261,7 @@ def test_noise_has_the_planned_scale_on_every_sum(monkeypatch):
     assert list(shapes.values()) == [(256,), (32_896,), (CLASSES, 1, 257), (CLASSES, 2, 257),
                                      (CLASSES, 2, 32_896)]  # fmt: skip
     total = 0.0
+    assert {float(kept["reach"]) for kept in drawn} == {plan.max_norm}  # So much variance is noise.
     for name, (norm, stddev) in bounds(plan).items():
         rows = torch.cat([kept[name].view(-1, shapes[name][-1]) for kept in drawn])
         of_each = shapes[name][:-1].numel()
@@ -233,7 +279,7 @@ def test_noise_has_the_planned_scale_on_every_sum(monkeypatch):
 
 
 def test_sums_and_noise_are_rounded_once_and_together(monkeypatch):
-    config = settings(central_images__noise_multiplier=0.37)
+    config = settings(central_images__noise_multiplier=0.37, dataset__num_examples=3_000)
     plan, split = plan_of(config), random_split(3_000)
     kept = released_sums(monkeypatch, split, config)
     mean = (kept["mean"] / plan.num_examples).clamp(0.0, 1.0)
@@ -244,8 +290,11 @@ def test_sums_and_noise_are_rounded_once_and_together(monkeypatch):
     for number in range(ROUNDS):
         sums = kept[PARTS[2 + number]].double()
         centers.append(next_centers(centers[-1], sums, spread, number, plan))
-    sums = sums_of(split, config, mean, basis, *centers[1:])
-    for number, (name, (_, stddev)) in enumerate(bounds(plan).items()):
+    reach = reach_of(centers[-1], sums, spread, plan)
+    assert reach < 0.9 * plan.max_norm
+    assert reach == pytest.approx(kept["reach"].item())
+    sums = sums_of(split, config, mean, basis, centers[1], (centers[2], reach))
+    for number, (name, (_, stddev)) in enumerate(bounds(plan, reach).items()):
         drawn = stddev * box_muller(NOISE, number, sums[name].numel()).view_as(sums[name])
         assert torch.equal(kept[name], (sums[name] + drawn).float()), name
         assert not torch.equal(kept[name], sums[name].float() + drawn.float()), name
@@ -271,13 +320,14 @@ def test_divisors_are_public_or_released(monkeypatch):
     assert torch.equal(found.seconds, from_triangle(kept["cluster seconds"]))
 
 
-def test_without_noise_each_class_has_the_moments_of_its_images():
+def test_without_noise_each_class_has_the_moments_of_its_images(monkeypatch):
     config = settings(
         central_images__image_size=4, central_images__num_components=16,
         central_images__num_clusters=1,
     )  # fmt: skip
     quiet = dataclasses.replace(plan_of(config), noise_multiplier=1e-12)
     assert quiet.num_rounds == 1
+    monkeypatch.setattr(moments, "reach_of", lambda *_: quiet.max_norm)  # Clips none.
     split = random_split(300, side=4)
     labels = torch.where(split.labels == 2, 1, split.labels)  # Class 2 is empty.
     images = Split(split.images, labels)

@@ -12,6 +12,7 @@ from core.diffusion.gaussians import Gaussians
 from core.diffusion.loss import draw, edm_loss
 from core.diffusion.sampler import sample
 from core.privacy.keys import KeyedStream
+from core.privacy.mechanisms import moments
 from core.privacy.mechanisms.moments import Moments, release_moments
 from core.privacy.mechanisms.per_example_gradients import PerExampleGradients
 from core.privacy.plan.releases import MomentsPlan
@@ -151,8 +152,10 @@ def released(config: Config, split: Split) -> Gaussians:
     plan = MomentsPlan.of(config)
     assert plan is not None
     quiet = dataclasses.replace(plan, noise_multiplier=1e-9)
-    moments = release_moments(split, 2, config.central_images, quiet, NOISE)
-    return gaussians_of(moments, quiet, config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(moments, "reach_of", lambda *_: plan.max_norm)  # Clips none.
+        found = release_moments(split, 2, config.central_images, quiet, NOISE)
+    return gaussians_of(found, quiet, config)
 
 
 def striped(side: int, channels: int = 1) -> Split:
@@ -208,10 +211,10 @@ def test_variances_that_noise_alone_makes_count_as_zero():
     plan = MomentsPlan.of(config)
     assert plan is not None
     grey = Split(torch.full((4_000, 1, 8, 8), 128).byte(), torch.arange(4_000) % 2)
-    moments = release_moments(grey, 2, config.central_images, plan, NOISE)
-    assert gaussians_of(moments, plan, config).variances[:2].max() < 1e-6
+    drawn = release_moments(grey, 2, config.central_images, plan, NOISE)
+    assert gaussians_of(drawn, plan, config).variances[:2].max() < 1e-6
     all_kept = load({}, SETTINGS | settings)
-    assert (gaussians_of(moments, plan, all_kept).variances[:2] > 0).float().mean() > 0.3
+    assert (gaussians_of(drawn, plan, all_kept).variances[:2] > 0).float().mean() > 0.3
 
 
 def started(config: Config, found: Gaussians) -> MomentsDenoiser:
@@ -301,9 +304,9 @@ def test_a_cluster_of_too_few_images_is_left_out():
     config = load({}, SETTINGS | TWO | {"central_images.num_clusters": 3})
     plan = MomentsPlan.of(config)
     assert plan is not None
-    moments = release_moments(of_two_kinds(), 2, config.central_images, plan, NOISE)
+    whole = release_moments(of_two_kinds(), 2, config.central_images, plan, NOISE)
     counts = torch.tensor([[2_000.0, -30.0, plan.smallest_count - 1], [3.0, 5.0, -8.0]])
-    found = gaussians_of(dataclasses.replace(moments, counts=counts), plan, config)
+    found = gaussians_of(dataclasses.replace(whole, counts=counts), plan, config)
     assert found.log_weights[0].exp().tolist() == [1.0, 0.0, 0.0]
     assert found.log_weights[1].exp().tolist() == [0.0, 1.0, 0.0]  # All that the class has.
     assert all(value.isfinite().all() for value in found.state_dict().values())
@@ -322,11 +325,12 @@ def test_covariances_of_clusters_are_drawn_towards_their_class_as_far_as_chance_
 
     def variances(covariances: torch.Tensor, noise: float, count: float) -> torch.Tensor:
         quiet = dataclasses.replace(plan, noise_multiplier=noise)
-        moments = Moments(
+        drawn = Moments(
             torch.zeros(1, 4, 4), torch.eye(6, 16).view(6, 1, 4, 4), torch.full((2, 2), count),
-            torch.zeros(2, 2, 6), count * covariances, torch.tensor(30.0),
+            torch.zeros(2, 2, 6), count * covariances, torch.tensor(1.0),
+            torch.tensor(30.0),
         )  # fmt: skip
-        return gaussians_of(moments, quiet, config).variances / 4
+        return gaussians_of(drawn, quiet, config).variances / 4
 
     torch.testing.assert_close(variances(alike, 1e-9, 1e6)[:2], torch.ones(2, 2, 6))
     many = variances(apart, 1e-9, 1e6)

@@ -16,6 +16,7 @@ second moment takes about 40 d^2 bytes and N d^2 operations.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportMissingTypeStubs=false, reportUnknownArgumentType=false
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -31,6 +32,9 @@ from core.seeds import public_seed
 _CHUNK = 1024
 _SPREAD, _NEARBY = 0.7, 0.3
 """Standard deviations, of those within classes, at which clusters begin and begin anew."""
+_REACH, _LEAST_WITHIN = 1.25, 0.05
+"""Norm to which differences from clusters are clipped, of their root mean square; and the least
+part of all variance that is taken to lie within clusters."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,7 @@ class Moments:
             small ones may be negative.
         means: of the clusters, less `mean`, in the basis: `[num_classes, J, k]`.
         seconds: sums of products about `means`, in the basis: `[num_classes, J, k, k]`.
+        reach: norm to which differences from `means` are clipped, `[]`.
         variance: of all images about `mean`, summed over pixels, as the noisy trace tells it: `[]`.
     """
 
@@ -52,6 +57,7 @@ class Moments:
     counts: torch.Tensor
     means: torch.Tensor
     seconds: torch.Tensor
+    reach: torch.Tensor
     variance: torch.Tensor
 
 
@@ -99,14 +105,16 @@ def release_moments(
     clusters, sums, centers = one_round(0, points.new_zeros((num_classes, 1, len(basis))))
     for number in range(1, plan.num_rounds):
         clusters, sums, centers = one_round(number, centers)
-    seconds = cluster_seconds(points, train.labels, clusters, centers, plan)
-    seconds = noisy(2 + plan.num_rounds, seconds, plan.max_norm**2, plan.second_share)
+    reach = reach_of(centers, sums, spread, plan)
+    seconds = cluster_seconds(points, train.labels, clusters, centers, reach)
+    seconds = noisy(2 + plan.num_rounds, seconds, reach**2, plan.second_share)
     return Moments(
         mean=mean.view(shape),
         basis=basis.view(-1, *shape).float(),
         counts=(sums[..., 0] / plan.count_norm).float(),
         means=centers.float(),
         seconds=from_triangle(seconds),
+        reach=torch.tensor(reach),
         variance=matrix.trace().float(),
     )
 
@@ -196,20 +204,45 @@ def cluster_seconds(
     labels: torch.Tensor,
     clusters: torch.Tensor,
     centers: torch.Tensor,
-    plan: MomentsPlan,
+    reach: float,
 ) -> torch.Tensor:
     """The last: sums of products about `centers`, float64 `[num_classes, J, k (k + 1) / 2]`.
 
     Privacy: not private by itself. Each image adds to the row of one cluster of its own class a
-    vector of norm at most `plan.max_norm**2`, and nothing to the others.
+    vector of norm at most `reach**2`, and nothing to the others.
     """
     classes, size, count = centers.shape
-    apart = clipped(points - centers[labels, clusters], plan.max_norm)
+    apart = clipped(points - centers[labels, clusters], reach)
     seconds = points.new_zeros((classes * size, count, count))
     for number, matrix in enumerate(seconds):
         mine = apart[labels * size + clusters == number]
         matrix.addmm_(mine.T, mine)
     return to_triangle(seconds).view(classes, size, -1)
+
+
+def reach_of(
+    means: torch.Tensor, sums: torch.Tensor, spread: torch.Tensor, plan: MomentsPlan
+) -> float:
+    """To which norm differences from clusters are clipped: about their own, in (0, C].
+
+    Their mean square is the variance of all images less that of the means, of which the noise is
+    taken off; both are released.
+
+    Args:
+        means: of the clusters, `[num_classes, J, k]`.
+        sums: as released, of `cluster_sums` in the last round.
+        spread: variance of all images along each component, `[k]`.
+
+    Privacy: post-processing.
+    """
+    counts = sums[..., 0] / plan.count_norm
+    counts = torch.where(counts >= plan.smallest_count, counts, 0.0)
+    noise = plan.stddev(plan.cluster_norm, plan.round_share) / counts.clamp(min=1.0)
+    squares = means.square().sum(2) - means.shape[2] * noise**2
+    between = (counts * squares).sum() / counts.sum().clamp(min=1.0)
+    everything = spread.clamp(min=0).sum()
+    within = torch.maximum(everything - between, _LEAST_WITHIN * everything)
+    return min(max(_REACH * math.sqrt(within), 1e-3 * plan.max_norm), plan.max_norm)
 
 
 def next_centers(

@@ -122,8 +122,9 @@ class MomentsPlan(Aggregate):
     Attributes:
         noise_multiplier: of all together.
         mean_norm: largest L2 norm that one image adds to the sum of centred images.
-        max_norm: C, to which the difference of an image from a released mean is clipped; its
+        max_norm: C, to which the difference of an image from the mean of all is clipped; its
             products with itself, of which those off the diagonal count twice, have norm C^2.
+            Differences from clusters are clipped to at most that, as what is released tells.
         num_clusters: of each class.
         num_rounds: in which their counts and means are released; 1 where a class is one cluster.
         round_share: of each of these.
@@ -163,11 +164,6 @@ class MomentsPlan(Aggregate):
     def smallest_count(self) -> float:
         """Number of images below which the noise hides the mean of a cluster."""
         return max(5 * self.stddev(self.cluster_norm, self.round_share) / self.count_norm, 1.0)
-
-    @property
-    def second_stddev(self) -> float:
-        """Absolute noise standard deviation on every entry of the sums of products of a cluster."""
-        return self.stddev(self.max_norm**2, self.second_share)
 
     @property
     def mechanism(self) -> Mechanism:
