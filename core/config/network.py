@@ -48,6 +48,7 @@ class SamplerConfig(Section):
     num_steps: Annotated[int, Field(ge=2, le=4096)] = 18
     sigma_min: Positive = 0.002
     sigma_max: Positive = 80.0
+    """With central_images.kind=moments sampling starts from their noisy draws, so 1 may do."""
     rho: Positive = 7.0
     s_churn: NonNegative = 0.0
     s_min: NonNegative = 0.0

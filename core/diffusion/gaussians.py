@@ -111,6 +111,12 @@ class Gaussians(nn.Module):
         """Flat images `[B, D]` in the components alone, without the variance `outside`."""
         return self.center + self._drawn(labels, generator)[1] @ self.basis
 
+    def with_outside(self, labels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Flat images `[B, D]` of the whole model."""
+        drawn = self.draw(labels, generator)
+        noise = torch.randn(drawn.shape, generator=generator, device=drawn.device)
+        return drawn + self.outside.sqrt() * noise
+
     def _drawn(
         self, labels: torch.Tensor, generator: torch.Generator
     ) -> tuple[torch.Tensor, torch.Tensor]:

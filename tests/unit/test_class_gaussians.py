@@ -229,8 +229,10 @@ class Nothing(torch.nn.Module):
         return torch.zeros_like(x[:, :1])
 
 
-@pytest.mark.parametrize(("name", "steps"), [("heun", 24), ("ddim", 120)])
-def test_before_any_step_it_samples_the_class_gaussians(name, steps):
+@pytest.mark.parametrize(
+    ("name", "steps", "sigma_max"), [("heun", 24, 80.0), ("ddim", 120, 80.0), ("heun", 12, 0.3)]
+)
+def test_before_any_step_it_samples_the_class_gaussians(name, steps, sigma_max):
     config = load({}, SETTINGS | {"dataset.image_size": 4})
     found = released(config, striped(4))
     start, few = started(config, found), torch.arange(6) % 3
@@ -238,7 +240,7 @@ def test_before_any_step_it_samples_the_class_gaussians(name, steps):
     assert torch.equal(start(noisy, level, few), found(noisy, level, few))
     labels = torch.arange(9_000) % 3  # The last is "no label".
     denoiser = MomentsDenoiser(Nothing(), 0.5, found)  # As the network is so far, only faster.
-    sampler = SamplerConfig(name=name, num_steps=steps)
+    sampler = SamplerConfig(name=name, num_steps=steps, sigma_max=sigma_max)
     images = sample(denoiser, labels, (1, 4, 4), sampler, 2, torch.Generator().manual_seed(0))
     for label in range(3):
         drawn = images[labels == label].flatten(1)
