@@ -36,7 +36,8 @@ class DiffusionConfig(Section):
 
     sigma_data: Positive = 0.5
     sigma_outside: Positive = 0.06
-    """What stands for it outside of the components of central_images.kind=moments."""
+    """Least that stands for it outside of the components of central_images.kind=moments, whose
+    noisy trace tells it; of images larger than central_images.image_size it knows no details."""
     p_mean: Annotated[float, Field(allow_inf_nan=False)] = -1.2
     p_std: Positive = 1.2
 

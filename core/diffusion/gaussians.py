@@ -24,8 +24,7 @@ class Gaussians(nn.Module):
     All are in [-1, 1] and share the k components `basis`, within which each has axes of its own.
     With D values of an image, the buffers are `center [D]`, `basis [k, D]`, `log_weights
     [C + 1, J]`, `means [C + 1, J, k]`, `axes [C + 1, J, k, k]` (columns), `variances
-    [C + 1, J, k]` (lambda), `ambiguity [C + 1, levels]`, see `measure`, and two numbers: `outside`
-    (lambda_0), and `residual`, the mean variance of real images outside of the components.
+    [C + 1, J, k]` (lambda), `ambiguity [C + 1, levels]`, see `measure`, and `outside` (lambda_0).
 
     Args:
         pixels: D.
@@ -42,7 +41,6 @@ class Gaussians(nn.Module):
     variances: torch.Tensor
     ambiguity: torch.Tensor
     outside: torch.Tensor
-    residual: torch.Tensor
 
     def __init__(self, pixels: int, components: int, num_classes: int, clusters: int = 1) -> None:
         super().__init__()
@@ -55,7 +53,6 @@ class Gaussians(nn.Module):
         self.register_buffer("variances", torch.zeros(*shape, components))
         self.register_buffer("ambiguity", torch.zeros(num_classes + 1, _LEVELS))
         self.register_buffer("outside", torch.ones(()))
-        self.register_buffer("residual", torch.ones(()))
 
     def forward(self, x: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """The posterior mean of clean images `[B, C, H, W]`; arguments as those of `Denoiser`."""
@@ -69,8 +66,7 @@ class Gaussians(nn.Module):
     def error(self, sigma: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Expected squared error of `forward`, mean over pixels, `[B]`.
 
-        Exact for data with these moments whose variance outside of the components is `residual`,
-        but for the ambiguity, which is interpolated.
+        Exact for data with these moments, but for the ambiguity, which is interpolated.
         """
         noise, pixels = sigma**2, len(self.center)
         variances, weights = self.variances[labels] + self.outside, self.log_weights[labels].exp()
@@ -83,8 +79,7 @@ class Gaussians(nn.Module):
         inside = (weights * known).sum(1) + (between * self.ambiguity[labels[:, None], levels]).sum(
             1
         )
-        kept = self.outside / (self.outside + noise)
-        outside = (1 - kept) ** 2 * self.residual + kept**2 * noise
+        outside = self.outside * noise / (self.outside + noise)
         return (inside + (pixels - variances.shape[2]) * outside) / pixels
 
     def measure(self, generator: torch.Generator) -> None:

@@ -50,8 +50,7 @@ def gaussians_of(moments: Moments, plan: MomentsPlan, config: Config) -> Gaussia
     clusters, components = means.shape[1:]
     only = torch.zeros(clusters, dtype=torch.float64)
     only[0] = 1.0
-    outside = config.diffusion.sigma_outside**2
-    residual = (moments.variance.double() - inside) / max(moments.mean.numel() - components, 1)
+    outside = (moments.variance.double() - inside) / max(moments.mean.numel() - components, 1)
     found = Gaussians(center.numel(), components, dataset.num_classes, clusters)
     state = {
         "center": 2 * center[0] - 1,
@@ -61,8 +60,7 @@ def gaussians_of(moments: Moments, plan: MomentsPlan, config: Config) -> Gaussia
         "axes": axes,
         "variances": 4 * values.clamp(min=0),
         "ambiguity": found.ambiguity,
-        "outside": torch.tensor(outside),
-        "residual": (4 * residual).clamp(min=outside),
+        "outside": (4 * outside).clamp(min=config.diffusion.sigma_outside**2),
     }
     found.load_state_dict({name: value.float() for name, value in state.items()})
     found.measure(torch.Generator().manual_seed(public_seed("ambiguity", 0)))

@@ -14,7 +14,7 @@ from sweep.config.sweep import SweepConfig, load_sweep
 from sweep.tracking.client import open_experiment
 from sweep.tracking.mirror import Mirror
 
-QUICKSTART = ROOT / "sweep" / "configs" / "quickstart.yaml"
+QUICKSTART = ROOT / "tests" / "data" / "sweep.yaml"
 
 
 @pytest.fixture(scope="module")

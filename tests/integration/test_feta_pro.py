@@ -133,7 +133,7 @@ def test_a_sweep_searches_the_method():
     choices = ["dp_feta", "feta_pro", "dpdm"]
     space = {"search_space.method.choices": choices, "search_space.frequency.share.low": 0.2}
     space |= {"search_space.frequency.share.high": 0.8}
-    sweep = load_sweep(Path("sweep/configs/quickstart.yaml"), space)
+    sweep = load_sweep(Path("tests/data/sweep.yaml"), space)
     for method in choices:
         config = sweep.trial_config({"method": method, "frequency.share": 0.5})
         assert config.method == method

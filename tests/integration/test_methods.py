@@ -27,7 +27,7 @@ SMALL = {
     "private_training__noise_multiplicity": 4,
     "runtime__device": "cpu",
 }
-QUICKSTART = "sweep/configs/quickstart.yaml"
+QUICKSTART = "tests/data/sweep.yaml"
 
 
 def config(**changes: object) -> Config:

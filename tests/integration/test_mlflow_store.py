@@ -35,7 +35,7 @@ from sweep.tracking.client import (
 )
 from sweep.tracking.mirror import Mirror
 
-QUICKSTART = "sweep/configs/quickstart.yaml"
+QUICKSTART = "tests/data/sweep.yaml"
 STRANGE = ("a b", "a%20b", "a%2Fb", "a?b#c", "it's", "ü;&$(x)")
 
 

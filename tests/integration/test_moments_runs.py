@@ -175,7 +175,7 @@ def test_a_sweep_searches_moments_and_the_method():
         "search_space.central_images.num_components.high": 40,
         "central_images.kind": "moments",
     }
-    sweep = load_sweep(Path("sweep/configs/quickstart.yaml"), space)
+    sweep = load_sweep(Path("tests/data/sweep.yaml"), space)
     for method in choices:
         config = sweep.trial_config({"method": method, "central_images.num_components": 12})
         assert config.uses_moments == (method in ("dp_feta", "moments"))

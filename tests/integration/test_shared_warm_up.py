@@ -160,6 +160,6 @@ def test_a_selection_s_trials_stay_independent():
         "privacy.scope": "selection", "sampler": "random", "num_trials": None,
         "objective.metric": "dp_accuracy", "privacy.dp_accuracy_stddev": 20,
     }  # fmt: skip
-    quickstart = Path(__file__).parents[2] / "sweep" / "configs" / "quickstart.yaml"
+    quickstart = Path(__file__).parents[1] / "data" / "sweep.yaml"
     assert not shares_central_images(load_sweep(quickstart, overrides).run)
     assert shares_central_images(load_sweep(quickstart, {}).run)

@@ -107,7 +107,7 @@ def sweep(tmp_path, request, monkeypatch):
     """One of an experiment of its own, which MLflow is told of at once."""
     monkeypatch.setattr(mirror, "_INTERVAL", 0.05)
     keys = {"storage_path": str(tmp_path), "name": "s", "experiment": request.node.name}
-    sweep = load_sweep("sweep/configs/quickstart.yaml", keys)
+    sweep = load_sweep("tests/data/sweep.yaml", keys)
     sweep.folder.mkdir()
     write_json(sweep.folder / "sweep.json", {})
     return sweep

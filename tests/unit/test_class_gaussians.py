@@ -49,7 +49,6 @@ def gaussians(pixels: int, components: int, clusters: int = 2, seed: int = 0) ->
         "axes": orthonormal(*shape, components),
         "variances": 2 * torch.rand(shape, generator=generator),
         "outside": torch.tensor(0.3),
-        "residual": torch.tensor(0.3),
     }
     found.load_state_dict(found.state_dict() | state)
     return found
@@ -99,24 +98,19 @@ def test_the_closed_form_is_the_posterior_mean_by_quadrature(sigma, pixels, comp
         level, labels = torch.tensor([sigma]).double(), torch.tensor([label])
         closed = found(noisy.view(1, 1, 1, pixels), level, labels).flatten()
         torch.testing.assert_close(closed, expected, rtol=1e-6, atol=1e-6)
-        # As the residual is the variance outside, the error, while nothing is ambiguous, is the
-        # posterior variance.
+        # While nothing is ambiguous the error is the posterior variance.
         spread = prior.exp() @ variances
         torch.testing.assert_close(found.error(level, labels)[0], spread, rtol=1e-4, atol=1e-12)
 
 
 @pytest.mark.parametrize("clusters", [1, 3])
-def test_the_error_is_that_of_images_of_another_variance_outside(clusters):
+def test_the_error_is_that_of_draws(clusters):
     found = gaussians(12, 3, clusters)
     found.means *= 2
-    found.residual.fill_(0.9)
     found.float().measure(torch.Generator().manual_seed(2))
     generator = torch.Generator().manual_seed(1)
     count, label = 60_000, torch.ones(60_000, dtype=torch.long)
-    clean = found.draw(label, generator)
-    drawn = torch.randn((count, 12), generator=generator)
-    inside = (drawn @ found.basis.T) @ found.basis
-    clean += found.outside.sqrt() * inside + found.residual.sqrt() * (drawn - inside)
+    clean = found.with_outside(label, generator)
     for sigma in (0.1, 0.6, 3.0):
         noisy = clean + sigma * torch.randn(clean.shape, generator=generator)
         level = torch.full((count,), sigma)
@@ -136,7 +130,6 @@ def test_the_isotropic_case_is_edms_preconditioning():
 
     found = Gaussians(16, 2, 3).double()
     found.outside.fill_(0.25)
-    found.residual.fill_(0.25)
     ours, theirs = MomentsDenoiser(First(), 0.5, found), Denoiser(First(), 0.5)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn((50, 1, 4, 4), generator=generator, dtype=torch.float64)
@@ -186,7 +179,7 @@ def test_without_noise_the_gaussians_have_the_moments_of_the_data():
     rows = rows - rows.mean(0)
     left = rows - (rows @ few.basis.double().T) @ few.basis.double()
     expected = left.square().sum(1).mean() / (16 - 6)
-    assert few.residual.item() == pytest.approx(expected.item(), rel=1e-3)
+    assert few.outside.item() == pytest.approx(expected.item(), rel=1e-3)
 
 
 def test_moments_at_a_small_side_are_those_of_the_up_scaled_images():

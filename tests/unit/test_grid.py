@@ -227,7 +227,7 @@ def test_agreement_is_that_of_ranks(sweep_of):
 
 
 def test_other_searches_have_no_map(sweep_of):
-    quickstart = load_sweep("sweep/configs/quickstart.yaml", {})
+    quickstart = load_sweep("tests/data/sweep.yaml", {})
     assert heat_maps(quickstart, [], []) == []
     unpublished = sweep_of(published=None)
     (own,) = heat_maps(unpublished, trials(unpublished, float), [])

@@ -47,9 +47,7 @@ def clock(monkeypatch):
 def make(tmp_path):
     def make(**overrides: object) -> SweepConfig:
         keys = {key.replace("__", "."): value for key, value in overrides.items()}
-        return load_sweep(
-            "sweep/configs/quickstart.yaml", {"storage_path": str(tmp_path), **TINY, **keys}
-        )
+        return load_sweep("tests/data/sweep.yaml", {"storage_path": str(tmp_path), **TINY, **keys})
 
     return make
 
@@ -194,7 +192,7 @@ def test_the_probe_opens_neither_data_nor_secret(make, monkeypatch):
 
 
 def test_flags_are_keys_of_the_sweep(capsys):
-    config = ["--config", "sweep/configs/quickstart.yaml"]
+    config = ["--config", "tests/data/sweep.yaml"]
     assert main([*config, "--plan", "--max-gpu-hours", "3"]) == 2
     assert "max_gpu_hours=3 counts GPUs" in capsys.readouterr().err
     assert main([*config, "--probe"]) == 2

@@ -22,7 +22,7 @@ from core.io.terminal import log_to
 from sweep.config.sweep import load_sweep
 from sweep.driver.progress import Progress
 from pathlib import Path
-sweep = load_sweep("sweep/configs/quickstart.yaml", {{}})
+sweep = load_sweep("tests/data/sweep.yaml", {{}})
 with log_to("sweep", Path(sys.argv[1])):
     progress = Progress(sweep, 4, 1, False, int(sys.argv[2]))
     first, second = {POINT}, {{**{POINT}, "stage_split": 0.25}}

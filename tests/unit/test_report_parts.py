@@ -50,7 +50,7 @@ def row(name: str, accuracy: float, fid: float, folder: Path = Path(), **changes
 
 @pytest.fixture
 def sweep():
-    return load_sweep("sweep/configs/quickstart.yaml", {})
+    return load_sweep("tests/data/sweep.yaml", {})
 
 
 def test_rows_of_pictures_have_the_names_of_their_classes(tmp_path):
@@ -185,7 +185,7 @@ def test_choices_stand_as_given_and_two_noises_keep_their_names():
         "method.choices": ["feta_pro"],
     }
     sweep = load_sweep(
-        "sweep/configs/quickstart.yaml",
+        "tests/data/sweep.yaml",
         {f"search_space.{key}": value for key, value in searched.items()},
     )
     axes = [figure.layout["xaxis"] for figure in slices(sweep, [row("a", 0.5, 9)], None)]

@@ -13,7 +13,7 @@ from sweep.driver.cluster import check_room, check_storage, join_cluster, max_co
 from sweep.driver.launch import run_sweep
 from sweep.search.search import SameError
 
-QUICKSTART = "sweep/configs/quickstart.yaml"
+QUICKSTART = "tests/data/sweep.yaml"
 
 
 def sweep(**settings: object):

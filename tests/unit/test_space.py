@@ -17,7 +17,7 @@ from sweep.search.study import open_storage
 def make(tmp_path):
     def make(finished=(), entropy=0, **overrides):
         keys = {key.replace("__", "."): value for key, value in overrides.items()}
-        sweep = load_sweep("sweep/configs/quickstart.yaml", {"storage_path": str(tmp_path), **keys})
+        sweep = load_sweep("tests/data/sweep.yaml", {"storage_path": str(tmp_path), **keys})
         pruned = []
         search = FeasibleSearch(sweep, dict(finished), lambda *item: pruned.append(item), entropy)
         return sweep, search, pruned
@@ -155,7 +155,7 @@ def test_random_points_are_fixed_before_the_first_result(make, stops, tmp_path):
 
 def test_settings_of_a_selection_cannot_be_foreseen_without_the_secret(make):
     base = load_sweep(
-        "sweep/configs/quickstart.yaml",
+        "tests/data/sweep.yaml",
         {
             "privacy.scope": "selection",
             "privacy.dp_accuracy_stddev": 50,
@@ -175,14 +175,14 @@ def test_settings_of_a_selection_cannot_be_foreseen_without_the_secret(make):
         points.append([search.suggest(str(i)) for i in range(3)])
     assert points[0] == points[2]
     assert all(one != other for one in points[0] for other in points[1])
-    public = load_sweep("sweep/configs/quickstart.yaml", {}).run
+    public = load_sweep("tests/data/sweep.yaml", {}).run
     assert settings_entropy(public, 7, secrets[0], "release") == 7
 
 
 def test_plan_reads_no_data(capsys, monkeypatch):
     monkeypatch.setattr("sweep.search.feasible._POINTS", 2)
     sweep = load_sweep(
-        "sweep/configs/quickstart.yaml",
+        "tests/data/sweep.yaml",
         {
             "dataset.name": "idx",
             "dataset.path": "/nowhere",

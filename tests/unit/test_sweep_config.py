@@ -15,7 +15,7 @@ from sweep.config.sweep import SweepConfig, dump_sweep, load_sweep
 from sweep.results.claim import claim
 from sweep.run import main
 
-QUICKSTART = Path("sweep/configs/quickstart.yaml")
+QUICKSTART = Path("tests/data/sweep.yaml")
 QUICKSTART_FILE, NAMED = QUICKSTART.absolute(), {"runtime.ledger": "/elsewhere"}
 
 
@@ -27,14 +27,14 @@ def written(tmp_path: Path, text: str) -> Path:
 
 
 def test_quickstart_meets_its_promise():
-    sweep = load_sweep(QUICKSTART, {})
-    assert sweep.num_trials >= 4
-    assert sweep.workers_per_trial == 2
+    sweep = load_sweep("sweep/configs/quickstart.yaml", {})
+    assert sweep.num_trials >= 8
     assert set(sweep.search_space) == {
-        "central_images.per_class",
+        "central_images.num_clusters",
         "central_images.noise_multiplier",
         "stage_split",
     }
+    assert sweep.trial_config({"central_images.num_clusters": 3}).uses_moments
 
 
 def test_keys_of_sweep_and_run_stand_side_by_side():

@@ -27,7 +27,7 @@ PUBLIC = {"privacy.scope": "public", "dataset.public": True}
 
 def sweep_of(folder: Path, **overrides: object) -> SweepConfig:
     settings = {key.replace("__", "."): value for key, value in overrides.items()}
-    return load_sweep("sweep/configs/quickstart.yaml", {"storage_path": str(folder), **settings})
+    return load_sweep("tests/data/sweep.yaml", {"storage_path": str(folder), **settings})
 
 
 def trial(sweep: SweepConfig, name: str, code: str, **settings: object) -> tuple[Path, str]:

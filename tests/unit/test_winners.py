@@ -20,7 +20,7 @@ ROWS = [
 
 def sweep(**overrides: object):
     keys = {key.replace("__", "."): value for key, value in overrides.items()}
-    return load_sweep("sweep/configs/quickstart.yaml", keys)
+    return load_sweep("tests/data/sweep.yaml", keys)
 
 
 def test_of_one_objective_there_is_one_best():
