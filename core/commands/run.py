@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from core.config import Config, default_ledger, load, nested, parse_overrides, short_digest
-from core.data import Split, load_dataset
+from core.data import Dataset, Split, load_dataset
 from core.device import config_device
 from core.diffusion.posthoc_ema import reconstruct
 from core.errors import ConfigError
@@ -161,6 +161,11 @@ def _finished(
     return config, denoiser
 
 
+def _read(config: Config) -> Dataset:
+    console = Console(config.training.num_steps)
+    return load_dataset(config.dataset, Path(config.runtime.cache), console)
+
+
 def generate(options: argparse.Namespace) -> None:
     """Draws more images from a finished run or from the generator of a bundle."""
     if options.num_images < 1:
@@ -192,7 +197,7 @@ def inspect(options: argparse.Namespace) -> None:
     folder = RunFolder(options.run_dir)
     if (result := folder.result()) is None:
         raise ConfigError(f"'{folder.path}' holds no result: finish the run first")
-    dataset = load_dataset(config.dataset, Path(config.runtime.cache))
+    dataset = _read(config)
     require_same_data(result.fingerprint, dataset.fingerprint, config)
     page, figures = inspect_run(
         folder, config, denoiser, dataset, options.max_images, config_device(config)
@@ -206,7 +211,7 @@ def inspect(options: argparse.Namespace) -> None:
 def evaluate(options: argparse.Namespace) -> None:
     """Scores a finished run's images again, or those of its average of another length."""
     config, denoiser = _finished(options.run_dir, options.overrides, options.ema_length)
-    dataset = load_dataset(config.dataset, Path(config.runtime.cache))
+    dataset = _read(config)
     if options.ema_length is None:
         synthetic = Split.read(RunFolder(options.run_dir).images)
     else:

@@ -13,9 +13,10 @@ from core.data.folders import eurosat, image_folder
 from core.data.idx import idx
 from core.data.parquet import parquet
 from core.data.published import cifar
-from core.data.records import Dataset, Source, Split
+from core.data.records import Dataset, Source, Split, check_counts
 from core.data.tables import camelyon17, celeba
 from core.errors import DataError
+from core.io.terminal import Report
 
 __all__ = [
     "Dataset",
@@ -40,13 +41,17 @@ READERS: dict[str, Callable[[DatasetConfig], Source]] = {
 }
 
 
-def load_dataset(config: DatasetConfig, cache: Path | None = None) -> Dataset:
+def load_dataset(
+    config: DatasetConfig, cache: Path | None = None, report: Report = lambda _: None
+) -> Dataset:
     """Reads a data set and checks it against the public facts of the configuration.
 
     Images are cropped to their central square and resized with antialiasing.
 
     Args:
         cache: folder that keeps the decoded images for the next process; None decodes into memory.
+        report: told about every second how many of all files or images are done: `stage`
+            (`hashing` or `decoding`), `step` and `total`.
 
     Raises:
         DataError: a file is missing or malformed, or the data differs from the configuration.
@@ -55,27 +60,20 @@ def load_dataset(config: DatasetConfig, cache: Path | None = None) -> Dataset:
     """
     try:
         source = READERS[config.name](config)
-        dataset = decoded_once(source, config, cache) if cache else decoded(source, config)
+        if cache is None:
+            dataset = decoded(source, config, report)
+        else:
+            dataset = decoded_once(source, config, cache, report)
     except OSError as error:
         raise DataError(
             f"'{error.filename or config.path}' cannot be read ({error.strerror or error}): "
             "correct its permissions, or dataset.path"
         ) from None
-    labels = dataset.train.labels
-    unread = f" ({source.left_out} left out)" if source.left_out else ""
-    if len(labels) != config.num_examples:
-        raise DataError(
-            f"dataset.num_examples={config.num_examples}, but '{config.path or config.name}' holds "
-            f"{len(labels)} training images{unread}: N is a public constant that every privacy "
-            "figure rests on, so state it or choose the right data"
-        )
-    if unread:
-        _LOG.warning("'%s' is read without some of its files%s", config.path, unread)
-    missing = sorted(set(range(config.num_classes)) - set(labels.unique().tolist()))
-    if missing:
-        raise DataError(
-            f"class {missing[0]} of '{config.path or config.name}' has no training image: add "
-            f"some, or lower dataset.num_classes={config.num_classes}"
+    # Again, as what lies in the cache may have been decoded under other facts.
+    check_counts(dataset.train.labels.numpy(), dataset.class_names, source, config)
+    if source.left_out:
+        _LOG.warning(
+            "'%s' is read without some of its files (%s left out)", config.path, source.left_out
         )
     return dataset
 

@@ -5,26 +5,40 @@ import json
 import math
 import os
 import shutil
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import torch
 
 from core.config import DatasetConfig, flatten
-from core.data.records import Dataset, Parts, Source, Split, fingerprint_of_labels, fitted
+from core.data.records import (
+    Dataset,
+    Parts,
+    Source,
+    Split,
+    check_counts,
+    fingerprint_of_labels,
+    fitted,
+)
 from core.errors import DataError
 from core.io.code_digest import data_code_digest
 from core.io.files import private_folder, private_opener, whole_folder
 from core.io.locks import locked
+from core.io.terminal import Report
 
 _NO_TRANSFORM = ("path", "num_examples", "public", "family")
 _FEW = 64
 """Up to so many files are known by their content, which is quickly read; more by the time of
 their last change."""
+_INTERVAL = 1.0
+"""Seconds between two reports."""
+Item = TypeVar("Item")
 
 
-def decoded(source: Source, config: DatasetConfig) -> Dataset:
+def decoded(source: Source, config: DatasetConfig, report: Report) -> Dataset:
     """Everything in the memory of this process.
 
     Raises:
@@ -33,9 +47,10 @@ def decoded(source: Source, config: DatasetConfig) -> Dataset:
     parts = _read(source, config)
     train, test = parts.train, parts.test
     digest = fingerprint_of_labels(train.labels)
+    number, total = len(train.labels), len(train.labels) + len(test.labels)
     images = [
-        np.stack(list(fitted(train, config, "training", digest))),
-        np.stack(list(fitted(test, config, "test"))),
+        np.stack([*told(fitted(train, config, "training", digest), "decoding", total, report)]),
+        np.stack([*told(fitted(test, config, "test"), "decoding", total, report, number)]),
     ]
     splits = [
         Split(torch.from_numpy(array), torch.from_numpy(records.labels))
@@ -44,7 +59,7 @@ def decoded(source: Source, config: DatasetConfig) -> Dataset:
     return Dataset(splits[0], splits[1], digest.hexdigest(), parts.class_names)
 
 
-def decoded_once(source: Source, config: DatasetConfig, cache: Path) -> Dataset:
+def decoded_once(source: Source, config: DatasetConfig, cache: Path, report: Report) -> Dataset:
     """The same from `cache`, where the first process that asks for it puts it.
 
     A process that dies while it writes leaves nothing that another would take.
@@ -55,12 +70,12 @@ def decoded_once(source: Source, config: DatasetConfig, cache: Path) -> Dataset:
     Privacy: the folder holds the private images unprotected, readable by their owner alone; it
         must not be released. Its name is a digest of the source, which is not shown.
     """
-    folder = cache / f"images-{_key(source, config)}"
+    folder = cache / f"images-{_key(source, config, report)}"
     try:
         private_folder(cache)
         with locked(cache / f"{folder.name}.lock", patience=math.inf):
             if (dataset := _mapped(folder, config)) is None:
-                _write(source, config, folder)
+                _write(source, config, folder, report)
                 dataset = _mapped(folder, config)
     except OSError as error:
         raise DataError(
@@ -71,15 +86,16 @@ def decoded_once(source: Source, config: DatasetConfig, cache: Path) -> Dataset:
     return dataset
 
 
-def _key(source: Source, config: DatasetConfig) -> str:
+def _key(source: Source, config: DatasetConfig, report: Report) -> str:
     """Digest of all that decides the images: of what a run's identity holds, none may be older."""
     settings = {k: v for k, v in flatten(config).items() if k not in _NO_TRANSFORM}
     made_by = [data_code_digest(), torch.__version__]
     digest = hashlib.sha256(json.dumps([made_by, settings], sort_keys=True).encode())
-    for path in source.files:
+    for path in told(source.files, "hashing", len(source.files), report):
         try:
             if len(source.files) <= _FEW:
-                state: Any = hashlib.sha256(path.read_bytes()).hexdigest()
+                with path.open("rb") as file:
+                    state: Any = hashlib.file_digest(file, "sha256").hexdigest()
             else:
                 status = path.stat()
                 state = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
@@ -97,15 +113,17 @@ def _read(source: Source, config: DatasetConfig) -> Parts:
                 f"'{config.path or config.name}' holds no {split} image: add some, or choose "
                 "another data set"
             )
+    check_counts(parts.train.labels, parts.class_names, source, config)
     return parts
 
 
-def _write(source: Source, config: DatasetConfig, folder: Path) -> None:
+def _write(source: Source, config: DatasetConfig, folder: Path, report: Report) -> None:
     parts = _read(source, config)
     train, test = parts.train, parts.test
     shutil.rmtree(folder, ignore_errors=True)  # Of which something is damaged.
     with whole_folder(folder, private=True) as temporary:
         digest = fingerprint_of_labels(train.labels)
+        done, total = 0, len(train.labels) + len(test.labels)
         for records, split, sum_of in ((train, "training", digest), (test, "test", None)):
             with _private(temporary / f"{split}_labels.npy") as file:
                 np.save(file, records.labels)
@@ -113,14 +131,28 @@ def _write(source: Source, config: DatasetConfig, folder: Path) -> None:
             with _private(temporary / f"{split}_images.npy") as file:
                 header = {"descr": "|u1", "fortran_order": False, "shape": shape}
                 np.lib.format.write_array_header_1_0(file, header)
-                for image in fitted(records, config, split, sum_of):
+                images = fitted(records, config, split, sum_of)
+                for image in told(images, "decoding", total, report, done):
                     file.write(image.tobytes())
                 file.flush()
                 os.fsync(file.fileno())
+            done += len(records.labels)
         with _private(temporary / "class_names") as file:
             file.write(json.dumps(parts.class_names).encode())
         with _private(temporary / "fingerprint") as file:
             file.write(digest.hexdigest().encode())
+
+
+def told(
+    items: Iterable[Item], stage: str, total: int, report: Report, done: int = 0
+) -> Iterator[Item]:
+    """Yields the items, and reports now and then how many of all were yielded."""
+    next_report = 0.0
+    for step, item in enumerate(items, done):
+        if (now := time.monotonic()) >= next_report:
+            next_report = now + _INTERVAL
+            report({"stage": stage, "step": step, "total": total})
+        yield item
 
 
 def _private(path: Path) -> BinaryIO:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from core.config import DatasetConfig
+from core.data.parallel import on_all_cores
 from core.errors import DataError
 
 SUFFIXES = (
@@ -38,13 +39,24 @@ def decoded(
     if importlib.util.find_spec("PIL") is None:
         raise DataError(f"dataset.name={config.name} needs Pillow: pip install pillow")
     kinds: dict[int, str | Path] = {}
-    for name, content in items:
-        yield _decode(name, content, config, kinds)
+    for name, kind, array in on_all_cores(lambda item: _decode(*item, config.channels), items):
+        kinds.setdefault(kind, name)
+        if len(kinds) > 1:
+            raise DataError(
+                f"'{kinds[1]}' is grey and '{kinds[3]}' is in colour: convert the files to one kind"
+            )
+        if config.channels not in kinds:
+            raise DataError(
+                f"'{name}' has {'one channel' if kind == 1 else 'colours'}: set "
+                f"dataset.channels={kind}, or convert the files"
+            )
+        yield array
 
 
 def _decode(
-    name: str | Path, content: bytes | None, config: DatasetConfig, kinds: dict[int, str | Path]
-) -> np.ndarray:
+    name: str | Path, content: bytes | None, channels: int
+) -> tuple[str | Path, int, np.ndarray]:
+    """Name, true number of channels and values `[C, H, W]` at the number that is asked for."""
     from PIL import Image, ImageOps
 
     try:
@@ -66,19 +78,9 @@ def _decode(
         more = " of 16 bits" if deep else " with transparency" * ("transparency" in image.info)
         raise DataError(f"'{name}' has pixel format {image.mode}{more}: {_REMEDY}")
     grey = _is_grey(image)
-    kinds.setdefault(config.channels if grey and has_palette else 1 if grey else 3, name)
-    if len(kinds) > 1:
-        raise DataError(
-            f"'{kinds[1]}' is grey and '{kinds[3]}' is in colour: convert the files to one kind"
-        )
-    if config.channels not in kinds:
-        found = next(iter(kinds))
-        raise DataError(
-            f"'{name}' has {'one channel' if found == 1 else 'colours'}: set "
-            f"dataset.channels={found}, or convert the files"
-        )
-    array = np.array(image.convert("L" if config.channels == 1 else "RGB"))
-    return array.reshape(image.height, image.width, -1).transpose(2, 0, 1)
+    kind = channels if grey and has_palette else 1 if grey else 3
+    array = np.array(image.convert("L" if channels == 1 else "RGB"))
+    return name, kind, array.reshape(image.height, image.width, -1).transpose(2, 0, 1)
 
 
 def _is_deep(file: Any) -> bool:

@@ -12,8 +12,12 @@ import torch
 import torch.nn.functional as F
 
 from core.config import DatasetConfig
+from core.data.parallel import on_all_cores
 from core.errors import DataError, printable
 from core.io.files import write_whole
+
+_SHOWN = 12
+"""Classes that an error names."""
 
 
 @dataclass(frozen=True)
@@ -114,19 +118,22 @@ def fitted(
     Raises:
         DataError: an image has other channels than the configuration says, or is damaged.
     """
-    size = config.image_size
-    for stored in records.images():
-        if digest is not None:
-            digest.update(f"{stored.shape}".encode())
-            digest.update(np.ascontiguousarray(stored).tobytes())
-        image = torch.from_numpy(np.ascontiguousarray(stored if stored.ndim == 3 else stored[None]))
-        if len(image) != config.channels:
-            raise DataError(
-                f"the {split} images of '{config.path or config.name}' have shape "
-                f"{(len(image), size, size)}, not {(config.channels, size, size)}: set "
-                "dataset.channels to what the data is"
-            )
-        yield _fit(image, size).numpy()
+    size, channels = config.image_size, config.channels
+
+    def stored() -> Iterator[np.ndarray]:
+        for image in map(np.ascontiguousarray, records.images()):
+            if digest is not None:
+                digest.update(f"{image.shape}".encode())
+                digest.update(image.tobytes())
+            if (found := 1 if image.ndim == 2 else len(image)) != channels:
+                raise DataError(
+                    f"the {split} images of '{config.path or config.name}' have shape "
+                    f"{(found, size, size)}, not {(channels, size, size)}: set "
+                    "dataset.channels to what the data is"
+                )
+            yield image.reshape(channels, *image.shape[-2:])
+
+    return on_all_cores(lambda image: _fit(torch.from_numpy(image), size).numpy(), stored())
 
 
 def _fit(image: torch.Tensor, size: int) -> torch.Tensor:
@@ -141,6 +148,31 @@ def _fit(image: torch.Tensor, size: int) -> torch.Tensor:
         image[None].to(torch.float32), size=(size, size), mode="bilinear", antialias=True
     )
     return resized[0].round().clamp(0, 255).to(torch.uint8)
+
+
+def check_counts(
+    labels: np.ndarray, class_names: Sequence[str], source: Source, config: DatasetConfig
+) -> None:
+    """Refuses training labels that differ from the public facts; needs no image.
+
+    Raises:
+        DataError: N is another, with the count of each class, or classes have no image.
+    """
+    where, counts = config.path or config.name, np.bincount(labels, minlength=config.num_classes)
+    if len(labels) != config.num_examples:
+        held = [f"{name} {count}" for name, count in zip(class_names, counts, strict=True)]
+        held = held[:_SHOWN] + ["..."] * (len(held) > _SHOWN)
+        unread = f" ({source.left_out} left out)" if source.left_out else ""
+        raise DataError(
+            f"dataset.num_examples={config.num_examples}, but '{where}' holds {len(labels)} "
+            f"training images{unread}, of which {', '.join(held)}: N is a public constant that "
+            "every privacy figure rests on, so state it or choose the right data"
+        )
+    if empty := [name for name, count in zip(class_names, counts, strict=True) if not count]:
+        raise DataError(
+            f"class {', '.join(empty[:_SHOWN])} of '{where}' has no training image: add some, or "
+            f"lower dataset.num_classes={config.num_classes}"
+        )
 
 
 def first_label(train: np.ndarray, config: DatasetConfig) -> int:

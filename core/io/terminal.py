@@ -80,7 +80,7 @@ class Console:
         self._stage = ""
 
     def __call__(self, metrics: dict[str, Any]) -> None:
-        """Shows `step`, `stage` and, where given, `loss` and a `note`."""
+        """Shows `step`, `stage` and, where given, `total`, `loss` and a `note`."""
         now, step, stage = time.monotonic(), int(metrics["step"]), str(metrics["stage"])
         changed = stage != self._stage
         if changed:
@@ -88,9 +88,9 @@ class Console:
         assert self._start is not None
         text = report_line(metrics, self._total)
         done = step - self._start[1]
-        if done > 0 and stage == "private_training":
-            left = (now - self._start[0]) / done * (self._total - step)
-            text += f"  about {left:.0f} s of training left"
+        if done > 0 and ("total" in metrics or stage == "private_training"):
+            left = (now - self._start[0]) / done * (metrics.get("total", self._total) - step)
+            text += f"  about {left:.0f} s of {'it' if 'total' in metrics else 'training'} left"
         if "note" in metrics:
             self._line.keep(metrics["note"])
         if stage == "done":
@@ -100,7 +100,9 @@ class Console:
 
 
 def report_line(metrics: Mapping[str, Any], total_steps: int) -> str:
-    """Stage, step and, where given, loss of a report, as one line."""
-    parts = [f"{metrics['stage']:<17} step {metrics['step']}/{total_steps}"]
+    """Stage, step and, where given, loss of a report, as one line; `total` is of no steps."""
+    done = f"step {metrics['step']}/{total_steps}"
+    done = f"{metrics['step']}/{metrics['total']}" if "total" in metrics else done
+    parts = [f"{metrics['stage']:<17} {done}"]
     parts += [f"loss {metrics['loss']:.4f}"] if "loss" in metrics else []
     return "  ".join(parts)

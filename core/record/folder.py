@@ -20,6 +20,8 @@ NON_PRIVATE = "non_private"
 hold it."""
 COMPUTED_BY, CODE = "computed by", "code of core"
 """In a run's identity: the group of what computes, and the digest of the code in it."""
+STEPS_BEGUN = ".begun"
+"""Ending of the files that count the DP-SGD steps that began, from the reservation on."""
 _ORIGIN = ("identity", "fingerprint", "name", "tags", "scored")
 
 
@@ -117,7 +119,16 @@ class RunFolder:
             return make_plan(config), False
         return resumed_plan(config, self.plan()), True
 
+    @property
+    def is_charged(self) -> bool:
+        """Whether anything was reserved, or ran; until then the folder takes any configuration."""
+        kept = (self.identity, self.evaluation, self.stopped, self.failed)
+        steps = (*self.charged.glob(f"*{STEPS_BEGUN}"), *self.checkpoints.glob("*.pt"))
+        return bool(steps) or any(path.exists() for path in kept)
+
     def _has_begun(self, config: Config) -> bool:
+        if not self.is_charged:
+            return False
         if not self.config_file.exists():
             if self.evaluation.exists() or self.stopped.exists():
                 raise ConfigError(

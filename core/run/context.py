@@ -35,6 +35,7 @@ class SweepLink:
         should_continue: asked on rank 0 after each early score, with the share of the steps that
             are done; a run that is stopped by it pays for what it ran.
         measure: gives what each line of `metrics.jsonl` holds beside the report.
+        reading: told how far the data are read, by the one rank that does; None: the run's report.
     """
 
     lease: int | None = None
@@ -42,6 +43,7 @@ class SweepLink:
     shared: Path | None = None
     should_continue: Callable[[float], bool] = lambda _: True
     measure: Callable[[], dict[str, float]] = dict
+    reading: Report | None = None
 
 
 ALONE = SweepLink()
@@ -51,10 +53,9 @@ ALONE = SweepLink()
 class Reporter:
     """Tells the supervisor and, where a log was begun, writes into that; called on all ranks."""
 
-    def __init__(
-        self, report: Report, num_steps: int, measure: Callable[[], dict[str, float]] = dict
-    ) -> None:
-        self._report, self._num_steps, self._measure = report, num_steps, measure
+    def __init__(self, report: Report, num_steps: int, link: SweepLink = ALONE) -> None:
+        self._report, self._num_steps, self._measure = report, num_steps, link.measure
+        self.reading = link.reading or report
         self._notes: list[str] = []
         self._log: MetricsLog | None = None
 

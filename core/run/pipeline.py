@@ -67,7 +67,8 @@ def run(
         run_dir: folder that all ranks see; receives everything the run writes.
         master: root of all keys.
         name: of the sweep or the single run, in the ledger.
-        report: called on all ranks with the same metrics: `step`, `stage` and numbers.
+        report: called on all ranks with the same metrics: `step`, `stage` and numbers; while data
+            are decoded, without a `link` that is told of it, by the rank that does.
         link: to the sweep that the run is a trial of.
 
     Returns:
@@ -83,7 +84,7 @@ def run(
     """
     folder = RunFolder(run_dir)
     with _opened(folder, link):
-        reporter = Reporter(report, config.training.num_steps, link.measure)
+        reporter = Reporter(report, config.training.num_steps, link)
         current, dataset = _planned(config, folder, master, name, reporter, link)
         if (ended := distributed.on_rank_0(lambda: _ended(current))) is not None:
             return _told_again(current, ended)
@@ -134,7 +135,7 @@ def _planned(
     account = Spending(config, plan, ledger, name, folder.path, charged, link.lease)
     dataset = None
     if (fingerprint := distributed.on_rank_0(account.known_fingerprint)) is None:
-        dataset = _read(config)
+        dataset = _read(config, report)
         fingerprint = distributed.broadcast_object(dataset.fingerprint)
     identity = identify(config, plan, fingerprint, master.public_id, folder, link.shared)
     return Run(
@@ -154,10 +155,9 @@ def _environment(config: Config) -> dict[str, Any]:
     }
 
 
-def _read(config: Config) -> Dataset:
-    return distributed.on_all_ranks(
-        lambda: load_dataset(config.dataset, Path(config.runtime.cache))
-    )
+def _read(config: Config, report: Reporter) -> Dataset:
+    cache = Path(config.runtime.cache)
+    return distributed.on_all_ranks(lambda: load_dataset(config.dataset, cache, report.reading))
 
 
 def _ended(run: Run) -> Result | None:
@@ -210,7 +210,7 @@ def _failure_noted(run: Run) -> Iterator[None]:
 def _loaded(run: Run, dataset: Dataset | None) -> Dataset:
     """The data set, which is opened only now, and is the one that was charged."""
     run.report.note(run.identity.note(run.folder, run.link.shared))
-    found = dataset or _read(run.config)
+    found = dataset or _read(run.config, run.report)
     distributed.on_all_ranks(
         lambda: require_same_data(run.fingerprint, found.fingerprint, run.config)
     )

@@ -84,7 +84,8 @@ def run_sweep(sweep: SweepConfig, verbosity: int = 0, train: Train | None = None
     )
     with driver_lock(sweep.folder) as token, log_to("sweep", sweep.folder / "sweep.log"):
         os.chdir(sweep.folder)  # That of a submitted job vanishes while it is being stopped.
-        claim(sweep)
+        if claim(sweep):
+            client.forget_runs(uri, sweep.experiment, sweep.name)
         total = count_trials(sweep.run, sweep.num_trials, master, release_id(sweep))
         context = Context(sweep, token, train=train)
         return _run(context, total, uri, verbosity)

@@ -24,9 +24,15 @@ _OTHER_LINES = 6
 
 @dataclass
 class _Trial:
-    """A line of the table; `began` is when and at which step its stage was first seen."""
+    """A line of the table; `began` is when and at which step its stage was first seen.
+
+    Attributes:
+        num_steps: of the whole trial.
+        total: what `step` counts to: these, or what the stage counts in their place.
+    """
 
     point: dict[str, Any]
+    num_steps: int
     total: int
     stage: str = ""
     step: int = 0
@@ -35,8 +41,14 @@ class _Trial:
     ended: bool = False
 
     @property
+    def where(self) -> str:
+        """Stage and step in words; while the data are read with the time left, too."""
+        reading = self.total != self.num_steps and self.left
+        return f"{self.stage} {self.step}/{self.total}" + (f", {self.left} left" if reading else "")
+
+    @property
     def left(self) -> str:
-        """Time to the end of training, once two steps of the stage tell how long one takes."""
+        """Time to the end of training, or of reading, once two steps tell how long one takes."""
         done = self.step - self.began[1]
         if self.ended or done <= 0 or self.step >= self.total:
             return ""
@@ -107,7 +119,7 @@ class Progress:
     def started(self, trial: str, point: dict[str, Any]) -> None:
         """A trial begins, or begins again."""
         total = point.get("training.num_steps", self._sweep.run.training.num_steps)
-        self._trials.setdefault(trial, _Trial(point, total))
+        self._trials.setdefault(trial, _Trial(point, total, total))
         self.reported(trial, {"stage": "starting"})
 
     def reported(self, trial: str, report: Mapping[str, Any]) -> None:
@@ -121,9 +133,10 @@ class Progress:
             line.began = (time.monotonic(), step)
             _LOG.info("trial %s: %s, step %d (%s)", trial, stage, step, _short(line.point))
         line.stage, line.step, line.ended = stage, step, False
+        line.total = report.get("total", line.num_steps)
         if self._live is None:
             running = {name: each for name, each in self._trials.items() if not each.ended}
-            parts = [f"[{n} {each.stage} {each.step}/{each.total}]" for n, each in running.items()]
+            parts = [f"[{n} {each.where}]" for n, each in running.items()]
             self._line.show("  ".join([self._summary(), *parts]))
 
     def ended(self, trial: str, last: Mapping[str, Any]) -> None:
@@ -168,7 +181,7 @@ class Progress:
         )
         for name in ("trial", "stage"):
             table.add_column(name)
-        for name in ("step", self._sweep.objective.metric, "training left"):
+        for name in ("step", self._sweep.objective.metric, "left"):
             table.add_column(name, justify="right")
         ended = [item for item in self._trials.items() if item[1].ended]
         running = [item for item in self._trials.items() if not item[1].ended]

@@ -1,6 +1,7 @@
 """Claim of a sweep's folder: one configuration, one release, one driver at a time."""
 
 import secrets
+import shutil
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -10,9 +11,10 @@ from core.errors import ConfigError
 from core.io.files import read_json, write_json, write_whole
 from core.io.locks import locked
 from core.privacy.ledger.account import RELEASE_ID
+from core.record.folder import RunFolder
 from sweep.config.sweep import SweepConfig, dump_sweep, flat
 from sweep.results.driver import LOCK
-from sweep.results.find import SWEEP_FILE
+from sweep.results.find import JOURNAL, SWEEP_FILE
 
 _LAUNCH = "launch"
 _FREE = (
@@ -61,8 +63,13 @@ def require_newest_launch(folder: Path, token: int) -> None:
         )
 
 
-def claim(sweep: SweepConfig) -> None:
+def claim(sweep: SweepConfig) -> bool:
     """Writes the resolved sweep, or compares it with the one this name began with.
+
+    What was refused before any trial was charged makes room for another sweep of the name.
+
+    Returns:
+        Whether it did.
 
     Raises:
         ConfigError: another sweep of this name was begun in the folder.
@@ -71,7 +78,7 @@ def claim(sweep: SweepConfig) -> None:
     if not path.exists():
         sweep.folder.mkdir(parents=True, exist_ok=True)
         write_json(path, now)
-        return
+        return False
     old, new = flat(read_json(path)), flat(now)
     changed = [
         f"{key}: {old.get(key)} -> {new.get(key)}"
@@ -79,12 +86,17 @@ def claim(sweep: SweepConfig) -> None:
         if old.get(key) != new.get(key)
         and (key == _LEDGER or not key.startswith((*_FREE, "base.runtime.")))
     ]
-    if changed:
+    folders = (sweep.folder / "trials").glob("*/")
+    if changed and any(RunFolder(folder).is_charged for folder in folders):
         raise ConfigError(
             f"'{sweep.folder}' holds another sweep named '{sweep.name}' ({'; '.join(changed)}): "
             "choose another name=..., or restore what it was started with"
         )
+    if changed:
+        shutil.rmtree(sweep.folder / "trials", ignore_errors=True)
+        (sweep.folder / JOURNAL).unlink(missing_ok=True)
     write_json(path, now)
+    return bool(changed)
 
 
 def release_id(sweep: SweepConfig) -> str:

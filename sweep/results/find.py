@@ -9,7 +9,7 @@ from core.errors import ConfigError
 from sweep.config.sweep import SweepConfig
 from sweep.results.table import Row, best, load_rows
 
-SWEEP_FILE = "sweep.json"
+SWEEP_FILE, JOURNAL = "sweep.json", "optuna.journal"
 
 
 def sweep_names(storage: Path) -> list[str]:

@@ -15,8 +15,7 @@ from optuna.storages.journal import JournalFileBackend
 
 from sweep.config.dimension import is_integer
 from sweep.config.sweep import SweepConfig
-
-JOURNAL = "optuna.journal"
+from sweep.results.find import JOURNAL
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 

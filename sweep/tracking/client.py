@@ -251,6 +251,19 @@ def known_runs(uri: str, experiment: str, sweep: str) -> dict[str, Run]:
     return {run.data.tags[_KEY]: run for run in found}
 
 
+def forget_runs(uri: str, experiment: str, sweep: str) -> None:
+    """Deletes the runs of a sweep that was refused before anything was charged.
+
+    Raises:
+        ConfigError: MLflow cannot be used.
+    """
+    with usable(uri):
+        client = MlflowClient(tracking_uri=uri)
+        for run in known_runs(uri, experiment, sweep).values():
+            if status_of(run) != "DELETED":
+                client.delete_run(run.info.run_id)
+
+
 def status_of(run: Run) -> str:
     """MLflow's status, but `DELETED`, or `STOPPED` of a trial that was stopped early."""
     if run.info.lifecycle_stage != ACTIVE:

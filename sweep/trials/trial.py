@@ -5,12 +5,13 @@ import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from core.config import Config, nested, short_digest
 from core.errors import UserError
+from core.io.terminal import Report
 from core.record.early import ENDED_EARLY
 from core.record.folder import RunFolder
 from sweep.config.scope import shares_central_images
@@ -110,7 +111,7 @@ def _train(context: Context, config: Config, digest: str) -> Iterator[dict[str, 
     from ray.util.queue import Empty
 
     reports, attempt = _queue(), uuid.uuid4().hex
-    trainer = _trainer(context, config, digest, _relay(reports, attempt))
+    trainer = _trainer(context, config, digest, partial(_tell, reports, attempt))
     failure: list[BaseException] = []
 
     def fit() -> None:
@@ -144,8 +145,12 @@ def _train(context: Context, config: Config, digest: str) -> Iterator[dict[str, 
     raise _ControllerDiedError(_reason(failure[0])) from failure[0]
 
 
-def _trainer(context: Context, config: Config, digest: str, relay: Any) -> Any:
-    """The group of workers of a trial."""
+def _trainer(context: Context, config: Config, digest: str, tell: Report) -> Any:
+    """The group of workers of a trial.
+
+    Args:
+        tell: hands the trial a report, from any process.
+    """
     import ray.train
 
     from sweep.trials.ray_train import Trainer
@@ -165,6 +170,7 @@ def _trainer(context: Context, config: Config, digest: str, relay: Any) -> Any:
             "launch": context.launch,
             "verdicts": context.verdicts,
             "trial": digest,
+            "tell": tell,
             "threads": max(1, int(sweep.cpus_per_worker)),
         },
         scaling_config=ray.train.ScalingConfig(
@@ -175,7 +181,7 @@ def _trainer(context: Context, config: Config, digest: str, relay: Any) -> Any:
         run_config=ray.train.RunConfig(
             name=f"{digest}-{context.launch}",
             storage_path=str(sweep.folder / "ray" / "train"),
-            callbacks=[relay],
+            callbacks=[_relay(tell)],
             failure_config=ray.train.FailureConfig(max_failures=sweep.max_failures),
         ),
     )
@@ -189,14 +195,18 @@ def _queue() -> Any:
     return Queue(maxsize=256, actor_options={"num_cpus": 0})
 
 
-def _relay(reports: Any, attempt: str) -> Any:
+def _tell(reports: Any, attempt: str, metrics: dict[str, Any]) -> None:
+    reports.put((attempt, metrics))
+
+
+def _relay(tell: Report) -> Any:
     import ray.train
 
     class Relay(ray.train.UserCallback):
         """Hands rank 0's reports from the Train controller to the trial."""
 
         def after_report(self, run_context: Any, metrics: list[dict], checkpoint: Any) -> None:
-            reports.put((attempt, metrics[0]))
+            tell(metrics[0])
 
     return Relay()
 
@@ -243,6 +253,7 @@ def train_worker(settings: dict[str, Any]) -> None:
                 shared=folder / "shared" if settings["shares"] else None,
                 should_continue=should_continue,
                 measure=MachineUse(),
+                reading=settings["tell"],  # Ray's own reports wait for all ranks.
             ),
         )
     except UserError as error:

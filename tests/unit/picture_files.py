@@ -39,4 +39,5 @@ def write_folder(folder: Path, classes: int = 2, each: int = 20, colour: bool = 
 
 
 def folder_config(folder: Path, **changes: object) -> DatasetConfig:
-    return config(folder, **{"name": "image_folder", "num_classes": 2} | changes)
+    facts = {"name": "image_folder", "num_classes": 2, "num_examples": 35}  # Of `write_folder`.
+    return config(folder, **facts | changes)

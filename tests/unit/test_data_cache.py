@@ -1,9 +1,11 @@
 """Images are decoded once, shared, kept from others, and made anew when anything changes."""
 
+import itertools
 import multiprocessing
 import os
 import stat
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from published_files import write_eurosat
 from core.config import DatasetConfig
 from core.data import cache as data_cache
 from core.data import load_dataset
+from core.data.parallel import on_all_cores
 from core.errors import DataError
 
 DIGITS = "9ae3f0999eff23cc78ebb41f524c2b8c527b93c46c09c0b823b34fbc4a932f4b"
@@ -31,9 +34,9 @@ def decoded(monkeypatch):
     calls: list[str] = []
     write = data_cache._write
 
-    def counted(source, settings, folder):
+    def counted(source, settings, folder, report):
         calls.append(folder.name)
-        write(source, settings, folder)
+        write(source, settings, folder, report)
 
     monkeypatch.setattr(data_cache, "_write", counted)
     return calls
@@ -180,3 +183,20 @@ def test_processes_that_ask_at_once_share_one_copy(tmp_path):
     assert found == {int(load_dataset(config(tmp_path / "data")).train.images.sum())}
     folders = [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
     assert len(folders) == 1
+
+
+def test_what_all_cores_compute_comes_in_order_and_raises_in_its_place():
+    def work(number: int) -> int:
+        time.sleep(0.01 * (number % 3 == 0))
+        if number == 50:
+            raise ValueError(number)
+        return number * torch.get_num_threads()
+
+    before, seen = torch.get_num_threads(), []
+    with pytest.raises(ValueError, match="50"):
+        seen.extend(on_all_cores(work, itertools.count()))
+    found = []
+    for value in on_all_cores(work, range(50)):
+        found.append(value)
+    assert found == [*range(50)]
+    assert torch.get_num_threads() == before

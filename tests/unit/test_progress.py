@@ -28,6 +28,9 @@ with log_to("sweep", Path(sys.argv[1])):
     first, second = {POINT}, {{**{POINT}, "stage_split": 0.25}}
     progress.pruned({{"stage_split": 0.9}}, "too expensive [sic]")
     progress.started("0a", first)
+    for step in (0, 300):
+        progress.reported("0a", {{"stage": "decoding", "step": step, "total": 900}})
+        time.sleep(0.7)
     for step in (10, 20, 30):
         progress.reported("0a", {{"stage": "warm_up", "step": step}})
         time.sleep(0.7)
@@ -44,6 +47,8 @@ from core.io.terminal import Console
 import sys
 console = Console(40, int(sys.argv[2]))
 note = {"note": "code changed"} if sys.argv[2] == "2" else {}
+console({"stage": "decoding", "step": 0, "total": 900})
+console({"stage": "decoding", "step": 450, "total": 900})
 for step in (1, 2, 30, 40):
     console({"stage": "private_training", "step": step, "loss": 0.5, **note})
     note = {}
@@ -85,8 +90,9 @@ def test_a_terminal_shows_one_table_that_changes(tmp_path):
     frames = re.split(r"\x1b\[2K|\x1b\[1A", text)
     assert len(frames) > 10  # Lines were written over.
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
-    for words in ("quickstart  trials 1/4", "1 pruned", "trials 2/4", "training left", "accuracy"):
+    for words in ("quickstart  trials 1/4", "1 pruned", "trials 2/4", "left", "accuracy"):
         assert words in plain
+    assert re.search(r"decoding +300/900 +\d s", plain)
     assert re.search(r"warm_up +30/200", plain)
     assert re.search(r"warm_up +30/200 .* \d+ s", plain)
     assert re.search(r"finished +30/200 +0\.75", plain)
@@ -123,9 +129,10 @@ def test_quiet_shows_nothing(tmp_path, code):
 def test_a_run_is_one_line_with_the_time_left(tmp_path):
     text = shown(RUN, tmp_path / "none", 0, terminal=True)
     assert text.count("\n") == 1
+    assert re.search(r"decoding +450/900  about \d+ s of it left", text)
     assert re.search(r"step 30/40  loss 0\.5000  about \d+ s of training left", text)
     verbose = shown(RUN, tmp_path / "none", 1, terminal=True).replace("\r\n", "\n")
-    assert [re.search(r"step (\d+)", line)[1] for line in verbose.splitlines()] == [
+    assert [re.search(r"step (\d+)", line)[1] for line in verbose.splitlines()[2:]] == [
         "1", "2", "30", "40", "40",
     ]  # fmt: skip
 

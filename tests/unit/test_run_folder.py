@@ -25,9 +25,12 @@ def test_a_claimed_folder_gives_back_configuration_and_plan(folder):
     folder.claim(CONFIG, plan, {})
     assert folder.config() == CONFIG
     assert folder.plan() == plan
+    other = load({}, {"method": "non_private", "seed": 1})
+    assert folder.agreed_plan(other) == (plan, False)  # Nothing was charged yet.
+    write_json(folder.identity, {})
     assert folder.agreed_plan(CONFIG) == (plan, True)
     with pytest.raises(ConfigError, match=r"another configuration \(seed: 0 -> 1\)"):
-        folder.agreed_plan(load({}, {"method": "non_private", "seed": 1}))
+        folder.agreed_plan(other)
 
 
 @pytest.mark.parametrize("content", ["{", "{}", "[]"])

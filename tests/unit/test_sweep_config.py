@@ -7,6 +7,7 @@ import pytest
 from core.config import load, nested, short_digest, validate
 from core.config.yaml_subset import dump, parse
 from core.errors import ConfigError
+from core.io.files import write_json
 from core.privacy.keys import MasterSecret
 from core.privacy.plan.plan import make_plan
 from core.privacy.plan.scopes import share_of
@@ -324,6 +325,7 @@ def test_the_secret_number_of_trials_is_that_of_the_sweep_and_its_secret():
 def test_a_sweep_keeps_its_ledger(tmp_path):
     keys = {"storage_path": str(tmp_path)}
     claim(load_sweep(QUICKSTART, keys))
+    write_json(tmp_path / "quickstart" / "trials" / "a" / "identity.json", {})  # Which is charged.
     claim(load_sweep(QUICKSTART, keys | {"runtime.log_every": 7}))
     with pytest.raises(ConfigError, match=r"base\.runtime\.ledger: .* -> elsewhere"):
         claim(load_sweep(QUICKSTART, keys | {"runtime.ledger": "elsewhere"}))

@@ -19,6 +19,7 @@ from core.privacy.ledger.names import charged_to, ledger_path
 from core.privacy.ledger.sources import Source, Sources
 from core.privacy.plan.plan import PrivacyPlan
 from core.privacy.plan.scopes import run_budget
+from core.record.folder import STEPS_BEGUN
 
 RELEASE_ID = "release_id"
 """File in the folder `charged` with the identity of the one release that a selection is."""
@@ -94,7 +95,7 @@ class Spending:
             within=within,
         )
         name = hashlib.sha256(json.dumps(asdict(key)).encode()).hexdigest()[:16]
-        counter = ledger.path.with_name(f"{ledger.path.stem}-{name}.begun")
+        counter = ledger.path.with_name(f"{ledger.path.stem}-{name}{STEPS_BEGUN}")
         self._counters = (counter, own / counter.name)
         counts = {place: _read_count(place) for place in self._counters if place.exists()}
         lost = (noted and may_be_lost) or None in counts.values()
