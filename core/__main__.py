@@ -49,6 +49,16 @@ def add_verbosity(parser: argparse.ArgumentParser) -> None:
         )  # fmt: skip
 
 
+def add_folder_options(parser: argparse.ArgumentParser) -> None:
+    """Adds what a configuration for a folder of images depends on."""
+    parser.add_argument("--epsilon", type=float, help="what one trial may spend, such as 10")
+    parser.add_argument(
+        "--minutes", type=float, default=10.0, help="time of one trial on this machine; 10"
+    )
+    text = "N, class names, image size and colour may become public, as a release makes them"
+    parser.add_argument("--publish-counts", action="store_true", help=text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m core", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -79,6 +89,11 @@ def _overridable(command: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 def _add_training(add: Callable[..., argparse.ArgumentParser]) -> None:
     """Commands up to a finished run."""
+    text = "a configuration for a folder of images, with the reason for each choice"
+    begun = add("init", text, "init")
+    begun.add_argument("folder", type=Path, help="e.g. photos, with a folder for each class")
+    begun.add_argument("--out", type=Path, help="YAML file to write; the sweep's lies beside it")
+    add_folder_options(_overridable(begun))
     run = add("run", "train, generate and score one model", config=True, folder=True)
     add_verbosity(_overridable(run))
     text = "the easy stage against plain DP-SGD, and other methods, same budget"

@@ -65,7 +65,9 @@ def measure(config: Config, workers: int) -> StageSeconds:
     )
     private_training = _seconds_of(stage, device)
     count = min(config.evaluation.batch_size, config.evaluation.num_images)
-    image = _timed(lambda: generate(denoiser.eval(), config, count, device), device) / count
+    # Another network, as in a run: that of DP-SGD takes batches of K noise draws for each image.
+    average = build_denoiser(config).to(device).eval()
+    image = _timed(lambda: generate(average, config, count, device), device) / count
     return StageSeconds(warm_up, private_training, image)
 
 

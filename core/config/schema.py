@@ -38,6 +38,7 @@ from core.config.stages import (
 from core.errors import ConfigError
 
 Model = TypeVar("Model", bound=BaseModel)
+MOST_CLASSES = 1000
 MOST_PIXELS = 4096
 """Values of an image of which second moments are taken: in about 0.6 GiB of memory."""
 
@@ -65,7 +66,7 @@ class DatasetConfig(Section):
     """Column of `parquet` files with the class numbers."""
     image_size: Annotated[int, Field(ge=4, le=512)] = 8
     channels: Literal[1, 3] = 1
-    num_classes: Annotated[int, Field(ge=1, le=1000)] = 10
+    num_classes: Annotated[int, Field(ge=1, le=MOST_CLASSES)] = 10
     num_examples: Annotated[int, Field(ge=4)] = 1437
     """Public number N of private training images; refused when the data disagrees."""
     public: bool = False

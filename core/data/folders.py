@@ -116,6 +116,18 @@ def _digest(folder: Path, path: Path) -> int:
     return int(hashlib.sha256(name).hexdigest(), 16)
 
 
+def num_class_folders(config: DatasetConfig) -> int | None:
+    """How many folders are the classes; None where labels are listed."""
+    folder = folder_of(config)
+    if config.name == "eurosat":
+        folder = existing(folder / "eurosat" / "2750", config)
+    elif config.name != "image_folder":
+        return None
+    elif splits := _splits(folder):
+        folder = splits[0]
+    return None if (folder / INDEX).is_file() else len(listing(folder)[0])
+
+
 def _splits(folder: Path) -> tuple[Path, Path] | None:
     """Folders of training and test images; None where none has the name of a split."""
     if (folder / INDEX).is_file():

@@ -42,7 +42,7 @@ def idx(config: DatasetConfig) -> Source:
     folder of its own name, as some archivers unpack them. EMNIST's stay transposed, as stored.
     """
     folder = folder_of(config)
-    found = _found(folder)
+    found = found_files(folder)
     pairs: list[tuple[Path, Path]] = []
     for split in _SPLITS:
         names = (f"{split}-images-idx3-ubyte", f"{split}-labels-idx1-ubyte")
@@ -66,7 +66,7 @@ def idx(config: DatasetConfig) -> Source:
     return Source(tuple(path for pair in pairs for path in pair), read)
 
 
-def _found(folder: Path) -> dict[str, Path]:
+def found_files(folder: Path) -> dict[str, Path]:
     """Files by the names under which MNIST's are published."""
     folders, files = listing(folder)
     for each in folders:

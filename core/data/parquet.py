@@ -67,6 +67,27 @@ def parquet(config: DatasetConfig) -> Source:
     return Source((*train, *(path for files in held_out for path in files)), read)
 
 
+def likely_columns(folder: Path) -> dict[str, str]:
+    """Keys of the two columns that are the only ones of encoded images or of integers."""
+    from pyarrow import types
+
+    files = [path for split in _splits(folder).values() for path in split]
+    if not files:
+        return {}
+    schema = _opened(files[0]).schema_arrow
+
+    def encodes(kind: Any) -> bool:
+        return types.is_binary(kind) or (
+            types.is_struct(kind) and kind.get_field_index("bytes") >= 0
+        )
+
+    found = {
+        "image_column": [each.name for each in schema if encodes(each.type)],
+        "label_column": [each.name for each in schema if types.is_integer(each.type)],
+    }
+    return {key: names[0] for key, names in found.items() if len(names) == 1}
+
+
 def _splits(folder: Path) -> dict[str, list[Path]]:
     """The files of each split, by the first word of their names or of a folder around them.
 
@@ -94,14 +115,18 @@ def _splits(folder: Path) -> dict[str, list[Path]]:
     return found
 
 
-def _open(path: Path, column: str, key: str) -> Any:
+def _opened(path: Path) -> Any:
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
     try:
-        file = ParquetFile(path)
+        return ParquetFile(path)
     except (ArrowException, OSError) as error:
         raise DataError(f"'{path}' is no readable parquet file ({error}): fetch it again") from None
+
+
+def _open(path: Path, column: str, key: str) -> Any:
+    file = _opened(path)
     if column not in file.schema_arrow.names:
         raise DataError(
             f"'{path}' has no column '{column}': set {key} to one of "

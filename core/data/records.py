@@ -133,10 +133,10 @@ def fitted(
                 )
             yield image.reshape(channels, *image.shape[-2:])
 
-    return on_all_cores(lambda image: _fit(torch.from_numpy(image), size).numpy(), stored())
+    return on_all_cores(lambda image: fit(torch.from_numpy(image), size).numpy(), stored())
 
 
-def _fit(image: torch.Tensor, size: int) -> torch.Tensor:
+def fit(image: torch.Tensor, size: int) -> torch.Tensor:
     """Crops uint8 `[C, H, W]` to the central square and resizes it with antialiasing."""
     height, width = image.shape[-2:]
     side = min(height, width)
