@@ -1,4 +1,4 @@
-"""Command line of a sweep: `python sweep/run.py --config FILE [key=value ...]`.
+"""Command line of a sweep: `python sweep/run.py [--config FILE | --data FOLDER] [key=value ...]`.
 
 The same command starts a sweep, continues an interrupted one, or shows the results of a complete
 one. `ray job submit --working-dir . -- python sweep/run.py ...` runs it on a cluster.
@@ -9,16 +9,19 @@ import logging
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 # As a script this folder would come first on the path and hide packages of the same names.
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from core.__main__ import add_verbosity
-from core.config import parse_overrides
+from core.__main__ import add_folder_options, add_verbosity
+from core.config import Config, parse_overrides
+from core.config.keys import known_keys
 from core.errors import ConfigError, UserError
 from sweep.config.sweep import load_sweep
 
+QUICKSTART = Path(__file__).resolve().parent / "configs" / "quickstart.yaml"
 LIMITS = {
     "max_hours": "device hours (GPUs, or CPU cores without any)",
     "max_gpu_hours": "GPU hours",
@@ -34,7 +37,12 @@ def main(arguments: list[str] | None = None) -> int:
         error, 3 when a limit was reached, 130 when interrupted.
     """
     parser = argparse.ArgumentParser(prog="python sweep/run.py", description=__doc__)
-    parser.add_argument("--config", required=True, help="YAML file, as in sweep/configs")
+    which = parser.add_mutually_exclusive_group()
+    text = "YAML file, as in sweep/configs; the quickstart's if not given"
+    which.add_argument("--config", default=QUICKSTART, type=Path, help=text)
+    text = "folder of images of your own: writes a configuration as core init does, and runs it"
+    which.add_argument("--data", type=Path, metavar="FOLDER", help=text)
+    add_folder_options(parser)
     parser.add_argument("--name", help="name of the sweep; the same name continues it")
     parser.add_argument(
         "--plan", action="store_true", help="print what would run; reads no data, trains nothing"
@@ -64,6 +72,24 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
+def _configuration(options: argparse.Namespace, overrides: dict[str, Any]) -> Path:
+    """The sweep's file: the one that is named, or that of a folder, written unless it is there."""
+    if options.data is None:
+        if options.epsilon is not None or options.publish_counts:
+            raise ConfigError("--epsilon and --publish-counts need --data FOLDER: name the images")
+        return options.config
+    from core.commands.init import name_of, write_configuration
+
+    name = name_of(options.data, options.epsilon)
+    out = Path(overrides.get("storage_path", "runs")).expanduser() / "init" / f"{name}.yaml"
+    sweep = out.with_name(f"{name}_sweep.yaml")
+    if sweep.exists():
+        print(f"goes on with {sweep}; remove it and {out} to choose anew")
+        return sweep
+    of_run = {key: value for key, value in overrides.items() if key in known_keys(Config)}
+    return write_configuration(options, options.data, of_run, out)
+
+
 def _run(options: argparse.Namespace) -> int:
     overrides = parse_overrides(options.overrides)
     if options.name is not None:
@@ -72,7 +98,7 @@ def _run(options: argparse.Namespace) -> int:
     overrides |= {name: value for name, value in limits.items() if value is not None}
     if options.probe and not options.plan:
         raise ConfigError("--probe measures for --plan: give both")
-    sweep = load_sweep(options.config, overrides)
+    sweep = load_sweep(_configuration(options, overrides), overrides)
     if options.plan:
         from sweep.search.feasible import print_plan
 

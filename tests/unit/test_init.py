@@ -19,6 +19,7 @@ from core.config import DatasetConfig, load
 from core.errors import DataError
 from core.privacy.plan.plan import estimated_noise_multiplier, make_plan
 from sweep.config.sweep import load_sweep
+from sweep.run import main as run_main
 
 NAMES = ("cat", "dog", "owl", "yak")
 
@@ -138,6 +139,31 @@ def test_nothing_is_written_until_the_owner_publishes_the_counts(tmp_path, monke
     assert all(lines[number - 1].lstrip().startswith("#") for number in values)
     assert load_sweep("my_sweep.yaml", {}).run == config
     assert main([*command, "--publish-counts", "--out", "my.yaml"]) == 2  # It is there.
+
+
+def test_one_command_plans_a_sweep_and_goes_on_with_what_it_wrote(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_photos(tmp_path / "photos")
+    command = ["--data", "photos", "--epsilon", "10", "--minutes", "0.05", "--plan"]
+    command.append("dataset.image_size=8")  # Which is probed sooner.
+    assert run_main(command) == 2
+    assert run_main([*command, "--publish-counts"]) == 0
+    assert "sweep photos-epsilon10: 4 trials" in capsys.readouterr().out
+    assert run_main(command) == 0
+    assert "goes on with runs/init/photos-epsilon10_sweep.yaml" in capsys.readouterr().out
+    assert run_main(["--data", "photos", "--plan"]) == 2
+    assert "--epsilon is missing" in capsys.readouterr().err
+    assert run_main(["--epsilon", "10", "--plan"]) == 2
+    assert "need --data FOLDER" in capsys.readouterr().err
+
+
+def test_without_any_argument_the_quickstart_runs(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "sweep.search.feasible.print_plan", lambda sweep, _: seen.append(sweep.name)
+    )
+    assert run_main(["--plan"]) == 0
+    assert seen == ["quickstart"]
 
 
 FACTS = DatasetConfig(name="idx", path="x", image_size=32, channels=3, num_classes=4)

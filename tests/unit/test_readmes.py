@@ -42,6 +42,10 @@ ANSWERS = (
         UNIT + "benchmarks.py::test_the_gpu_script_runs_and_its_table_is_complete",
     ),
     (r"\. .venv/bin/activate$", INSTALLS),
+    (
+        r"python -m core init",
+        UNIT + "init.py::test_nothing_is_written_until_the_owner_publishes_the_counts",
+    ),
     (r"python -m core account", UNIT + "readmes.py::test_account_tells_what_each_scope_would_ask"),
     (
         r"python -m core run --config",
@@ -107,6 +111,11 @@ ANSWERS = (
         r"python sweep/run.py .*--doctor",
         SWEEPS + "doctor.py::test_each_check_is_a_line_and_what_fails_says_what_helps",
     ),
+    (
+        r"python sweep/run.py --data",
+        SWEEPS + "own_images.py::test_a_folder_of_photographs_becomes_a_bundle",
+    ),
+    (r"python sweep/run.py$", UNIT + "init.py::test_without_any_argument_the_quickstart_runs"),
     (r"python sweep/run.py ", SWEEPS + "sweep.py::test_table_states_scores_and_all_epsilons"),
     (
         r"(RAY_ADDRESS=auto |python clusters/local/cluster.py -- )python sweep/run.py ",
@@ -196,7 +205,9 @@ def test_arguments_and_keys_are_known(command):
         load(ROOT / options.config, parse_overrides(options.overrides))
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python sweep/run.py ")])
+@pytest.mark.parametrize(
+    "command", [c for c in COMMANDS if c.startswith("python sweep/run.py --config")]
+)
 def test_sweeps_that_are_shown_load(command, monkeypatch, tmp_path):
     seen = []
     monkeypatch.setattr("sweep.search.feasible.print_plan", lambda sweep, probe: seen.append(sweep))
