@@ -138,7 +138,8 @@ SWEEPS = [path for path in sorted(SWEEP.glob("*.yaml")) if not path.stem.endswit
 def test_sweeps_search_the_three_numbers_around_their_preset(path):
     sweep = load_sweep(path, {})
     assert sweep.name == path.stem
-    for key in ("central_images.per_class", "central_images.noise_multiplier", "stage_split"):
+    count = "num_clusters" if sweep.run.uses_moments else "per_class"
+    for key in (f"central_images.{count}", "central_images.noise_multiplier", "stage_split"):
         assert key in sweep.search_space
     if path.stem in PUBLISHED:
         assert flatten(sweep.run) == flatten(preset(path.stem))
