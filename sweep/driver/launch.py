@@ -30,9 +30,11 @@ from sweep.results.claim import claim, driver_lock, release_id
 from sweep.results.table import (
     Row,
     best,
+    claimed_row,
     final_row,
     load_rows,
     released_row,
+    withdraw_card,
     write_card,
 )
 from sweep.search.feasible import with_num_trials
@@ -119,6 +121,7 @@ def _run(context: Context, total: int, uri: str, verbosity: int) -> Outcome:
         if not secret:
             mirror.begin(behind)
         if not complete:
+            withdraw_card(sweep, rows)
             outcome = _search(context, [] if secret else [mirror], rows, total, uri, verbosity)
         if outcome.complete or not secret:
             _summarize(mirror, sweep, outcome)
@@ -134,10 +137,14 @@ def _run(context: Context, total: int, uri: str, verbosity: int) -> Outcome:
 
 
 def _summarize(mirror: Any, sweep: SweepConfig, outcome: Outcome) -> None:
-    """Writes the card, which the ledger may refuse, and hands MLflow the results."""
+    """Writes the card, which the ledger may refuse, and hands MLflow the results.
+
+    A sweep that was cut off claims nothing, unless its scope holds at any time.
+    """
     rows = outcome.rows
     released = released_row(sweep, rows)
-    card = released and write_card(sweep, rows, released, outcome.complete)
+    may_claim = outcome.complete or claimed_row(sweep, rows)[0] is not None
+    card = write_card(sweep, rows, released, outcome.complete) if released and may_claim else None
     mirror.summarize(rows, card)
     if sweep.run.privacy.covers.is_secret:
         mirror.begin([row for row in rows if row == released])
