@@ -12,6 +12,11 @@ from typing import Any
 Report = Callable[[dict[str, Any]], None]
 
 
+def counted(number: int, noun: str) -> str:
+    """A number of things in words: 1 trial, 2 trials."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 @contextmanager
 def log_to(name: str, path: Path) -> Iterator[None]:
     """Appends what the logger of that name is told to a file, with the time, until the block ends.

@@ -11,7 +11,7 @@ from typing import Any
 from core.config import flatten
 from core.errors import ConfigError
 from core.io.code_digest import code_digest
-from core.io.terminal import log_to
+from core.io.terminal import counted, log_to
 from core.privacy.keys import MasterSecret
 from core.record.folder import RunFolder
 from sweep.config.scope import count_trials, final_point, settings_entropy
@@ -130,8 +130,8 @@ def _run(context: Context, total: int, uri: str, verbosity: int) -> Outcome:
     finally:
         if count := mirror.close(_MLFLOW_TIMEOUT_S, status):
             print(
-                f"MLflow at {without_user(uri)} lacks something of {count} runs: the sweep's "
-                "folder holds it, and the same command tells it when MLflow answers",
+                f"MLflow at {without_user(uri)} lacks something of {counted(count, 'run')} "
+                f"({mirror.trouble}): the sweep's folder holds it, and the same command tells it",
                 file=sys.stderr,
             )
 
