@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from core.config import nested, yaml_subset
@@ -32,6 +31,7 @@ from sweep.results.table import (
     num_left,
     num_planned,
     print_results,
+    print_whole,
     sweep_epsilon,
     winners,
 )
@@ -261,9 +261,7 @@ def _print_table(records: Sequence[Mapping[str, Any]], digits: int = 4) -> None:
     for each in records:
         # A line about one key has its name in its first cell.
         table.add_row(*(_cell(each.get("key", name), v, digits) for name, v in each.items()))
-    natural = Console(width=1000).measure(table).maximum
-    # A narrow terminal wraps, rather than hides, figures.
-    Console(width=max(Console().width, natural)).print(table)
+    print_whole(table)
 
 
 def _cell(name: str, value: Any, digits: int) -> str:

@@ -14,6 +14,7 @@ from core.config import Config, flatten
 from core.config.metrics import DIRECTIONS, HEADLINES
 from core.io.code_digest import code_digest
 from core.io.files import write_json
+from core.io.terminal import counted
 from core.privacy.accounting.rounding import figure, upward
 from core.privacy.ledger.account import ledger_of_run
 from core.privacy.ledger.card import all_on_this_data_set, card_markdown, make_card, three_epsilons
@@ -261,9 +262,10 @@ def claimed_row(sweep: SweepConfig, rows: Sequence[Row]) -> tuple[Row | None, st
     if covers.claims_each and (left := num_left(sweep, rows)):
         total = num_planned(sweep) or 0
         state = "running" if running_driver(sweep.folder) else "not finished"
+        ended = f"{total - left} of {counted(total, 'trial')} ended"
         spent = upward(planned_epsilon(rows, total))
-        planned = f": all {total} together are planned to spend epsilon {spent}" if rows else ""
-        return None, f"sweep: {state}, {total - left} of {total} trials ended, {_NO_CLAIM}{planned}"
+        planned = f": all together are planned to spend epsilon {spent}" if rows else ""
+        return None, f"sweep: {state}, {ended}, {_NO_CLAIM}{planned}"
     if covers.is_secret and not any(row.folder.selected.exists() for row in rows):
         return None, f"selection: not complete, {_NO_CLAIM}"
     last = final_row(sweep, rows)
@@ -300,13 +302,11 @@ def print_results(sweep: SweepConfig, rows: list[Row], pruned: int, ui: str) -> 
     released, none_yet = claimed_row(sweep, rows)
     metrics = shown_metrics(sweep, rows)
     print(inside([sweep]), end="")
-    print(f"sweep {sweep.name}: {len(rows)} trials, {pruned} points pruned without compute")
+    tried, left_out = counted(len(rows), "trial"), counted(pruned, "point")
+    print(f"sweep {sweep.name}: {tried}, {left_out} pruned without compute")
     total = sweep_epsilon(sweep, rows)
     front = winners(sweep, rows)
-    table = results_table(sweep, rows, front, metrics, total)
-    # A narrow terminal wraps, rather than hides, figures.
-    width = max(Console().width, _WIDTH_OF_A_COLUMN * len(table.columns))
-    Console(width=width).print(table)
+    print_whole(results_table(sweep, rows, front, metrics, total))
     for row in rows:
         if row.state == "failed":
             print(f"trial {row.trial} failed: {row.error}")
@@ -326,6 +326,12 @@ def print_results(sweep: SweepConfig, rows: list[Row], pruned: int, ui: str) -> 
     else:
         _print_released(sweep, rows, released, total)
     print(f"compare: {ui}")
+
+
+def print_whole(table: Table) -> None:
+    """Prints a table at its own width: a narrow terminal wraps, rather than hides, figures."""
+    natural = Console(width=1000).measure(table).maximum
+    Console(width=max(Console().width, natural)).print(table)
 
 
 def _how_to_go_on(sweep: SweepConfig, rows: Sequence[Row]) -> str:
@@ -407,7 +413,6 @@ def results_table(
 
 
 _NO_CLAIM = "so nothing is claimed yet"
-_WIDTH_OF_A_COLUMN = 11
 _SHOWN = (COUNT, "central_images.num_clusters", NOISE, "stage_split")
 
 

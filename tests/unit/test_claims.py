@@ -64,7 +64,7 @@ def test_a_sweep_that_runs_says_what_is_planned_and_claims_nothing(tmp_path, cap
         assert main(["ls", "--storage", str(tmp_path)]) == 0
         listed = capsys.readouterr().out
     assert (
-        "sweep: running, 1 of 4 trials ended, so nothing is claimed yet: all 4 together are "
+        "sweep: running, 1 of 4 trials ended, so nothing is claimed yet: all together are "
         f"planned to spend epsilon {upward(planned)} compare:"
     ) in told
     assert "eps so far" in told
@@ -73,7 +73,12 @@ def test_a_sweep_that_runs_says_what_is_planned_and_claims_nothing(tmp_path, cap
 
 
 def test_one_that_was_cut_off_says_how_to_end_it(tmp_path, capsys):
-    told = shown(sweep_with(tmp_path, finished=3), capsys)
+    sweep = sweep_with(tmp_path, finished=3)
+    trial(sweep, "begun", "this")
+    told = shown(sweep, capsys)
+    assert "sweep quickstart: 4 trials, 0 points pruned" in told
+    assert "unfinished" in told, "a pipe has the width of the table"
+    assert "…" not in told
     assert "sweep: not finished, 3 of 4 trials ended, so nothing is claimed yet" in told
     assert "; the same command goes on, or ends the sweep here with num_trials=3 compare:" in told
     assert not [claim for claim in CLAIMS if claim in told]
