@@ -324,7 +324,7 @@ def ledger_text(summary: dict[str, Any]) -> str:
         f"epsilon {_at(summary, 'committed_and_reserved')} {budget}, of which "
         f"{upward(summary['epsilon_committed'])} is settled ({_accountant_of_all(summary)})",
         *(f"LOST before {each['time']}: {each['reason']}" for each in summary["losses"]),
-        f"{'state':<10} {'steps':>13} {'epsilon':>8}  run, trial, stage, note",
+        f"{'state':<10} {'steps':>13} {'epsilon':>8}  run, identity, stage, note",
     ]
     for entry in summary["entries"]:
         planned = entry["end_step"] - entry["first_step"]
@@ -334,4 +334,5 @@ def ledger_text(summary: dict[str, Any]) -> str:
             f"{entry['state']:<10} {f'{executed}/{planned}':>13} {upward(entry['epsilon']):>8}  "
             + ", ".join(name for name in names if name)
         )
+    lines.append("identity: that in evaluation.json of the run's folder, which the note may name")
     return "\n".join(lines)
