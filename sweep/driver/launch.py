@@ -30,9 +30,9 @@ from sweep.results.claim import claim, driver_lock, release_id
 from sweep.results.table import (
     Row,
     best,
-    claimed_row,
     final_row,
     load_rows,
+    num_left,
     released_row,
     withdraw_card,
     write_card,
@@ -143,8 +143,9 @@ def _summarize(mirror: Any, sweep: SweepConfig, outcome: Outcome) -> None:
     """
     rows = outcome.rows
     released = released_row(sweep, rows)
-    may_claim = outcome.complete or claimed_row(sweep, rows)[0] is not None
-    card = write_card(sweep, rows, released, outcome.complete) if released and may_claim else None
+    card = None
+    if released and not (sweep.run.privacy.covers.claims_each and num_left(sweep, rows)):
+        card = write_card(sweep, rows, released, outcome.complete)
     mirror.summarize(rows, card)
     if sweep.run.privacy.covers.is_secret:
         mirror.begin([row for row in rows if row == released])
