@@ -76,7 +76,7 @@ def test_one_that_was_cut_off_says_how_to_end_it(tmp_path, capsys):
     sweep = sweep_with(tmp_path, finished=3)
     trial(sweep, "begun", "this")
     told = shown(sweep, capsys)
-    assert "sweep quickstart: 4 trials, 0 points pruned" in told
+    assert f"sweep {sweep.name}: 4 trials, 0 points pruned" in told
     assert "unfinished" in told, "a pipe has the width of the table"
     assert "…" not in told
     assert "sweep: not finished, 3 of 4 trials ended, so nothing is claimed yet" in told

@@ -110,7 +110,7 @@ def test_a_terminal_shows_one_table_that_changes(tmp_path):
 def test_an_estimate_that_has_run_out_is_left_out(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    progress = Progress(load_sweep("sweep/configs/quickstart.yaml", {}), 2, 0, False, -1)
+    progress = Progress(load_sweep("tests/data/sweep.yaml", {}), 2, 0, False, -1)
     progress.started("0a", {})
     now[0] = 10.0
     progress.ended("0a", {"stage": "done", "step": 200, "accuracy": 0.75, "seconds": 3})
