@@ -10,7 +10,7 @@ setup: $(VENV)/.installed
 # One install for everything; done again only when the dependencies change.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "installing the pinned dependencies (about 6 GB, some minutes the first time) ..."
+	@echo "installing the pinned dependencies (about 7 GB, some minutes the first time) ..."
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check \
 		--constraint constraints.txt --editable '.[images,sweep,dev]'
 	@touch $@

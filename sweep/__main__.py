@@ -12,20 +12,29 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from core.config import nested, yaml_subset
 from core.errors import ConfigError, UserError
 from core.io.files import to_json
-from core.privacy.accounting.rounding import figure
+from core.privacy.accounting.rounding import figure, upward
 from core.privacy.ledger.file import LedgerError
-from sweep.config.scope import DEFAULT_NUM_TRIALS, inside
+from sweep.config.scope import inside
 from sweep.config.sweep import SweepConfig, load_sweep
 from sweep.results.driver import running_driver, stop_driver
 from sweep.results.export import differences, export, record
 from sweep.results.find import find_trial, open_sweep, sweep_names
-from sweep.results.table import Row, best, load_rows, print_results, sweep_epsilon, winners
+from sweep.results.table import (
+    Row,
+    best,
+    load_rows,
+    num_left,
+    num_planned,
+    print_results,
+    print_whole,
+    sweep_epsilon,
+    winners,
+)
 from sweep.search.study import pruned_points
 
 
@@ -94,11 +103,11 @@ def _overview(sweep: SweepConfig) -> dict[str, Any]:
     winner, metric = best(sweep, rows), sweep.objective.metric
     front = [row.trial for row in winners(sweep, rows)]
     states = [row.state for row in rows]
-    secret = sweep.run.privacy.scope == "selection"
     return {
         "sweep": sweep.name,
         "state": _state(sweep, rows),
-        "num_trials": None if secret else sweep.num_trials or DEFAULT_NUM_TRIALS,
+        "num_trials": num_planned(sweep),
+        "num_left": num_left(sweep, rows),
         "finished": states.count("finished"),
         "stopped": states.count("stopped"),
         "failed": states.count("failed"),
@@ -130,6 +139,7 @@ def _recorded_epsilon(sweep: SweepConfig, rows: Sequence[Row]) -> float | None:
 def _short(overview: Mapping[str, Any]) -> dict[str, Any]:
     """What of an overview fits in a line."""
     done, total = overview["finished"] + overview["stopped"], overview["num_trials"]
+    spent, so_far = overview["epsilon_sweep"], " so far" if overview["num_left"] else ""
     return {
         "sweep": overview["sweep"],
         "state": overview["state"],
@@ -140,7 +150,7 @@ def _short(overview: Mapping[str, Any]) -> dict[str, Any]:
         "score": overview["best_score"],
         "objective": overview["objective"],
         "eps trial": overview["epsilon_trial"],
-        "eps sweep": overview["epsilon_sweep"],
+        "eps sweep": None if spent is None else upward(spent) + so_far,
     }
 
 
@@ -251,9 +261,7 @@ def _print_table(records: Sequence[Mapping[str, Any]], digits: int = 4) -> None:
     for each in records:
         # A line about one key has its name in its first cell.
         table.add_row(*(_cell(each.get("key", name), v, digits) for name, v in each.items()))
-    natural = Console(width=1000).measure(table).maximum
-    # A narrow terminal wraps, rather than hides, figures.
-    Console(width=max(Console().width, natural)).print(table)
+    print_whole(table)
 
 
 def _cell(name: str, value: Any, digits: int) -> str:

@@ -44,6 +44,7 @@ SHARED = ("tests/integration/test_shared_warm_up.py",)
 SECRET = ("tests/integration/test_secret_number.py",)
 CHANGED = ("tests/integration/test_changed_code.py",)
 LOSSES, LOSS_TESTS = "core/privacy/accounting/quick.py", ("tests/unit/test_loss_distribution.py",)
+CLAIMS = ("tests/unit/test_claims.py",)
 DIVERGING = ("tests/integration/test_diverging_runs.py",)
 CHARGED = "_made(getattr(self, name) for name in RELEASES"
 MOMENTS, OF_MOMENTS = "core/privacy/mechanisms/moments.py", ("tests/statistical/test_moments.py",)
@@ -436,6 +437,20 @@ MUTANTS = (
         "max(plan.epsilon, ledger.largest_epsilon(run))",
         "plan.epsilon",
         SECRET,
+    ),
+    Mutant(
+        "a claim while trials of the sweep are still to come",
+        "sweep/results/table.py",
+        "if covers.claims_each and (left := num_left(sweep, rows)):",
+        "if (left := 0):",
+        CLAIMS,
+    ),
+    Mutant(
+        "the first trial of a sweep given beforehand",
+        "core/privacy/ledger/card.py",
+        'in_sweep = searched or run in summary["sweeps"]',
+        "in_sweep = searched",
+        CLAIMS,
     ),
     Mutant(
         "epsilons rounded to the nearest",

@@ -1,6 +1,7 @@
 """`python -m core prepare`: where a data set comes from, and what must lie where to be read."""
 
 import argparse
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,7 @@ def prepare(options: argparse.Namespace) -> None:
     print(f"{origin.text}\nfrom   {origin.url}\nlayout {folder}: {origin.layout}")
     for file, md5 in _digests(name).items():
         print(f"       MD5 {md5}  {out / file}")
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         if name == "camelyon17":
             _fetch_camelyon(origin, out)
@@ -60,6 +62,9 @@ def prepare(options: argparse.Namespace) -> None:
             _fetch(name, out)
     except Exception as error:  # Networks and archives fail in many ways.
         reason = (str(error) or type(error).__name__).splitlines()[0]
+        for path in missing:  # Of what was made, an empty folder is not left.
+            with suppress(OSError):
+                path.rmdir()
         raise DataError(
             f"{name} cannot be had from here ({reason}): fetch it elsewhere, place the files as "
             f"listed above below '{out}', and run the same command again"

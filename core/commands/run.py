@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +43,24 @@ def run(options: argparse.Namespace) -> None:
     run_dir = options.run_dir or run_dir_of(options.config, config)
     result = train(config, run_dir, options.verbosity)
     folder = RunFolder(run_dir)
-    print(folder.plan().statement)
-    print("Scores are computed from real images and are not private:")
-    for name, value in result.items():
-        if isinstance(value, float):
-            print(f"  {name:<18} {figure(name, value)}")
+    print("\n".join(result_lines(folder, result)))
     print(f"samples: {folder.grid}")
+
+
+def result_lines(folder: RunFolder, result: Mapping[str, Any]) -> list[str]:
+    """What a run has cost, by its plan alone, and its scores, each with its tag."""
+    tags = ended.tags if (ended := folder.result()) else {}
+    figures = {name: value for name, value in result.items() if isinstance(value, float)}
+    seconds = figures.pop("seconds")
+    costs = [name for name in figures if name.startswith("epsilon") or name == "noise_multiplier"]
+    lines = [folder.plan().statement, "Costs follow from the plan alone, and are public:"]
+    lines += [f"  {name:<18} {figure(name, figures.pop(name))}" for name in costs]
+    lines += ["Scores are computed from real images:"]
+    lines += [
+        f"  {name:<18} {figure(name, value):<8} {tags.get(name, 'non-private')}"
+        for name, value in figures.items()
+    ]
+    return [*lines, f"time: {seconds:.0f} s"]
 
 
 def compare(options: argparse.Namespace) -> None:

@@ -12,6 +12,11 @@ from typing import Any
 Report = Callable[[dict[str, Any]], None]
 
 
+def counted(number: int, noun: str) -> str:
+    """A number of things in words: 1 trial, 2 trials."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 @contextmanager
 def log_to(name: str, path: Path) -> Iterator[None]:
     """Appends what the logger of that name is told to a file, with the time, until the block ends.
@@ -27,6 +32,9 @@ def log_to(name: str, path: Path) -> Iterator[None]:
     logger.addHandler(handler)
     try:
         yield
+    except KeyboardInterrupt:
+        logger.info("interrupted")
+        raise
     except BaseException as error:
         logger.error("stopped by %s: %s", type(error).__name__, error)
         raise
@@ -88,8 +96,9 @@ class Console:
         assert self._start is not None
         text = report_line(metrics, self._total)
         done = step - self._start[1]
-        if done > 0 and ("total" in metrics or stage == "private_training"):
-            left = (now - self._start[0]) / done * (metrics.get("total", self._total) - step)
+        total = metrics.get("total", self._total)
+        if done > 0 and step < total and ("total" in metrics or stage == "private_training"):
+            left = (now - self._start[0]) / done * (total - step)
             text += f"  about {left:.0f} s of {'it' if 'total' in metrics else 'training'} left"
         if "note" in metrics:
             self._line.keep(metrics["note"])

@@ -11,7 +11,7 @@ from typing import Any
 from core.config import flatten
 from core.errors import ConfigError
 from core.io.code_digest import code_digest
-from core.io.terminal import log_to
+from core.io.terminal import counted, log_to
 from core.privacy.keys import MasterSecret
 from core.record.folder import RunFolder
 from sweep.config.scope import count_trials, final_point, settings_entropy
@@ -32,7 +32,9 @@ from sweep.results.table import (
     best,
     final_row,
     load_rows,
+    num_left,
     released_row,
+    withdraw_card,
     write_card,
 )
 from sweep.search.feasible import with_num_trials
@@ -119,6 +121,7 @@ def _run(context: Context, total: int, uri: str, verbosity: int) -> Outcome:
         if not secret:
             mirror.begin(behind)
         if not complete:
+            withdraw_card(sweep, rows)
             outcome = _search(context, [] if secret else [mirror], rows, total, uri, verbosity)
         if outcome.complete or not secret:
             _summarize(mirror, sweep, outcome)
@@ -127,17 +130,22 @@ def _run(context: Context, total: int, uri: str, verbosity: int) -> Outcome:
     finally:
         if count := mirror.close(_MLFLOW_TIMEOUT_S, status):
             print(
-                f"MLflow at {without_user(uri)} lacks something of {count} runs: the sweep's "
-                "folder holds it, and the same command tells it when MLflow answers",
+                f"MLflow at {without_user(uri)} lacks something of {counted(count, 'run')} "
+                f"({mirror.trouble}): the sweep's folder holds it, and the same command tells it",
                 file=sys.stderr,
             )
 
 
 def _summarize(mirror: Any, sweep: SweepConfig, outcome: Outcome) -> None:
-    """Writes the card, which the ledger may refuse, and hands MLflow the results."""
+    """Writes the card, which the ledger may refuse, and hands MLflow the results.
+
+    A sweep that was cut off claims nothing, unless its scope holds at any time.
+    """
     rows = outcome.rows
     released = released_row(sweep, rows)
-    card = released and write_card(sweep, rows, released, outcome.complete)
+    card = None
+    if released and not (sweep.run.privacy.covers.claims_each and num_left(sweep, rows)):
+        card = write_card(sweep, rows, released, outcome.complete)
     mirror.summarize(rows, card)
     if sweep.run.privacy.covers.is_secret:
         mirror.begin([row for row in rows if row == released])

@@ -170,8 +170,9 @@ class Progress:
         if self._ended and not self._secret:
             each = (self._last_end - self._began) / self._ended
             since = time.monotonic() - self._last_end
-            left = max(0.0, each * (self._total - self._before - self._ended) - since)
-            parts.append(f"about {_short_time(left)} left")
+            left = each * (self._total - self._before - self._ended) - since
+            # Once a trial takes longer than those before, nothing tells how much.
+            parts += [f"about {_short_time(left)} left"] if left > 0 else []
         return "  ".join(parts)
 
     def _table(self) -> Table:

@@ -12,6 +12,7 @@ from plotly.offline import get_plotlyjs
 from core.config import nested, yaml_subset
 from core.errors import UserError
 from core.io.files import to_json
+from core.io.terminal import counted
 from core.privacy.accounting.rounding import upward
 from core.privacy.ledger.card import three_epsilons
 from core.record.folder import class_names
@@ -62,6 +63,7 @@ def write_report(sweep: SweepConfig, out: Path) -> None:
         "sweep": sweep,
         "inside": inside([sweep]),
         "upward": upward,
+        "counted": counted,
         "made": time.strftime("%Y-%m-%d %H:%M"),
         "rows": rows,
         "winner": winner,

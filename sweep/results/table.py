@@ -14,6 +14,7 @@ from core.config import Config, flatten
 from core.config.metrics import DIRECTIONS, HEADLINES
 from core.io.code_digest import code_digest
 from core.io.files import write_json
+from core.io.terminal import counted
 from core.privacy.accounting.rounding import figure, upward
 from core.privacy.ledger.account import ledger_of_run
 from core.privacy.ledger.card import all_on_this_data_set, card_markdown, make_card, three_epsilons
@@ -21,8 +22,12 @@ from core.privacy.ledger.file import LedgerError
 from core.privacy.ledger.ledger import Ledger
 from core.privacy.plan.plan import PrivacyPlan, composed_epsilon
 from core.record.folder import Result, RunFolder
-from sweep.config.scope import SEED, inside
+from sweep.config.scope import DEFAULT_NUM_TRIALS, SEED, inside
 from sweep.config.sweep import SweepConfig
+from sweep.results.driver import running_driver
+
+CARD = "privacy_card.md"
+"""In the folder of a sweep, beside the same as JSON."""
 
 
 @dataclass(frozen=True)
@@ -139,9 +144,27 @@ def _scored(sweep: SweepConfig, rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if row is not last and set(sweep.metrics) <= set(row.scores)]
 
 
-def planned_epsilon(rows: Sequence[Row]) -> float:
-    """Epsilon of the whole plans of all trials that began, composed by PLD; needs no ledger."""
-    return composed_epsilon([row.plan for row in rows])
+def num_planned(sweep: SweepConfig) -> int | None:
+    """Trials that the search is to have; None under scope `selection`, where that is secret."""
+    secret = sweep.run.privacy.covers.is_secret
+    return None if secret else sweep.num_trials or DEFAULT_NUM_TRIALS
+
+
+def num_left(sweep: SweepConfig, rows: Sequence[Row]) -> int:
+    """Planned trials of the search that have not ended; 0 where their number is secret."""
+    last = final_row(sweep, rows)
+    ended = sum(row.state != "unfinished" for row in rows if row is not last)
+    return max(0, (num_planned(sweep) or 0) - ended)
+
+
+def planned_epsilon(rows: Sequence[Row], num_trials: int = 0) -> float:
+    """Epsilon of the whole plans of all trials that began, composed by PLD; needs no ledger.
+
+    Args:
+        num_trials: if more than began, each that is still to come counts as the last that did.
+    """
+    plans = [row.plan for row in rows]
+    return composed_epsilon([*plans, *plans[-1:] * (num_trials - len(plans))])
 
 
 def sweep_epsilon(sweep: SweepConfig, rows: Sequence[Row]) -> float:
@@ -181,7 +204,8 @@ def write_card(
 ) -> dict[str, Any]:
     """Writes the card into the sweep's folder; a complete sweep marks what may be released.
 
-    Of a selection only a complete one has a card; its ledger notes the trial for good.
+    Only what `claimed_row` would claim has a card, of selections a complete one; its ledger notes
+    the trial for good.
 
     Raises:
         LedgerError: the ledger is missing or damaged, or notes another trial of the selection.
@@ -195,14 +219,26 @@ def write_card(
             )
         _ledger(released).select(sweep.name, _result(released).identity)
     card = sweep_card(sweep, rows, released)
-    write_json(sweep.folder / "privacy_card.json", card)
-    (sweep.folder / "privacy_card.md").write_text(card_markdown(card))
+    path = sweep.folder / CARD
+    write_json(path.with_suffix(".json"), card)
+    path.write_text(card_markdown(card))
     for row in rows:
         row.folder.selected.unlink(missing_ok=True)
     front = winners(sweep, rows)
     for row in (front if released in front else [released]) if complete else []:
         write_json(row.folder.selected, {"objective": _objective(sweep, rows)})
     return card
+
+
+def withdraw_card(sweep: SweepConfig, rows: Sequence[Row]) -> None:
+    """Takes back what a sweep claimed before it goes on: further trials belong to the claim.
+
+    A selection keeps its mark: no other trial may ever leave.
+    """
+    if not sweep.run.privacy.covers.is_secret:
+        card = sweep.folder / CARD
+        for path in (card, card.with_suffix(".json"), *(row.folder.selected for row in rows)):
+            path.unlink(missing_ok=True)
 
 
 def released_row(sweep: SweepConfig, rows: Sequence[Row]) -> Row | None:
@@ -220,9 +256,17 @@ def claimed_row(sweep: SweepConfig, rows: Sequence[Row]) -> tuple[Row | None, st
     """What a claim can be made about: what may be published, or None and why there is none.
 
     Privacy: the best trial so far of a selection that is not complete is not the one that leaves.
+        Where the claim counts what chose the trial, the trials still to come belong to it too.
     """
-    released = released_row(sweep, rows)
-    if sweep.run.privacy.covers.is_secret and not any(row.folder.selected.exists() for row in rows):
+    released, covers = released_row(sweep, rows), sweep.run.privacy.covers
+    if covers.claims_each and (left := num_left(sweep, rows)):
+        total = num_planned(sweep) or 0
+        state = "running" if running_driver(sweep.folder) else "not finished"
+        ended = f"{total - left} of {counted(total, 'trial')} ended"
+        spent = upward(planned_epsilon(rows, total))
+        planned = f": all together are planned to spend epsilon {spent}" if rows else ""
+        return None, f"sweep: {state}, {ended}, {_NO_CLAIM}{planned}"
+    if covers.is_secret and not any(row.folder.selected.exists() for row in rows):
         return None, f"selection: not complete, {_NO_CLAIM}"
     last = final_row(sweep, rows)
     if last is not None and last.state == "failed":
@@ -255,34 +299,50 @@ def shown_metrics(sweep: SweepConfig, rows: Sequence[Row]) -> list[str]:
 def print_results(sweep: SweepConfig, rows: list[Row], pruned: int, ui: str) -> None:
     """Prints the table, the best trial, the epsilons and where to look next."""
     winner = best(sweep, rows)
+    released, none_yet = claimed_row(sweep, rows)
     metrics = shown_metrics(sweep, rows)
     print(inside([sweep]), end="")
-    print(f"sweep {sweep.name}: {len(rows)} trials, {pruned} points pruned without compute")
+    tried, left_out = counted(len(rows), "trial"), counted(pruned, "point")
+    print(f"sweep {sweep.name}: {tried}, {left_out} pruned without compute")
     total = sweep_epsilon(sweep, rows)
     front = winners(sweep, rows)
-    table = results_table(sweep, rows, front, metrics, total)
-    # A narrow terminal wraps, rather than hides, figures.
-    width = max(Console().width, _WIDTH_OF_A_COLUMN * len(table.columns))
-    Console(width=width).print(table)
+    print_whole(results_table(sweep, rows, front, metrics, total))
     for row in rows:
         if row.state == "failed":
             print(f"trial {row.trial} failed: {row.error}")
         elif row.state == "stopped":
             print(f"trial {row.trial} {row.error}")
     if winner is None:
+        if num_left(sweep, rows):
+            print(none_yet + _how_to_go_on(sweep, rows))
         return
     if len(sweep.objectives) > 1:
         print(f"Pareto front by {' and '.join(sweep.metrics)} (* in the table):")
     title = "best trial: " if len(sweep.objectives) == 1 else "  "
     for row in front:
         print(f"{title}{row.trial} ({_scores(row)})")
-    released, none_yet = claimed_row(sweep, rows)
     if released is None:
-        last = final_row(sweep, rows)
-        print(none_yet + ("" if last and last.for_good else "; the same command goes on"))
+        print(none_yet + _how_to_go_on(sweep, rows))
     else:
         _print_released(sweep, rows, released, total)
     print(f"compare: {ui}")
+
+
+def print_whole(table: Table) -> None:
+    """Prints a table at its own width: a narrow terminal wraps, rather than hides, figures."""
+    natural = Console(width=1000).measure(table).maximum
+    Console(width=max(Console().width, natural)).print(table)
+
+
+def _how_to_go_on(sweep: SweepConfig, rows: Sequence[Row]) -> str:
+    last = final_row(sweep, rows)
+    if running_driver(sweep.folder) or (last and last.for_good):
+        return ""
+    text = "; the same command goes on"
+    total, left = num_planned(sweep) or 0, num_left(sweep, rows)
+    if 0 < left < total and sweep.run.privacy.covers.claims_each:
+        text += f", or ends the sweep here with num_trials={total - left}"
+    return text
 
 
 def _print_released(sweep: SweepConfig, rows: Sequence[Row], released: Row, total: float) -> None:
@@ -294,7 +354,8 @@ def _print_released(sweep: SweepConfig, rows: Sequence[Row], released: Row, tota
         print(f"  {name}: {value}")
     spent = all_on_this_data_set(card)
     print(f"  epsilon of all runs on this data set: {spent} (python -m core ledger show)")
-    print(f"card: {sweep.folder / 'privacy_card.md'}")
+    if (path := sweep.folder / CARD).exists():  # Not before the end.
+        print(f"card: {path}")
     print(f"samples: {released.folder.grid}")
 
 
@@ -328,7 +389,8 @@ def results_table(
     columns = ["trial", "count", "noise", "split"]
     others = [k for k in sweep.search_space if k not in (*_SHOWN, SEED)]
     columns += [key.replace(".", " ") for key in others]  # Breaks there if it must.
-    columns += ["DP-SGD noise", "eps trial", "eps sweep", *metrics, "seconds"]
+    total_so_far = "eps so far" if num_left(sweep, rows) else "eps sweep"
+    columns += ["DP-SGD noise", "eps trial", total_so_far, *metrics, "seconds"]
     for name in columns:
         first = name == "trial"
         table.add_column(name, justify="left" if first else "right", no_wrap=first)
@@ -351,7 +413,6 @@ def results_table(
 
 
 _NO_CLAIM = "so nothing is claimed yet"
-_WIDTH_OF_A_COLUMN = 11
 _SHOWN = (COUNT, "central_images.num_clusters", NOISE, "stage_split")
 
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from core.commands.account import COUNT, NOISE
 from core.config import flatten
 from core.errors import ConfigError, InfeasibleError
-from core.io.terminal import ProgressLine
+from core.io.terminal import ProgressLine, counted
 from core.privacy.accounting.rounding import figure, upward
 from core.privacy.ledger.card import accountant_of
 from core.privacy.plan.plan import check_feasible, composed_epsilon, make_plan
@@ -84,9 +84,9 @@ def print_plan(sweep: SweepConfig, probe: bool = False) -> None:
     total = sweep.num_trials or DEFAULT_NUM_TRIALS
     secret = privacy.covers.is_secret
     trials = f"a secret number of trials (mean {privacy.selection_mean:g})"
-    trials = trials if secret else f"{total} trials"
+    trials = trials if secret else counted(total, "trial")
     print(
-        f"sweep {sweep.name}: {trials} of {sweep.workers_per_trial} workers each, "
+        f"sweep {sweep.name}: {trials} of {counted(sweep.workers_per_trial, 'worker')} each, "
         f"{config.training.num_steps} steps, scope {privacy.scope} at epsilon "
         f"{upward(privacy.target_epsilon)}, delta {upward(privacy.target_delta, 6)}, "
         f"N={config.dataset.num_examples}"
@@ -106,10 +106,10 @@ def print_plan(sweep: SweepConfig, probe: bool = False) -> None:
         print(f"the middle of the space cannot be paid: {error}")
         return
     print(f"epsilon of one trial in the middle of the space: {upward(plan.epsilon)}")
-    if privacy.covers.claims_each:
+    if privacy.covers.claims_each and total > 1:
         together = composed_epsilon([plan] * total)
         print(f"epsilon of all {total} together, and so of choosing among them: {upward(together)}")
-    else:
+    elif not privacy.covers.claims_each:
         print(
             f"epsilon that scope {privacy.scope} claims: {upward(privacy.target_epsilon)}, by "
             f"{accountant_of(privacy, plan.summary()['accountant'])}"

@@ -11,7 +11,7 @@ from core.config import Config, flatten
 from core.record.early import ENDED_EARLY
 from core.record.folder import Result, RunFolder
 from sweep.config.sweep import SweepConfig
-from sweep.results.table import Row, best, released_row, three_figures, winners
+from sweep.results.table import CARD, Row, best, released_row, three_figures, winners
 from sweep.tracking.charts import (
     charts,
     compared_figures,
@@ -22,6 +22,8 @@ from sweep.tracking.charts import (
     shared_params,
 )
 from sweep.tracking.client import STATE, Tracker
+
+_STATEMENT = "privacy.statement"
 
 
 def last_step(folder: Path) -> int:
@@ -80,6 +82,7 @@ def tell_sweep(tracker: Tracker, sweep: SweepConfig, total: int) -> None:
     secret = sweep.run.privacy.covers.is_secret
     search = {"num_trials": "secret" if secret else total, "objective": ", ".join(sweep.metrics)}
     tracker.log_params({**shared_params(sweep), **search, **space})
+    tracker.log_tags({_STATEMENT: "not finished: nothing is claimed yet"})  # Until the summary.
     tracker.log_dataset(sweep.run.dataset.name, public_facts(sweep.run))
     tracker.log_charts(sweep.name, charts(sweep, tracker.run_id))
     tracker.log_file(sweep.folder / "sweep.json")
@@ -91,8 +94,7 @@ def tell_summary(
     """Logs the best trial, the three epsilons and the card; registers what may be published.
 
     Args:
-        card: as `write_card` wrote it; None before the final run, after a search on public data,
-            as there is nothing yet for it to be about.
+        card: as `write_card` wrote it; None where there is nothing yet that it could claim.
     """
     if (winner := best(sweep, rows)) is None:
         return
@@ -106,9 +108,9 @@ def tell_summary(
     if card is None or released is None:
         return
     tracker.log_figures(three_figures(card))
-    tracker.log_tags({"privacy.statement": card["statement"]})
-    for name in ("privacy_card.json", "privacy_card.md"):
-        tracker.log_file(sweep.folder / name)
+    tracker.log_tags({_STATEMENT: card["statement"]})
+    for path in ((card_file := sweep.folder / CARD).with_suffix(".json"), card_file):
+        tracker.log_file(path)
     # Marked where the sweep is complete; its owner may have removed the model.
     if released.folder.selected.exists() and released.folder.model.exists():
         scope, statement = card["scope"], card["statement"]

@@ -106,7 +106,9 @@ class Mirror:
         self._summary: Callable[[Tracker], None] = lambda _: None
         self._runs: dict[str, _Watched] = {}
         self._lock, self._closing = threading.Lock(), threading.Event()
-        self._give_up_at, self._has_said = math.inf, False
+        self._patience, self._has_said = 0.0, False
+        self.trouble = ""
+        """Why MLflow lacks something at the end: the last error, or that the time was over."""
         self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
 
         def tell(tracker: Tracker, status: str) -> None:
@@ -149,12 +151,12 @@ class Mirror:
             patience: seconds in which a server that does not answer is asked again.
 
         Returns:
-            Runs of which MLflow still lacks something.
+            Runs of which MLflow still lacks something; `trouble` says why.
         """
+        self.trouble, self._patience = f"it took longer than {_LONGEST_CLOSE:.0f} s", patience
         for key, each in list(self._runs.items()):
             self._end(key, each.status or "KILLED")
         self._end(self._sweep.name, status)
-        self._give_up_at = time.monotonic() + patience
         self._closing.set()
         if self._runs:
             self._thread.join(_LONGEST_CLOSE)
@@ -178,11 +180,15 @@ class Mirror:
 
     def _work(self) -> None:
         """In the thread: looks every few seconds, at the end until all is told or refused."""
-        pause = 1.0
+        pause, give_up_at = 1.0, math.inf
         while self._is_newest():
             closing = self._closing.is_set()
             answers = self._look(closing)
-            left = self._give_up_at - time.monotonic()
+            if answers or not closing:
+                give_up_at = math.inf
+            elif give_up_at == math.inf:  # What is slow, but answers, uses up no patience.
+                give_up_at = time.monotonic() + self._patience
+            left = give_up_at - time.monotonic()
             waiting = not all(each.refused for each in list(self._runs.values()))
             if closing and (not waiting or (not answers and left <= 0)):
                 return
@@ -225,9 +231,15 @@ class Mirror:
         except Exception as error:
             if isinstance(error, UNREACHABLE) and is_temporary(error):
                 each.tracker = None  # What was stored whose answer was lost is then known.
+                self._note(key, error)
                 return False
             self._refuse(key, each, status, error)
         return True
+
+    def _note(self, key: str, error: Exception) -> None:
+        if (why := reason(error)) != self.trouble:  # Once of an outage.
+            _LOG.warning("%s: MLflow does not take it: %s", key, why)
+        self.trouble = why
 
     def _attempt(self, key: str, each: _Watched, status: str) -> None:
         if self._place is None:
@@ -250,6 +262,7 @@ class Mirror:
 
     def _refuse(self, key: str, each: _Watched, status: str, error: Exception) -> None:
         each.refused = True
+        self._note(key, error)
         _LOG.error("%s: not recorded whole", key, exc_info=error)
         if status and each.tracker is not None:
             with suppress(Exception):

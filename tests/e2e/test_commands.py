@@ -65,7 +65,7 @@ def test_a_reader_that_has_enough_ends_the_command_quietly(storage):
 def test_show_prints_the_table_of_the_sweep(ask):
     code, out, _ = ask("show", "small")
     assert code == 0
-    assert "13 trials, 1 points pruned without compute" in out
+    assert "13 trials, 1 point pruned without compute" in out
     assert "best trial: " in out
     records = json.loads(ask("show", "small", "--json")[1])
     assert len(records) == 13

@@ -251,8 +251,27 @@ def test_a_slow_server_holds_up_the_end_only_so_long(sweep, uri, begin, monkeypa
     told.started(name, {RATE: 0.001})
     began = time.monotonic()
     assert told.close(0.0, "FINISHED") == 2
+    assert told.trouble == "it took longer than 0 s"
     assert time.monotonic() - began < 10
     gate.set()
+
+
+def test_one_that_is_slow_and_then_fails_once_is_asked_again(sweep, uri, begin, monkeypatch):
+    """As a data base in a file under load: its time is not that of one that is away."""
+    told, patience, failures = begin(), 0.5, [OSError("database is locked")]
+    name, log_points = reports(sweep, 0.001, 2), Tracker.log_points
+    told.started(name, {RATE: 0.001})
+
+    def slow(tracker: Tracker, points: Any) -> None:
+        if told._closing.wait() and failures:
+            time.sleep(2 * patience)
+            raise failures.pop()
+        log_points(tracker, points)
+
+    monkeypatch.setattr(Tracker, "log_points", slow)
+    assert told.close(patience, "FINISHED") == 0
+    assert told.trouble == "OSError: database is locked"
+    assert steps_of(runs_of(sweep, uri)[name], uri) == [2]
 
 
 def test_an_older_driver_tells_nothing(sweep, uri, begin):

@@ -96,19 +96,21 @@ def released_noise() -> torch.Tensor:
 # Processes begin as copies of one that has all loaded: an import takes longer than a tiny run.
 _PROCESSES = multiprocessing.get_context("forkserver")
 _PROCESSES.set_forkserver_preload(["core.run.pipeline", "torch._dynamo"])  # Which optimizers load.
+_PATIENCE_S = 120
+"""Seconds in which each process must end."""
 
 
 def in_processes(function: Callable[..., None], *calls: tuple[object, ...]) -> list[int | None]:
     """Calls a function of a module in one process for each tuple of arguments.
 
     Returns:
-        The exit codes; None where a process did not end within two minutes and was killed.
+        The exit codes; None where a process did not end within `_PATIENCE_S` and was killed.
     """
     processes = [_PROCESSES.Process(target=function, args=arguments) for arguments in calls]
     for process in processes:
         process.start()
     for process in processes:
-        process.join(120)
+        process.join(_PATIENCE_S)
     codes = [process.exitcode for process in processes]
     for process in processes:
         process.kill()
@@ -122,7 +124,8 @@ def start_ranks(folder: Path, world_size: int, last_step: int = 0, **changes: ob
         last_step: if positive, step at which all ranks die, having kept every step before it.
     """
     calls = [(rank, world_size, folder, last_step, changes) for rank in range(world_size)]
-    assert in_processes(_rank, *calls) == [0] * world_size
+    codes = in_processes(_rank, *calls)
+    assert codes == [0] * world_size, f"exit codes of the ranks; None: not within {_PATIENCE_S} s"
 
 
 def _rank(

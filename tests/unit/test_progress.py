@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from core.io.terminal import log_to
+from sweep.config.sweep import load_sweep
+from sweep.driver.progress import Progress
 
 ROOT = Path(__file__).resolve().parents[2]
 POINT = '{"central_images.per_class": 2, "stage_split": 0.5}'
@@ -105,6 +107,17 @@ def test_a_terminal_shows_one_table_that_changes(tmp_path):
     assert log.count("warm_up, step 10") == 1
 
 
+def test_an_estimate_that_has_run_out_is_left_out(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    progress = Progress(load_sweep("tests/data/sweep.yaml", {}), 2, 0, False, -1)
+    progress.started("0a", {})
+    now[0] = 10.0
+    progress.ended("0a", {"stage": "done", "step": 200, "accuracy": 0.75, "seconds": 3})
+    for now[0], told in ((12.0, "trials 1/2  about 8 s left"), (21.0, "trials 1/2")):
+        assert progress._summary() == told
+
+
 def test_elsewhere_lines_are_plain_and_sparse(tmp_path):
     text = shown(STORY, tmp_path / "sweep.log", 0, terminal=False)
     assert "\x1b" not in text
@@ -131,6 +144,7 @@ def test_a_run_is_one_line_with_the_time_left(tmp_path):
     assert text.count("\n") == 1
     assert re.search(r"decoding +450/900  about \d+ s of it left", text)
     assert re.search(r"step 30/40  loss 0\.5000  about \d+ s of training left", text)
+    assert not re.search(r"step 40/40[^\r]*training left", text), "scores are still to come"
     verbose = shown(RUN, tmp_path / "none", 1, terminal=True).replace("\r\n", "\n")
     assert [re.search(r"step (\d+)", line)[1] for line in verbose.splitlines()[2:]] == [
         "1", "2", "30", "40", "40",
@@ -149,9 +163,12 @@ def test_the_log_tells_how_a_run_ended(tmp_path):
             logging.getLogger("progress test").info("start %d", number)
     with pytest.raises(ValueError, match="no"), log_to("progress test", path):
         raise ValueError("no")
+    with pytest.raises(KeyboardInterrupt), log_to("progress test", path):
+        raise KeyboardInterrupt
     logging.getLogger("progress test").info("after")
     lines = path.read_text().splitlines()
     assert [line.split(" INFO ")[-1] for line in lines[:2]] == ["start 1", "start 2"]
     assert lines[2].endswith("ERROR stopped by ValueError: no")
-    assert len(lines) == 3
+    assert lines[3].endswith("INFO interrupted")
+    assert len(lines) == 4
     time.strptime(lines[0][:19], "%Y-%m-%d %H:%M:%S")

@@ -90,12 +90,14 @@ def test_prepare_says_what_to_place_where(tmp_path, monkeypatch, capsys, name):
     monkeypatch.setattr("torchvision.datasets.utils._urlretrieve", offline)
     monkeypatch.setattr("torchvision.datasets.utils._get_redirect_url", offline)
     monkeypatch.setattr("torchvision.datasets.celeba.download_file_from_google_drive", offline)
-    assert main(["prepare", "--dataset", name, "--out", str(tmp_path)]) == 2
+    where = tmp_path / "runs" / "data"
+    assert main(["prepare", "--dataset", name, "--out", str(where)]) == 2
+    assert not list(tmp_path.iterdir()), "no empty folder is left"
     out, error = capsys.readouterr()
     assert error.count("\n") == 1
     assert "place the files as listed above" in error
     count = 3 if name == "celeba" else 4
-    assert len(re.findall(rf"MD5 [0-9a-f]{{32}}  {tmp_path}/", out)) >= count
+    assert len(re.findall(rf"MD5 [0-9a-f]{{32}}  {where}/", out)) >= count
     assert "https://" in out
 
 

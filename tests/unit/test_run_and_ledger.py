@@ -11,6 +11,7 @@ from two_ranks import TINY
 from core.__main__ import main
 from core.config import Config, load
 from core.privacy.ledger.account import Spending, ledger_of_run
+from core.privacy.ledger.card import ledger_text
 from core.privacy.ledger.file import LedgerError, accept_loss, locked
 from core.privacy.ledger.ledger import Ledger
 from core.privacy.ledger.notes import beside_secret
@@ -64,6 +65,20 @@ def entry(folder: Path) -> dict:
     (path,) = (folder / "ledger").glob("*.jsonl")
     (only,) = Ledger.at(path).summary()["entries"]
     return only
+
+
+def test_an_entry_names_the_folder_of_a_trial_as_tables_do(tmp_path, plan):
+    """The identity, by which it is known, is not what tables, folders and MLflow show."""
+    config, run_dir = config_of(tmp_path), tmp_path / "sweep" / "trials" / "d03263fe"
+    Spending(config, plan, tmp_path / "ledger", "sweep", run_dir, run_dir / "charged").reserve(
+        DATA, "identity"
+    )
+    assert entry(tmp_path)["note"] == "scope trial, trial d03263fe"
+    text = ledger_text(Ledger.at(next((tmp_path / "ledger").glob("*.jsonl"))).summary())
+    assert "sweep, identity, all, scope trial, trial d03263fe" in text
+    shutil.rmtree(tmp_path / "ledger")
+    Start(tmp_path / "alone", plan)
+    assert entry(tmp_path / "alone")["note"] == "scope trial"
 
 
 def counter(folder: Path) -> Path:

@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from core.commands.run import result_lines
 from core.config import load
 from core.errors import ConfigError
 from core.io.files import write_json
@@ -51,6 +52,23 @@ def test_a_result_comes_back_with_its_origin(folder, stage):
     assert result.is_stopped == folder.stopped.exists() == (not folder.evaluation.exists())
     path = folder.stopped if result.is_stopped else folder.evaluation
     assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_costs_and_scores_of_a_run_are_told_apart(folder):
+    folder.claim(CONFIG, make_plan(CONFIG), {})
+    scores = {"accuracy": 0.75, "dp_accuracy": 0.5}
+    costs = {"epsilon": 1.0, "epsilon_dp_sgd": 0.5, "noise_multiplier": 0.8}
+    report = {"step": 4, "stage": "done", **scores, **costs, "seconds": 3.2}
+    folder.end(Result(report, tags={"accuracy": "non-private", "dp_accuracy": "dp(epsilon +0.01)"}))
+    told = [" ".join(line.split()) for line in result_lines(folder, report)][1:]
+    middle = told.index("Scores are computed from real images:")
+    assert told[:middle] == [
+        "Costs follow from the plan alone, and are public:",
+        *("epsilon 1", "epsilon_dp_sgd 0.5", "noise_multiplier 0.8"),
+    ]
+    assert told[middle + 1 :] == [
+        *("accuracy 0.75 non-private", "dp_accuracy 0.5 dp(epsilon +0.01)", "time: 3 s"),
+    ]
 
 
 def test_a_failure_comes_back(folder):

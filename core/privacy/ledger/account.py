@@ -88,10 +88,12 @@ class Spending:
             ledger.take_over(self.run, f"{socket.gethostname()}:{os.getpid()}", self.lease)
         key = Key(self.run, identity, "all", 0, self.plan.dp_sgd.num_steps)
         settled, is_open, may_be_lost = ledger.begun(key)
+        trial = self.run_dir.name  # As tables name it; a single run is named after its folder.
+        of_trial = "" if trial == self.run else f", trial {trial}"
         reservation = ledger.reserve(
             key,
             events_of(self.plan, central),
-            note=f"scope {self.config.privacy.scope}",
+            note=f"scope {self.config.privacy.scope}{of_trial}",
             within=within,
         )
         name = hashlib.sha256(json.dumps(asdict(key)).encode()).hexdigest()[:16]

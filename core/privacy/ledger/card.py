@@ -20,6 +20,11 @@ RELATIONS = {
 ALONE = (
     "This one run, with settings given beforehand, is ({trial}, {delta})-differentially private."
 )
+ONLY_SO_FAR = (
+    "This trial alone is ({trial}, {delta})-differentially private. It is so far the only one of "
+    "its sweep; every further one adds to the end-to-end guarantee, as their results choose among "
+    "them."
+)
 AMONG_OTHERS = (
     "This run alone is ({trial}, {delta})-differentially private. It is one of {runs} releases on "
     "this data set, which together are ({everything}, {delta_of_all})-differentially private: that "
@@ -99,6 +104,7 @@ def make_card(
     summary, secret = ledger.summary(), privacy.covers.is_secret
     entries = _entries_of(ledger, summary["entries"], run, identity, secret)
     trials, others = len(entries), summary["num_releases"] - len(entries)
+    in_sweep = searched or run in summary["sweeps"]
     everything = summary["epsilon_committed_and_reserved"]
     delta, delta_of_all = summary["delta"], summary["delta_committed_and_reserved"]
     computed = 0.0 if secret else ledger.epsilon_of_run(run)
@@ -112,7 +118,7 @@ def make_card(
     accountant = plan.summary()["accountant"] if secret else summary["accountant"]
     return {
         "statement": _statement(
-            summary, plan, privacy, trials, objective, searched, largest, computed
+            summary, plan, privacy, trials, objective, searched, in_sweep, largest, computed
         ),
         "scope": privacy.scope,
         "unit": summary["unit"],
@@ -141,7 +147,7 @@ def make_card(
             for event in entry["events"]
         ],
         "hyperparameters_chosen_by": _chosen_by(
-            privacy.covers, trials, others, objective, searched
+            privacy.covers, trials, others, objective, searched, in_sweep
         ),
         "public": list(PUBLIC),
         "not_covered": list(NOT_COVERED),
@@ -175,6 +181,7 @@ def _statement(
     trials: int,
     objective: str,
     searched: bool,
+    in_sweep: bool,
     largest: float,
     computed: float,
 ) -> str:
@@ -184,6 +191,7 @@ def _statement(
     guarantees = (
         (scope.owner_states and not searched, scope.owner_states),
         (scope.claims_each and trials == 1 and others, AMONG_OTHERS),
+        (scope.claims_each and trials == 1 and in_sweep, ONLY_SO_FAR),
         (scope.claims_each and trials == 1, ALONE),
         (True, scope.statement),
     )
@@ -212,10 +220,12 @@ def _statement(
     ) + "".join(LOST.format(**loss) for loss in summary["losses"])
 
 
-def _chosen_by(scope: Scope, trials: int, others: int, objective: str, searched: bool) -> str:
+def _chosen_by(
+    scope: Scope, trials: int, others: int, objective: str, searched: bool, in_sweep: bool
+) -> str:
     alone = not (scope.is_secret or scope.chosen_on_public_data)
     if alone and trials == 1 and not others:
-        return "given beforehand"
+        return "by a sweep, so far in its only trial" if in_sweep else "given beforehand"
     # Several runs one by one are a search too, and nobody knows of which; a sweep knows.
     among = f"{trials} trials" if trials > 1 else f"{trials + others} releases on this data set"
     chosen = scope.chosen if searched else scope.chosen_by_owner or scope.chosen
@@ -314,7 +324,7 @@ def ledger_text(summary: dict[str, Any]) -> str:
         f"epsilon {_at(summary, 'committed_and_reserved')} {budget}, of which "
         f"{upward(summary['epsilon_committed'])} is settled ({_accountant_of_all(summary)})",
         *(f"LOST before {each['time']}: {each['reason']}" for each in summary["losses"]),
-        f"{'state':<10} {'steps':>13} {'epsilon':>8}  run, trial, stage, note",
+        f"{'state':<10} {'steps':>13} {'epsilon':>8}  run, identity, stage, note",
     ]
     for entry in summary["entries"]:
         planned = entry["end_step"] - entry["first_step"]
@@ -324,4 +334,5 @@ def ledger_text(summary: dict[str, Any]) -> str:
             f"{entry['state']:<10} {f'{executed}/{planned}':>13} {upward(entry['epsilon']):>8}  "
             + ", ".join(name for name in names if name)
         )
+    lines.append("identity: that in evaluation.json of the run's folder, which the note may name")
     return "\n".join(lines)

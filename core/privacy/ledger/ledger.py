@@ -245,7 +245,8 @@ class Ledger:
             The terms and the unit; `epsilon_committed` (settled steps), a part of
             `epsilon_committed_and_reserved` (all that counts against the budget), which holds at
             `delta_committed_and_reserved`; `num_releases`, in which a selection is one;
-            `accountant`; `selections`, the runs that are one; `losses`: time and reason of each
+            `accountant`; `selections`, the runs that are one; `sweeps`, the runs that a sweep's
+            driver took over; `losses`: time and reason of each
             loss of lines that the owner accepted; and `entries`: for each key its state, events
             and the `epsilon` of it alone, to about 2e-6.
 
@@ -280,6 +281,7 @@ class Ledger:
             "num_releases": len(book.apart) + len(book.selections),
             "accountant": self._totals.accountant(apart, grid),
             "selections": list(book.selections),
+            "sweeps": list(book.leases),
             "entries": entries,
             "losses": [*book.losses],
         }
