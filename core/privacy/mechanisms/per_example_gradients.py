@@ -163,6 +163,8 @@ class _GroupNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Any, weight: Any, bias: Any, layer: nn.GroupNorm, copies: int) -> Any:
         n, c = x.shape[:2]
+        # CUDA's kernels know this order alone, and before torch 2.14 they refuse another.
+        x = x if x.device.type == "cpu" else x.contiguous()
         out, mean, rstd = torch.native_group_norm(
             x, weight, bias, n, c, x[0, 0].numel(), layer.num_groups, layer.eps
         )
