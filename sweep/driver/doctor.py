@@ -146,7 +146,7 @@ def _asked(node: dict[str, Any], question: Callable[..., Any], *arguments: Any) 
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-    task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=where)(question)
+    task = ray.remote(num_cpus=0, max_retries=0)(question).options(scheduling_strategy=where)
     return ray.get(task.remote(*arguments), timeout=_SECONDS)
 
 
