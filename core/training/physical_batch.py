@@ -16,14 +16,25 @@ Result = TypeVar("Result")
 _FIRST = {"cuda": 1024, "cpu": 64}
 """First attempt: what no device gains from exceeding. A CPU's memory may be exhausted without an
 exception, so that its first attempt must be modest."""
+_PROOF, _PATIENCE = 2, 100
+"""Steps in a row without a shortage after which a size is kept, and twice the size is tried."""
+_FULL = (
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "unable to find an engine to execute this computation",
+)
+"""How drivers, cuBLAS and cuDNN, which found no room for a workspace, say that memory is full."""
 
 
 class PhysicalBatches:
     """Splits what a rank computes in a step into parts that fit into memory.
 
     `private_training.max_physical_batch_size` is the size, or `auto`: then the first attempt is
-    halved whenever memory runs out, and the size that sufficed is kept in `runtime.cache` for
-    this device and all settings that memory depends on.
+    halved whenever memory runs out. As the shortage may be another's, larger parts are tried again
+    later; a size that sufficed for whole steps is kept in `runtime.cache` for this device and all
+    settings that memory depends on.
 
     Args:
         config: of the run.
@@ -36,6 +47,7 @@ class PhysicalBatches:
     def __init__(self, config: Config, device: str) -> None:
         setting = config.private_training.max_physical_batch_size
         self._path: Path | None = None
+        self._steps = 0
         if setting != "auto":
             self.size = setting
             return
@@ -48,7 +60,8 @@ class PhysicalBatches:
         origin = [_name(device), settings]
         digest = hashlib.sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()
         self._path = Path(config.runtime.cache) / f"physical_batch-{digest[:16]}.json"
-        self.size = _remembered(self._path) or _FIRST[device]
+        self._most = _FIRST[device]
+        self.size = self._kept = _remembered(self._path) or self._most
 
     def run(
         self,
@@ -59,33 +72,48 @@ class PhysicalBatches:
         """Yields `compute(part)` for consecutive parts of `ids`, int64 `[N]`, N >= 0.
 
         Args:
-            compute: must leave no trace of a part for which it raises `torch.OutOfMemoryError`,
-                but for what `give_up` removes.
+            compute: must leave no trace of a part for which it runs out of memory, but for what
+                `give_up` removes.
 
         Raises:
-            torch.OutOfMemoryError: the size was given, or not even one image fits.
+            RuntimeError: memory is full, as torch says it, and the size was given or not even one
+                image fits.
         """
-        start = 0
+        start, largest = 0, 0
         while start < len(ids):
             part = ids[start : start + self.size]
             try:
                 result = compute(part)
-            except torch.OutOfMemoryError:
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
                 give_up()
                 if self._path is None or len(part) == 1:
                     raise
                 result = None
             if result is None:  # Not in the handler, where the traceback still holds tensors.
                 torch.cuda.empty_cache()
-                self.size = len(part) // 2
-                self._remember()
+                self.size, self._steps = max(1, self.size // 2), -1
                 continue
             yield result
-            start += len(part)
+            start, largest = start + len(part), max(largest, len(part))
+        self._count(largest)
 
-    def _remember(self) -> None:
-        assert self._path is not None
-        write_whole(self._path, json.dumps({"size": self.size}), private=True, by_many=True)
+    def _count(self, largest: int) -> None:
+        """Counts a step that ended, whose largest part had so many images."""
+        if self._path is None or largest < self.size:  # Which proves nothing.
+            return
+        self._steps += 1
+        if self._steps == _PROOF and self.size != self._kept:
+            self._kept = self.size
+            write_whole(self._path, json.dumps({"size": self.size}), private=True, by_many=True)
+        if self._steps >= _PATIENCE and self.size < self._most:
+            self.size, self._steps = min(2 * self.size, self._most), 0
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether that is what torch, or a library that it calls, means by an error."""
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _FULL)
 
 
 def _name(device: str) -> list[object]:

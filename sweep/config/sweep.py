@@ -125,7 +125,9 @@ class SweepConfig(Section):
     min_workers_per_trial: PositiveInt | None = None
     """Given, a trial that lost workers goes on with as few as this, and with more when it can."""
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1.0
-    gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
+    gpus_per_worker: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """One, a part that workers share, or none: then trials compute on CPUs. If it is not given,
+    what this machine has for each; none on a cluster, whose nodes may come with the trials."""
     max_concurrent_trials: PositiveInt | None = None
     """None: as many as the cluster has room for when the sweep starts."""
     max_failures: Annotated[int, Field(ge=0)] = 2
@@ -221,8 +223,15 @@ class SweepConfig(Section):
             )
         here = Path(self.storage_path).parent  # Ray gives its workers another directory.
         leaves = flatten(config)
-        folders = {key: str(here / Path(leaves[key]).expanduser()) for key in _FOLDERS}
-        return load(nested(config), folders)
+        places = {key: str(here / Path(leaves[key]).expanduser()) for key in _FOLDERS}
+        if not self.gpus_per_worker:  # Ray hides no GPU from those who asked for none.
+            if config.runtime.device == "cuda":
+                raise ConfigError(
+                    "runtime.device='cuda' needs GPUs, but gpus_per_worker=0: set that to 1, or to "
+                    "less where workers share a GPU"
+                )
+            places["runtime.device"] = "cpu"
+        return load(nested(config), places)
 
     @property
     def choices(self) -> dict[str, tuple[Any, ...] | None]:
@@ -292,6 +301,8 @@ def load_sweep(path: str | Path, overrides: Mapping[str, Any]) -> SweepConfig:
     if isinstance(content.get("base"), str):
         # Read at once: a submitted job's files may be gone when its last line is printed.
         content["base"] = nested(load((Path(path).parent / content["base"]).resolve()))
+    if "gpus_per_worker" not in content:
+        content["gpus_per_worker"] = _gpus_of_a_worker(content)
     sweep = validate(SweepConfig, content)
     # Absolute, as Ray gives trials and workers another working directory.
     storage = Path(sweep.storage_path).expanduser().absolute()
@@ -305,6 +316,28 @@ def load_sweep(path: str | Path, overrides: Mapping[str, Any]) -> SweepConfig:
     sweep = _scoped(sweep)
     _check_run(sweep, {})
     return sweep
+
+
+def _gpus_of_a_worker(content: Mapping[str, Any]) -> float:
+    """What this machine offers each worker of a trial, at most one."""
+    import pynvml
+
+    base = content.get("base")
+    settings = {**(flat(base) if isinstance(base, Mapping) else {}), **content["fixed"]}
+    if os.environ.get("RAY_ADDRESS") or settings.get("runtime.device") == "cpu":
+        return 0.0
+    try:
+        pynvml.nvmlInit()
+        count = pynvml.nvmlDeviceGetCount()
+    except pynvml.NVMLError:  # There is no driver.
+        return 0.0
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        count = min(count, len(visible.split(",")) if visible else 0)
+    workers = content.get("workers_per_trial", 2)
+    if not count or not isinstance(workers, int):  # No number: refused where it is validated.
+        return 0.0
+    return 1 / max(1, -(-workers // count))  # As many share a GPU.
 
 
 def _check_places(sweep: SweepConfig) -> None:

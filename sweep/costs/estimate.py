@@ -133,7 +133,7 @@ def stored_speed(sweep: SweepConfig, config: Config) -> Speed | None:
         environment = read_json(folder.environment)
         if environment["world_size"] != sweep.workers_per_trial:
             continue
-        if environment["device"] != _device(sweep, config):
+        if environment["device"] != ("cpu" if config.runtime.device == "cpu" else "cuda"):
             continue
         earlier = folder.config()
         if _decisive(earlier) != wanted:
@@ -184,12 +184,6 @@ def probed_speed(sweep: SweepConfig, config: Config) -> Speed:
 
 def _decisive(config: Config) -> dict[str, Any]:
     return {key: value for key, value in flatten(config).items() if key.startswith(_SAME)}
-
-
-def _device(sweep: SweepConfig, config: Config) -> str:
-    if config.runtime.device != "auto":
-        return config.runtime.device
-    return "cuda" if sweep.gpus_per_worker else "cpu"
 
 
 def _finished(storage: Path) -> list[RunFolder]:

@@ -278,6 +278,17 @@ def _launching() -> bool:
     return bool(report.get("pending_launches") or report.get("pending_nodes"))
 
 
+def unused_gpus(sweep: SweepConfig, nodes: Sequence[Mapping[str, float]]) -> str:
+    """What to tell of GPUs that nobody asked for; empty if there are none."""
+    count = sum(node.get("GPU", 0) for node in nodes)
+    if sweep.gpus_per_worker or not count:
+        return ""
+    return (
+        f"trials compute on CPUs, as gpus_per_worker=0: to use the {count:g} GPUs of the nodes, "
+        "set it to 1, or to less where workers share a GPU"
+    )
+
+
 def max_concurrent(
     sweep: SweepConfig, nodes: Sequence[Mapping[str, float]], grows: bool = False
 ) -> int:

@@ -5,12 +5,13 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from core.config import nested
-from core.errors import UserError
+from core.errors import ConfigError, UserError
 from sweep.config.sweep import SweepConfig
 from sweep.driver.cluster import check_folder, check_places, join_cluster, wait_for_room
 
@@ -54,6 +55,8 @@ def checks(sweep: SweepConfig) -> Iterator[Check]:
     try:
         yield _check("room for one trial", lambda: wait_for_room(sweep, lambda _: None))
         yield from _checks_of_nodes(sweep, storage)
+        if sweep.gpus_per_worker:
+            yield _gpu_check(sweep)
     finally:
         ray.shutdown()
 
@@ -95,18 +98,14 @@ def _open_tracking(sweep: SweepConfig, storage: Path) -> None:
 def _node_checks(sweep: SweepConfig, mark: Path) -> Iterator[Check]:
     """Asks every node the same questions and compares the answers with the driver's."""
     import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     settings = nested(sweep.trial_config({}))
     here = examine(settings, str(mark))
-    ask = ray.remote(num_cpus=0, max_retries=0)(examine)
     answers: dict[str, dict[str, Any]] = {}
     for node in (node for node in ray.nodes() if node["Alive"]):
-        where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         name = node["NodeManagerAddress"]
         try:
-            future = ask.options(scheduling_strategy=where).remote(settings, str(mark))
-            answers[name] = ray.get(future, timeout=_SECONDS)
+            answers[name] = _asked(node, examine, settings, str(mark))
         except Exception as error:
             yield Check(
                 f"node {name} answers",
@@ -125,10 +124,65 @@ def _node_checks(sweep: SweepConfig, mark: Path) -> Iterator[Check]:
         yield Check(name, f"{text}: {remedy}" if wrong else "")
 
 
+def _gpu_check(sweep: SweepConfig) -> Check:
+    """Asks the nodes that offer GPUs to Ray whether a worker could use them."""
+    import ray
+
+    low = "bfloat16" in (sweep.run.training.precision, sweep.run.sampler.precision)
+    wrong: list[str] = []
+    for node in ray.nodes():
+        if node["Alive"] and (count := int(node["Resources"].get("GPU", 0))):
+            try:
+                fine, text = _asked(node, _tried, partial(usable_gpus, count, low))
+            except Exception as error:  # As above, where the node did not answer.
+                fine, text = False, type(error).__name__
+            wrong += [] if fine else [f"node {node['NodeManagerAddress']}: {text}"]
+    return Check("GPUs usable", "; ".join(wrong))
+
+
+def _asked(node: dict[str, Any], question: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function returns on a node."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+    task = ray.remote(num_cpus=0, max_retries=0)(question).options(scheduling_strategy=where)
+    return ray.get(task.remote(*arguments), timeout=_SECONDS)
+
+
 def _difference(found: tuple[bool, str], expected: tuple[bool, str]) -> str:
     if not found[0]:
         return found[1]
     return "differs from the driver" if expected[0] else f"the driver fails ({expected[1]})"
+
+
+def usable_gpus(count: int, bfloat16: bool) -> None:
+    """Asks this node's torch for its GPUs.
+
+    Raises:
+        ConfigError: it sees fewer than `count`, or one without room or without what is asked for.
+    """
+    import torch
+
+    seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if seen < count:
+        raise ConfigError(
+            f"torch {torch.__version__} sees {seen} of {count} GPUs: install the driver and "
+            "a torch built for CUDA"
+        )
+    for number in range(count):
+        name, (free, total) = torch.cuda.get_device_name(number), torch.cuda.mem_get_info(number)
+        if free < total / 2:
+            raise ConfigError(
+                f"GPU {number} ({name}) has {free / 2**30:.1f} of {total / 2**30:.1f} GiB free: "
+                "end what else uses it (nvidia-smi shows what)"
+            )
+        # Before that generation bfloat16 is emulated, many times slower than float32.
+        if bfloat16 and torch.cuda.get_device_capability(number) < (8, 0):
+            raise ConfigError(
+                f"GPU {number} ({name}) has no bfloat16: set training.precision=float32 and "
+                "sampler.precision=float32"
+            )
 
 
 def examine(settings: dict[str, Any], mark: str) -> dict[str, tuple[bool, str]]:

@@ -23,6 +23,7 @@ from sweep.driver.cluster import (
     join_cluster,
     max_concurrent,
     node_resources,
+    unused_gpus,
     wait_for_room,
 )
 from sweep.driver.progress import Progress
@@ -214,6 +215,8 @@ def _search_trials(
         context = replace(context, verdicts=start_verdicts())
         scheduler = Asha(sweep, context.verdicts, done)
     grew = wait_for_room(sweep, progress.note)
+    if unused := unused_gpus(sweep, node_resources()):
+        progress.note(unused)
     if missing <= 0:
         return ""
     concurrent = max_concurrent(sweep, node_resources(), grew)

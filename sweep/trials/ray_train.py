@@ -5,6 +5,7 @@ on the head of a cluster: seconds and most of a gigabyte each.
 """
 
 import os
+import socket
 from datetime import timedelta
 from typing import Any
 
@@ -14,8 +15,12 @@ from ray.train.backend import Backend, BackendConfig
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
+from core.errors import ConfigError
+
 _TIMEOUT = timedelta(minutes=30)
 """How long workers wait for each other: one evaluates while the others wait."""
+_CONTEXT = 2**30
+"""Bytes of a GPU that each process on it needs beside what torch allocates, at most."""
 
 
 class Trainer(DataParallelTrainer):
@@ -30,7 +35,10 @@ class Trainer(DataParallelTrainer):
 
 
 class TorchGroup(BackendConfig):
-    """Workers form a torch process group: NCCL if each has a GPU of its own, else gloo."""
+    """Workers form a torch process group by gloo; those with GPUs of their own by NCCL for tensors.
+
+    Objects then travel on the CPU, and who waits for another does so without its GPU.
+    """
 
     @property
     def backend_cls(self) -> type[Backend]:
@@ -44,7 +52,8 @@ class _Group(Backend):
     def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
         address, port = worker_group.execute_single(0, get_address_and_port)
         # NCCL does not let workers share a GPU.
-        backend = "nccl" if worker_group.get_resources_per_worker().get("GPU", 0) >= 1 else "gloo"
+        alone = worker_group.get_resources_per_worker().get("GPU", 0) >= 1
+        backend = "cpu:gloo,cuda:nccl" if alone else "gloo"
         size = len(worker_group)
         joining = [
             worker_group.execute_single_async(rank, _join, backend, address, port, rank, size)
@@ -63,11 +72,27 @@ def _join(backend: str, address: str, port: int, rank: int, size: int) -> None:
     dist.init_process_group(backend, rank=rank, world_size=size, timeout=_TIMEOUT)
 
 
-def use_own_device() -> None:
-    """Makes the GPU that this worker was given torch's current one; called where it trains."""
+def use_own_device(gpus: float) -> None:
+    """Makes the GPU that this worker was given torch's current one; called where it trains.
+
+    Args:
+        gpus: that it was given, in [0, 1]; of a part of one it takes no more memory than that part.
+
+    Raises:
+        ConfigError: its torch does not see it.
+    """
     import torch
     from ray.train.torch import get_device
 
+    if not gpus:
+        return
     device = get_device()
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    if device.type != "cuda":
+        raise ConfigError(
+            f"torch {torch.__version__} on {socket.gethostname()} sees no GPU, but gpus_per_worker="
+            f"{gpus:g}: install the driver and a torch built for CUDA there, or set it to 0"
+        )
+    torch.cuda.set_device(device)
+    if gpus < 1:
+        beside = _CONTEXT / torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(max(gpus - beside, gpus / 2), device)

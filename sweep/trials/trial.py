@@ -171,6 +171,7 @@ def _trainer(context: Context, config: Config, digest: str, tell: Report) -> Any
             "verdicts": context.verdicts,
             "trial": digest,
             "tell": tell,
+            "gpus": sweep.gpus_per_worker,
             "threads": max(1, int(sweep.cpus_per_worker)),
         },
         scaling_config=ray.train.ScalingConfig(
@@ -228,7 +229,6 @@ def train_worker(settings: dict[str, Any]) -> None:
     from sweep.trials.machine import MachineUse
     from sweep.trials.ray_train import use_own_device
 
-    use_own_device()
     torch.set_num_threads(settings["threads"])
     folder, launch = Path(settings["folder"]), settings["launch"]
 
@@ -241,6 +241,7 @@ def train_worker(settings: dict[str, Any]) -> None:
         return verdicts is None or ray.get(verdicts.ask.remote(settings["trial"], progress))
 
     try:
+        distributed.on_all_ranks(lambda: use_own_device(settings["gpus"]))
         run(
             load(settings["config"]),
             Path(settings["run_dir"]),

@@ -10,7 +10,7 @@ from torch import nn
 
 from core.diffusion.unet import Attention
 from core.errors import ConfigError
-from core.privacy.mechanisms import convolution_gradients
+from core.privacy.mechanisms import convolution_gradients, per_example_gradients
 from core.privacy.mechanisms.per_example_gradients import FreeParameter, PerExampleGradients
 
 BATCH, COPIES = 4, 3
@@ -106,6 +106,18 @@ def test_every_layer_has_the_gradients_of_one_example_at_a_time(name, way, order
         torch.testing.assert_close(parameter.grad_sample, reference, rtol=1e-5, atol=1e-5)
     if expected_x is not None:
         torch.testing.assert_close(x.grad, expected_x, rtol=1e-5, atol=1e-5)
+
+
+def test_a_group_norm_of_more_groups_than_a_launch_takes_is_the_same_to_the_bit(monkeypatch):
+    found = []
+    for most in (65_535, 2 * BATCH * COPIES - 1, 5, 1):  # 24 groups: in 1, 2, 6 and 12 calls.
+        monkeypatch.setattr(per_example_gradients, "_MOST_GROUPS", most)
+        layer, x = layer_and_inputs("group norm", torch.contiguous_format)
+        loss(PerExampleGradients(layer, COPIES), x.requires_grad_()).backward()
+        assert x.grad is not None
+        found.append([x.grad, *(parameter.grad_sample for parameter in layer.parameters())])
+    for some in found[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(some, found[0], strict=True))
 
 
 @pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])

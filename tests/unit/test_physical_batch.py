@@ -36,41 +36,108 @@ def config_of(folder: Path, size: object = "auto", **changes: object) -> Config:
 class Device:
     """Memory for `most` images; counts the attempts."""
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, error: RuntimeError | None = None) -> None:
         self.most = most
+        self.error = error or torch.OutOfMemoryError("simulated")
         self.attempts: list[int] = []
 
     def __call__(self, part: torch.Tensor) -> list[int]:
         self.attempts.append(len(part))
         if len(part) > self.most:
-            raise torch.OutOfMemoryError("simulated")
+            raise self.error
         return part.tolist()
 
 
-def run(config: Config, device: Device, count: int = 100) -> list[int]:
-    batches = PhysicalBatches(config, "cpu")
+def step(batches: PhysicalBatches, device: Device, count: int = 100) -> list[int]:
     given_up: list[None] = []
+    device.attempts.clear()
     parts = list(batches.run(device, torch.arange(count), lambda: given_up.append(None)))
     assert len(given_up) == sum(attempt > device.most for attempt in device.attempts)
     return [identity for part in parts for identity in part]
 
 
+def run(config: Config, device: Device, count: int = 100, steps: int = 1) -> list[int]:
+    batches = PhysicalBatches(config, "cpu")
+    for _ in range(steps - 1):
+        step(batches, device, count)
+    return step(batches, device, count)
+
+
+def kept(folder: Path) -> int | None:
+    (path,) = [*folder.glob("physical_batch-*.json")] or [None]
+    return json.loads(path.read_text())["size"] if path else None
+
+
 def test_the_size_is_halved_until_it_fits_and_remembered(tmp_path):
     first, second, other = Device(10), Device(10), Device(1000)
-    assert run(config_of(tmp_path), first) == list(range(100))
+    batches = PhysicalBatches(config_of(tmp_path), "cpu")
+    assert step(batches, first) == list(range(100))
     assert first.attempts == [64, 32, 16, *[8] * 12, 4]
+    for size in (None, 8):  # What two whole steps have proved.
+        step(batches, first)
+        assert kept(tmp_path) == size
     assert run(config_of(tmp_path), second) == list(range(100))
     assert second.attempts == [*[8] * 12, 4]
     for changes in ({"model__base_channels": 16}, {"training__precision": "bfloat16"}):
         other.attempts.clear()
-        run(config_of(tmp_path, **changes), other)
+        run(config_of(tmp_path, **changes), other, steps=2)
         assert other.attempts == [64, 36]  # What was found for another network is not taken.
     assert run(config_of(tmp_path), Device(1), count=0) == []
 
 
+def test_a_shortage_that_another_caused_does_not_last(tmp_path):
+    """Neither of a whole batch's last, small part, nor for what is kept."""
+    batches, small, large = PhysicalBatches(config_of(tmp_path), "cpu"), Device(3), Device(1000)
+    step(batches, large, 64)
+    step(batches, small, 4)
+    assert small.attempts == [4, 4, 4, 4, 4, 2, 2]
+    assert batches.size == 2
+    for _ in range(5 * 101):
+        step(batches, large)
+    assert batches.size == 64
+    assert kept(tmp_path) == 64
+    room = Device(40)
+    for _ in range(300):
+        step(batches, room)
+    assert kept(tmp_path) == 32  # Where there is no more room, a try now and then changes nothing.
+
+
+def test_a_batch_smaller_than_the_size_proves_nothing(tmp_path):
+    device = Device(10)
+    run(config_of(tmp_path), device, count=20, steps=3)
+    assert kept(tmp_path) == 8
+    batches = PhysicalBatches(config_of(tmp_path), "cpu")
+    for _ in range(300):
+        step(batches, device, 5)
+    assert (batches.size, kept(tmp_path)) == (8, 8)
+
+
+@pytest.mark.parametrize(
+    ("text", "full"),
+    [
+        ("CUDA error: out of memory", True),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", True),
+        ("GET was unable to find an engine to execute this computation", True),
+        ("CUDA error: invalid configuration argument", False),
+        ("CUDA error: device-side assert triggered", False),
+    ],
+)
+def test_full_memory_has_many_names(tmp_path, text, full):
+    device = Device(10, RuntimeError(text))
+    if full:
+        assert run(config_of(tmp_path), device) == list(range(100))
+    else:
+        with pytest.raises(RuntimeError, match=text):
+            PhysicalBatches(config_of(tmp_path), "cpu").run(
+                device, torch.arange(100), lambda: pytest.fail("given up")
+            ).__next__()
+        assert device.attempts == [64]
+
+
 def test_a_damaged_memory_is_found_anew(tmp_path):
     for text in ("", "[]", '{"size": 0}', '{"size": "8"}'):
-        run(config_of(tmp_path), Device(10))
+        run(config_of(tmp_path), Device(10), steps=3)
         (path,) = tmp_path.glob("physical_batch-*.json")
         assert json.loads(path.read_text()) == {"size": 8}
         path.write_text(text)

@@ -5,11 +5,18 @@ import os
 import subprocess
 import sys
 
+import pynvml
 import pytest
 
 from core.errors import ConfigError
 from sweep.config.sweep import load_sweep
-from sweep.driver.cluster import check_room, check_storage, join_cluster, max_concurrent
+from sweep.driver.cluster import (
+    check_room,
+    check_storage,
+    join_cluster,
+    max_concurrent,
+    unused_gpus,
+)
 from sweep.driver.launch import run_sweep
 from sweep.search.search import SameError
 
@@ -34,6 +41,45 @@ def sweep(**settings: object):
 )
 def test_trials_at_once(nodes, grows, settings, expected):
     assert max_concurrent(sweep(**settings), nodes, grows) == expected
+
+
+@pytest.mark.parametrize(
+    ("count", "workers", "visible", "expected"),
+    [
+        (8, 2, None, 1),
+        (1, 2, None, 0.5),
+        (3, 4, None, 0.5),
+        (8, 2, "3", 0.5),
+        (8, 2, "", 0),
+        (0, 2, None, 0),
+    ],
+)
+def test_workers_take_the_gpus_of_this_machine(monkeypatch, count, workers, visible, expected):
+    monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetCount", lambda: count)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    found = sweep(workers_per_trial=workers)
+    assert found.gpus_per_worker == expected
+    assert found.trial_config({}).runtime.device == ("auto" if expected else "cpu")
+    assert sweep(gpus_per_worker=0).gpus_per_worker == 0
+    assert sweep(**{"runtime.device": "cpu"}).gpus_per_worker == 0
+    monkeypatch.setenv("RAY_ADDRESS", "somewhere:1")
+    assert sweep().gpus_per_worker == 0
+
+
+def test_without_gpus_asked_for_trials_compute_on_cpus_and_a_line_says_so():
+    nodes = [{"CPU": 8, "GPU": 4, "trial_driver": 64}]
+    assert sweep(gpus_per_worker=0).trial_config({}).runtime.device == "cpu"
+    told = unused_gpus(sweep(gpus_per_worker=0), nodes)
+    assert told.startswith("trials compute on CPUs, as gpus_per_worker=0: to use the 4 GPUs")
+    assert not unused_gpus(sweep(gpus_per_worker=1), nodes)
+    assert not unused_gpus(sweep(gpus_per_worker=0), [{"CPU": 8}])
+    with pytest.raises(ConfigError, match=r"device='cuda' needs GPUs, but gpus_per_worker=0"):
+        sweep(gpus_per_worker=0, **{"runtime.device": "cuda"})
+    with pytest.raises(ConfigError, match=r"gpus_per_worker=2 .*\[0, 1\]"):
+        sweep(gpus_per_worker=2)
 
 
 def test_an_elastic_trial_needs_its_least_workers_alone(monkeypatch):

@@ -163,6 +163,8 @@ class _GroupNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Any, weight: Any, bias: Any, layer: nn.GroupNorm, copies: int) -> Any:
         n, c = x.shape[:2]
+        # CUDA's kernels know this order alone, and before torch 2.14 they refuse another.
+        x = x if x.device.type == "cpu" else x.contiguous()
         out, mean, rstd = torch.native_group_norm(
             x, weight, bias, n, c, x[0, 0].numel(), layer.num_groups, layer.eps
         )
@@ -174,32 +176,47 @@ class _GroupNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         x, weight, mean, rstd = ctx.saved_tensors
         layer, copies, grad = ctx.layer, ctx.copies, grads[0]
-        n, c = x.shape[:2]
-        positions = x[0, 0].numel()
-        groups = layer.num_groups
+        groups, parts = layer.num_groups, list[Any]()
         if x.device.type == "cpu" and not x.is_contiguous():  # Channels-last, with a kernel.
             grad_x = torch.empty_like(x)
             examples = (t.split(copies) for t in (grad_x, grad, x, mean, rstd))
-            sizes = [copies, c, positions, groups, [True, True, True]]
-            parts: list[Any] = []
+            sizes = [copies, x.shape[1], x[0, 0].numel(), groups, [True, True, True]]
             for out, *example in zip(*examples, strict=True):
                 one, *sums = _group_norm_backward(*example, weight, *sizes)
                 out.copy_(one)  # At once, while it is in the cache.
                 parts.append(sums)
             _store(layer, *(torch.stack(sums) for sums in zip(*parts, strict=True)))
         else:
-            # One image of n * c channels: its sums over "the batch" are those of each image.
-            grad_x, scale, shift = _group_norm_backward(
-                grad.reshape(1, n * c, positions), x.reshape(1, n * c, positions),
-                mean.view(1, -1), rstd.view(1, -1), weight.repeat(n),
-                1, n * c, positions, n * groups, [True, True, True],
-            )  # fmt: skip
-            grad_x = grad_x.view(x.shape)
-            _store(layer, *(sums.view(-1, copies, c).sum(1) for sums in (scale, shift)))
+            most = max(1, _MOST_GROUPS // groups)
+            for some in zip(*(t.split(most) for t in (grad, x, mean, rstd)), strict=True):
+                parts.append(_as_one_image(some, weight, groups))
+            # Together again, without a copy where there is one part.
+            whole = (
+                part[0] if len(part) == 1 else torch.cat(part) for part in zip(*parts, strict=True)
+            )
+            grad_x, *sums_of_images = whole
+            _store(layer, *(sums.unflatten(0, (-1, copies)).sum(1) for sums in sums_of_images))
         return grad_x, None, None, None, None
 
 
 _group_norm_backward = torch.ops.aten.native_group_norm_backward
+_MOST_GROUPS = 65_535
+"""Of one call: CUDA's kernel counts them in the second dimension of its grid."""
+
+
+def _as_one_image(images: Any, weight: Any, groups: int) -> Any:
+    """Gradients of x, and of scale and shift for each image, `[n, c]`.
+
+    Of one image of n * c channels, sums over "the batch" are those of each image.
+
+    Args:
+        images: `[n, c, ...]` of the gradient and of x, `[n, groups]` of means and deviations.
+    """
+    n, c = images[0].shape[:2]
+    grad, x, mean, rstd = (t.reshape(1, n * t.shape[1], -1) for t in images)
+    sizes = [1, n * c, x.shape[2], n * groups, [True, True, True]]
+    one = _group_norm_backward(grad, x, mean[..., 0], rstd[..., 0], weight.repeat(n), *sizes)
+    return one[0].view(images[1].shape), one[1].view(n, c), one[2].view(n, c)
 
 
 class _Embedding(torch.autograd.Function):
