@@ -48,7 +48,7 @@ def name_of(folder: Path, epsilon: float | None) -> str:
     if epsilon is None:
         raise ConfigError("--epsilon is missing: say what a trial may spend, such as --epsilon 10")
     stem = re.sub(r"[^A-Za-z0-9_-]+", "-", folder.absolute().name).strip("-_") or "images"
-    return f"{stem[:40]}-epsilon{epsilon:g}"
+    return f"{stem[:40]}-epsilon" + str(epsilon).removesuffix(".0")
 
 
 def write_configuration(

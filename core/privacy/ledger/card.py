@@ -111,9 +111,8 @@ def make_card(
     largest = plan.epsilon if trials == 1 else max(plan.epsilon, ledger.largest_epsilon(run))
     by_all = trials == 1 and others > 0 and privacy.covers.claims_each
     of_trial = plan.epsilon if trials == 1 or not privacy.covers.claims_each else computed
-    released = everything if by_all else of_trial
-    if privacy.covers.covers_choice:
-        released = privacy.target_epsilon
+    choosing = privacy.target_epsilon if privacy.covers.covers_choice else of_trial
+    released = everything if by_all and not privacy.covers.covers_choice else choosing
     # The ledger's own grid depends on how many trials it holds.
     accountant = plan.summary()["accountant"] if secret else summary["accountant"]
     return {
