@@ -85,12 +85,19 @@ def test_the_answer_comes_first(view, sweep):
     assert "This page is not private." in page.locator("header").inner_text()
 
 
-def test_pictures_are_there_and_described(view):
+def pictures_of_best(sweep) -> int:
+    """How many pictures the best trial has; plain DP-SGD has no central images to show."""
+    winner = best(sweep, load_rows(sweep))
+    assert winner is not None
+    return sum(grid.exists() for grid in (winner.folder.grid, winner.folder.central_grid))
+
+
+def test_pictures_are_there_and_described(view, sweep):
     _, page, _ = view
     pictures = page.evaluate(
         "[...document.images].map(i => [i.complete && i.naturalWidth > 0, i.alt, i.clientWidth])"
     )
-    assert len(pictures) == 2 + 12
+    assert len(pictures) == pictures_of_best(sweep) + 12
     assert "a row is a class, from the top: 0, 1, 2, 3" in page.locator("main").inner_text()
     for loaded, alt, width in pictures:
         assert loaded
@@ -240,7 +247,4 @@ def test_pictures_that_would_make_the_file_too_large_are_named_instead(
     main(["report", "--name", "small", "--storage", str(storage), "--out", str(path)])
     text = path.read_text()
     assert text.count("Picture left out to keep this file small") == 12
-    winner = best(sweep, load_rows(sweep))
-    assert winner is not None
-    shown = [winner.folder.grid, winner.folder.central_grid]  # Which plain DP-SGD has not.
-    assert text.count("data:image/webp") == sum(grid.exists() for grid in shown)
+    assert text.count("data:image/webp") == pictures_of_best(sweep)
