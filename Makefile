@@ -2,7 +2,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup sweep test test-faults check mutants bench ablations fashion-mnist reproduce \
+.PHONY: setup sweep test test-faults check mutants bench ablations methods fashion-mnist reproduce \
 	budget-grid clean
 
 setup: $(VENV)/.installed
@@ -47,6 +47,11 @@ SEEDS ?= 0
 ablations: setup
 	@test -n "$(DATA)" || { echo "usage: make ablations DATA=folder-with-the-four-idx-files SEEDS='0 1'"; exit 2; }
 	@$(BIN)/python tests/benchmarks/ablations.py --data "$(DATA)" --seeds $(SEEDS)
+
+# All methods beside each other; each trains for minutes, and what is finished is not run again.
+methods: setup
+	@test -n "$(DATA)" || { echo "usage: make methods DATA=folder-with-the-four-idx-files [SET='--dataset mnist --epsilon 1']"; exit 2; }
+	@$(BIN)/python tests/benchmarks/methods.py --data "$(DATA)" $(SET)
 
 fashion-mnist: setup
 	@test -n "$(DATA)" || { echo "usage: make fashion-mnist DATA=folder-with-the-four-idx-files"; exit 2; }

@@ -18,6 +18,8 @@ _TRIALS = 16
 _FACTORS = (0.25, 1.0, 4.0)
 _LINE = "{:<34} {:>12}   {}"
 COUNT, NOISE = "central_images.per_class", "central_images.noise_multiplier"
+CLUSTERS = "central_images.num_clusters"
+"""The count where the easy stage starts from moments."""
 
 
 def account(options: argparse.Namespace) -> None:

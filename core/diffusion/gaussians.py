@@ -9,6 +9,7 @@ sigma_data^2.
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -125,20 +126,32 @@ class Gaussians(nn.Module):
     def _posterior(
         self, points: torch.Tensor, noise: torch.Tensor, labels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of the clusters, given noisy points `[B, k]`: weights `[B, J]` and means `[B, J, k]`.
+        """Of the clusters, given noisy points `[B, k]`: weights `[B, J]` and means `[B, J, k]`."""
+        weights = points.new_empty((len(labels), self.means.shape[1]))
+        means = points.new_empty((*weights.shape, points.shape[1]))
+        for own, rows in _groups(labels):
+            axes, mean, log_weights = self.axes[own], self.means[own], self.log_weights[own]
+            kept = (self.variances[own] + self.outside)[..., None, :]
+            wide = kept + noise.expand(len(labels), 1)[rows]
+            along = (points[rows] - mean[..., None, :]) @ axes
+            logs = log_weights[..., None] - (along.square() / wide + wide.log()).sum(-1) / 2
+            found = mean[..., None, :] + (along * (kept / wide)) @ axes.mT
+            weights[rows.flatten()] = logs.softmax(-2).transpose(-1, -2).flatten(0, -2)
+            means[rows.flatten()] = found.transpose(-2, -3).flatten(0, -3)
+        return weights, means
 
-        Cluster by cluster, as the axes of all of them would take J k^2 numbers an image.
-        """
-        logs, means = list[torch.Tensor](), list[torch.Tensor]()
-        for cluster in range(self.means.shape[1]):
-            axes, mean = self.axes[labels, cluster], self.means[labels, cluster]
-            kept = self.variances[labels, cluster] + self.outside
-            wide = kept + noise
-            along = _times(axes.mT, points - mean)
-            logs.append(-(along.square() / wide + wide.log()).sum(1) / 2)
-            means.append(mean + _times(axes, along * (kept / wide)))
-        weights = torch.softmax(self.log_weights[labels] + torch.stack(logs, 1), dim=1)
-        return weights, torch.stack(means, 1)
+
+def _groups(labels: torch.Tensor) -> Iterator[tuple[int | torch.Tensor, torch.Tensor]]:
+    """Labels, and the rows of a batch that have them, `[1, n]`, or on a GPU `[B, 1, 1]`.
+
+    A class at a time reads its axes once; to tell which there are, a GPU would have to wait, so
+    that there each row takes a copy of its own, of J k^2 numbers.
+    """
+    if labels.device.type != "cpu":
+        yield labels, torch.arange(len(labels), device=labels.device)[:, None, None]
+        return
+    for label in labels.unique().tolist():
+        yield label, (labels == label).nonzero().T
 
 
 def _times(matrices: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from core.commands.account import CLUSTERS, COUNT
 from core.config import (
     Config,
     Positive,
@@ -252,6 +253,11 @@ class SweepConfig(Section):
     def run(self) -> Config:
         """What all trials share: the base run with all that is fixed."""
         return load(self.base, self.fixed)
+
+    @property
+    def count_key(self) -> str:
+        """Key of how many central images a class has, or clusters where those are searched."""
+        return CLUSTERS if CLUSTERS in self.search_space else COUNT
 
     @property
     def folder(self) -> Path:

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from scipy.interpolate import griddata
 
-from core.commands.account import COUNT, NOISE
+from core.commands.account import NOISE
+from core.config import flatten
 from core.config.metrics import DIRECTIONS
 from sweep.config.sweep import SweepConfig
 from sweep.report.effects import Boundary
@@ -33,13 +34,13 @@ def affordable_map(
         rows: finished trials that have an easy stage.
         pruned: points that were never trained.
     """
-    metric = sweep.objective.metric
+    metric, count = sweep.objective.metric, sweep.count_key
     data: list[dict[str, Any]] = []
     if contour := _contour(sweep, rows, boundary):
         data.append(contour)
     if boundary.excludes_something:
         data.append(_barred(sweep, boundary))
-    left_out = [point for point in pruned if COUNT in point and NOISE in point]
+    left_out = [point for point in pruned if count in point and NOISE in point]
     if left_out:
         data.append(
             {
@@ -47,7 +48,7 @@ def affordable_map(
                 "mode": "markers",
                 "name": "pruned without compute",
                 "x": [point[NOISE] for point in left_out],
-                "y": [point[COUNT] for point in left_out],
+                "y": [point[count] for point in left_out],
                 "marker": {"symbol": "x-thin", "size": 8, "line": {"width": 2, "color": "--ink"}},
                 "hovertemplate": "pruned: count %{y}, noise %{x:.3g}<extra></extra>",
             }
@@ -56,7 +57,7 @@ def affordable_map(
         rows,
         winner,
         lambda row: row.config.central_images.noise_multiplier,
-        lambda row: row.config.central_images.per_class,
+        lambda row: flatten(row.config)[count],
     )
     for trace in points:  # On the contours' colours every point needs a rim.
         trace["marker"] = {**trace["marker"], "line": {"width": 1.5, "color": "--paper"}}
@@ -68,7 +69,7 @@ def affordable_map(
         data=[*data, *points],
         layout={
             "xaxis": _axis(sweep, NOISE),
-            "yaxis": _axis(sweep, COUNT),
+            "yaxis": _axis(sweep, count),
         },
         height=480,
     )
@@ -124,7 +125,7 @@ def _contour(sweep: SweepConfig, rows: Sequence[Row], boundary: Boundary) -> dic
     metric = sweep.objective.metric
     at = np.array(
         [
-            (row.config.central_images.noise_multiplier, row.config.central_images.per_class)
+            (row.config.central_images.noise_multiplier, flatten(row.config)[sweep.count_key])
             for row in rows
         ],
         dtype=float,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import optuna
 
-from core.commands.account import COUNT, NOISE
+from core.commands.account import NOISE
 from core.config import Config, flatten, load, nested
 from core.errors import ConfigError, InfeasibleError
 from core.io.terminal import ProgressLine
@@ -79,7 +79,7 @@ def affordable(sweep: SweepConfig, around: Config) -> Boundary | None:
 
     None where the two are not searched over intervals. Takes some seconds; reads no data.
     """
-    intervals = [_interval(sweep.search_space.get(key)) for key in (COUNT, NOISE)]
+    intervals = [_interval(sweep.search_space.get(key)) for key in (sweep.count_key, NOISE)]
     if None in intervals:
         return None
     (fewest, most), (low, high) = (each for each in intervals if each)
@@ -89,18 +89,20 @@ def affordable(sweep: SweepConfig, around: Config) -> Boundary | None:
     least = low
     for number, each in enumerate(counts):
         progress.show(f"what the budget can pay: {number}/{len(counts)}")
-        found = None if None in noises else _least_noise(around, each, least, high)
+        found = None
+        if None not in noises:
+            found = _least_noise(load(nested(around), {sweep.count_key: each}), least, high)
         noises.append(found)
         least = found or least  # More images never need less noise.
     return Boundary(counts, noises, low)
 
 
-def _least_noise(config: Config, count: int, low: float, high: float) -> float | None:
+def _least_noise(config: Config, low: float, high: float) -> float | None:
     """Bisection in the logarithm, from above, as accounting for little noise takes long."""
 
     def pays(noise: float) -> bool:
         try:
-            check_feasible(load(nested(config), {COUNT: count, NOISE: noise}))
+            check_feasible(load(nested(config), {NOISE: noise}))
         except (InfeasibleError, ConfigError):
             return False
         return True

@@ -4,17 +4,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from core.commands.account import COUNT, NOISE
+from core.commands.account import CLUSTERS, COUNT, NOISE
 from core.config import flatten
 from core.privacy.accounting.rounding import upward
+from core.privacy.plan.releases import RELEASES
 from sweep.config.sweep import SweepConfig
-from sweep.results.table import Row
+from sweep.results.table import Row, easy_count
 
 LABELS = {
     COUNT: "count",
+    CLUSTERS: "count",
     NOISE: "noise",
     "stage_split": "stage split",
 }
+_EASY = (COUNT, CLUSTERS, NOISE)
+"""What nothing uses without an easy stage."""
 _BEST = {"symbol": "star", "size": 17, "color": "--best", "line": {"width": 1, "color": "--paper"}}
 _TRIAL = {"symbol": "circle", "size": 10, "color": "--trial"}
 _BASELINE = {"symbol": "square-open", "size": 11, "color": "--trial", "line": {"width": 2}}
@@ -74,16 +78,21 @@ def scatter(rows: Sequence[Row], winner: Row | None, x: Any, y: Any) -> list[dic
 def describe(row: Row) -> str:
     """A trial's point and scores, for a hover label."""
     config = row.config
-    central, count = config.central_images, f"count {config.central_images.per_class}"
-    if config.uses_moments:
-        count = f"{central.num_clusters} clusters"
-    easy = f"{count}, noise {central.noise_multiplier:.3g}, split {config.stage_split:.2f}"
+    noise = config.central_images.noise_multiplier
+    easy = f"count {easy_count(row.plan)}, noise {noise:.3g}, split {config.stage_split:.2f}"
     if config.trains_nothing:
         easy = f"{config.method} alone, noise {row.plan.noise_multiplier:.3g}"
     elif config.is_plain:
         easy = "no easy stage (plain DP-SGD)"
     scores = ", ".join(f"{name} {value:.4g}" for name, value in row.scores.items())
     return "<br>".join(filter(None, (f"<b>{row.trial}</b>", easy, scores)))
+
+
+def easy_name(rows: Sequence[Row]) -> str:
+    """What the easy stages of trials release."""
+    plans = [row.plan for row in rows]
+    names = [name for name in ("central", "moments") if any(getattr(p, name) for p in plans)]
+    return " or ".join(RELEASES[name].title for name in names) or "central images"
 
 
 def pareto_front(rows: Sequence[Row], fid: str) -> list[Row]:
@@ -130,8 +139,7 @@ def slices(sweep: SweepConfig, rows: Sequence[Row], winner: Row | None) -> list[
     metric = sweep.objective.metric
     figures: list[Figure] = []
     for number, (key, dimension) in enumerate(sweep.search_space.items()):
-        # Without an easy stage nothing uses count and noise.
-        shown = [row for row in rows if row.config.warm_up_steps or key not in (COUNT, NOISE)]
+        shown = [row for row in rows if not row.config.is_plain or key not in _EASY]
         values = {row.trial: flatten(row.config)[key] for row in shown}
         kind = "category" if dimension.choices is not None else "log" if dimension.log else "linear"
         title = LABELS.get(key, key)
@@ -217,10 +225,10 @@ def budget_bars(rows: Sequence[Row], winner: Row | None) -> Figure:
     return Figure(
         id="budget",
         title="Epsilon of each trial by stage",
-        alt=f"Of the target epsilon {upward(target)}, central images take between "
+        alt=f"Of the target epsilon {upward(target)}, {easy_name(rows)} take between "
         f"{upward(min(central), 3)} and {upward(max(central), 3)}; what follows takes the rest.",
         data=[
-            bar("central images alone", central, {"color": "--best"}),
+            bar(f"{easy_name(rows)} alone", central, {"color": "--best"}),
             bar("added by what follows", rest, {"color": "--trial", "pattern": hatched}),
         ],
         layout={

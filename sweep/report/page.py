@@ -21,7 +21,14 @@ from sweep.config.sweep import SweepConfig
 from sweep.report.affordable_map import affordable_map
 from sweep.report.curves import curves
 from sweep.report.effects import affordable, importance
-from sweep.report.figures import Figure, budget_bars, importance_bars, pareto, slices
+from sweep.report.figures import (
+    Figure,
+    budget_bars,
+    easy_name,
+    importance_bars,
+    pareto,
+    slices,
+)
 from sweep.report.heatmap import agreement, heat_maps
 from sweep.report.pictures import CLASSES, Picture, picture
 from sweep.report.tables import all_tables
@@ -29,6 +36,7 @@ from sweep.results.table import (
     Row,
     best,
     claimed_row,
+    easy_count,
     load_rows,
     planned_epsilon,
     shown_metrics,
@@ -64,6 +72,8 @@ def write_report(sweep: SweepConfig, out: Path) -> None:
         "inside": inside([sweep]),
         "upward": upward,
         "counted": counted,
+        "easy_count": easy_count,
+        "easy_name": easy_name,
         "made": time.strftime("%Y-%m-%d %H:%M"),
         "rows": rows,
         "winner": winner,
@@ -116,7 +126,7 @@ def _figures(
     figures += [pareto(finished, winner, fid), *slices(sweep, finished, winner)]
     if isinstance(shares, dict):
         figures.append(importance_bars(shares))
-    easy = [row for row in finished if row.config.warm_up_steps]
+    easy = [row for row in finished if not row.config.is_plain]
     around = best(sweep, easy)
     if around is not None and (boundary := affordable(sweep, around.config)) is not None:
         figures.append(affordable_map(sweep, easy, winner, boundary, pruned))

@@ -7,7 +7,7 @@ from typing import Any
 from core.io.files import read_json
 from core.privacy.accounting.rounding import figure, upward
 from sweep.config.sweep import SweepConfig
-from sweep.report.figures import pareto_front
+from sweep.report.figures import easy_name, pareto_front
 from sweep.results.table import Row, results_table, winners
 from sweep.search.feasible import describe_dimension
 
@@ -90,7 +90,7 @@ def _budget(rows: Sequence[Row]) -> Table:
         ]
         for row in rows
     ]
-    columns = ["trial", "central images alone", "added by what follows", "together"]
+    columns = ["trial", f"{easy_name(rows)} alone", "added by what follows", "together"]
     return Table("Epsilon of each trial by stage", columns, lines)
 
 

@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from core.commands.account import COUNT, NOISE
+from core.commands.account import CLUSTERS, COUNT, NOISE
 from core.config import Config, flatten
 from core.config.metrics import DIRECTIONS, HEADLINES
 from core.io.code_digest import code_digest
@@ -398,7 +398,7 @@ def results_table(
         flat, easy = flatten(row.config), row.plan.central or row.plan.moments
         cells = [row.trial + (" *" if row in starred else "")]
         cells += [
-            _count(row.plan),
+            easy_count(row.plan),
             f"{easy.noise_multiplier:.3g}" if easy else "-",
             f"{flat['stage_split']:.2f}",
         ]
@@ -413,11 +413,11 @@ def results_table(
 
 
 _NO_CLAIM = "so nothing is claimed yet"
-_SHOWN = (COUNT, "central_images.num_clusters", NOISE, "stage_split")
+_SHOWN = (COUNT, CLUSTERS, NOISE, "stage_split")
 
 
-def _count(plan: PrivacyPlan) -> str:
-    """Central images of each class, or clusters of moments."""
+def easy_count(plan: PrivacyPlan) -> str:
+    """Central images of each class, or clusters of moments; a dash without either."""
     if plan.central:
         return str(plan.central.num_releases)
     return str(plan.moments.num_clusters) if plan.moments else "-"

@@ -8,7 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from core.commands.account import COUNT, NOISE
+from core.commands.account import NOISE
 from core.config import flatten
 from core.errors import ConfigError, InfeasibleError
 from core.io.terminal import ProgressLine, counted
@@ -119,8 +119,8 @@ def print_plan(sweep: SweepConfig, probe: bool = False) -> None:
 
 def _print_grid(sweep: SweepConfig, middle: dict[str, Any]) -> None:
     config = sweep.trial_config(middle)
-    keys = two_keys(sweep.choices) or (COUNT, NOISE)
-    current, labels = flatten(config), {COUNT: "count", NOISE: "noise"}
+    keys = two_keys(sweep.choices) or (sweep.count_key, NOISE)
+    current, labels = flatten(config), {sweep.count_key: "count", NOISE: "noise"}
     rows, columns = (
         _grid(key, sweep.search_space[key], _POINTS)
         if key in sweep.search_space

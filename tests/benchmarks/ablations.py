@@ -10,8 +10,6 @@ no difference for real that is smaller than the spread of the base.
 """
 
 import argparse
-import hashlib
-import json
 import statistics
 import sys
 import time
@@ -23,9 +21,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from rows import ROOT, Row, Rows, digest_of
+
 from core.commands.run import train
 from core.commands.scale_down import scaled_down
-from core.config import Config, flatten, load, nested
+from core.config import Config, load, nested
 from core.data import load_dataset
 from core.diffusion.posthoc_ema import reconstruct
 from core.evaluation.scoring import score
@@ -36,7 +36,6 @@ from core.privacy.accounting.mechanism import FINE
 from core.privacy.keys import MasterSecret
 from core.privacy.plan.plan import PrivacyPlan, make_plan
 
-ROOT = Path(__file__).resolve().parents[2]
 PRESET = ROOT / "core/configs/fashion_mnist_small.yaml"
 BASE = "base"
 SHORT = {
@@ -53,7 +52,6 @@ SMOKE = {
     "evaluation.classifier_epochs": 1,
     "evaluation.extractor_epochs": 1,
 }
-Row = dict[str, Any]
 Changes = dict[str, Any]
 """Settings by dotted key."""
 CLIPPED = {"central_images.max_norm": 7.0, "central_images.pixel_center": 0.25}
@@ -137,21 +135,6 @@ def run_row(config: Config, folder: Path, length: float | None) -> Row:
     }
 
 
-def keep(path: Path, rows: list[Row]) -> None:
-    """Writes all rows so that a stopped command never leaves half of them."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(rows, indent=1) + "\n")
-    temporary.replace(path)
-
-
-def digest_of(config: Config) -> str:
-    """Names a row's settings by those that are not at their default, wherever the data lie."""
-    default = flatten(Config())
-    changed = {key: value for key, value in flatten(config).items() if value != default[key]}
-    kept = {k: v for k, v in changed.items() if k != "dataset.path" and k[:8] != "runtime."}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
-
-
 def table(rows: list[Row]) -> str:
     """The rows, averaged over the seeds that they and the base share, as Markdown."""
     base = {row["seed"]: row for row in rows if row["name"] == BASE}
@@ -232,18 +215,17 @@ def main() -> None:
     names = (*VARIANTS, *AVERAGES, RDP, SCALED)
     if unknown := set(options.rows or ()) - set(names):
         sys.exit(f"no such row: {sorted(unknown)}; there are {names}")
-    kept: list[Row] = json.loads(options.out.read_text()) if options.out.exists() else []
+    kept = Rows(options.out)
     shown: list[Row] = []
     for seed in options.seeds:
         base = load(PRESET, {**settings, "seed": seed})
         for name, config in variants(base):
             asked = {"name": name, "seed": seed, "digest": digest_of(config)}
-            row = next((each for each in kept if asked.items() <= each.items()), None)
+            row = kept.find(asked)
             if row is None and name in {BASE, *(options.rows or names)}:
                 print(f"seed {seed}: {name}", file=sys.stderr, flush=True)
                 row = asked | run_row(config, folder, AVERAGES.get(name))
-                kept.append(row)
-                keep(options.out, kept)
+                kept.add(row)
             shown += [row] if row else []
     print(f"{table(shown)}\n\n{accountants(load(PRESET, settings))}")
 

@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import ablations
 import gpu
+import methods
 import variants
 
 
@@ -44,6 +45,32 @@ def test_ablations_differ_from_the_base_and_their_table_compares_equal_seeds():
     text = ablations.table(rows)
     assert "| other | 75.0% | +5.0 | 9.00 | +0.00 | 10.000 | 1.0000 | - | 1 | 1 |" in text
     assert "spreads by 10.0 points" in text
+
+
+def test_the_table_of_methods_has_means_and_intervals_over_seeds():
+    figures = {"steps": 400, "seconds": 120.0, "fid_cnn": 16.0, "recall_cnn": 0.1}
+    names = {"dataset": "mnist", "epsilon": 10.0, "method": "dpdm"}
+    rows = [
+        names | figures | {"seed": seed, "accuracy": accuracy, "precision_cnn": accuracy}
+        for seed, accuracy in enumerate((0.7, 0.8, 0.9))
+    ]
+    # Student's t of two degrees of freedom: 4.303 * 0.1 / sqrt(3).
+    line = "| mnist | 10 | dpdm | 400 | 2.0 | 80.0 ± 24.8 | 16.0 ± 0.0 |"
+    assert line in methods.table(rows)
+    assert "| 70.0 | 16.0 | 0.70 | 0.10 | 1 |" in methods.table(rows[:1])
+
+
+def test_each_method_has_its_preset_at_each_epsilon():
+    found = {
+        (name, epsilon): methods.config_of("fashion_mnist", epsilon, name, 0.5, {})
+        for name in methods.METHODS
+        for epsilon in (10.0,)
+    }
+    assert len({methods.digest_of(config) for config in found.values()}) == len(found)
+    for (name, epsilon), config in found.items():
+        plan = methods.make_plan(config)
+        assert 0.98 * epsilon < plan.epsilon <= epsilon
+        assert (plan.dp_sgd.num_steps == 0) == (name in methods.UNTRAINED)
 
 
 def test_rdp_asks_for_more_noise_than_the_plan():

@@ -121,6 +121,15 @@ def test_the_error_is_that_of_draws(clusters):
         assert found.ambiguity[1].max() / 12 > 0.05 * error
 
 
+def test_a_class_at_a_time_gives_what_each_row_alone_does(monkeypatch):
+    found, labels = gaussians(5, 3, clusters=4), torch.tensor([2, 0, 0, 1, 2, 0])
+    x, sigma = torch.randn(6, 1, 1, 5, dtype=torch.float64), torch.rand(6).double() + 0.1
+    together = found(x, sigma, labels)
+    rows = torch.arange(6)[:, None, None]  # As on a GPU.
+    monkeypatch.setattr("core.diffusion.gaussians._groups", lambda labels: [(labels, rows)])
+    torch.testing.assert_close(found(x, sigma, labels), together)
+
+
 def test_the_isotropic_case_is_edms_preconditioning():
     """To the last bits of float64: skip, output, input and loss weight."""
 

@@ -35,7 +35,7 @@ ANSWERS = (
     (r"make test-faults$", "runs tests that `make test` leaves out, as they take minutes alone"),
     (r"make mutants$", "runs the tests once for each mutant"),
     (r"make bench$", "takes ten minutes, and other tests beside it would change what it measures"),
-    (r"make (ablations|fashion-mnist|budget-grid) DATA=", HOURS),
+    (r"make (ablations|methods|fashion-mnist|budget-grid) DATA=", HOURS),
     (r"make reproduce ", WHOLE + "methods.py::test_reproduce_goes_on_in_slots_and_adds_one_row"),
     (
         r"python tests/benchmarks/gpu.py$",

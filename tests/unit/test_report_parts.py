@@ -9,12 +9,13 @@ import pytest
 from core.config import load
 from core.errors import InfeasibleError
 from core.privacy.plan.plan import PrivacyPlan
+from core.privacy.plan.releases import MomentsPlan
 from core.record.folder import MetricsLog, RunFolder, write_class_names
 from sweep.config.sweep import load_sweep
 from sweep.report import effects
 from sweep.report.affordable_map import affordable_map
 from sweep.report.curves import curves
-from sweep.report.figures import pareto_front, scatter, slices
+from sweep.report.figures import describe, easy_name, pareto_front, scatter, slices
 from sweep.report.page import _class_names
 from sweep.results.table import Row, results_table
 
@@ -51,6 +52,18 @@ def row(name: str, accuracy: float, fid: float, folder: Path = Path(), **changes
 @pytest.fixture
 def sweep():
     return load_sweep("tests/data/sweep.yaml", {})
+
+
+def test_the_count_of_a_sweep_is_the_one_that_it_searches(sweep):
+    assert sweep.count_key == "central_images.per_class"
+    quickstart = load_sweep("sweep/configs/quickstart.yaml", {})
+    assert quickstart.count_key == "central_images.num_clusters"
+    config = quickstart.run
+    plan = dataclasses.replace(PLAN, moments=MomentsPlan.of(config))
+    started = Row("a", Path(), config, "finished", {"accuracy": 0.5}, plan, 1.0, "")
+    assert easy_name([started]) == "moments"
+    assert easy_name([row("b", 0.5, 9)]) == "central images"
+    assert f"count {config.central_images.num_clusters}, noise" in describe(started)
 
 
 def test_rows_of_pictures_have_the_names_of_their_classes(tmp_path):
