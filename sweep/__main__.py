@@ -160,7 +160,8 @@ def _show(options: argparse.Namespace) -> None:
     if options.json:
         total = sweep_epsilon(sweep, rows)
         _warn(options, sweep)
-        _print_json([{**record(row), "epsilon_sweep": total} for row in rows])
+        left = num_left(sweep, rows)  # Above 0, the epsilon is that of what ran so far.
+        _print_json([{**record(row), "epsilon_sweep": total, "num_left": left} for row in rows])
         return
     from sweep.tracking.client import how_to_compare, tracking_uri
 

@@ -64,7 +64,7 @@ def test_each_method_has_its_preset_at_each_epsilon():
     found = {
         (name, epsilon): methods.config_of("fashion_mnist", epsilon, name, 0.5, {})
         for name in methods.METHODS
-        for epsilon in (10.0,)
+        for epsilon in (1.0, 10.0)
     }
     assert len({methods.digest_of(config) for config in found.values()}) == len(found)
     for (name, epsilon), config in found.items():
