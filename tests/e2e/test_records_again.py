@@ -12,6 +12,44 @@ from sweep.results.find import open_sweep
 from sweep.results.table import load_rows
 from sweep.tracking.client import Tracker, known_runs, status_of, tracking_uri
 
+SHARED = {
+    "central_images.per_class", "dataset.name", "model.base_channels", "privacy.scope",
+    "privacy.target_epsilon", "private_training.expected_batch_size",
+    "private_training.learning_rate", "private_training.max_grad_norm",
+    "private_training.noise_multiplicity", "sampler.num_steps", "seed", "training.num_steps",
+}  # fmt: skip
+SEARCHED = {
+    "central_images.per_class", "central_images.noise_multiplier", "stage_split",
+    "private_training.learning_rate", "dataset.name",
+}  # fmt: skip
+SCORES = {"accuracy", "fid_cnn", "kid_cnn", "precision_cnn", "recall_cnn"}
+COSTS = {"epsilon_trial", "epsilon_central_share", "gpu_hours", "noise_multiplier", "seconds"}
+STEPS = {
+    "step", "private_training/loss", "private_training/seconds_per_step",
+    "warm_up/loss", "warm_up/seconds_per_step",
+}  # fmt: skip
+TRIAL = {
+    "params": SHARED | SEARCHED,
+    "metrics": SCORES | COSTS | STEPS,
+    "tags": {
+        "mlflow.loggedImages", "mlflow.parentRunId", "mlflow.runName", "sweep.key", "sweep.state",
+        "privacy.loss", "privacy.kid_cnn_stddev", *(f"privacy.{name}" for name in SCORES),
+    },
+}  # fmt: skip
+PARENT = {
+    "params": (SHARED - SEARCHED)
+    | {"num_trials", "objective", *(f"search_space.{key}" for key in SEARCHED)},
+    "metrics": SCORES
+    | COSTS
+    | (SEARCHED - {"dataset.name"})
+    | {"epsilon", "epsilon_sweep", "epsilon_released"},
+    "tags": {"best_trial", "mlflow.runName", "privacy.statement", "sweep.key"},
+}
+
+
+def keys_of(run) -> dict[str, set[str]]:
+    return {kind: set(getattr(run.data, kind)) for kind in TRIAL}
+
 
 def test_a_complete_sweep_that_mlflow_does_not_know_is_recorded(
     storage, tmp_path, monkeypatch, capsys
@@ -58,6 +96,16 @@ def test_a_complete_sweep_that_mlflow_does_not_know_is_recorded(
     assert run_sweep(sweep).complete
     assert capsys.readouterr().err == ""
     assert ended() == {"small", *trials}
+    # What people's own queries and charts name stays as it is.
+    recorded = {r.data.tags["sweep.key"]: r for r in client.search_runs([experiment.experiment_id])}
+    split = {row.trial: row.config.stage_split for row in finished}
+    for key in ("small", *trials):
+        expected = TRIAL if "/" in key else PARENT
+        if split.get(key.partition("/")[2]) == 0:
+            expected = expected | {
+                "metrics": {m for m in expected["metrics"] if m[:7] != "warm_up"}
+            }
+        assert keys_of(recorded[key]) == expected
     (version,) = client.search_model_versions("name = 'small'")
 
     def runs_of() -> set[str]:
