@@ -33,6 +33,7 @@ REDUCE = """        if dist.is_initialized() and dist.get_world_size() > 1:
 SCOPES = "core/privacy/plan/scopes.py"
 SELECTED = "core/privacy/accounting/selection.py"
 BEST, BOUNDED = ("tests/unit/test_best_of_trials.py",), ("tests/unit/test_selection_shares.py",)
+TRADE_OFF, ATTACKS = "core/privacy/accounting/tradeoff.py", ("tests/unit/test_tradeoff.py",)
 FAR = ("tests/unit/test_far_accounting.py",)
 KEPT = ("tests/unit/test_plan.py",)
 SPENDING_CODE, CHARGES = "core/privacy/ledger/account.py", ("tests/unit/test_run_and_ledger.py",)
@@ -367,6 +368,41 @@ MUTANTS = (
         "slopes @ falls + most * sticks[-1]",
         "slopes @ falls",
         BEST,
+    ),
+    Mutant(
+        "attack: members and non-members changed over",
+        TRADE_OFF,
+        "hockey_sticks(with_record, without, step)",
+        "hockey_sticks(without, with_record, step)",
+        ATTACKS,
+    ),
+    Mutant(
+        "attack: half of the false alarms",
+        TRADE_OFF,
+        "ratios * false_alarms + sticks",
+        "ratios * false_alarms / 2 + sticks",
+        ATTACKS,
+    ),
+    Mutant(
+        "attack: ratios of another grid",
+        "core/privacy/accounting/profile.py",
+        "ratios = np.exp(places * step)",
+        "ratios = np.exp(places * step / 2)",
+        ATTACKS,
+    ),
+    Mutant(
+        "attack: the epsilon of a selection left out",
+        "core/privacy/ledger/totals.py",
+        "math.exp(min(sum(targets), 700.0)) * false_alarms",
+        "false_alarms",
+        ATTACKS,
+    ),
+    Mutant(
+        "attack: a sweep's Renyi divergence halved",
+        SCOPES,
+        "exponent = min(epsilon - renyi.offset(order, delta), _LARGEST_EXPONENT)",
+        "exponent = min(epsilon - renyi.offset(order, delta), _LARGEST_EXPONENT) / 2",
+        ATTACKS,
     ),
     Mutant(
         "selection: a trial compared with the reference at one epsilon alone",

@@ -5,7 +5,7 @@ import argparse
 from core.config import Config, load, nested, parse_overrides
 from core.errors import ConfigError, InfeasibleError
 from core.privacy.accounting.mechanism import LARGEST
-from core.privacy.accounting.rounding import upward
+from core.privacy.accounting.rounding import attack, upward
 from core.privacy.ledger.card import accountant_of
 from core.privacy.plan.plan import (
     PrivacyPlan,
@@ -35,6 +35,7 @@ def account(options: argparse.Namespace) -> None:
     print(plan.statement)
     if not plan.is_private:
         return
+    print(f"In words: {attack(plan.members_found)}.")
     if privacy.target_epsilon > LARGEST >= plan.epsilon and not privacy.covers.covers_choice:
         print(
             f"PLD, which ends at epsilon {LARGEST:g}, asks for less noise than Renyi DP does at "

@@ -18,6 +18,7 @@ from core.privacy.accounting.quick import Losses, composed_losses
 
 Profile = NDArray[np.float64]
 """Deltas, shape (2, points)."""
+Deltas = NDArray[np.float64]
 _EXACT = 1e-2
 """Part of the delta that PLD resolves to 0.1 %, ten times the error of its transforms."""
 
@@ -44,6 +45,19 @@ def profile(
         points = max(way.first + len(way.probabilities) for way in ways) + 1
     error = _EXACT * least_delta(mechanisms)
     return np.stack([_deltas(way, step, max(2, points)) for way in ways]) + error
+
+
+def hockey_sticks(forth: Deltas, back: Deltas, step: float) -> tuple[Deltas, Deltas]:
+    """The ratios t = exp(i step) of -n < i < n, and sup over S of Q(S) - t P(S) at each.
+
+    Args:
+        forth: the row of a profile that is of Q against P; n deltas.
+        back: its other row.
+    """
+    places = np.arange(1 - len(forth), len(forth))
+    ratios = np.exp(places * step)
+    negative = 1 - ratios[: len(forth) - 1] * (1 - back[:0:-1])
+    return ratios, np.minimum(np.concatenate([negative, forth]), 1.0)
 
 
 def _deltas(way: Losses, step: float, points: int) -> NDArray[np.float64]:

@@ -1,7 +1,11 @@
 """Epsilons and deltas as text: rounded up, so that no text claims more than what holds."""
 
 import math
+from collections.abc import Callable
 from decimal import ROUND_CEILING, Context, Decimal
+
+FALSE_ALARMS = (0.01, 0.001)
+"""Shares of non-members that an attacker may be wrong about, in what is said of attacks."""
 
 
 def upward(bound: float, digits: int = 4) -> str:
@@ -32,4 +36,18 @@ def odds(epsilon: float) -> str:
     return (
         f"whatever somebody concludes from the release, they are at most {times} times as likely "
         "to conclude it because one record was in the data"
+    )
+
+
+def attack(members_found: Callable[[float], float]) -> str:
+    """The trade-off of attacks in words, shares rounded up.
+
+    Args:
+        members_found: the largest share of members that is found, by the share of false alarms.
+    """
+    alarms = [f"{100 * share:g} %" for share in FALSE_ALARMS]
+    found = [f"{upward(100 * members_found(share), 3)} %" for share in FALSE_ALARMS]
+    return (
+        f"an attacker who may be wrong about {alarms[0]} ({alarms[1]}) of non-members finds at "
+        f"most {found[0]} ({found[1]}) of members"
     )

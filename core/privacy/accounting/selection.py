@@ -46,7 +46,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.privacy.accounting import renyi
-from core.privacy.accounting.profile import Profile
+from core.privacy.accounting.profile import Profile, hockey_sticks
 
 _CELLS, _CHORDS = 2**14, 2**10
 """Most cells of [0, 1], and most chords: finer, delta would fall by less than 1 %."""
@@ -86,10 +86,7 @@ def selection_delta(
 def _one_way(
     forth: Array, back: Array, step: float, epsilon: float, phi: Callable[[Array], Array]
 ) -> float:
-    places = np.arange(1 - len(forth), len(forth))
-    ratios = np.exp(places * step)
-    negative = 1 - ratios[: len(forth) - 1] * (1 - back[:0:-1])
-    sticks = np.minimum(np.concatenate([negative, forth]), 1.0)
+    ratios, sticks = hockey_sticks(forth, back, step)
     upper, lower = _lines(ratios, sticks, math.exp(epsilon), phi)
     # Chords, from the least ratio where g is not 0; left of it H is at most 1.
     first = max(0, int(np.searchsorted(ratios * (upper / lower).max(), 1.0)) - 1)

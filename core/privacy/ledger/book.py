@@ -102,6 +102,12 @@ class Book:
         runs = {key.run: None for key, charge in self.charges.items() if charge.target}
         return {run: self.of_run(run) for run in runs}
 
+    @property
+    def targets(self) -> list[float]:
+        """The target of each selection of which anything counts."""
+        groups = self.selections.values()
+        return [max(c.target for c in group) for group in groups if any(c.counted for c in group)]
+
     def charge(self, reservation: Reservation) -> Charge:
         """The charge that `reserve` made for this reservation."""
         found = self.charges.get(reservation.key)

@@ -6,12 +6,12 @@ from typing import Any
 
 from core.config import PrivacyConfig
 from core.config.scopes import Scope
-from core.privacy.accounting.rounding import odds, upward
+from core.privacy.accounting.rounding import attack, odds, upward
 from core.privacy.ledger.book import UNBOUNDED
 from core.privacy.ledger.file import LedgerError
 from core.privacy.ledger.ledger import Ledger
 from core.privacy.plan.plan import PrivacyPlan
-from core.privacy.plan.scopes import STAYS_INSIDE, share_of
+from core.privacy.plan.scopes import STAYS_INSIDE, members_found, share_of
 
 RELATIONS = {
     "zero_out": "a record is replaced by an empty one; the number of records N is public",
@@ -93,7 +93,7 @@ def make_card(
         Plain data, ready for JSON. `epsilon_trial` is the largest of the run's trials,
         `epsilon_released_trial` that of the released one. Under scope `selection` nothing is said
         of the other trials, and `epsilon_computed` is None, as it would tell their number.
-        Everything holds at `delta` but what has a delta of its own.
+        Everything holds at `delta` but what has a delta of its own, and `attack`, which needs none.
 
     Privacy: the same whatever the number of trials of a selection is, of this run or of others.
 
@@ -133,10 +133,8 @@ def make_card(
         "delta_released_with_selection": delta_of_all if by_all else delta,
         "epsilon_all_on_this_data_set": everything,
         "delta_all_on_this_data_set": delta_of_all,
-        "odds": {
-            "epsilon_trial": odds(largest),
-            "epsilon_released_with_selection": odds(released),
-        },
+        "odds": dict(epsilon_trial=odds(largest), epsilon_released_with_selection=odds(released)),
+        "attack": _attacks(ledger, run, plan, privacy, trials, by_all),
         "accountant": accountant,
         "accountant_of_the_scope": accountant_of(privacy, accountant),
         "accountant_of_all_on_this_data_set": _accountant_of_all(summary),
@@ -151,6 +149,26 @@ def make_card(
         "public": list(PUBLIC),
         "not_covered": list(NOT_COVERED),
         "data_set_declared_public": plan.public_data,
+    }
+
+
+def _attacks(
+    ledger: Ledger, run: str, plan: PrivacyPlan, privacy: PrivacyConfig, trials: int, by_all: bool
+) -> dict[str, str]:
+    """What an attack on the released trial finds, and one on the release with its selection."""
+
+    def of_release(false_alarms: float) -> float:
+        if privacy.has_shares:
+            return members_found(privacy, false_alarms)
+        if by_all:
+            return ledger.members_found(false_alarms)
+        if trials == 1 or privacy.covers.chosen_on_public_data:
+            return plan.members_found(false_alarms)
+        return ledger.members_found(false_alarms, run)
+
+    return {
+        "epsilon_released_trial": attack(plan.members_found),
+        "epsilon_released_with_selection": attack(of_release),
     }
 
 
@@ -292,7 +310,9 @@ def card_markdown(card: Mapping[str, Any]) -> str:
         "",
         "In words, for the release with its selection: "
         f"{card['odds']['epsilon_released_with_selection']}, up to a probability of "
-        f"{upward(card['delta_released_with_selection'], 6)}.",
+        f"{upward(card['delta_released_with_selection'], 6)}. And by the privacy losses "
+        f"themselves, {card['attack']['epsilon_released_with_selection']}; of the released trial "
+        f"alone, {card['attack']['epsilon_released_trial']}.",
         "",
         "## Releases",
         "",

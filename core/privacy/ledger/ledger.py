@@ -226,6 +226,21 @@ class Ledger:
         counted = [event for charge in charges for event in charge.counted]
         return self._totals.epsilon(counted, self._totals.discretization(counted))
 
+    def members_found(self, false_alarms: float, run: str | None = None) -> float:
+        """The largest share of members that any attack finds that sees all of a run, or of all.
+
+        Args:
+            false_alarms: share of non-members that it is wrong about, in [0, 1].
+            run: one whose trials PLD composes; None: everything that was ever charged.
+        """
+        with self._locked() as chain:
+            book = self._book(chain)
+        charges = book.apart if run is None else book.of_run(run)
+        # Within a budget all that was to run, as PLD covers no stopping by results.
+        parts = [each.reserved if run and each.within else each.counted for each in charges]
+        events = [event for part in parts for event in part]
+        return self._totals.members_found(events, () if run else book.targets, false_alarms)
+
     def largest_epsilon(self, run: str) -> float:
         """The largest epsilon that the plan of one trial of a run spends alone; 0 without any."""
         with self._locked() as chain:

@@ -1,5 +1,6 @@
 """Epsilon and delta of what a ledger's charges release together."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -43,6 +44,21 @@ class Totals:
         count = max(1, bool(events) + len(targets))
         delta = float(count * Decimal(repr(self.terms.delta)))  # 3e-05, not 3.0000000000000004e-05.
         return self.epsilon(events, grid) + sum(targets), delta
+
+    def members_found(
+        self, events: Sequence[Event], targets: Sequence[float], false_alarms: float
+    ) -> float:
+        """Largest share of members that an attack on `events` and selections together finds.
+
+        With all sums over the selections of targets e and deltas d, H of `tradeoff` for both is at
+        exp(e) t at most H(t) + d: but for d, what a selection gives is at most exp(e) times as
+        probable with the record, and what the events then give t times, but for H(t).
+        """
+        from core.privacy.accounting import tradeoff  # Loads the accountant, which takes a second.
+
+        alarms = min(1.0, math.exp(min(sum(targets), 700.0)) * false_alarms)
+        found = tradeoff.members_found(_mechanisms(events), self.terms.neighboring_relation, alarms)
+        return min(1.0, found + len(targets) * self.terms.delta)
 
     def largest(self, plans: Iterable[tuple[Event, ...]]) -> float:
         """The largest epsilon that one of the plans spends alone; 0 without any."""

@@ -135,6 +135,18 @@ class PrivacyPlan:
         """What is released in any case, however many DP-SGD steps run and at whatever noise."""
         return [each.mechanism for each in self.releases if each is not self.dp_sgd]
 
+    def members_found(self, false_alarms: float) -> float:
+        """The largest share of members that any attack on this trial finds, see `tradeoff`.
+
+        Args:
+            false_alarms: share of non-members that it is wrong about, in [0, 1].
+        """
+        from core.privacy.accounting import tradeoff  # Loads the accountant, which takes a second.
+
+        return tradeoff.members_found(
+            tuple(self.mechanisms), self.neighboring_relation, false_alarms
+        )
+
     def epsilon_after(self, steps: int) -> float:
         """Epsilon of this trial when it ends after so many DP-SGD steps; its scores count whole."""
         rate, noise_multiplier, _ = self.dp_sgd.mechanism

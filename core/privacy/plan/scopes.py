@@ -28,6 +28,9 @@ _SLACK = 0.01
 _LEAST_DELTA = 1e-9
 """Smaller ones of a trial are too close to the error of PLD's transforms."""
 _MANY = 1e9
+_LARGEST_EXPONENT = 700.0
+_RATIOS = 32
+"""Epsilons up to the target at which an attack on a selection is bounded."""
 _ROUNDING = 1e-6
 """By how much another version's accountant may find another delta for a reference."""
 STAYS_INSIDE = (
@@ -151,6 +154,17 @@ class ProfileShare(Share):
         phi = selection.derivative(self.law, self.mean)
         return selection.selection_delta(bound, step, self.epsilon, phi) / self.delta
 
+    def members_found(self, false_alarms: float) -> float:
+        """Largest share of members that any attack on the best trial finds: see `tradeoff`."""
+        from core.privacy.accounting import selection
+
+        step, bound = _bound(self.reference, self.delta / self.mean)
+        phi = selection.derivative(self.law, self.mean)
+        return min(
+            math.exp(epsilon) * false_alarms + selection.selection_delta(bound, step, epsilon, phi)
+            for epsilon in (self.epsilon * part / _RATIOS for part in range(_RATIOS + 1))
+        )
+
 
 @lru_cache(maxsize=8)
 def _bound(reference: tuple[Mechanism, ...], delta: float) -> tuple[float, "Profile"]:
@@ -194,6 +208,27 @@ def share_of(privacy: PrivacyConfig) -> Share | None:
 @lru_cache(maxsize=8)
 def _used(share: ProfileShare, reference: tuple[Mechanism, ...]) -> float:
     return share.used(reference)
+
+
+def members_found(privacy: PrivacyConfig, false_alarms: float) -> float:
+    """Largest share of members that any attack finds, by what proves a scope that has shares.
+
+    A selection's is that of its privacy profile. Under the filter's order a, at which the
+    divergence is at most r, it is (exp(r) false_alarms)^(1 - 1/a) (Mironov 2017, proposition 10).
+    Both are at most what epsilon and delta say.
+
+    Args:
+        false_alarms: share of non-members that it is wrong about, in [0, 1].
+    """
+    epsilon, delta, share = privacy.target_epsilon, privacy.target_delta, share_of(privacy)
+    bounds = [1.0, math.exp(min(epsilon, _LARGEST_EXPONENT)) * false_alarms + delta]
+    if isinstance(share, ProfileShare) and share.reference:
+        bounds.append(share.members_found(false_alarms))
+    elif privacy.covers.splits_target:
+        order = renyi.best_order(epsilon, delta)
+        exponent = min(epsilon - renyi.offset(order, delta), _LARGEST_EXPONENT)
+        bounds.append((math.exp(exponent) * false_alarms) ** (1 - 1 / order))
+    return min(bounds)
 
 
 def has_profile(privacy: PrivacyConfig) -> bool:
