@@ -142,10 +142,13 @@ def _add_what_follows(add: Callable[..., argparse.ArgumentParser]) -> None:
     ledger.add_argument(
         "--reason", default="", help="accept-loss: one sentence, quoted by every later privacy card"
     )
-    release = add("release", "write or verify the bundle to publish")
+    release = add("release", "write, verify or check the bundle to publish")
     release.add_argument("--run-dir", type=Path, help="folder of a finished run")
-    release.add_argument("--out", type=Path, required=True, help="new folder of the bundle")
-    release.add_argument("--verify", action="store_true", help="check the digests of --out")
+    release.add_argument("--out", type=Path, help="new folder of the bundle")
+    what = release.add_mutually_exclusive_group()
+    what.add_argument("--verify", action="store_true", help="check the digests of --out")
+    text = "what to see before signing: epsilons, history, audit, what is not covered; writes none"
+    what.add_argument("--check", action="store_true", help=text)
     release.add_argument(
         "--formats", default="folder,npz,parquet,generator", help="any of them, by commas"
     )

@@ -28,6 +28,7 @@ from core.privacy.ledger.ledger import Ledger
 from core.privacy.ledger.sources import Sources
 from core.publish.inspection import inspect_run
 from core.publish.release import release_card, verify_release, write_release
+from core.publish.review import review
 from core.record.folder import RunFolder
 from core.run.pipeline import run as run_pipeline
 
@@ -143,20 +144,38 @@ def ledger(options: argparse.Namespace) -> None:
 
 
 def release(options: argparse.Namespace) -> None:
-    """Writes or verifies the bundle to publish."""
+    """Writes or verifies the bundle to publish, or shows what to see before signing it."""
+    if options.check:
+        _check(_named_run(options))
+        return
+    if options.out is None:
+        raise ConfigError("name the folder of the bundle with --out")
     if options.verify:
         print(f"{options.out}: {verify_release(options.out)} files as released")
         return
-    if options.run_dir is None:
-        raise ConfigError("name the finished run to release with --run-dir")
-    config, _ = _finished(options.run_dir, [])
-    card = release_card(config, options.run_dir)
+    run_dir = _named_run(options)
+    config, _ = _finished(run_dir, [])
+    card = release_card(config, run_dir)
     formats = options.formats.split(",")
-    write_release(options.run_dir, options.out, config, card, formats, options.license)
+    write_release(run_dir, options.out, config, card, formats, options.license)
     print(card["statement"])
     print(f"bundle: {options.out} ({', '.join(formats)}, README.md, privacy_card.md, digests.json)")
     if options.license == "unknown":
         print("README.md states no license: name one with --license, such as cc-by-4.0")
+
+
+def _named_run(options: argparse.Namespace) -> Path:
+    if options.run_dir is None:
+        raise ConfigError("name the finished run to release with --run-dir")
+    return options.run_dir
+
+
+def _check(run_dir: Path) -> None:
+    config, _ = _finished(run_dir, [])
+    text, against = review(config, RunFolder(run_dir))
+    print(f"For the owner of the data alone.\n\n{text}")
+    if against:
+        raise ConfigError(f"{len(against)} of these speak against signing: read them above")
 
 
 def _finished(

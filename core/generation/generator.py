@@ -1,8 +1,8 @@
 """Released generator in a folder of its own: labels in, images out.
 
-The folder holds the averaged weights, the names of the classes and what drawing needs of the
-configuration: no optimizer, no key, no ledger, no path. Bundles hold one, and so does MLflow's
-model, which loads it by `_load_pyfunc`, without a line of MLflow here.
+The folder holds the averaged weights as safetensors, and as JSON the names of the classes and what
+drawing needs of the configuration: no code, no optimizer, no key, no ledger, no path. Bundles hold
+one, and so does MLflow's model, which loads it by `_load_pyfunc`, without a line of MLflow here.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,19 +11,22 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from core.config import Config, load, load_yaml, merge, nested, yaml_subset
+from core.config import Config, load, merge, nested
 from core.device import config_device
 from core.diffusion.denoiser import build_denoiser
 from core.diffusion.gaussians import Gaussians
 from core.errors import ConfigError, NotFiniteError
 from core.generation.draw import draw_images
-from core.record.folder import CONFIG, write_class_names
+from core.io.files import read_json, write_json
+from core.record.folder import write_class_names
 from core.training.feature_generator import AuxiliaryGenerator
 
 GENERATOR = "generator"
 """Folder of a bundle that holds the weights."""
+WEIGHTS, SETTINGS = "weights.safetensors", "settings.json"
 _WHOLE = ("seed", "model", "diffusion", "sampler")
 _PARTS = {"dataset": ("image_size", "channels", "num_classes"), "evaluation": ("batch_size",)}
 """With the seed, the size of a batch gives the very images that the run was scored with."""
@@ -76,7 +79,10 @@ def load_denoiser(config: Config, weights: Path, device: str) -> nn.Module:
     Raises:
         NotFiniteError: a weight is NaN or infinite.
     """
-    state = torch.load(weights, map_location=device, weights_only=True)
+    if weights.name == WEIGHTS:
+        state = load_file(weights, device)
+    else:
+        state = torch.load(weights, map_location=device, weights_only=True)
     denoiser = _built_for(config, state).to(device).eval()
     denoiser.load_state_dict(state)
     if not all(value.isfinite().all() for value in state.values()):
@@ -109,12 +115,12 @@ def write_generator(
     denoiser = load_denoiser(config, weights, "cpu")
     folder.mkdir(parents=True)
     state = {name: value.contiguous() for name, value in denoiser.state_dict().items()}
-    torch.save(state, folder / "weights.pt")
+    save_file(state, folder / WEIGHTS, {"format": "pt"})
     settings = nested(config)
     kept: dict[str, Any] = {name: settings[name] for name in _WHOLE}
     for section, names in _PARTS.items():
         kept[section] = {name: settings[section][name] for name in names}
-    (folder / CONFIG).write_text(yaml_subset.dump(kept))
+    write_json(folder / SETTINGS, kept)
     write_class_names(folder, class_names)
 
 
@@ -129,15 +135,15 @@ def load_generator(
     Raises:
         ConfigError: the folder holds none, or weights and settings do not belong together.
     """
-    if not (folder / "weights.pt").exists():
+    if not (folder / WEIGHTS).exists():
         raise ConfigError(f"'{folder}' holds no generator: release it with --formats generator")
-    kept = load_yaml(folder / CONFIG)
+    kept = read_json(folder / SETTINGS)
     num_classes = kept["dataset"]["num_classes"]
     # What a configuration must have, but drawing does not use.
     unused = {"evaluation.num_images": max(4, 2 * num_classes), "central_images.image_size": 2}
     config = load(merge(kept, unused), overrides or {})
     try:
-        return config, load_denoiser(config, folder / "weights.pt", config_device(config))
+        return config, load_denoiser(config, folder / WEIGHTS, config_device(config))
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(

@@ -35,10 +35,39 @@ images = load_dataset("FOLDER", split="train")
 ```
 
 """
-_GENERATOR = """`generator/` holds the weights of the model; they are covered by the same \
-guarantee. More images: `python -m core generate --bundle FOLDER --num-images N --out NEW.npz`.
+_ARRAYS = """```python
+import numpy as np
+
+with np.load("FOLDER/images.npz") as stored:  # uint8 [N, C, H, W] and int64 [N]
+    images, labels = stored["images"], stored["labels"]
+```
 
 """
+_GENERATOR = """`generator/` holds the weights of the model and its settings, data without code; \
+they are covered by the same guarantee. safetensors and torch alone read them:
+
+```python
+import json
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+
+def load(generator):
+    folder = Path(generator)
+    settings = json.loads((folder / "settings.json").read_text())
+    class_names = json.loads((folder / "classes.json").read_text())["class_names"]
+    return load_file(folder / "weights.safetensors"), settings, class_names
+
+
+weights, settings, class_names = load("FOLDER/generator")
+```
+
+More images: `python -m core generate --bundle FOLDER --num-images N --out NEW.npz`.
+
+"""
+_READING = {"parquet": _LOADING, "npz": _ARRAYS, "generator": _GENERATOR}
+"""How to read each format."""
 _NO_LICENSE = "\nNo license is stated; release with `--license` to state one.\n"
 
 
@@ -74,6 +103,7 @@ def dataset_card(
         ("delta", upward(card["delta"], 6)),
         ("unit of protection", card["unit"]),
         ("neighbouring data sets", card["neighboring_relation_in_words"]),
+        ("in words", card["attack"]["epsilon_released_with_selection"]),
     ]
     template = Path(__file__).with_suffix(".txt").read_text()
     return template.format(
@@ -85,7 +115,6 @@ def dataset_card(
         statement=card["statement"],
         figures="\n".join(f"| {name} | {value} |" for name, value in figures),
         labels="\n".join(f"- {label}: {name}" for label, name in enumerate(class_names)),
-        loading=_LOADING if "parquet" in formats else "",
-        generator=_GENERATOR if "generator" in formats else "",
+        loading="".join(text for name, text in _READING.items() if name in formats),
         no_license=_NO_LICENSE if license_id == "unknown" else "",
     )

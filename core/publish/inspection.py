@@ -87,7 +87,7 @@ def inspect_run(
     private_folder(folder)
     (folder / ".gitignore").write_text("*\n")
     content = {"NON-PRIVATE": "never publish this", **figures}
-    write_json(folder / "inspection.json", content, private=True)
+    write_json(run.inspection, content, private=True)
     page = folder / "inspection.html"
     write_whole(page, _page(run.path.name, shown, dataset.train, found, figures), private=True)
     return page, figures

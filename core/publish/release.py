@@ -62,14 +62,9 @@ def write_release(
         raise ConfigError(f"format {unknown[:1]} is unknown: choose of {', '.join(FORMATS)}")
     if "parquet" in formats and importlib.util.find_spec("pyarrow") is None:
         raise ConfigError("parquet needs pyarrow: pip install pyarrow, or leave parquet out")
-    target = config.privacy.target_epsilon
-    by_trial = card["scope"] == "trial"
-    claimed = card["epsilon_released_trial" if by_trial else "epsilon_released_with_selection"]
-    if claimed > target * (1 + 1e-9):
+    if excess := excess_of(config, card):
         raise ConfigError(
-            f"this release spends epsilon {upward(claimed, 6)} of the target "
-            f"{upward(target, 6)}: nothing is written; raise privacy.target_epsilon before a run, "
-            "never after it"
+            f"{excess}: nothing is written; raise privacy.target_epsilon before a run, never after"
         )
     for path in (run_dir, out):
         if NON_PRIVATE in path.resolve().parts:
@@ -94,6 +89,16 @@ def write_release(
         (folder / "README.md").write_text(text, encoding="utf-8")
         write_json(folder / DIGESTS, _digests(folder))
     return out
+
+
+def excess_of(config: Config, card: Mapping[str, Any]) -> str:
+    """How a release exceeds the target; empty if it does not."""
+    target = config.privacy.target_epsilon
+    by_trial = card["scope"] == "trial"
+    claimed = card["epsilon_released_trial" if by_trial else "epsilon_released_with_selection"]
+    if claimed <= target * (1 + 1e-9):
+        return ""
+    return f"this release spends epsilon {upward(claimed, 6)} of the target {upward(target, 6)}"
 
 
 def release_card(config: Config, run_dir: Path) -> dict[str, Any]:

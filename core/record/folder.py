@@ -84,6 +84,8 @@ class RunFolder:
         self.frequency_grid = path / "frequency" / GRID
         self.samples, self.private_scores = path / "samples", path / "dp_scores"
         self.non_private, self.slots = path / NON_PRIVATE, path / "slots.json"
+        self.inspection = self.non_private / "inspection.json"
+        """What the owner's inspection found, beside its page."""
 
     def parts(self, identity: str) -> Path:
         """Folder of the images that a run of the identity has drawn so far."""

@@ -292,6 +292,7 @@ def kill_stale(uri: str, experiment: str, parent_id: str, sweep: str) -> None:
 def _save_model(run_dir: Path, folder: Path, model_id: str) -> None:
     import numpy
     import pydantic
+    import safetensors
     import torch
     from mlflow import pyfunc
     from mlflow.models import Model, ModelSignature
@@ -305,7 +306,8 @@ def _save_model(run_dir: Path, folder: Path, model_id: str) -> None:
     names = class_names(run_dir, config.dataset.num_classes)
     write_generator(folder / "generator", RunFolder(run_dir).model, config, names)
     image = (config.dataset.channels, config.dataset.image_size, config.dataset.image_size)
-    packages = {p.__name__: p.__version__.split("+")[0] for p in (torch, numpy, pydantic)}
+    needed = (torch, numpy, pydantic, safetensors)
+    packages = {each.__name__: each.__version__.split("+")[0] for each in needed}
     with warnings.catch_warnings(action="ignore"):  # That there is no example of an input.
         pyfunc.save_model(
             folder / "model",

@@ -6,6 +6,8 @@ import os
 import re
 import shutil
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +15,11 @@ import pytest
 import torch
 import yaml
 from pyarrow import parquet
+from safetensors.torch import load_file
 from two_ranks import tiny_run
 
 from core.__main__ import main
 from core.config import load
-from core.config.yaml_subset import parse
 from core.data import load_dataset
 from core.diffusion.denoiser import build_denoiser
 from core.errors import ConfigError
@@ -26,7 +28,9 @@ from core.generation.png import encode_png
 from core.io.files import write_json
 from core.privacy.accounting.rounding import upward
 from core.privacy.keys import MasterSecret
+from core.privacy.ledger.card import three_epsilons
 from core.publish.release import release_card
+from core.record.folder import RunFolder
 from sweep.tracking.client import Tracker
 
 
@@ -71,10 +75,10 @@ def test_the_bundles_generator_draws_what_the_run_would(run, released, tmp_path)
 
 def test_the_generator_is_the_averaged_weights_and_public_settings_alone(run, released):
     ours = torch.load(run / "model.pt", weights_only=True)
-    weights = torch.load(released / "generator" / "weights.pt", weights_only=True)
+    weights = load_file(released / "generator" / "weights.safetensors")
     assert weights.keys() == ours.keys()
     assert all(torch.equal(weights[name], ours[name]) for name in ours)
-    settings = parse((released / "generator" / "config.yaml").read_text())
+    settings = json.loads((released / "generator" / "settings.json").read_text())
     assert settings.keys() == {"seed", "model", "diffusion", "sampler", "dataset", "evaluation"}
     assert settings["evaluation"].keys() == {"batch_size"}
     assert settings["dataset"] == {"image_size": 8, "channels": 1, "num_classes": 10}
@@ -105,7 +109,10 @@ def test_a_generator_of_many_classes_and_few_pixels_loads(tmp_path):
     [
         (lambda b: (b / "generator" / "extra.pt").write_bytes(b"x"), "extra.pt' is not listed"),
         (lambda b: (b / "images" / "digests.json").write_text("{}"), "digests.json' is not listed"),
-        (lambda b: (b / "generator" / "weights.pt").write_bytes(b"x"), "weights.pt' is changed"),
+        (
+            lambda b: (b / "generator" / "weights.safetensors").write_bytes(b"x"),
+            "weights.safetensors' is changed",
+        ),
         (lambda b: (b / "README.md").write_text("x"), "README.md' is changed"),
         (lambda b: (b / "grid.png").unlink(), "grid.png' is missing"),
         (lambda b: (b / "more").symlink_to(b.parent), "is a link"),
@@ -143,6 +150,24 @@ def test_the_dataset_card_is_what_the_hub_reads(released):
     card = json.loads((released / "privacy_card.json").read_text())
     assert card["statement"] in body
     assert f"| epsilon of one trial | {upward(card['epsilon_trial'])} |" in body
+
+
+def test_the_bundles_page_reads_it_without_this_project(run, released):
+    page = (released / "README.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S)
+    ours = [block for block in blocks if "datasets" not in block]
+    assert len(ours) == 2
+    check = """
+import sys
+assert not {"core", "sweep"} & {*sys.modules}
+assert weights and all(each.isfinite().all() for each in weights.values())
+print(images.shape, labels[:3], class_names[-1], settings["dataset"]["image_size"], len(weights))
+"""
+    code = "\n".join([*ours, check]).replace("FOLDER", str(released))
+    done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True)
+    assert not done.stderr
+    count = len(torch.load(run / "model.pt", weights_only=True))
+    assert done.stdout == f"(40, 1, 8, 8) [0 1 2] 9 8 {count}\n"
 
 
 def test_without_parquet_and_generator_the_card_promises_neither(run, tmp_path, capsys):
@@ -196,6 +221,30 @@ def test_the_owners_page_shows_the_nearest_real_images(run, tmp_path, capsys):
     tracker = Tracker(f"sqlite:///{tmp_path}/mlflow.db", "0", "sweep/trial")
     with pytest.raises(ValueError, match="stays out of MLflow"):
         tracker.log_file(page)
+
+
+def test_an_officer_sees_what_there_is_to_know_before_signing(run, tmp_path, capsys):
+    own = Path(shutil.copytree(run, tmp_path / "run"))
+    check = ["release", "--check", "--run-dir", str(own)]
+    assert main(check) == 0
+    told = capsys.readouterr().out
+    card = release_card(load(own / "config.yaml"), own)
+    for name, value in three_epsilons(card):
+        assert re.search(rf"^  {name} +{value}$", told, re.M)
+    assert re.search(rf"^  the largest of them +{upward(card['epsilon_trial'])}$", told, re.M)
+    assert re.search(r"^  tiny +1 +0 +[\d.]+ ", told, re.M), "the history of the data set"
+    assert all(f"  {item}\n" in told for item in card["not_covered"])
+    assert "none: python -m core inspect" in told
+    assert told.endswith("Against signing\n  nothing found\n")
+    found = {"auc": 0.9, "auc_interval": [0.8, 0.95], "epsilon_lower_bound": 3.0}
+    write_json(RunFolder(own).inspection, {"membership": {**found, "within_bound": False}})
+    assert main(check) == 2
+    out, error = capsys.readouterr()
+    assert "epsilon is at least 3\n" in out
+    assert out.endswith("  the membership attack exceeds what epsilon allows\n")
+    assert error == "error: 1 of these speak against signing: read them above\n"
+    assert main(["release", "--run-dir", str(own)]) == 2
+    assert "--out" in capsys.readouterr().err
 
 
 def test_other_data_than_the_run_saw_is_not_inspected(run, tmp_path, capsys):

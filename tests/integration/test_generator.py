@@ -35,8 +35,8 @@ def written(run_dir: Path, folder: Path) -> Generator:
 def test_it_draws_the_images_that_the_run_was_scored_with(finished, tmp_path):
     generator = written(finished, tmp_path / "generator")
     files = {p.name for p in (tmp_path / "generator").iterdir()}
-    assert files == {"classes.json", "config.yaml", "weights.pt"}
-    text = (tmp_path / "generator" / "config.yaml").read_text()
+    assert files == {"classes.json", "settings.json", "weights.safetensors"}
+    text = (tmp_path / "generator" / "settings.json").read_text()
     for folder in (str(finished), os.environ["FETA_SWEEP_TEST_CACHE"]):
         assert folder not in text
     with np.load(finished / "synthetic" / "images.npz") as stored:

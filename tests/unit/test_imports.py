@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 CORE = Path(__file__).parents[2] / "core"
-REQUIRED = ("torch", "numpy", "scipy", "opacus", "dp-accounting", "pydantic")
+REQUIRED = ("torch", "numpy", "scipy", "opacus", "dp-accounting", "pydantic", "safetensors")
 FORBIDDEN = {"ray", "mlflow", "sweep"}
 
 

@@ -66,6 +66,10 @@ ANSWERS = (
     ),
     (r"python -m core inspect", AFTER + "the_owners_page_shows_the_nearest_real_images"),
     (
+        r"python -m core release --check",
+        AFTER + "an_officer_sees_what_there_is_to_know_before_signing",
+    ),
+    (
         r"python -m core release",
         WHOLE + "spending.py::test_the_release_holds_synthetic_images_card_and_digests_alone",
     ),
