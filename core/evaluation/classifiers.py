@@ -141,7 +141,7 @@ def accuracy(model: nn.Module, split: Split, batch_size: int) -> float:
     """Share in [0, 1] of the images of `split` whose largest logit is their label.
 
     Args:
-        model: see `count_correct`.
+        model: see `predictions`.
         batch_size: images at once, >= 1.
 
     Raises:
@@ -154,26 +154,34 @@ def accuracy(model: nn.Module, split: Split, batch_size: int) -> float:
     return count_correct(model, split, batch_size) / len(split.labels)
 
 
-@torch.no_grad()
 def count_correct(model: nn.Module, split: Split, batch_size: int) -> int:
     """Number of images of `split` whose largest logit is their label.
+
+    Args:
+        model: see `predictions`.
+        batch_size: images at once, >= 1.
+
+    Privacy: one image changes the number by at most 1; with real images it is not private until
+        noise is added.
+    """
+    return int((predictions(model, split, batch_size) == split.labels.cpu()).sum())
+
+
+@torch.no_grad()
+def predictions(model: nn.Module, split: Split, batch_size: int) -> torch.Tensor:
+    """Label of the largest logit of each image, int64 `[N]` on the CPU.
 
     Args:
         model: maps images `[B, C, H, W]` in [0, 1] to logits; judged in evaluation mode, left in
             the mode it was in.
         batch_size: images at once, >= 1.
 
-    Privacy: one image changes the number by at most 1; with real images it is not private until
-        noise is added.
+    Privacy: each depends on its own image alone; of real images they are not private.
     """
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    correct = 0
-    for images, labels in zip(
-        split.images.split(batch_size), split.labels.split(batch_size), strict=True
-    ):
-        predicted = model(to_float(images.to(device))).argmax(dim=1)
-        correct += int((predicted == labels.to(device)).sum())
+    parts = split.images.split(batch_size)
+    found = [model(to_float(images.to(device))).argmax(dim=1).cpu() for images in parts]
     model.train(was_training)
-    return correct
+    return torch.cat(found)

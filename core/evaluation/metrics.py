@@ -14,6 +14,7 @@ from core.evaluation.classifiers import (
     EpochScorer,
     accuracy,
     count_correct,
+    predictions,
     synthetic_split,
     train_classifier,
 )
@@ -83,6 +84,18 @@ def downstream_accuracy(
     """
     _require_same_shape(synthetic, dataset.test)
     return accuracy(model, dataset.test, config.batch_size)
+
+
+def confusion(
+    model: nn.Module, dataset: Dataset, num_classes: int, batch_size: int
+) -> list[list[int]]:
+    """Real test images by their class (rows) and the class that a classifier takes them for.
+
+    Privacy: a non-private metric, like `downstream_accuracy`.
+    """
+    test = dataset.test
+    places = num_classes * test.labels.cpu() + predictions(model, test, batch_size)
+    return places.bincount(minlength=num_classes**2).view(num_classes, num_classes).tolist()
 
 
 def dp_accuracy(

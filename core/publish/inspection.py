@@ -1,4 +1,4 @@
-"""Inspection for the owner of the data alone: nearest neighbours and a membership attack."""
+"""Inspection for the owner of the data alone: classes, neighbours and a membership attack."""
 
 import base64
 import html
@@ -13,12 +13,14 @@ from core.config import Config
 from core.data import Dataset, Split
 from core.errors import DataError
 from core.evaluation.membership import attack, denoising_losses
+from core.evaluation.metrics import confusion, downstream_classifier
 from core.evaluation.neighbors import Neighbors, Space, nearest, pixels
 from core.evaluation.reference import real_reference
 from core.generation.png import encode_png
 from core.io.files import private_folder, write_json, write_whole
 from core.privacy.accounting.rounding import upward
-from core.record.folder import RunFolder
+from core.publish.class_table import COLUMNS, class_rows
+from core.record.folder import RunFolder, class_names
 
 _SHOWN = 24
 """Pairs in each table of the page."""
@@ -82,7 +84,13 @@ def inspect_run(
             .mean()
             .item(),
         }
+    by_class = {
+        "names": class_names(run.path, classes),
+        "synthetic": _confusion(synthetic, dataset, config, device),
+        "real": _confusion(dataset.train, dataset, config, device),
+    }
     figures = {"membership": membership, "closeness": closeness, "extractor": extractor.what}
+    figures["classes"] = by_class
     folder = run.non_private
     private_folder(folder)
     (folder / ".gitignore").write_text("*\n")
@@ -91,6 +99,14 @@ def inspect_run(
     page = folder / "inspection.html"
     write_whole(page, _page(run.path.name, shown, dataset.train, found, figures), private=True)
     return page, figures
+
+
+def _confusion(images: Split, dataset: Dataset, config: Config, device: str) -> list[list[int]]:
+    """Of the first classifier of the scores, trained on the images, on real test images."""
+    settings, num_classes = config.evaluation, config.dataset.num_classes
+    network = settings.classifiers[0]
+    model = downstream_classifier(images, settings, num_classes, device, network)
+    return confusion(model, dataset, num_classes, settings.batch_size)
 
 
 def _part(split: Split, count: int, seed: int) -> Split:
@@ -123,6 +139,7 @@ def _page(
             membership=_membership(figures["membership"]),
             closeness=_closeness(figures["closeness"]),
             extractor=html.escape(figures["extractor"]),
+            classes=_classes(figures["classes"]),
             tables="\n".join(tables),
         )
     )
@@ -180,6 +197,15 @@ def _membership(found: Mapping[str, Any]) -> str:
     )
     table = "".join(f"<tr><th>{name}</th><td>{value}</td></tr>" for name, value in rows)
     return f"<table>{table}</table><p><b>{verdict}</b></p>"
+
+
+def _classes(found: Mapping[str, Any]) -> str:
+    head = "".join(f"<th>{name}</th>" for name in COLUMNS)
+    rows = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
+        for row in class_rows(found)
+    )
+    return f"<table><tr>{head}</tr>{rows}</table>"
 
 
 def _closeness(found: Mapping[str, Mapping[str, float]]) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 from core.io.files import read_json
 from core.privacy.accounting.rounding import figure, upward
+from core.publish.class_table import COLUMNS, class_rows
 from sweep.config.sweep import SweepConfig
 from sweep.report.figures import easy_name, pareto_front
 from sweep.results.table import Row, results_table, winners
@@ -32,7 +33,8 @@ def all_tables(
     pruned: Sequence[dict[str, Any]],
     epsilon: float,
 ) -> dict[str, Table]:
-    """Every table of the page by its name there; without `front` as long as nothing finished."""
+    """Every table of the page by its name there; without `front` as long as nothing finished,
+    and without `classes` as long as the best trial was not inspected."""
     trials = results_table(sweep, rows, winners(sweep, rows), metrics, epsilon)
     star = "the best" if len(sweep.objectives) == 1 else "the Pareto front"
     cells = zip(*(column.cells for column in trials.columns), strict=True)
@@ -60,6 +62,10 @@ def all_tables(
     if winner is not None:
         names = ["accuracy", next(name for name in winner.scores if name.startswith("fid"))]
         finished = [row for row in rows if row.state == "finished"]
+        if winner.folder.inspection.exists():
+            classes = read_json(winner.folder.inspection)["classes"]
+            caption = "Classes of the best trial on real test images, the worst first; not private."
+            tables["classes"] = Table(caption, [*COLUMNS], class_rows(classes), words=True)
         tables["front"] = Table(
             "The Pareto front; scores are not private.",
             ["trial", *names],

@@ -29,6 +29,7 @@ from core.io.files import write_json
 from core.privacy.accounting.rounding import upward
 from core.privacy.keys import MasterSecret
 from core.privacy.ledger.card import three_epsilons
+from core.publish.class_table import class_rows
 from core.publish.release import release_card
 from core.record.folder import RunFolder
 from sweep.tracking.client import Tracker
@@ -210,6 +211,11 @@ def test_the_owners_page_shows_the_nearest_real_images(run, tmp_path, capsys):
     assert found["num_members"] == found["num_others"] == 200
     assert found["auc_interval"][0] < found["auc"] < found["auc_interval"][1]
     assert found["within_bound"] is True
+    classes = json.loads((own / "non_private" / "inspection.json").read_text())["classes"]
+    counts = load_dataset(config.dataset).test.labels.bincount(minlength=10).tolist()
+    for kind in ("synthetic", "real"):
+        assert [sum(row) for row in classes[kind]] == counts
+    assert f"<td>{class_rows(classes)[0][2]}</td>" in text
 
     bundle = tmp_path / "bundle"
     assert main(["release", "--run-dir", str(own), "--out", str(bundle)]) == 0

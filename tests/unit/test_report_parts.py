@@ -8,11 +8,12 @@ import pytest
 
 from core.config import load
 from core.errors import InfeasibleError
+from core.io.files import write_json
 from core.privacy.plan.plan import PrivacyPlan
 from core.privacy.plan.releases import MomentsPlan
 from core.record.folder import MetricsLog, RunFolder, write_class_names
 from sweep.config.sweep import load_sweep
-from sweep.report import effects
+from sweep.report import effects, write_report
 from sweep.report.affordable_map import affordable_map
 from sweep.report.curves import curves
 from sweep.report.figures import describe, easy_name, pareto_front, scatter, slices
@@ -72,6 +73,24 @@ def test_rows_of_pictures_have_the_names_of_their_classes(tmp_path):
     assert _class_names(winner) == list("0123456789")
     write_class_names(tmp_path, [f"class {label}" for label in range(12)])
     assert _class_names(winner) == [f"class {label}" for label in range(10)]
+
+
+def test_the_report_shows_which_classes_are_lost_once_the_best_trial_was_inspected(
+    sweep, tmp_path, monkeypatch
+):
+    winner = row("a", 0.5, 9, tmp_path / "run")
+    monkeypatch.setattr("sweep.report.page.load_rows", lambda _: [winner])
+    monkeypatch.setattr("sweep.report.page.affordable", lambda *_: None)  # Takes half a minute.
+    sweep = sweep.model_copy(update={"storage_path": str(tmp_path)})
+    page = tmp_path / "report.html"
+    write_report(sweep, page)
+    assert f"core inspect --run-dir {winner.run_dir}</code>" in page.read_text()
+    classes = {"names": ["one", "a <b>"], "synthetic": [[3, 1], [4, 1]], "real": [[4, 0], [0, 5]]}
+    write_json(winner.folder.inspection, {"classes": classes})
+    write_report(sweep, page)
+    text = " ".join(page.read_text().split())
+    worst = '<th scope="row">a &lt;b&gt;</th><td>5</td><td>20.0%</td><td>100.0%</td>'
+    assert text.index(worst) < text.index('<th scope="row">one</th><td>4</td><td>75.0%</td>')
 
 
 def test_front_holds_what_no_other_trial_beats():
