@@ -52,9 +52,10 @@ def add_verbosity(parser: argparse.ArgumentParser) -> None:
 def add_folder_options(parser: argparse.ArgumentParser) -> None:
     """Adds what a configuration for a folder of images depends on."""
     parser.add_argument("--epsilon", type=float, help="what one trial may spend, such as 10")
-    parser.add_argument(
-        "--minutes", type=float, default=10.0, help="time of one trial on this machine; 10"
-    )
+    time = parser.add_mutually_exclusive_group()
+    text = "time of one trial on this machine; 10"
+    time.add_argument("--minutes", type=float, default=10.0, help=text)
+    time.add_argument("--gpu-hours", type=float, help="time of all four trials on its GPU")
     text = "N, class names, image size and colour may become public, as a release makes them"
     parser.add_argument("--publish-counts", action="store_true", help=text)
 

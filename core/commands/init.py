@@ -1,6 +1,7 @@
 """`python -m core init`: from a folder of images to a configuration and the plan of a sweep."""
 
 import argparse
+import math
 import os
 import re
 import resource
@@ -73,24 +74,39 @@ def write_configuration(
     if there := [path for path in (out, sweep) if path.exists()]:
         raise ConfigError(f"'{there[0]}' is there already: name another file, or remove it")
     name = name_of(folder, options.epsilon)
-    if not options.minutes > 0:
-        raise ConfigError(f"--minutes={options.minutes:g} must be positive")
+    first = load({}, {"runtime.device": overrides.get("runtime.device", "auto")})
+    device = config_device(first)
+    minutes = _minutes(options, device)
     known = {key[8:]: value for key, value in overrides.items() if key.startswith("dataset.")}
     found = survey(folder, {k: v for k, v in known.items() if k != "num_examples"}, Console(0))
     side = known.get("image_size", _side(found))
     _show(found, side, RunFolder(Path("runs") / "init" / name))
     facts = _published(found, side, options.publish_counts, known)
-    first = load({}, {"runtime.device": overrides.get("runtime.device", "auto")})
-    device = config_device(first)
     proposal = propose(facts, found.class_names, options.epsilon, device)
     for key, value in overrides.items():
         proposal = proposal.changed(key, value, "as it was typed")
-    proposal = _timed(proposal, options.minutes, overrides)
+    proposal = _timed(proposal, minutes, overrides)
     text = proposal.sweep_text(name, out.name, len(os.sched_getaffinity(0)), device == "cuda")
     for path, content in ((out, proposal.run_text()), (sweep, text)):
         write_whole(path, content)
         print(f"written: {path}")
     return sweep
+
+
+def _minutes(options: argparse.Namespace, device: str) -> float:
+    """Time of one trial.
+
+    Raises:
+        ConfigError: it is not positive, or that of a GPU where there is none.
+    """
+    hours = options.gpu_hours
+    stated = f"--minutes={options.minutes:g}" if hours is None else f"--gpu-hours={hours:g}"
+    if hours is not None and device != "cuda":
+        raise ConfigError(f"{stated}, but there is no GPU here: give --minutes of one trial")
+    minutes = options.minutes if hours is None else 60 * hours / NUM_TRIALS
+    if not 0 < minutes < math.inf:
+        raise ConfigError(f"{stated} must be positive and finite")
+    return minutes
 
 
 def _side(found: Survey) -> int:
@@ -181,7 +197,7 @@ def _timed(proposal: Proposal, minutes: float, overrides: Mapping[str, Any]) -> 
     )
     reasons = proposal.too_small(plan)
     if seconds > 60 * minutes:
-        reasons.append(f"--minutes={minutes:g} is less than drawing the images and 10 steps take")
+        reasons.append(f"{minutes:g} minutes are less than drawing the images and 10 steps take")
     for reason in reasons:
         print(f"too small {reason}")
     return proposal

@@ -62,8 +62,8 @@ def all_tables(
     if winner is not None:
         names = ["accuracy", next(name for name in winner.scores if name.startswith("fid"))]
         finished = [row for row in rows if row.state == "finished"]
-        if winner.folder.inspection.exists():
-            classes = read_json(winner.folder.inspection)["classes"]
+        found = winner.folder.inspection
+        if found.exists() and (classes := read_json(found).get("classes")):  # Absent in old ones.
             caption = "Classes of the best trial on real test images, the worst first; not private."
             tables["classes"] = Table(caption, [*COLUMNS], class_rows(classes), words=True)
         tables["front"] = Table(

@@ -181,6 +181,44 @@ def test_a_proposal_is_valid_whatever_the_data(count, device, side):
     assert config.central_images.expected_batch_size == count
 
 
+@pytest.mark.parametrize(
+    ("changes", "kind", "clusters"),
+    [
+        ({"channels": 1}, "moments", 20),
+        ({"channels": 1, "num_examples": 1437, "num_classes": 10}, "moments", 1),
+        ({"channels": 1, "num_examples": 300}, "mean", 1),
+        ({"channels": 1, "image_size": 64}, "mean", 1),
+        ({}, "mean", 1),
+    ],
+)
+def test_it_starts_from_moments_where_these_were_measured(changes, kind, clusters, tmp_path):
+    facts = FACTS.model_copy(update={"num_examples": 60_000, **changes})
+    proposal = propose(facts, NAMES, 10.0, "cpu")
+    central = proposal.config.central_images
+    assert (central.kind, central.num_clusters) == (kind, clusters)
+    assert proposal.config.uses_moments is (kind == "moments")
+    (tmp_path / "run.yaml").write_text(proposal.run_text())
+    (tmp_path / "sweep.yaml").write_text(proposal.sweep_text("x", "run.yaml", 2, False))
+    sweep = load_sweep(tmp_path / "sweep.yaml", {})
+    assert sweep.run == proposal.config
+    count = "num_clusters" if kind == "moments" else "per_class"
+    assert next(iter(sweep.search_space)) == f"central_images.{count}"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--minutes", "0"], "--minutes=0 must be positive"),
+        (["--gpu-hours", "4", "runtime.device=cpu"], "--gpu-hours=4, but there is no GPU here"),
+    ],
+)
+def test_a_time_that_nothing_can_be_made_of_is_refused_before_anything_is_read(
+    flags, message, capsys
+):
+    assert main(["init", "nowhere", "--epsilon", "10", *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_what_is_too_small_is_said_with_the_reason_and_what_is_large_is_not():
     def reasons(count: int, epsilon: float) -> str:
         facts = FACTS.model_copy(update={"num_examples": count})
