@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Command line of one run and its folder, without Ray and MLflow: `python -m core`."""
 
 import argparse
@@ -8,7 +9,26 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from core.config import Config
+from core.config.keys import known_keys
 from core.errors import StoppedError, UserError
+from core.io.completion import answer_shell, completed, yaml_files
+
+EXAMPLES = {
+    "init": "photos --epsilon 10 --publish-counts",
+    "run": "--config core/configs/digits.yaml stage_split=0.3",
+    "compare": "--config core/configs/digits.yaml --methods moments,dp_merf",
+    "reproduce": "--dataset mnist --budget 20m dataset.path=FOLDER",
+    "account": "--config core/configs/digits.yaml privacy.target_epsilon=1",
+    "scale-down": "--config core/configs/mnist.yaml --factor 4 --out smaller.yaml",
+    "prepare": "--dataset mnist --out runs/data",
+    "generate": "--bundle BUNDLE --num-images 1000 --out more.npz",
+    "evaluate": "--run-dir RUN --ema-length 0.1",
+    "inspect": "--run-dir RUN --max-images 500",
+    "ledger": "show",
+    "release": "--run-dir RUN --out BUNDLE --license cc-by-4.0",
+}
+"""How each command may be called; its help shows it."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -18,6 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
         The exit code: 0, 2 for a user's error, 3 at a time limit, 130 for Ctrl-C.
     """
     parser = _parser()
+    answer_shell(parser)
     options, more = parser.parse_known_args(arguments)
     if more:  # argparse takes key=value arguments on one side of the flags alone.
         if "overrides" not in options or any(argument.startswith("-") for argument in more):
@@ -68,10 +89,12 @@ def _parser() -> argparse.ArgumentParser:
         name: str, text: str, module: str = "run", config: bool = False, folder: bool = False
     ) -> argparse.ArgumentParser:
         """A command, done by the function of its name in a module of `core.commands`."""
-        command = commands.add_parser(name, help=text, description=text)
+        example = f"example: python -m core {name} {EXAMPLES[name]}"
+        command = commands.add_parser(name, help=text, description=text, epilog=example)
         command.set_defaults(command=f"core.commands.{module}:{name.replace('-', '_')}")
         if config:
-            command.add_argument("--config", required=True, help="YAML file, as in core/configs")
+            text = "YAML file, as in core/configs"
+            yaml_files(command.add_argument("--config", required=True, help=text))
         if folder:
             command.add_argument(
                 "--run-dir", type=Path, required=not config, help="folder of the run"
@@ -84,7 +107,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _overridable(command: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    command.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. stage_split=0.3")
+    text = "e.g. stage_split=0.3"
+    keys = command.add_argument("overrides", nargs="*", metavar="key=value", help=text)
+    completed(keys, lambda: [f"{key}=" for key in known_keys(Config)])
     return command
 
 

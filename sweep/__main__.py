@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Commands that look at sweeps, stop and export them; `python sweep/run.py` starts them.
 
 Scores that these commands show are computed from real images and are not private.
@@ -16,6 +17,7 @@ from rich.table import Table
 
 from core.config import nested, yaml_subset
 from core.errors import ConfigError, UserError
+from core.io.completion import answer_shell, completed, yaml_files
 from core.io.files import to_json
 from core.privacy.accounting.rounding import figure, upward
 from core.privacy.ledger.file import LedgerError
@@ -37,10 +39,23 @@ from sweep.results.table import (
 )
 from sweep.search.study import pruned_points
 
+EXAMPLES = {
+    "ls": "--storage runs",
+    "show": "quickstart",
+    "best": "quickstart --out best.yaml",
+    "stop": "quickstart",
+    "export": "quickstart --out trials.csv",
+    "report": "--name quickstart",
+    "diff": "quickstart/best quickstart/6fa4",
+}
+"""How each command may be called; its help shows it."""
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0, or 2 for a user's error."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    answer_shell(parser)
+    options = parser.parse_args(arguments)
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
         options.command(options)
@@ -55,7 +70,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, function: Any, text: str, as_json: bool) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=text, description=text)
+        example = f"example: python -m sweep {name} {EXAMPLES[name]}"
+        command = commands.add_parser(name, help=text, description=text, epilog=example)
         command.set_defaults(command=function)
         command.add_argument(
             "--storage", type=Path, default=Path("runs"), help="folder of sweeps; default: runs"
@@ -70,12 +86,14 @@ def _parser() -> argparse.ArgumentParser:
     stop = add("stop", _stop, "ask the running driver of a sweep to stop", as_json=False)
     dump = add("export", _export, "the trials as a file for other programs", as_json=False)
     report = add("report", _report, "one HTML file about a sweep", as_json=False)
-    for command in (show, winner, stop, dump):
-        command.add_argument("name", help="name of the sweep")
+    text = "name of the sweep"
+    names = [command.add_argument("name", help=text) for command in (show, winner, stop, dump)]
     which = report.add_mutually_exclusive_group(required=True)
-    which.add_argument("--name", help="name of the sweep")
+    names.append(which.add_argument("--name", help=text))
+    for each in names:
+        completed(each, lambda: sweep_names(Path("runs")))
     text = "a sweep's file, whether it was started or not: what its privacy plan alone can say"
-    which.add_argument("--config", help=text)
+    yaml_files(which.add_argument("--config", help=text))
     winner.add_argument("--by", metavar="METRIC", help="of several objectives the one that counts")
     winner.add_argument("--out", type=Path, help="file; default: best.yaml in the sweep's folder")
     dump.add_argument("--out", type=Path, required=True, help="file.csv, .json or .parquet")

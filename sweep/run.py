@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Command line of a sweep: `python sweep/run.py [--config FILE | --data FOLDER] [key=value ...]`.
 
 The same command starts a sweep, continues an interrupted one, or shows the results of a complete
@@ -19,7 +20,8 @@ from core.__main__ import add_folder_options, add_verbosity
 from core.config import Config, parse_overrides
 from core.config.keys import known_keys
 from core.errors import ConfigError, UserError
-from sweep.config.sweep import load_sweep
+from core.io.completion import answer_shell, completed, yaml_files
+from sweep.config.sweep import SweepConfig, load_sweep
 
 QUICKSTART = Path(__file__).resolve().parent / "configs" / "quickstart.yaml"
 LIMITS = {
@@ -36,10 +38,14 @@ def main(arguments: list[str] | None = None) -> int:
         0 when all trials have finished, 1 when some failed or none could be found, 2 for a user's
         error, 3 when a limit was reached, 130 when interrupted.
     """
-    parser = argparse.ArgumentParser(prog="python sweep/run.py", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python sweep/run.py",
+        description=__doc__,
+        epilog="example: python sweep/run.py --data photos --epsilon 10 --publish-counts",
+    )
     which = parser.add_mutually_exclusive_group()
     text = "YAML file, as in sweep/configs; the quickstart's if not given"
-    which.add_argument("--config", default=QUICKSTART, type=Path, help=text)
+    yaml_files(which.add_argument("--config", default=QUICKSTART, type=Path, help=text))
     text = "folder of images of your own: writes a configuration as core init does, and runs it"
     which.add_argument("--data", type=Path, metavar="FOLDER", help=text)
     add_folder_options(parser)
@@ -56,10 +62,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--doctor", action="store_true", help="check cluster, storage, MLflow, data; trains nothing"
     )
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="key of the sweep or of the run"
-    )
+    text = "key of the sweep or of the run"
+    keys = parser.add_argument("overrides", nargs="*", metavar="key=value", help=text)
+    completed(keys, lambda: [f"{key}=" for key in (*known_keys(SweepConfig), *known_keys(Config))])
     add_verbosity(parser)
+    answer_shell(parser)
     options = parser.parse_intermixed_args(arguments)
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
