@@ -34,6 +34,7 @@ SCOPES = "core/privacy/plan/scopes.py"
 SELECTED = "core/privacy/accounting/selection.py"
 BEST, BOUNDED = ("tests/unit/test_best_of_trials.py",), ("tests/unit/test_selection_shares.py",)
 TRADE_OFF, ATTACKS = "core/privacy/accounting/tradeoff.py", ("tests/unit/test_tradeoff.py",)
+AUDIT = ("tests/integration/test_audit.py",)
 FAR = ("tests/unit/test_far_accounting.py",)
 KEPT = ("tests/unit/test_plan.py",)
 SPENDING_CODE, CHARGES = "core/privacy/ledger/account.py", ("tests/unit/test_run_and_ledger.py",)
@@ -368,6 +369,21 @@ MUTANTS = (
         "slopes @ falls + most * sticks[-1]",
         "slopes @ falls",
         BEST,
+    ),
+    Mutant("audit: DP-SGD noise halved", DP_SGD, NOISE, f"{NOISE} / 2", AUDIT),
+    Mutant(
+        "audit: no delta in its bound",
+        "core/evaluation/audit.py",
+        "reached + 2 * canaries * delta * steepest",
+        "reached",
+        AUDIT,
+    ),
+    Mutant(
+        "audit: right guesses held for rarer than they are",
+        "core/evaluation/audit.py",
+        "1 / (1 + math.exp(-epsilon))",
+        "1 / (1 + math.exp(-epsilon / 2))",
+        AUDIT,
     ),
     Mutant(
         "attack: members and non-members changed over",

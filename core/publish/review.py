@@ -83,9 +83,25 @@ def _history(ledger: Ledger, summary: Mapping[str, Any]) -> list[str]:
 
 
 def _audit(run: RunFolder) -> tuple[list[str], list[str]]:
-    """What `inspect` found on the run, and what of it failed."""
+    """What `audit` and `inspect` found on the run, and what of it failed."""
+    lines, failures = _attacked(run)
+    if not run.audit.exists():
+        hint = f"no audit: python -m core audit --run-dir {run.path} tries the noise of DP-SGD"
+        return [hint, *lines], failures
+    found = numbers(read_json(run.audit))
+    if found["epsilon_lower_bound"] > found["epsilon"]:
+        failures.append("the audit of DP-SGD proves more than epsilon")
+    line = (
+        f"noisy updates of DP-SGD: epsilon is at least {found['epsilon_lower_bound']:.4g} with "
+        f"confidence {found['confidence']:g}, {upward(found['epsilon'])} is claimed"
+    )
+    return [line, *lines], failures
+
+
+def _attacked(run: RunFolder) -> tuple[list[str], list[str]]:
+    """What `inspect` found."""
     if not run.inspection.exists():
-        return [f"none: python -m core inspect --run-dir {run.path} attacks the model"], []
+        return [f"no attack: python -m core inspect --run-dir {run.path} attacks the model"], []
     found = numbers(read_json(run.inspection)["membership"])
     low, high = found["auc_interval"]
     line = (

@@ -86,6 +86,8 @@ class RunFolder:
         self.non_private, self.slots = path / NON_PRIVATE, path / "slots.json"
         self.inspection = self.non_private / "inspection.json"
         """What the owner's inspection found, beside its page."""
+        self.audit = path / "audit.json"
+        """The largest epsilon that canaries have proven of the run's plan."""
 
     def parts(self, identity: str) -> Path:
         """Folder of the images that a run of the identity has drawn so far."""

@@ -74,6 +74,10 @@ ANSWERS = (
         WHOLE + "spending.py::test_the_release_holds_synthetic_images_card_and_digests_alone",
     ),
     (
+        r"python -m core audit",
+        WHOLE + "audit.py::test_the_command_keeps_its_bound_and_an_officer_sees_it",
+    ),
+    (
         r"python -m core ledger accept-loss",
         WHOLE + "spending.py::test_a_lost_ledger_is_accepted_by_command_and_every_card_states_it",
     ),
