@@ -16,17 +16,20 @@ class Scope:
         covers_choice: whether the target covers all that chose the trial, too; else it is what one
             trial may spend.
         splits_target: whether trials share it; by shares, with a budget for all of them.
+        tunes_first: whether tuning trials come before the one final run, all charged as a whole
+            with the first of them.
         is_secret: whether only the best trial leaves, and how many there were must stay secret.
         chosen_on_public_data: whether all trials but one run are on other, public data.
         chosen: by what the trial was chosen.
         owner_states, chosen_by_owner: the same where no search of this project vouches for it.
-        theorem: what proves a share of it by Renyi DP; empty: its trials have no shares.
+        theorem: what proves it where trials have shares; empty: they have none.
     """
 
     statement: str
     claims_each: bool = False
     covers_choice: bool = False
     splits_target: bool = False
+    tunes_first: bool = False
     is_secret: bool = False
     chosen_on_public_data: bool = False
     chosen: str = "the best of {among} by {objective}"
@@ -49,6 +52,15 @@ SCOPES = {
         covers_choice=True,
         splits_target=True,
         theorem="filter of Feldman and Zrnic 2021, valid for adaptively chosen trials",
+    ),
+    "tune_then_train": Scope(
+        "{tuning} tuning trials and the final run after them, whatever chose their settings, "
+        "whenever they were stopped and whichever is published, are together ({target}, {delta})-"
+        "differentially private. Metrics tagged non-private are not covered and chose nothing.",
+        covers_choice=True,
+        tunes_first=True,
+        chosen="by {objective}, of the tuning trials among {among}",
+        theorem="adaptive composition of Zhu, Dong and Wang 2022, theorem 10",
     ),
     "selection": Scope(
         "The one trial that leaves, the best by {objective} of a secret number of trials "

@@ -31,7 +31,14 @@ from core.errors import ConfigError
 from sweep.config.dimension import Dimension
 from sweep.config.grid import PublishedGrid, check_grid, default_num_trials
 from sweep.config.prices import Cloud
-from sweep.config.scope import SEED, Search, check_limits, check_searched, scope_settings
+from sweep.config.scope import (
+    SEED,
+    Search,
+    check_limits,
+    check_searched,
+    scope_settings,
+    tuning_settings,
+)
 
 _FOLDERS = ("runtime.ledger", "runtime.cache")
 _SECTIONS = ("fixed", "search_space", "final")
@@ -400,7 +407,14 @@ def _scoped(sweep: SweepConfig) -> SweepConfig:
                 "trial draws its own: leave it out"
             )
         space[SEED] = Dimension(low=0, high=2**31 - 1)
-    return sweep.model_copy(update={"fixed": {**sweep.fixed, **settings}, "search_space": space})
+    tuning, final = tuning_settings(base, space)
+    return sweep.model_copy(
+        update={
+            "fixed": {**sweep.fixed, **settings, **tuning},
+            "search_space": space,
+            "final": sweep.final | final,
+        }
+    )
 
 
 def _check_run(sweep: SweepConfig, overrides: Mapping[str, Any]) -> None:

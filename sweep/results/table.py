@@ -104,8 +104,8 @@ def _row(folder: RunFolder) -> Row:
 
 
 def final_row(sweep: SweepConfig, rows: Sequence[Row]) -> Row | None:
-    """The one run on sensitive data after a search on public data, if it began."""
-    return next((row for row in rows if sweep.final and not row.config.dataset.public), None)
+    """The one run after the search, if there is to be one and it began."""
+    return next((row for row in rows if sweep.final and row.config.is_final), None)
 
 
 def best(sweep: SweepConfig, rows: Sequence[Row], by: str | None = None) -> Row | None:
@@ -242,7 +242,7 @@ def withdraw_card(sweep: SweepConfig, rows: Sequence[Row]) -> None:
 
 
 def released_row(sweep: SweepConfig, rows: Sequence[Row]) -> Row | None:
-    """The one that may be published: the best trial; under scope `public` the final run.
+    """The one that may be published: the best trial; or the final run after them.
 
     None while there is none that has finished.
     """

@@ -28,7 +28,7 @@ def infeasible_reason(sweep: SweepConfig, point: Mapping[str, Any]) -> str:
     """Why a point is no run that the budget can pay; empty if it is one."""
     runs = {"": point}
     if sweep.final:  # A search whose winner cannot run on the sensitive data would be in vain.
-        runs["of the final run, "] = final_point(point, sweep.final)
+        runs["of the final run, "] = final_point(sweep.run.privacy.covers, point, sweep.final)
     for which, parameters in runs.items():
         try:
             check_feasible(sweep.trial_config(parameters))

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from core.config import load, nested, short_digest, validate
+from core.config.privacy import mechanisms_of
 from core.config.yaml_subset import dump, parse
 from core.errors import ConfigError
 from core.io.files import write_json
@@ -289,13 +290,13 @@ def test_a_scope_decides_what_its_trials_share():
 
 def test_every_trial_of_a_selection_has_the_one_reference_that_the_sweep_fixed():
     sweep = load_sweep(QUICKSTART, SELECTION)
-    score, dp_sgd = sweep.run.privacy.reference
+    score, dp_sgd = mechanisms_of(sweep.run.privacy.selection_reference)
     assert score == (1.0, SELECTION["privacy.dp_accuracy_stddev"], 1)
     # The end of the space with the most steps of DP-SGD: no easy stage, so no central images.
     assert dp_sgd[2] == sweep.run.training.num_steps
     for split in (0.0, 0.3, 0.8):
         trial = sweep.trial_config({"stage_split": split, "central_images.per_class": 2})
-        assert trial.privacy.reference == sweep.run.privacy.reference
+        assert trial.privacy.selection_reference == sweep.run.privacy.selection_reference
         assert share_of(trial.privacy) == share_of(sweep.run.privacy)
         again = load(nested(trial), {})
         assert again.privacy == trial.privacy
