@@ -33,6 +33,8 @@ REDUCE = """        if dist.is_initialized() and dist.get_world_size() > 1:
 SCOPES = "core/privacy/plan/scopes.py"
 SELECTED = "core/privacy/accounting/selection.py"
 BEST, BOUNDED = ("tests/unit/test_best_of_trials.py",), ("tests/unit/test_selection_shares.py",)
+PAIRS, TUNED = "core/privacy/accounting/references.py", ("tests/unit/test_tuning_shares.py",)
+TUNED_RUNS = ("tests/unit/test_tuned_runs.py",)
 FAR = ("tests/unit/test_far_accounting.py",)
 KEPT = ("tests/unit/test_plan.py",)
 SPENDING_CODE, CHARGES = "core/privacy/ledger/account.py", ("tests/unit/test_run_and_ledger.py",)
@@ -390,6 +392,62 @@ MUTANTS = (
         BOUNDED,
     ),
     Mutant(
+        "tuning: a trial compared with its reference at one epsilon alone",
+        SCOPES,
+        "(deltas / bound).max()",
+        "(deltas / bound)[:, 0].max()",
+        TUNED,
+    ),
+    Mutant(
+        "tuning: a trial compared with its reference in one direction alone",
+        SCOPES,
+        "(deltas / bound).max()",
+        "(deltas / bound)[1].max()",
+        TUNED,
+    ),
+    Mutant(
+        "tuning: one tuning trial composed for all",
+        PAIRS,
+        "composed([pair], [n], finest)",
+        "composed([pair], [1], finest)",
+        TUNED,
+    ),
+    Mutant(
+        "tuning: losses below 0 dropped from the pair",
+        PAIRS,
+        "seen = below * against[: len(below)]",
+        "seen = 0 * below * against[: len(below)]",
+        TUNED,
+    ),
+    Mutant(
+        "tuning: the tails of the references not kept back",
+        SCOPES,
+        "return composed + _TUNING_SLACK * self.delta",
+        "return composed",
+        TUNED,
+    ),
+    Mutant(
+        "tuning: every tuning trial has the reference of the final run",
+        SCOPES,
+        "reference=final if last else tuning",
+        "reference=final",
+        TUNED,
+    ),
+    Mutant(
+        "tuning: more trials than have references",
+        "core/privacy/ledger/admission.py",
+        "if others >= most.get(key.stage, 0):",
+        "if others > 10**9:",
+        TUNED_RUNS,
+    ),
+    Mutant(
+        "tuning: trials charged one by one",
+        SCOPES,
+        "bool(self.selection or self.tuning_trials)",
+        "bool(self.selection)",
+        TUNED_RUNS,
+    ),
+    Mutant(
         "a sweep forgets its earlier trials",
         "core/privacy/ledger/admission.py",
         'totals.within(within, [*others, Charge(asked.events, "", "")])',
@@ -399,7 +457,7 @@ MUTANTS = (
     Mutant(
         "a selection's trials counted one by one elsewhere",
         "core/privacy/ledger/book.py",
-        "return self.within.epsilon if self.within.selection else 0.0",
+        "return self.within.epsilon if self.within.is_one_release else 0.0",
         "return 0.0",
         SECRET,
     ),
@@ -644,8 +702,8 @@ MUTANTS = (
     Mutant(
         "a search that learns from results counts as one that ignores them",
         "sweep/config/scope.py",
-        "adaptive = sampler not in NON_ADAPTIVE",
-        "adaptive = False",
+        'settings["privacy.adaptive"] = sampler not in NON_ADAPTIVE',
+        'settings["privacy.adaptive"] = False',
         ("tests/unit/test_sweep_config.py",),
     ),
 )

@@ -88,25 +88,19 @@ def scope_settings(
         )
     if final:
         _check_final(base, final)
-    if privacy.covers.is_secret:
-        if search.scheduler != "none":
+    ways = (("scheduler", search.scheduler, "none"), ("sampler", sampler, "random"))
+    for key, way, allowed in ways:
+        if way != "none" and (why := privacy.covers.refusal(way)):
             raise ConfigError(
-                f"privacy.scope='selection' is proven for trials that all run whole, not for "
-                f"scheduler={search.scheduler!r}, which stops them by their results: set "
-                "scheduler=none"
+                f"privacy.scope={privacy.scope!r} is not proven for {key}={way!r}, which {why}: "
+                f"set {key}={allowed}"
             )
-        if sampler != "random":
-            why = "takes each point once" if sampler in NON_ADAPTIVE else "learns from results"
-            raise ConfigError(
-                f"privacy.scope='selection' is proven for settings drawn alike and independently, "
-                f"not for sampler={sampler!r}, which {why}: set sampler=random"
-            )
-        if num_trials is not None:
-            raise ConfigError(
-                f"num_trials={num_trials} is not allowed under privacy.scope='selection', as the "
-                "best of a fixed number of trials is not covered: set num_trials=null; the number "
-                "is drawn secretly with mean privacy.selection_mean"
-            )
+    if privacy.covers.is_secret and num_trials is not None:
+        raise ConfigError(
+            f"num_trials={num_trials} is not allowed under privacy.scope='selection', as the "
+            "best of a fixed number of trials is not covered: set num_trials=null; the number "
+            "is drawn secretly with mean privacy.selection_mean"
+        )
     settings = _early_settings(search) if search.scheduler != "none" else {}
     if privacy.covers.splits_target or privacy.covers.tunes_first:
         # Given, the shares stay; else the target is divided among the trials asked for.
