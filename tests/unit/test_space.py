@@ -1,5 +1,7 @@
 """The search: what cannot be paid never becomes a trial, what is known is not tried twice."""
 
+import re
+
 import optuna
 import pytest
 from optuna.trial import TrialState
@@ -196,3 +198,12 @@ def test_plan_reads_no_data(capsys, monkeypatch):
     assert "central_images.per_class: 1 to 20, logarithmic" in text
     assert " - " in text, "twenty images at the smallest noise cannot be paid at epsilon 1"
     assert "epsilon of one trial" in text
+    rows = text.partition("which scope?")[2]
+    assert all(
+        re.search(rf"^ *{scope} +\S+ +\S+ +4 runs ", rows, re.M) for scope in ("trial", "sweep")
+    )
+    assert re.search(
+        r"^ *tune_then_train +\d\.\d+ +1 +5 runs +random, grid, tpe, nsga2 ", rows, re.M
+    )
+    assert re.search(r"^ *selection +\d\.\d+ +1 +16 runs +random +the best trial alone", rows, re.M)
+    assert "recommended: scope " in rows

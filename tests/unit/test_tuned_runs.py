@@ -7,7 +7,7 @@ import pytest
 from test_ledger import CENTRAL, DP_SGD, TERMS, counted, epsilon
 from test_sweep_config import QUICKSTART, SELECTION
 
-from core.config import nested
+from core.config import load, nested
 from core.config.scopes import SCOPES
 from core.errors import ConfigError, InfeasibleError
 from core.privacy.ledger.admission import BudgetExceededError
@@ -15,7 +15,7 @@ from core.privacy.ledger.file import Key, LedgerError
 from core.privacy.ledger.ledger import Ledger
 from core.privacy.plan.plan import make_plan
 from core.privacy.plan.scopes import RunBudget, run_budget
-from sweep.config.scope import final_point
+from sweep.config.scope import final_point, tuning_settings
 from sweep.config.sweep import dump_sweep, load_sweep
 from sweep.search.feasible import infeasible_reason
 
@@ -102,12 +102,8 @@ def test_a_sweep_fixes_both_references_the_steps_and_the_final_run():
         ({"privacy.num_shares": 3}, "num_trials=4 exceeds the 3 tuning trials"),
         ({"final.dataset.path": "secret"}, "and final belong together"),
         (
-            {"search_space.training.num_steps.low": 40, "search_space.training.num_steps.high": 80},
-            "fix it, or set privacy.tuning_steps=1",
-        ),
-        (
-            {"search_space.privacy.tuning_steps.choices": [0.5, 1.0]},
-            "tuning_steps cannot be searched",
+            {"search_space.privacy.is_final_run.choices": [False, True]},
+            "is_final_run cannot be searched",
         ),
         ({"privacy.neighboring_relation": "replace_one"}, "proven for .* alone"),
     ],
@@ -115,6 +111,14 @@ def test_a_sweep_fixes_both_references_the_steps_and_the_final_run():
 def test_what_would_make_its_claim_false_is_refused(changes, message):
     with pytest.raises((ConfigError, InfeasibleError), match=message):
         load_sweep(QUICKSTART, TUNED | changes)
+
+
+def test_the_number_of_steps_is_not_searched_where_tuning_trials_have_a_part_of_it():
+    part = load({}, {"privacy.scope": "tune_then_train", "privacy.tuning_steps": 0.5})
+    with pytest.raises(ConfigError, match=r"fix it, or set privacy\.tuning_steps=1"):
+        tuning_settings(part, ["training.num_steps"])
+    whole = load({}, {"privacy.scope": "tune_then_train"})
+    assert tuning_settings(whole, ["training.num_steps"]) == ({}, {"privacy.is_final_run": True})
 
 
 def test_every_scope_tells_what_may_be_published():
