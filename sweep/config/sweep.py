@@ -125,10 +125,11 @@ class SweepConfig(Section):
     """`asha` stops trials that score poorly during training."""
     asha: AshaConfig = AshaConfig()
     final: Annotated[dict[str, Any], Field(default_factory=dict)]
-    """Scope `public`: dotted keys that turn the best trial into the one run on sensitive data."""
+    """Scope `public`: dotted keys that turn the best trial into the one run on sensitive data.
+    Under scope `tune_then_train` the sweep sets them."""
     num_trials: Annotated[int, Field(ge=1, le=100_000)] | None = None
-    """8 if not given, of a grid all points that the budget can pay; under scope `selection` drawn
-    secretly, and never given."""
+    """8 if not given, of a grid all points that the budget can pay; without a final run. Under
+    scope `selection` drawn secretly, and never given."""
     workers_per_trial: PositiveInt = 2
     min_workers_per_trial: PositiveInt | None = None
     """Given, a trial that lost workers goes on with as few as this, and with more when it can."""
