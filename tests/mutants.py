@@ -422,7 +422,7 @@ MUTANTS = (
     Mutant(
         "tuning: the tails of the references not kept back",
         SCOPES,
-        "return composed + _TUNING_SLACK * self.delta",
+        "return composed + (1 + _CUT) * _TUNING_SLACK * self.delta",
         "return composed",
         TUNED,
     ),

@@ -81,12 +81,14 @@ POINTS = (
 
 
 def stays_below(share: scopes.ProfileShare, mechanisms: tuple[Mechanism, ...], fine: float) -> None:
-    """By the library's own distributions on another grid, between points and below 0, too.
+    """By the library's own distributions on a finer grid, between points and below 0, too.
 
-    Its own errors grow with the number of its points, to some millionths.
+    Where a release hardly ever has a loss, the library rounds its probabilities up, and the mass of
+    a composition comes to some millionths above 1. Below 0 its deltas hold all of that, and so
+    exceed what they bound.
     """
     step, bound = scopes._bound(share.reference, share.tail, share.step)
-    bound = bound * (1 + 1e-5)
+    assert fine < step
     total = privacy_loss_distribution.identity(fine)
     for rate, sigma, count in mechanisms:
         total = total.compose(library_release(rate, sigma, "zero_out", fine).self_compose(count))
@@ -95,8 +97,10 @@ def stays_below(share: scopes.ProfileShare, mechanisms: tuple[Mechanism, ...], f
     for row, other, pmf in ((0, 1, rows[0]), (1, 0, rows[1])):
         assert (np.array(pmf.get_delta_for_epsilon(epsilons)) <= bound[row]).all()
         below = 1 - np.exp(-epsilons) * (1 - bound[other])
+        surplus = pmf._infinity_mass + pmf.to_dense_pmf()._probs.sum() - 1
+        assert -1e-12 < surplus < 1e-5
         found = np.array(pmf.get_delta_for_epsilon(-epsilons[::-1]))[::-1]
-        assert (found <= below + 5e-6).all()
+        assert (found <= below + max(surplus, 0) + 1e-12).all()
     between = epsilons[:-1] + 0.37 * step  # Linear in exp(epsilon), and so above there, too.
     for row, pmf in enumerate(rows):
         there = np.interp(np.exp(between), np.exp(epsilons), bound[row])
@@ -108,7 +112,7 @@ def test_a_trial_at_the_edge_stays_below_the_reference_at_every_epsilon(central,
     share = capped()
     problem = solve.Problem((central,), RATE, steps, 10.0, DELTA, "zero_out")
     noise = share.solve_noise_multiplier(problem)
-    stays_below(share, problem.with_noise(noise), 7e-4)
+    stays_below(share, problem.with_noise(noise), 0.7 * profile.profile_step(share.reference))
     assert share.used(problem.with_noise(noise)) <= 1.0
     assert share.used(problem.with_noise(0.995 * noise)) > 1.0
     # What it may release at most is, selected, within the target.

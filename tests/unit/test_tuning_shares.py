@@ -164,7 +164,7 @@ def test_a_trial_at_the_edge_stays_below_its_reference_at_every_epsilon(is_final
     share = shares()[is_final]
     problem = solve.Problem((central,), RATE, steps, 10.0, DELTA, "zero_out")
     mechanisms = problem.with_noise(noise := share.solve_noise_multiplier(problem))
-    stays_below(share, mechanisms, share.step)
+    stays_below(share, mechanisms, 0.7 * share.step)
     assert 0.9 < share.used(mechanisms) <= 1.0
     assert share.used(problem.with_noise(0.99 * noise)) > 1.0
 
@@ -183,7 +183,8 @@ def test_each_direction_and_every_epsilon_decide_alone():
 
 def test_the_tails_of_all_references_are_within_what_is_kept_back():
     tuning, final = shares()
-    tails = 16 * tuning.tail + final.tail
+    # Each with what a trial may keep past the last point, where the profile itself ends.
+    tails = (1 + scopes._CUT) * (16 * tuning.tail + final.tail)
     alike = scopes.TuningShare(10.0, DELTA, 16, "", tuning.reference)
     found = [(tuning.reference, 16), (final.reference, 1)]
     composed_delta = references.composed_delta(found, "zero_out", 10.0)

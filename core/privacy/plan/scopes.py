@@ -30,8 +30,10 @@ _SLACK = 0.01
 """Part of the delta of a trial, delta / mean, that is added to the reference's profile."""
 _LEAST_DELTA = 1e-9
 """Smaller ones of a trial are too close to the error of PLD's transforms."""
-_TUNING_SLACK = 5e-4
-"""Part of the delta of a tuned run that the tails of its references have."""
+_CUT = 0.25
+"""Part of the tail that a reference's own delta falls below at the last point of its profile."""
+_TUNING_SLACK = 4e-4
+"""Part of the delta of a tuned run that the tails of its references have, and `_CUT` times more."""
 _LEAST_TUNING_DELTA = 4e-9
 _MANY = 1e9
 _ROUNDING = 1e-6
@@ -249,7 +251,8 @@ class TuningShare(ProfileShare):
         from core.privacy.accounting import references
 
         composed = references.composed_delta(self._references(alike), RELATION, self.epsilon)
-        return composed + _TUNING_SLACK * self.delta
+        # Past the last point a trial may keep its delta there, while that of the pair falls.
+        return composed + (1 + _CUT) * _TUNING_SLACK * self.delta
 
     def _references(self, final: tuple[Mechanism, ...]) -> tuple["Reference", "Reference"]:
         return (self.tuning, self.trials), (final, 1)
@@ -264,7 +267,7 @@ def _bound(
 
     step = step or profile.profile_step(reference)
     deltas = profile.profile(reference, RELATION, step)
-    points = 1 + int((deltas > tail / 4).any(axis=0).sum())
+    points = 1 + int((deltas > _CUT * tail).any(axis=0).sum())
     deltas = deltas[:, : max(2, points)]
     return step, deltas + tail * (1 - deltas)
 
