@@ -427,6 +427,13 @@ MUTANTS = (
         TUNED,
     ),
     Mutant(
+        "tuning: a profile that ends above what is kept back",
+        SCOPES,
+        "(deltas > _CUT * tail)",
+        "(deltas > 8 * tail)",
+        TUNED,
+    ),
+    Mutant(
         "tuning: every tuning trial has the reference of the final run",
         SCOPES,
         "reference=final if last else tuning",

@@ -184,6 +184,9 @@ def test_each_direction_and_every_epsilon_decide_alone():
 def test_the_tails_of_all_references_are_within_what_is_kept_back():
     tuning, final = shares()
     # Each with what a trial may keep past the last point, where the profile itself ends.
+    for share in (tuning, final):
+        _, bound = scopes._bound(share.reference, share.tail, share.step)
+        assert bound[:, -1].max() <= (1 + scopes._CUT) * share.tail
     tails = (1 + scopes._CUT) * (16 * tuning.tail + final.tail)
     alike = scopes.TuningShare(10.0, DELTA, 16, "", tuning.reference)
     found = [(tuning.reference, 16), (final.reference, 1)]
