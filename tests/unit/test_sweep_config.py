@@ -161,7 +161,7 @@ PUBLIC = {"privacy.scope": "public", "dataset.public": True, "final.dataset.path
         (SWEEP | {"objective.metric": "accuracy"}, r"scope='sweep' cannot choose by .*'accuracy'"),
         (SELECTION | {"objective.metric": "accuracy"}, r"scope='selection' cannot choose by"),
         (SWEEP | {"privacy.dp_accuracy_stddev": None}, r"set privacy\.dp_accuracy_stddev"),
-        (SELECTION | {"sampler": "tpe"}, r"not for sampler='tpe', which learns from results"),
+        (SELECTION | {"sampler": "tpe"}, r"is not proven for sampler='tpe', which learns from results"),
         (SELECTION | {"num_trials": 16}, r"num_trials=16 is not allowed .* fixed number of trials"),
         (SELECTION | {"privacy.data_set_budget": 30}, r"data_set_budget cannot be combined"),
         (SWEEP | {"privacy.adaptive": False}, r"privacy\.adaptive=False contradicts sampler='tpe'"),
