@@ -88,12 +88,12 @@ SCOPES = {
         ),
     ),
     "tune_then_train": Scope(
-        "{tuning} tuning trials and the final run after them, whatever chose their settings, "
+        "Up to {tuning} tuning trials and the final run after them, whatever chose their settings, "
         "whenever they were stopped and whichever is published, are together ({target}, {delta})-"
         "differentially private. Metrics tagged non-private are not covered and chose nothing.",
         covers_choice=True,
         tunes_first=True,
-        chosen="by {objective}, of the tuning trials among {among}",
+        chosen="by {objective}, among the tuning trials",
         theorem="adaptive composition of Zhu, Dong and Wang 2022, theorem 10",
         published="every trial and the final run",
         ways=_ways(

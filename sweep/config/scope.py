@@ -107,11 +107,14 @@ def scope_settings(
         asked = num_trials or search.default_num_trials
         shares = privacy.num_shares if privacy.num_shares > 1 else asked
         settings["privacy.num_shares"] = shares
-        if privacy.covers.tunes_first and asked > shares:
-            raise ConfigError(
-                f"num_trials={asked} exceeds the {shares} tuning trials that privacy.num_shares "
-                "pays for: lower it, or leave privacy.num_shares out under another name"
-            )
+        if privacy.covers.tunes_first:
+            settings["privacy.is_final_run"] = False
+            if asked > shares:
+                raise ConfigError(
+                    f"num_trials={asked} exceeds the {shares} tuning trials that "
+                    "privacy.num_shares pays for: lower it, or leave privacy.num_shares out under "
+                    "another name"
+                )
     if privacy.covers.splits_target:
         settings["privacy.adaptive"] = sampler not in NON_ADAPTIVE
     return settings | _references(load(nested(base), settings), search.extremes)

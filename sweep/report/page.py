@@ -39,6 +39,7 @@ from sweep.results.table import (
     easy_count,
     load_rows,
     planned_epsilon,
+    scored_rows,
     shown_metrics,
     sweep_card,
     sweep_epsilon,
@@ -58,7 +59,7 @@ def write_report(sweep: SweepConfig, out: Path) -> None:
     """
     rows = load_rows(sweep)
     winner = best(sweep, rows)
-    finished = [row for row in rows if row.state == "finished"]
+    finished = scored_rows(sweep, rows)
     pruned = pruned_points(sweep)
     metrics = shown_metrics(sweep, rows)
     shares = importance(sweep, rows)
@@ -92,7 +93,7 @@ def write_report(sweep: SweepConfig, out: Path) -> None:
         "pictures": _winner_pictures(winner),
         "classes": CLASSES,
         "class_names": _class_names(winner),
-        "gallery": _gallery(sweep, finished),
+        "gallery": _gallery(sweep, [row for row in rows if row.state == "finished"]),
         "configuration": yaml_subset.dump(nested(winner.config)) if winner else "",
         "figure_data": to_json(
             [{"id": each.id, "data": each.data, "layout": each.layout} for each in figures]

@@ -115,7 +115,7 @@ def best(sweep: SweepConfig, rows: Sequence[Row], by: str | None = None) -> Row 
     """
     objectives = sorted(sweep.objectives, key=lambda each: each.metric != by)
     return max(
-        _scored(sweep, rows),
+        scored_rows(sweep, rows),
         key=lambda row: [objective.gain(row.scores) for objective in objectives],
         default=None,
     )
@@ -127,7 +127,7 @@ def winners(sweep: SweepConfig, rows: Sequence[Row]) -> list[Row]:
     """
     if len(sweep.objectives) == 1:
         return [row for row in [best(sweep, rows)] if row is not None]
-    scored = _scored(sweep, rows)
+    scored = scored_rows(sweep, rows)
     gains = [[each.gain(row.scores) for each in sweep.objectives] for row in scored]
 
     def beaten(mine: list[float]) -> bool:
@@ -139,7 +139,8 @@ def winners(sweep: SweepConfig, rows: Sequence[Row]) -> list[Row]:
     return [row for row, mine in zip(scored, gains, strict=True) if not beaten(mine)]
 
 
-def _scored(sweep: SweepConfig, rows: Sequence[Row]) -> list[Row]:
+def scored_rows(sweep: SweepConfig, rows: Sequence[Row]) -> list[Row]:
+    """The trials of the search that have all scores that choose; never the final run."""
     last = final_row(sweep, rows)
     return [row for row in rows if row is not last and set(sweep.metrics) <= set(row.scores)]
 

@@ -1,4 +1,4 @@
-"""The scopes `selection` and `public` as whole sweeps on one machine, from search to release.
+"""The scopes `selection`, `public` and `tune_then_train` as whole sweeps on one machine.
 
 The final run of scope `public` differs in its configuration alone, so trials are stand-ins there.
 """
@@ -225,7 +225,7 @@ def test_tuning_trials_and_the_run_after_them_are_one_release(tmp_path, joined, 
     out, _ = drive(tmp_path, TINY, joined, *overrides)
     assert re.search(r"best trial: \w+ \(accuracy", out)
     assert re.search(r"final run: \w+ \(accuracy", out)
-    assert "2 tuning trials and the final run after them, whatever chose" in out
+    assert "Up to 2 tuning trials and the final run after them, whatever chose" in out
     assert re.search(r"epsilon of all that was computed: 1\n", out)
     assert re.search(r"epsilon of all runs on this data set: 1 ", out)
     sweep = open_sweep(tmp_path / "runs", "tiny")
@@ -242,7 +242,7 @@ def test_tuning_trials_and_the_run_after_them_are_one_release(tmp_path, joined, 
     assert [entry["stage"] for entry in entries] == ["tuning", "tuning", "final run"]
     card = (sweep.folder / "privacy_card.md").read_text()
     assert "PLD of one privacy profile for each trial" in card
-    assert "by accuracy (public), of the tuning trials among 3 trials" in card
+    assert "by accuracy (public), among the tuning trials" in card
     again, err = drive(tmp_path, TINY, joined, *overrides)
     assert again == out
     assert not err

@@ -161,7 +161,10 @@ PUBLIC = {"privacy.scope": "public", "dataset.public": True, "final.dataset.path
         (SWEEP | {"objective.metric": "accuracy"}, r"scope='sweep' cannot choose by .*'accuracy'"),
         (SELECTION | {"objective.metric": "accuracy"}, r"scope='selection' cannot choose by"),
         (SWEEP | {"privacy.dp_accuracy_stddev": None}, r"set privacy\.dp_accuracy_stddev"),
-        (SELECTION | {"sampler": "tpe"}, r"is not proven for sampler='tpe', which learns from results"),
+        (
+            SELECTION | {"sampler": "tpe"},
+            r"is not proven for sampler='tpe', which learns from results: set sampler=random",
+        ),
         (SELECTION | {"num_trials": 16}, r"num_trials=16 is not allowed .* fixed number of trials"),
         (SELECTION | {"privacy.data_set_budget": 30}, r"data_set_budget cannot be combined"),
         (SWEEP | {"privacy.adaptive": False}, r"privacy\.adaptive=False contradicts sampler='tpe'"),
@@ -190,7 +193,11 @@ PUBLIC = {"privacy.scope": "public", "dataset.public": True, "final.dataset.path
         ({"search_space.dataset.family.choices": ["a", "b"]}, r"family cannot be searched"),
         ({"search_space.privacy.num_shares.choices": [1, 2]}, r"num_shares cannot be searched"),
         (PUBLIC | {"final.dataset.pth": "x"}, r"unknown key 'dataset.pth'"),
-        (SELECTION | {"scheduler": "asha"}, r"run whole, not for scheduler='asha'"),
+        (
+            SELECTION | {"scheduler": "asha"},
+            r"is not proven for scheduler='asha', which stops trials by their results: set "
+            r"scheduler=none",
+        ),
         (
             SELECTION | {"objective": ["dp_accuracy", "fid_cnn"]},
             r"needs one score: give one objective, not dp_accuracy, fid_cnn",

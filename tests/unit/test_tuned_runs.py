@@ -100,6 +100,7 @@ def test_a_sweep_fixes_both_references_the_steps_and_the_final_run():
     [
         ({"objective.metric": "accuracy"}, "scope='tune_then_train' cannot choose by"),
         ({"privacy.num_shares": 3}, "num_trials=4 exceeds the 3 tuning trials"),
+        ({"privacy.is_final_run": True}, "is_final_run=True contradicts .*: leave it out"),
         ({"final.dataset.path": "secret"}, "and final belong together"),
         (
             {"search_space.privacy.is_final_run.choices": [False, True]},

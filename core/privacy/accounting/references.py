@@ -74,7 +74,8 @@ def composed_delta(references: Sequence[Reference], relation: str, epsilon: floa
         far = losses > epsilon
         excess = together.probabilities[far] @ np.expm1(epsilon - losses[far])
         deltas.append(together.infinite - float(excess))
-    # In a trial's delta, in the reference's that it is compared with, and in what is composed.
+    # In a trial's delta, in the reference's that it is compared with, and in what is composed. As a
+    # composition is a mean over the rest, such a surplus at every epsilon adds up.
     error = sum(3 * count * transform_error(mechanisms) for mechanisms, count in references)
     return max(deltas) + error
 
