@@ -46,6 +46,11 @@ def print_which_scope(sweep: SweepConfig, point: Mapping[str, Any]) -> None:
     print("\nwhich scope? for a search like this one, in the middle of the space:")
     natural = Console(width=1000).measure(table).maximum
     Console(width=max(Console().width, natural)).print(table)
+    for row in rows:
+        if SCOPES[row.scope].tunes_first and row.noise_multiplier is None:
+            key = "tuning_epsilon" if config.privacy.tuning_noise is None else "tuning_noise"
+            value = getattr(config.privacy, key)
+            print(f"scope {row.scope} cannot pay at privacy.{key}={value}: try another")
     print(_advice(rows, config.dataset.public))
 
 

@@ -7,10 +7,12 @@ import pytest
 from optuna.trial import TrialState
 
 from core.config import short_digest
+from core.config.scopes import SAMPLERS
 from core.privacy.keys import MasterSecret
 from sweep.config.scope import settings_entropy
 from sweep.config.sweep import load_sweep
 from sweep.search.feasible import infeasible_reason, print_plan
+from sweep.search.which_scope import print_which_scope
 from sweep.search.search import MAX_ATTEMPTS, FeasibleSearch
 from sweep.search.study import open_storage
 
@@ -198,12 +200,28 @@ def test_plan_reads_no_data(capsys, monkeypatch):
     assert "central_images.per_class: 1 to 20, logarithmic" in text
     assert " - " in text, "twenty images at the smallest noise cannot be paid at epsilon 1"
     assert "epsilon of one trial" in text
-    rows = text.partition("which scope?")[2]
-    assert all(
-        re.search(rf"^ *{scope} +\S+ +\S+ +4 runs ", rows, re.M) for scope in ("trial", "sweep")
-    )
-    assert re.search(
-        r"^ *tune_then_train +\d\.\d+ +1 +5 runs +random, grid, tpe, nsga2 ", rows, re.M
-    )
-    assert re.search(r"^ *selection +\d\.\d+ +1 +16 runs +random +the best trial alone", rows, re.M)
-    assert "recommended: scope " in rows
+    assert re.search(r"^ *sweep +- +1 +4 runs ", text, re.M)
+    assert "scope tune_then_train cannot pay at privacy.tuning_epsilon=0.6" in text
+    assert "recommended: a larger privacy.target_epsilon" in text
+
+
+def test_which_scope_is_answered_for_the_sweep_at_hand(capsys):
+    sweep = load_sweep("tests/data/sweep.yaml", {"privacy.tuning_epsilon": 1.5})
+    point = {"central_images.per_class": 5, "central_images.noise_multiplier": 5.0}
+    print_which_scope(sweep, point | {"stage_split": 0.4})
+    text = capsys.readouterr().out
+    samplers = ", ".join(SAMPLERS)
+    noise = {
+        scope: float(re.search(rf"^ *{scope} +(\d\.\d+) +{rest}", text, re.M)[1])
+        for scope, rest in (
+            ("trial", rf"[1-9]\d\.\d+ +4 runs +{samplers} +any one trial"),
+            ("sweep", rf"10 +4 runs +{samplers} +every trial"),
+            ("tune_then_train", rf"10 +5 runs +{samplers} +every trial and the final run"),
+            ("selection", "10 +16 runs +random +the best trial alone"),
+            ("public", rf"10 +5 runs +{samplers} +the one run"),
+        )
+    }
+    assert noise["trial"] == noise["public"] < noise["tune_then_train"] < noise["selection"]
+    assert noise["selection"] < noise["sweep"]
+    recommended = re.search(r"recommended: scope (\w+), .* \((\S+), without", text)
+    assert recommended.groups() == ("tune_then_train", f"{noise['tune_then_train']:.3f}")
