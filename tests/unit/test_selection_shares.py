@@ -157,7 +157,9 @@ def test_what_no_noise_brings_under_the_reference_is_refused_with_the_reason():
 
 def test_a_reference_that_exceeds_the_target_is_refused():
     found = reference_of(selecting(privacy__target_epsilon=11.0))
-    with pytest.raises(InfeasibleError, match=r"trials like privacy\.selection_reference release has .*"):
+    with pytest.raises(
+        InfeasibleError, match=r"trials like privacy\.selection_reference release has"
+    ):
         make_plan(selecting(privacy__selection_reference=flat(found)))
 
 

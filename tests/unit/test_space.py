@@ -12,9 +12,9 @@ from core.privacy.keys import MasterSecret
 from sweep.config.scope import settings_entropy
 from sweep.config.sweep import load_sweep
 from sweep.search.feasible import infeasible_reason, print_plan
-from sweep.search.which_scope import print_which_scope
 from sweep.search.search import MAX_ATTEMPTS, FeasibleSearch
 from sweep.search.study import open_storage
+from sweep.search.which_scope import print_which_scope
 
 
 @pytest.fixture
