@@ -54,11 +54,11 @@ _ZERO_OUT = f"{_REFUSED}proven for zero_out alone"
 _PLD = "proven: PLD, Koskela et al. 2020"
 _FILTER = "proven: Renyi filter, Feldman and Zrnic 2021"
 _TUNED = "proven: Zhu, Dong and Wang 2022, theorem 10"
-SAMPLERS = ("random", "grid", "tpe", "nsga2")
+SAMPLERS = ("random", "grid", "tpe", "gp", "nsga2")
 
 
 def _ways(random: str, grid: str, adaptive: str, asha: str, replace_one: str) -> dict[str, str]:
-    samplers = zip(SAMPLERS, (random, grid, adaptive, adaptive), strict=True)
+    samplers = zip(SAMPLERS, (random, grid, *[adaptive] * 3), strict=True)
     return {**dict(samplers), "asha": asha, "replace_one": replace_one}
 
 

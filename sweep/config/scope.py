@@ -175,12 +175,13 @@ def _early_settings(search: Search) -> dict[str, Any]:
     return {EARLY_AT: list(search.rungs), "early_scores.metric": metric}
 
 
-def shares_central_images(config: Config) -> bool:
+def shares_central_images(config: Config, replicates: int = 1) -> bool:
     """Whether trials with equal settings of the central images have them from one release.
 
-    Not under scope `selection`, whose theorem needs trials that are independent.
+    Not under scope `selection`, whose theorem needs trials that are independent, and not of
+    replicates, as the noise that they have in common would be missing from their estimate of it.
     """
-    return not config.privacy.covers.is_secret
+    return not config.privacy.covers.is_secret and replicates == 1
 
 
 def check_searched(base: Config, keys: Sequence[str]) -> None:

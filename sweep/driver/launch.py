@@ -30,10 +30,10 @@ from sweep.driver.progress import Progress
 from sweep.results.claim import claim, driver_lock, release_id
 from sweep.results.table import (
     Row,
-    best,
     final_row,
     load_rows,
     num_left,
+    recommended,
     released_row,
     withdraw_card,
     write_card,
@@ -190,12 +190,12 @@ def _search(
 
 
 def _final_point(sweep: SweepConfig) -> dict[str, Any]:
-    """The final run's parameters: those of the best trial, or of the one that has begun.
+    """The final run's parameters: the recommended ones, or those of the one that has begun.
 
     Empty where there is to be none, or no trial has a score.
     """
     rows = load_rows(sweep)
-    if not sweep.final or (winner := final_row(sweep, rows) or best(sweep, rows)) is None:
+    if not sweep.final or (winner := final_row(sweep, rows) or recommended(sweep, rows)) is None:
         return {}
     point = {key: flatten(winner.config)[key] for key in sweep.search_space}
     return final_point(sweep.run.privacy.covers, point, sweep.final)

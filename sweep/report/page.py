@@ -43,6 +43,7 @@ from sweep.results.table import (
     shown_metrics,
     sweep_card,
     sweep_epsilon,
+    told_of_noise,
 )
 from sweep.search.study import pruned_points
 from sweep.tracking.charts import CENTRAL_IMAGES, FREQUENCY
@@ -88,6 +89,7 @@ def write_report(sweep: SweepConfig, out: Path) -> None:
         "slices": [figure for figure in figures if figure.id.startswith("slice-")],
         "maps": maps,
         "agreement": agreement(maps),
+        "told_of_noise": told_of_noise(sweep, rows),
         "no_importance": shares if isinstance(shares, str) else "",
         "tables": all_tables(sweep, rows, winner, metrics, pruned, total),
         "pictures": _winner_pictures(winner),

@@ -86,6 +86,7 @@ def print_plan(sweep: SweepConfig, probe: bool = False) -> None:
     secret = privacy.covers.is_secret
     trials = f"a secret number of trials (mean {privacy.selection_mean:g})"
     trials = trials if secret else counted(total, "trial")
+    trials += f" ({sweep.replicates} of each setting)" if sweep.replicates > 1 else ""
     trials += " and a final run," if sweep.final else ""
     print(
         f"sweep {sweep.name}: {trials} of {counted(sweep.workers_per_trial, 'worker')} each, "

@@ -166,7 +166,7 @@ def _trainer(context: Context, config: Config, digest: str, tell: Report) -> Any
             "run_dir": str(context.run_dir(digest)),
             "name": sweep.name,
             "folder": str(sweep.folder),
-            "shares": shares_central_images(config),
+            "shares": shares_central_images(config, sweep.replicates),
             "launch": context.launch,
             "verdicts": context.verdicts,
             "trial": digest,

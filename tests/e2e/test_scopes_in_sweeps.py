@@ -220,11 +220,15 @@ def test_tuning_trials_and_the_run_after_them_are_one_release(tmp_path, joined, 
         "privacy.scope=tune_then_train",
         "privacy.tuning_epsilon=0.2",
         "privacy.tuning_steps=0.5",
+        "replicates=2",
         "num_trials=2",
     )
     out, _ = drive(tmp_path, TINY, joined, *overrides)
     assert re.search(r"best trial: \w+ \(accuracy", out)
     assert re.search(r"final run: \w+ \(accuracy", out)
+    assert re.search(
+        r"recommended setting: that of \w+ \(accuracy 0\.\d+ \+- 0, the mean of 2\)", out
+    )
     assert "Up to 2 tuning trials and the final run after them, whatever chose" in out
     assert re.search(r"epsilon of all that was computed: 1\n", out)
     assert re.search(r"epsilon of all runs on this data set: 1 ", out)
@@ -233,6 +237,7 @@ def test_tuning_trials_and_the_run_after_them_are_one_release(tmp_path, joined, 
     final = final_row(sweep, rows)
     winner = best(sweep, rows)
     assert [row.config.training.num_steps for row in rows] == [10, 10, 20]
+    assert [row.config.seed for row in rows] == [0, 1, 0]
     assert final == rows[-1] == released_row(sweep, rows)
     assert final.config.stage_split == winner.config.stage_split
     assert all(row.plan.epsilon <= 0.2 for row in rows[:2])

@@ -101,6 +101,38 @@ def test_a_new_driver_tries_interrupted_points_first_and_keeps_results(make):
     assert values == [0.5, 0.9]
 
 
+def test_points_that_were_queued_anew_and_never_asked_for_are_queued_again(make):
+    _, search, _ = make()
+    cut = [search.suggest(name) for name in "ab"]
+    make()  # A driver that died at once.
+    _, again, _ = make()
+    assert [again.suggest(name) for name in "cd"] == cut
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "gp", "random"])
+def test_each_setting_comes_with_its_replicates_also_over_a_restart(make, sampler):
+    """The base run's own first; of each setting all seeds, none twice, whenever a driver dies."""
+    settings = {"replicates": 3, "sampler": sampler, "num_startup_trials": 1}
+    sweep, search, _ = make(**settings)
+    first = [search.suggest(name) for name in "abcd"]
+    assert [point.pop("seed") for point in first] == [0, 1, 2, 0]
+    assert first[:3] == [sweep.preset] * 3
+    assert first[3] != sweep.preset
+    for name, score in zip("ab", (0.5, 0.6), strict=True):
+        search.on_trial_complete(name, {"training_iteration": 2, "accuracy": score})
+    replicates = sweep.replicates_of(sweep.preset)
+    ids = [short_digest(sweep.trial_config(each)) for each in replicates]
+    # The third ended while no driver was there; of the second setting no trial has.
+    _, again, pruned = make(finished=dict(zip(ids, ([0.5], [0.6], [0.7]), strict=True)), **settings)
+    rest = [again.suggest(name) for name in "efgh"]
+    assert [point.pop("seed") for point in rest] == [0, 1, 2, 0]
+    assert rest[:3] == [first[3]] * 3
+    assert rest[3] not in first
+    assert not pruned
+    complete = [t for t in study_of(sweep).trials if t.state == TrialState.COMPLETE]
+    assert sorted(trial.value for trial in complete) == [0.5, 0.6, 0.7]
+
+
 @pytest.mark.parametrize("sampler", ["tpe", "nsga2"])
 def test_several_objectives_reach_the_study_also_over_a_restart(make, sampler):
     settings = {"objective": ["fid_cnn", "accuracy"], "sampler": sampler, "num_startup_trials": 2}
