@@ -35,6 +35,8 @@ SELECTED = "core/privacy/accounting/selection.py"
 BEST, BOUNDED = ("tests/unit/test_best_of_trials.py",), ("tests/unit/test_selection_shares.py",)
 TRADE_OFF, ATTACKS = "core/privacy/accounting/tradeoff.py", ("tests/unit/test_tradeoff.py",)
 AUDIT = ("tests/integration/test_audit.py",)
+PAIRS, TUNED = "core/privacy/accounting/references.py", ("tests/unit/test_tuning_shares.py",)
+TUNED_RUNS = ("tests/unit/test_tuned_runs.py",)
 FAR = ("tests/unit/test_far_accounting.py",)
 KEPT = ("tests/unit/test_plan.py",)
 SPENDING_CODE, CHARGES = "core/privacy/ledger/account.py", ("tests/unit/test_run_and_ledger.py",)
@@ -393,6 +395,13 @@ MUTANTS = (
         ATTACKS,
     ),
     Mutant(
+        "attack: what a scope proves at one epsilon taken for all",
+        SCOPES,
+        "self.delta_of_all(self.largest, epsilon)",
+        "self.delta_of_all(self.largest, self.epsilon)",
+        ("tests/unit/test_tuning_shares.py",),
+    ),
+    Mutant(
         "attack: half of the false alarms",
         TRADE_OFF,
         "ratios * false_alarms + sticks",
@@ -442,6 +451,69 @@ MUTANTS = (
         BOUNDED,
     ),
     Mutant(
+        "tuning: a trial compared with its reference at one epsilon alone",
+        SCOPES,
+        "(deltas / bound).max()",
+        "(deltas / bound)[:, 0].max()",
+        TUNED,
+    ),
+    Mutant(
+        "tuning: a trial compared with its reference in one direction alone",
+        SCOPES,
+        "(deltas / bound).max()",
+        "(deltas / bound)[1].max()",
+        TUNED,
+    ),
+    Mutant(
+        "tuning: one tuning trial composed for all",
+        PAIRS,
+        "composed([pair], [n], finest)",
+        "composed([pair], [1], finest)",
+        TUNED,
+    ),
+    Mutant(
+        "tuning: losses below 0 dropped from the pair",
+        PAIRS,
+        "seen = below * against[: len(below)]",
+        "seen = 0 * below * against[: len(below)]",
+        TUNED,
+    ),
+    Mutant(
+        "tuning: the tails of the references not kept back",
+        SCOPES,
+        "return composed + (1 + _CUT) * _TUNING_SLACK * self.delta",
+        "return composed",
+        TUNED,
+    ),
+    Mutant(
+        "tuning: a profile that ends above what is kept back",
+        SCOPES,
+        "(deltas > _CUT * tail)",
+        "(deltas > 8 * tail)",
+        TUNED,
+    ),
+    Mutant(
+        "tuning: every tuning trial has the reference of the final run",
+        SCOPES,
+        "reference=final if last else tuning",
+        "reference=final",
+        TUNED,
+    ),
+    Mutant(
+        "tuning: more trials than have references",
+        "core/privacy/ledger/admission.py",
+        "if others >= most.get(key.stage, 0):",
+        "if others > 10**9:",
+        TUNED_RUNS,
+    ),
+    Mutant(
+        "tuning: trials charged one by one",
+        SCOPES,
+        "bool(self.selection or self.tuning_trials)",
+        "bool(self.selection)",
+        TUNED_RUNS,
+    ),
+    Mutant(
         "a sweep forgets its earlier trials",
         "core/privacy/ledger/admission.py",
         'totals.within(within, [*others, Charge(asked.events, "", "")])',
@@ -451,7 +523,7 @@ MUTANTS = (
     Mutant(
         "a selection's trials counted one by one elsewhere",
         "core/privacy/ledger/book.py",
-        "return self.within.epsilon if self.within.selection else 0.0",
+        "return self.within.epsilon if self.within.is_one_release else 0.0",
         "return 0.0",
         SECRET,
     ),
@@ -696,8 +768,8 @@ MUTANTS = (
     Mutant(
         "a search that learns from results counts as one that ignores them",
         "sweep/config/scope.py",
-        "adaptive = sampler not in NON_ADAPTIVE",
-        "adaptive = False",
+        'settings["privacy.adaptive"] = sampler not in NON_ADAPTIVE',
+        'settings["privacy.adaptive"] = False',
         ("tests/unit/test_sweep_config.py",),
     ),
 )

@@ -3,10 +3,11 @@
 import argparse
 
 from core.config import Config, load, nested, parse_overrides
-from core.errors import ConfigError, InfeasibleError
+from core.errors import InfeasibleError
 from core.privacy.accounting.mechanism import LARGEST
 from core.privacy.accounting.rounding import attack, upward
 from core.privacy.ledger.card import accountant_of
+from core.privacy.plan.compare import final_noise, under
 from core.privacy.plan.plan import (
     PrivacyPlan,
     estimated_composition,
@@ -63,7 +64,7 @@ def account(options: argparse.Namespace) -> None:
 def _print_scopes(config: Config, plan: PrivacyPlan) -> None:
     """One line a scope: the noise that it asks for, and what the target then covers."""
     target = config.privacy.target_epsilon
-    trial = _under(config, scope="trial")
+    trial = under(config, "trial")
     shared = config.privacy.covers.covers_choice
     alone = estimated_noise_multiplier(trial) if shared else plan.noise_multiplier
     together, accountant = estimated_composition(trial, alone, _TRIALS)
@@ -84,13 +85,11 @@ def _print_scopes(config: Config, plan: PrivacyPlan) -> None:
     for law in ("geometric", "logarithmic"):
         text = f"the best of a secret number, mean {config.privacy.selection_mean:g}"
         rows.append((f"selection selection_law={law}", {"selection_law": law}, text))
+    tuned = f"all of {_TRIALS} tuning trials and the final run, whose noise this is"
+    rows.append((f"tune_then_train num_shares={_TRIALS}", {"num_shares": _TRIALS}, tuned))
     for name, settings, text in rows:
-        try:
-            changed = _under(config, scope=name.split()[0], data_set_budget=None, **settings)
-            figure = _noise(estimated_noise_multiplier(changed))
-        except (ConfigError, InfeasibleError):
-            figure = "-"
-        print(_LINE.format(name, figure, text))
+        found = final_noise(config, name.split()[0], **settings)
+        print(_LINE.format(name, "-" if found is None else _noise(found), text))
 
 
 def _print_what_if(config: Config) -> None:
@@ -116,7 +115,3 @@ def _print_what_if(config: Config) -> None:
 
 def _noise(multiplier: float) -> str:
     return f"{multiplier:.3f}" if multiplier >= 0.1 else f"{multiplier:.3g}"
-
-
-def _under(config: Config, **privacy: object) -> Config:
-    return load(nested(config), {f"privacy.{key}": value for key, value in privacy.items()})

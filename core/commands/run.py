@@ -39,10 +39,10 @@ from core.run.pipeline import run as run_pipeline
 def run(options: argparse.Namespace) -> None:
     """Trains, generates and scores one model."""
     config = load(options.config, parse_overrides(options.overrides))
-    if config.privacy.covers.is_secret:
+    if config.privacy.covers.is_secret or config.privacy.covers.tunes_first:
         raise ConfigError(
-            "privacy.scope='selection': one run alone is no selection; run a sweep, or choose "
-            "another scope"
+            f"privacy.scope={config.privacy.scope!r}: one run alone is no search; run a sweep, or "
+            "choose another scope"
         )
     run_dir = options.run_dir or run_dir_of(options.config, config)
     result = train(config, run_dir, options.verbosity)

@@ -1,5 +1,6 @@
 """Budget section of the configuration: the target, and what it covers."""
 
+from collections.abc import Sequence
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -14,11 +15,13 @@ class PrivacyConfig(Section):
     target_epsilon: Positive = 10.0
     target_delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
     neighboring_relation: Literal["zero_out", "replace_one"] = "zero_out"
-    scope: Literal["trial", "sweep", "selection", "public"] = "trial"
-    """What the target covers: one trial; all trials of a sweep together; the best of a secret
-    number of trials; or the one run on this data, after tuning on public data."""
+    scope: Literal["trial", "sweep", "tune_then_train", "selection", "public"] = "trial"
+    """What the target covers: one trial; all trials of a sweep together; cheap tuning trials and
+    the final run after them; the best of a secret number of trials; or the one run on this data,
+    after tuning on public data."""
     num_shares: PositiveInt = 1
-    """Scope `sweep`: how many complete trials the target pays for."""
+    """Scope `sweep`: how many complete trials the target pays for; scope `tune_then_train`: how
+    many tuning trials, beside the final run."""
     adaptive: bool = True
     """Scope `sweep`: whether the noise of a trial may depend on the results of others."""
     selection_law: Literal["geometric", "logarithmic"] = "logarithmic"
@@ -28,6 +31,18 @@ class PrivacyConfig(Section):
     selection_reference: tuple[Positive, ...] = ()
     """Scope `selection`: sample rate, noise multiplier and count, three numbers for each, of the
     mechanisms whose privacy profile bounds that of every trial. A sweep derives them."""
+    tuning_epsilon: Positive | None = 0.6
+    """Scope `tune_then_train`: what a tuning trial spends."""
+    tuning_noise: Positive | None = None
+    """Scope `tune_then_train`: in its place the DP-SGD noise multiplier of a tuning trial."""
+    tuning_steps: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Scope `tune_then_train`: share of `training.num_steps` that a tuning trial has."""
+    tuning_reference: tuple[Positive, ...] = ()
+    """Scope `tune_then_train`: as `selection_reference`, of the tuning trials."""
+    final_reference: tuple[Positive, ...] = ()
+    """Scope `tune_then_train`: as `selection_reference`, of the final run."""
+    is_final_run: bool = False
+    """Scope `tune_then_train`: whether this is the run after the tuning trials. A sweep sets it."""
     dp_accuracy_stddev: Annotated[float, Field(ge=1, le=1e9)] | None = None
     """Noise, in images, on the number of private images that the downstream classifier gets
     right; its charge is part of the trial's. Null: there is no `dp_accuracy`."""
@@ -40,16 +55,17 @@ class PrivacyConfig(Section):
         return SCOPES[self.scope]
 
     @property
-    def reference(self) -> tuple[tuple[float, float, int], ...]:
-        """The mechanisms of `selection_reference`."""
-        numbers = self.selection_reference
-        parts = (numbers[::3], numbers[1::3], map(int, numbers[2::3]))
-        return tuple(zip(*parts, strict=True))
+    def part(self) -> str:
+        """What of its run a trial is, in the ledger."""
+        if not self.covers.tunes_first:
+            return "all"
+        return "final run" if self.is_final_run else "tuning"
 
     @property
     def has_shares(self) -> bool:
         """Whether each trial has a bound of its own, a share; else PLD composes all."""
-        return self.covers.is_secret or (self.covers.splits_target and self.adaptive)
+        covers = self.covers
+        return covers.is_secret or covers.tunes_first or (covers.splits_target and self.adaptive)
 
     @model_validator(mode="after")
     def _proven(self) -> Self:
@@ -59,15 +75,12 @@ class PrivacyConfig(Section):
                 f"'zero_out' alone, not for {self.neighboring_relation!r}: choose that, or "
                 "scope 'trial'"
             )
-        numbers = self.selection_reference
-        if (
-            len(numbers) % 3
-            or any(rate > 1 for rate in numbers[::3])
-            or any(count % 1 for count in numbers[2::3])
-        ):
+        for key in ("selection_reference", "tuning_reference", "final_reference"):
+            _check_mechanisms(key, getattr(self, key))
+        if (self.tuning_epsilon is None) == (self.tuning_noise is None):
             raise ValueError(
-                f"privacy.selection_reference={list(numbers)} must hold a sample rate in (0, 1], a "
-                "noise multiplier and a whole count for each mechanism: leave it to the sweep"
+                f"privacy.tuning_epsilon={self.tuning_epsilon} and privacy.tuning_noise="
+                f"{self.tuning_noise} say the same: give one of them, and null for the other"
             )
         if self.covers.is_secret and self.data_set_budget is not None:
             raise ValueError(
@@ -75,6 +88,23 @@ class PrivacyConfig(Section):
                 "refused trial would change the law of their secret number; set it to null"
             )
         return self
+
+
+def mechanisms_of(numbers: Sequence[float]) -> tuple[tuple[float, float, int], ...]:
+    """The mechanisms of a reference, of each of which it holds three numbers."""
+    return tuple(zip(numbers[::3], numbers[1::3], map(int, numbers[2::3]), strict=True))
+
+
+def _check_mechanisms(key: str, numbers: Sequence[float]) -> None:
+    if (
+        len(numbers) % 3
+        or any(rate > 1 for rate in numbers[::3])
+        or any(count % 1 for count in numbers[2::3])
+    ):
+        raise ValueError(
+            f"privacy.{key}={list(numbers)} must hold a sample rate in (0, 1], a noise "
+            "multiplier and a whole count for each mechanism: leave it to the sweep"
+        )
 
 
 def without_promises(privacy: PrivacyConfig) -> None:

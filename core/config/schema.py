@@ -212,6 +212,12 @@ class Config(Section):
         return staged or self.method == "moments"
 
     @property
+    def is_final(self) -> bool:
+        """Whether this is the one run for which a search was made before."""
+        on_public_data = self.privacy.covers.chosen_on_public_data
+        return self.privacy.is_final_run or (on_public_data and not self.dataset.public)
+
+    @property
     def is_plain(self) -> bool:
         """Whether DP-SGD is all, without any easy stage."""
         return not (self.warm_up_steps or self.uses_moments or self.uses_frequency)

@@ -56,6 +56,14 @@ class Dimension(Section):
         """Values that must be valid if all are."""
         return self.choices if self.choices is not None else (self.low, self.high)
 
+    def holds(self, value: Any) -> bool:
+        """Whether a value lies in the space, wherever the steps are."""
+        if self.choices is not None:
+            return value in self.choices
+        assert self.low is not None
+        assert self.high is not None
+        return isinstance(value, Number) and self.low <= value <= self.high
+
 
 def is_integer(key: str) -> bool:
     """Whether a key of the run takes whole numbers alone."""

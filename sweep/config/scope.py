@@ -1,21 +1,28 @@
 """Demands of `privacy.scope` on a search, and its settings for the trials."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any
 
 from core.config import Config, load, nested
 from core.config.metrics import DISTRIBUTION_METRICS, SUFFIXES
+from core.config.scopes import Scope
 from core.errors import ConfigError
 from core.privacy.keys import KeyedStream, MasterSecret
-from core.privacy.plan.plan import selection_reference, smoothness
+from core.privacy.plan.plan import (
+    flat,
+    reference,
+    smoothness,
+    tuning_config,
+    tuning_references,
+)
 from core.privacy.plan.scopes import STAYS_INSIDE, has_profile, num_trials_at
 
 DEFAULT_NUM_TRIALS = 8
 EARLY_AT = "early_scores.at"
 NON_ADAPTIVE = ("random", "grid")
 """Samplers whose points are fixed before the first result, and stay so over restarts."""
+STEPS = "training.num_steps"
 SEED = "seed"
 """Under scope `selection` each trial draws its own, so that equal settings are trials apart."""
 
@@ -81,46 +88,55 @@ def scope_settings(
         )
     if final:
         _check_final(base, final)
-    if privacy.covers.is_secret:
-        if search.scheduler != "none":
+    ways = (("scheduler", search.scheduler, "none"), ("sampler", sampler, "random"))
+    for key, way, allowed in ways:
+        if way != "none" and (why := privacy.covers.refusal(way)):
             raise ConfigError(
-                f"privacy.scope='selection' is proven for trials that all run whole, not for "
-                f"scheduler={search.scheduler!r}, which stops them by their results: set "
-                "scheduler=none"
+                f"privacy.scope={privacy.scope!r} is not proven for {key}={way!r}, which {why}: "
+                f"set {key}={allowed}"
             )
-        if sampler != "random":
-            why = "takes each point once" if sampler in NON_ADAPTIVE else "learns from results"
-            raise ConfigError(
-                f"privacy.scope='selection' is proven for settings drawn alike and independently, "
-                f"not for sampler={sampler!r}, which {why}: set sampler=random"
-            )
-        if num_trials is not None:
-            raise ConfigError(
-                f"num_trials={num_trials} is not allowed under privacy.scope='selection', as the "
-                "best of a fixed number of trials is not covered: set num_trials=null; the number "
-                "is drawn secretly with mean privacy.selection_mean"
-            )
-    settings = _reference(base, search.extremes)
-    if search.scheduler != "none":
-        settings |= _early_settings(search)
-    if privacy.covers.splits_target:
+    if privacy.covers.is_secret and num_trials is not None:
+        raise ConfigError(
+            f"num_trials={num_trials} is not allowed under privacy.scope='selection', as the "
+            "best of a fixed number of trials is not covered: set num_trials=null; the number "
+            "is drawn secretly with mean privacy.selection_mean"
+        )
+    settings = _early_settings(search) if search.scheduler != "none" else {}
+    if privacy.covers.splits_target or privacy.covers.tunes_first:
         # Given, the shares stay; else the target is divided among the trials asked for.
         asked = num_trials or search.default_num_trials
         shares = privacy.num_shares if privacy.num_shares > 1 else asked
-        adaptive = sampler not in NON_ADAPTIVE
-        settings |= {"privacy.num_shares": shares, "privacy.adaptive": adaptive}
-    return settings
+        settings["privacy.num_shares"] = shares
+        if privacy.covers.tunes_first:
+            settings["privacy.is_final_run"] = False
+            if asked > shares:
+                raise ConfigError(
+                    f"num_trials={asked} exceeds the {shares} tuning trials that "
+                    "privacy.num_shares pays for: lower it, or leave privacy.num_shares out under "
+                    "another name"
+                )
+    if privacy.covers.splits_target:
+        settings["privacy.adaptive"] = sampler not in NON_ADAPTIVE
+    return settings | _references(load(nested(base), settings), search.extremes)
 
 
-def _reference(base: Config, extremes: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
-    """Under scope `selection` the mechanisms whose privacy profile bounds that of every trial.
+def _references(base: Config, extremes: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+    """The mechanisms whose privacy profiles bound those of the trials, where a scope needs them.
 
     They are those of the base run, with each searched key at the end that leaves the most DP-SGD
     steps beside the least of other releases: its privacy loss is the nearest to a normal one, and a
     bound by it costs the other points the least noise.
     """
-    if not has_profile(base.privacy) or base.privacy.selection_reference:
-        return {}
+    privacy = base.privacy
+    if privacy.covers.tunes_first and not privacy.final_reference:
+        best = _smoothest(base, extremes)
+        return dict(tuning_references(tuning_config(best), load(nested(best), {EARLY_AT: []})))
+    if has_profile(privacy) and not privacy.selection_reference:
+        return {"privacy.selection_reference": flat(reference(_smoothest(base, extremes)))}
+    return {}
+
+
+def _smoothest(base: Config, extremes: Mapping[str, Sequence[Any]]) -> Config:
     best = base
     for key, values in extremes.items():
         points = [best]
@@ -130,8 +146,7 @@ def _reference(base: Config, extremes: Mapping[str, Sequence[Any]]) -> dict[str,
             except ConfigError:  # A value that is valid beside others alone.
                 continue
         best = max(points, key=smoothness)
-    mechanisms = selection_reference(best)
-    return {"privacy.selection_reference": tuple(chain.from_iterable(mechanisms))}
+    return best
 
 
 def _check_scores(base: Config, metrics: Sequence[str]) -> None:
@@ -160,12 +175,13 @@ def _early_settings(search: Search) -> dict[str, Any]:
     return {EARLY_AT: list(search.rungs), "early_scores.metric": metric}
 
 
-def shares_central_images(config: Config) -> bool:
+def shares_central_images(config: Config, replicates: int = 1) -> bool:
     """Whether trials with equal settings of the central images have them from one release.
 
-    Not under scope `selection`, whose theorem needs trials that are independent.
+    Not under scope `selection`, whose theorem needs trials that are independent, and not of
+    replicates, as the noise that they have in common would be missing from their estimate of it.
     """
-    return not config.privacy.covers.is_secret
+    return not config.privacy.covers.is_secret and replicates == 1
 
 
 def check_searched(base: Config, keys: Sequence[str]) -> None:
@@ -178,7 +194,8 @@ def check_searched(base: Config, keys: Sequence[str]) -> None:
         "runtime.",
         "early_scores.",
         "dataset.family",
-        *(f"privacy.{key}" for key in ("scope", "num_", "adaptive", "selection_")),
+        *(f"privacy.{key}" for key in ("scope", "num_", "adaptive", "selection_", "tuning_")),
+        *("privacy.final_", "privacy.is_final_run"),
     )
     shared = ("privacy.", "dataset.") if not base.privacy.covers.claims_each else ()
     for key in keys:
@@ -224,9 +241,34 @@ def _check_final(base: Config, final: dict[str, Any]) -> None:
         )
 
 
-def final_point(point: Mapping[str, Any], final: Mapping[str, Any]) -> dict[str, Any]:
+def final_point(scope: Scope, point: Mapping[str, Any], final: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters of the final run: those of a trial of the search, and the keys of `final`."""
-    return {**point, "dataset.public": False, EARLY_AT: [], **final}
+    sensitive = {"dataset.public": False} if scope.chosen_on_public_data else {}
+    return {**point, **sensitive, EARLY_AT: [], **final}
+
+
+def tuning_settings(base: Config, keys: Container[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Keys of the tuning trials, and of the final run after them; empty under other scopes.
+
+    Args:
+        base: the run with all that is fixed.
+        keys: that are searched.
+
+    Raises:
+        ConfigError: the number of steps is searched, and would not be that of the final run.
+    """
+    if not base.privacy.covers.tunes_first:
+        return {}, {}
+    final: dict[str, Any] = {"privacy.is_final_run": True}
+    if base.privacy.tuning_steps == 1:
+        return {}, final
+    if STEPS in keys:
+        raise ConfigError(
+            f"search_space.{STEPS} is searched, but tuning trials have privacy.tuning_steps="
+            f"{base.privacy.tuning_steps:g} of its steps: fix it, or set privacy.tuning_steps=1"
+        )
+    steps = tuning_config(base).training.num_steps
+    return {STEPS: steps}, {**final, STEPS: base.training.num_steps}
 
 
 def inside(sweeps: Sequence[Any]) -> str:

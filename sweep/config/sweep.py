@@ -31,7 +31,14 @@ from core.errors import ConfigError
 from sweep.config.dimension import Dimension
 from sweep.config.grid import PublishedGrid, check_grid, default_num_trials
 from sweep.config.prices import Cloud
-from sweep.config.scope import SEED, Search, check_limits, check_searched, scope_settings
+from sweep.config.scope import (
+    SEED,
+    Search,
+    check_limits,
+    check_searched,
+    scope_settings,
+    tuning_settings,
+)
 
 _FOLDERS = ("runtime.ledger", "runtime.cache")
 _SECTIONS = ("fixed", "search_space", "final")
@@ -109,19 +116,25 @@ class SweepConfig(Section):
     """One, or a list, of which the front of trials that no other beats in all is sought."""
     further_objectives: tuple[Objective, ...] = ()
     """All but the first of a list given as `objective`."""
-    sampler: Literal["tpe", "nsga2", "random", "grid"] = "tpe"
-    """TPE (Bergstra et al. 2011) and NSGA-II (Deb et al. 2002) learn from results; random draws
+    sampler: Literal["tpe", "gp", "nsga2", "random", "grid"] = "tpe"
+    """TPE (Bergstra et al. 2011), a Gaussian process that takes scores for noisy (log expected
+    improvement, Ament et al. 2023) and NSGA-II (Deb et al. 2002) learn from results; random draws
     alike and independently; grid takes every combination of the choices once."""
+    replicates: PositiveInt = 1
+    """Trials of each setting, which differ in seed and noise; each is charged, and is one of
+    `num_trials`. From 2 on the noise of the scores is estimated, and the base run's own setting
+    comes first where the search space holds it."""
     published: PublishedGrid | None = None
     """Figures over the same two keys, drawn beside those of the sweep in its report."""
     scheduler: Literal["none", "asha"] = "none"
     """`asha` stops trials that score poorly during training."""
     asha: AshaConfig = AshaConfig()
     final: Annotated[dict[str, Any], Field(default_factory=dict)]
-    """Scope `public`: dotted keys that turn the best trial into the one run on sensitive data."""
+    """Scope `public`: dotted keys that turn the best trial into the one run on sensitive data.
+    Under scope `tune_then_train` the sweep sets them."""
     num_trials: Annotated[int, Field(ge=1, le=100_000)] | None = None
-    """8 if not given, of a grid all points that the budget can pay; under scope `selection` drawn
-    secretly, and never given."""
+    """8 if not given, of a grid all points that the budget can pay; without a final run. Under
+    scope `selection` drawn secretly, and never given."""
     workers_per_trial: PositiveInt = 2
     min_workers_per_trial: PositiveInt | None = None
     """Given, a trial that lost workers goes on with as few as this, and with more when it can."""
@@ -145,7 +158,7 @@ class SweepConfig(Section):
     cloud: Cloud | None = None
     search_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     num_startup_trials: PositiveInt = 10
-    """Random trials before TPE starts to model the results."""
+    """Random trials before TPE or the Gaussian process starts to model the results."""
     experiment: Annotated[str, Field(pattern=r"^.{1,500}$")] = "feta-sweep"
     """MLflow experiment."""
     storage_path: str = "runs"
@@ -185,6 +198,13 @@ class SweepConfig(Section):
         if not self.search_space:
             raise ValueError("search_space is empty: name at least one key to search")
         check_grid(self.sampler, self.choices, self.num_trials, self.published)
+        if self.replicates > 1 and (self.sampler == "grid" or self.scheduler != "none"):
+            raise ValueError(
+                f"replicates={self.replicates} cannot be had with sampler={self.sampler!r} and "
+                f"scheduler={self.scheduler!r}: a grid takes replicates as search_space.seed."
+                "choices, and the mean of trials that were not stopped is biased, so set "
+                "scheduler=none"
+            )
         for key in ("max_gpu_hours", "max_cost"):
             if getattr(self, key) is not None and not self.gpus_per_worker:
                 raise ValueError(
@@ -253,6 +273,19 @@ class SweepConfig(Section):
     def run(self) -> Config:
         """What all trials share: the base run with all that is fixed."""
         return load(self.base, self.fixed)
+
+    def replicates_of(self, point: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Parameters of the trials of one setting."""
+        if self.replicates == 1:
+            return [dict(point)]
+        first = self.run.seed
+        return [{**point, SEED: first + number} for number in range(self.replicates)]
+
+    @property
+    def preset(self) -> dict[str, Any]:
+        """The base run's own values of the searched keys, seed aside."""
+        values = flatten(self.run)
+        return {key: values[key] for key in self.search_space if key != SEED}
 
     @property
     def count_key(self) -> str:
@@ -400,7 +433,19 @@ def _scoped(sweep: SweepConfig) -> SweepConfig:
                 "trial draws its own: leave it out"
             )
         space[SEED] = Dimension(low=0, high=2**31 - 1)
-    return sweep.model_copy(update={"fixed": {**sweep.fixed, **settings}, "search_space": space})
+    if sweep.replicates > 1 and SEED in space:
+        raise ConfigError(
+            f"replicates={sweep.replicates} are trials of one setting that differ in seed, which "
+            "is itself searched or drawn here: set replicates=1"
+        )
+    tuning, final = tuning_settings(base, space)
+    return sweep.model_copy(
+        update={
+            "fixed": {**sweep.fixed, **settings, **tuning},
+            "search_space": space,
+            "final": sweep.final | final,
+        }
+    )
 
 
 def _check_run(sweep: SweepConfig, overrides: Mapping[str, Any]) -> None:

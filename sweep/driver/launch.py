@@ -30,10 +30,10 @@ from sweep.driver.progress import Progress
 from sweep.results.claim import claim, driver_lock, release_id
 from sweep.results.table import (
     Row,
-    best,
     final_row,
     load_rows,
     num_left,
+    recommended,
     released_row,
     withdraw_card,
     write_card,
@@ -173,11 +173,8 @@ def _search(
     try:
         tune = partial(_fit, meter=meter, observers=[progress, *mirrors, meter])
         stopped = _search_trials(context, tune, rows, total - before, progress)
-        winner = best(sweep, load_rows(sweep)) if sweep.final and not stopped else None
-        if winner is not None:
-            point = {key: flatten(winner.config)[key] for key in sweep.search_space}
-            last = replace(context, is_final=True)
-            whole = tune(last, num_samples=1, param_space=final_point(point, sweep.final))
+        if (point := _final_point(sweep)) and not stopped:
+            whole = tune(replace(context, is_final=True), num_samples=1, param_space=point)
             stopped = "" if whole else "interrupted"
     except KeyboardInterrupt:
         stopped = "interrupted"
@@ -190,6 +187,18 @@ def _search(
     rows = load_rows(sweep)
     complete = not stopped and _is_complete(sweep, rows, total)
     return Outcome(rows, stopped, complete, uri, limited)
+
+
+def _final_point(sweep: SweepConfig) -> dict[str, Any]:
+    """The final run's parameters: the recommended ones, or those of the one that has begun.
+
+    Empty where there is to be none, or no trial has a score.
+    """
+    rows = load_rows(sweep)
+    if not sweep.final or (winner := final_row(sweep, rows) or recommended(sweep, rows)) is None:
+        return {}
+    point = {key: flatten(winner.config)[key] for key in sweep.search_space}
+    return final_point(sweep.run.privacy.covers, point, sweep.final)
 
 
 def _search_trials(

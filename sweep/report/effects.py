@@ -14,7 +14,7 @@ from core.io.terminal import ProgressLine
 from core.privacy.plan.plan import check_feasible
 from sweep.config.dimension import Dimension
 from sweep.config.sweep import SweepConfig
-from sweep.results.table import Row
+from sweep.results.table import Row, scored_rows
 from sweep.search.study import distributions
 
 MIN_TRIALS = 10
@@ -48,10 +48,9 @@ def importance(sweep: SweepConfig, rows: Sequence[Row]) -> dict[str, float] | st
     """Share of the objective's variance by key (fANOVA, Hutter et al. 2014), or why not.
 
     Args:
-        rows: any; those that have finished count.
+        rows: any; those of the search that have finished count.
     """
-    metric = sweep.objective.metric
-    scored = [row for row in rows if metric in row.scores]
+    metric, scored = sweep.objective.metric, scored_rows(sweep, rows)
     if len(scored) < MIN_TRIALS:
         return (
             f"Importance needs at least {MIN_TRIALS} finished trials to tell it from chance; this "

@@ -39,9 +39,11 @@ from sweep.results.table import (
     easy_count,
     load_rows,
     planned_epsilon,
+    scored_rows,
     shown_metrics,
     sweep_card,
     sweep_epsilon,
+    told_of_noise,
 )
 from sweep.search.study import pruned_points
 from sweep.tracking.charts import CENTRAL_IMAGES, FREQUENCY
@@ -58,7 +60,7 @@ def write_report(sweep: SweepConfig, out: Path) -> None:
     """
     rows = load_rows(sweep)
     winner = best(sweep, rows)
-    finished = [row for row in rows if row.state == "finished"]
+    finished = scored_rows(sweep, rows)
     pruned = pruned_points(sweep)
     metrics = shown_metrics(sweep, rows)
     shares = importance(sweep, rows)
@@ -87,12 +89,13 @@ def write_report(sweep: SweepConfig, out: Path) -> None:
         "slices": [figure for figure in figures if figure.id.startswith("slice-")],
         "maps": maps,
         "agreement": agreement(maps),
+        "told_of_noise": told_of_noise(sweep, rows),
         "no_importance": shares if isinstance(shares, str) else "",
         "tables": all_tables(sweep, rows, winner, metrics, pruned, total),
         "pictures": _winner_pictures(winner),
         "classes": CLASSES,
         "class_names": _class_names(winner),
-        "gallery": _gallery(sweep, finished),
+        "gallery": _gallery(sweep, [row for row in rows if row.state == "finished"]),
         "configuration": yaml_subset.dump(nested(winner.config)) if winner else "",
         "figure_data": to_json(
             [{"id": each.id, "data": each.data, "layout": each.layout} for each in figures]

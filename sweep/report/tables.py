@@ -110,6 +110,7 @@ def _settings(sweep: SweepConfig) -> list[list[str]]:
         ["sampler", sweep.sampler],
         ["scheduler", sweep.scheduler],
         ["num_trials", str(sweep.num_trials)],
+        ["replicates", str(sweep.replicates)],
         ["workers_per_trial", str(sweep.workers_per_trial)],
         ["search_seed", str(sweep.search_seed)],
         *[[key, str(value)] for key, value in sweep.fixed.items()],

@@ -25,6 +25,7 @@ from core.record.folder import Result, RunFolder
 from sweep.config.scope import DEFAULT_NUM_TRIALS, SEED, inside
 from sweep.config.sweep import SweepConfig
 from sweep.results.driver import running_driver
+from sweep.results.replicates import Estimates, estimates, sentences
 
 CARD = "privacy_card.md"
 """In the folder of a sweep, beside the same as JSON."""
@@ -104,8 +105,8 @@ def _row(folder: RunFolder) -> Row:
 
 
 def final_row(sweep: SweepConfig, rows: Sequence[Row]) -> Row | None:
-    """The one run on sensitive data after a search on public data, if it began."""
-    return next((row for row in rows if sweep.final and not row.config.dataset.public), None)
+    """The one run after the search, if there is to be one and it began."""
+    return next((row for row in rows if sweep.final and row.config.is_final), None)
 
 
 def best(sweep: SweepConfig, rows: Sequence[Row], by: str | None = None) -> Row | None:
@@ -115,7 +116,7 @@ def best(sweep: SweepConfig, rows: Sequence[Row], by: str | None = None) -> Row 
     """
     objectives = sorted(sweep.objectives, key=lambda each: each.metric != by)
     return max(
-        _scored(sweep, rows),
+        scored_rows(sweep, rows),
         key=lambda row: [objective.gain(row.scores) for objective in objectives],
         default=None,
     )
@@ -127,7 +128,7 @@ def winners(sweep: SweepConfig, rows: Sequence[Row]) -> list[Row]:
     """
     if len(sweep.objectives) == 1:
         return [row for row in [best(sweep, rows)] if row is not None]
-    scored = _scored(sweep, rows)
+    scored = scored_rows(sweep, rows)
     gains = [[each.gain(row.scores) for each in sweep.objectives] for row in scored]
 
     def beaten(mine: list[float]) -> bool:
@@ -139,7 +140,35 @@ def winners(sweep: SweepConfig, rows: Sequence[Row]) -> list[Row]:
     return [row for row, mine in zip(scored, gains, strict=True) if not beaten(mine)]
 
 
-def _scored(sweep: SweepConfig, rows: Sequence[Row]) -> list[Row]:
+def score_estimates(sweep: SweepConfig, rows: Sequence[Row]) -> Estimates | None:
+    """What the trials of one setting tell of the noise; None where no setting has two."""
+    metric = sweep.objective.metric
+    scored = scored_rows(sweep, rows)
+    scores = [(_place(sweep, row), row.trial, row.scores[metric]) for row in scored]
+    return estimates(scores, sweep.objective.direction == "maximize")
+
+
+def recommended(sweep: SweepConfig, rows: Sequence[Row]) -> Row | None:
+    """The first trial of the setting with the best mean score; without replicates the best."""
+    if (found := score_estimates(sweep, rows)) is None:
+        return best(sweep, rows)
+    return next(row for row in rows if row.trial == found.settings[0].trial)
+
+
+def told_of_noise(sweep: SweepConfig, rows: Sequence[Row]) -> list[str]:
+    """Sentences on the recommended setting and on what is noise; none without replicates."""
+    found = score_estimates(sweep, rows)
+    preset = tuple(sweep.preset.values())
+    return sentences(found, sweep.objective.metric, preset) if found else []
+
+
+def _place(sweep: SweepConfig, row: Row) -> tuple[Any, ...]:
+    values = flatten(row.config)
+    return tuple(values[key] for key in sweep.search_space if key != SEED)
+
+
+def scored_rows(sweep: SweepConfig, rows: Sequence[Row]) -> list[Row]:
+    """The trials of the search that have all scores that choose; never the final run."""
     last = final_row(sweep, rows)
     return [row for row in rows if row is not last and set(sweep.metrics) <= set(row.scores)]
 
@@ -242,7 +271,7 @@ def withdraw_card(sweep: SweepConfig, rows: Sequence[Row]) -> None:
 
 
 def released_row(sweep: SweepConfig, rows: Sequence[Row]) -> Row | None:
-    """The one that may be published: the best trial; under scope `public` the final run.
+    """The one that may be published: the best trial; or the final run after them.
 
     None while there is none that has finished.
     """
@@ -321,6 +350,8 @@ def print_results(sweep: SweepConfig, rows: list[Row], pruned: int, ui: str) -> 
     title = "best trial: " if len(sweep.objectives) == 1 else "  "
     for row in front:
         print(f"{title}{row.trial} ({_scores(row)})")
+    for line in told_of_noise(sweep, rows):
+        print(line)
     if released is None:
         print(none_yet + _how_to_go_on(sweep, rows))
     else:
@@ -390,7 +421,9 @@ def results_table(
     others = [k for k in sweep.search_space if k not in (*_SHOWN, SEED)]
     columns += [key.replace(".", " ") for key in others]  # Breaks there if it must.
     total_so_far = "eps so far" if num_left(sweep, rows) else "eps sweep"
-    columns += ["DP-SGD noise", "eps trial", total_so_far, *metrics, "seconds"]
+    means, scored = score_estimates(sweep, rows), {r.trial for r in scored_rows(sweep, rows)}
+    columns += ["DP-SGD noise", "eps trial", total_so_far, *metrics]
+    columns += [*([f"mean {sweep.objective.metric}"] if means else []), "seconds"]
     for name in columns:
         first = name == "trial"
         table.add_column(name, justify="left" if first else "right", no_wrap=first)
@@ -407,6 +440,8 @@ def results_table(
         cells += [
             f"{row.scores[m]:.4g}" if m in row.scores else row.state for m in metrics or ["state"]
         ][: len(metrics)]
+        if means:
+            cells += [means.interval(_place(sweep, row)) if row.trial in scored else "-"]
         cells += [f"{row.seconds:.0f}" if row.seconds else row.state]
         table.add_row(*cells)
     return table

@@ -20,6 +20,7 @@ from sweep.config.grid import grid_points, two_keys
 from sweep.config.scope import DEFAULT_NUM_TRIALS, final_point
 from sweep.config.sweep import SweepConfig
 from sweep.costs.estimate import print_costs
+from sweep.search.which_scope import print_which_scope
 
 _POINTS = 4
 
@@ -28,7 +29,7 @@ def infeasible_reason(sweep: SweepConfig, point: Mapping[str, Any]) -> str:
     """Why a point is no run that the budget can pay; empty if it is one."""
     runs = {"": point}
     if sweep.final:  # A search whose winner cannot run on the sensitive data would be in vain.
-        runs["of the final run, "] = final_point(point, sweep.final)
+        runs["of the final run, "] = final_point(sweep.run.privacy.covers, point, sweep.final)
     for which, parameters in runs.items():
         try:
             check_feasible(sweep.trial_config(parameters))
@@ -85,6 +86,8 @@ def print_plan(sweep: SweepConfig, probe: bool = False) -> None:
     secret = privacy.covers.is_secret
     trials = f"a secret number of trials (mean {privacy.selection_mean:g})"
     trials = trials if secret else counted(total, "trial")
+    trials += f" ({sweep.replicates} of each setting)" if sweep.replicates > 1 else ""
+    trials += " and a final run," if sweep.final else ""
     print(
         f"sweep {sweep.name}: {trials} of {counted(sweep.workers_per_trial, 'worker')} each, "
         f"{config.training.num_steps} steps, scope {privacy.scope} at epsilon "
@@ -114,7 +117,11 @@ def print_plan(sweep: SweepConfig, probe: bool = False) -> None:
             f"epsilon that scope {privacy.scope} claims: {upward(privacy.target_epsilon)}, by "
             f"{accountant_of(privacy, plan.summary()['accountant'])}"
         )
-    print_costs(sweep, config, privacy.selection_mean if secret else total, probe)
+    print_which_scope(sweep, middle)
+    trials = privacy.selection_mean if secret else total
+    if privacy.covers.tunes_first:  # The final run, in the time of a tuning trial.
+        trials += 1 / privacy.tuning_steps
+    print_costs(sweep, config, trials, probe)
 
 
 def _print_grid(sweep: SweepConfig, middle: dict[str, Any]) -> None:

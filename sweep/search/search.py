@@ -17,6 +17,7 @@ from sweep.config.sweep import SweepConfig
 from sweep.search.feasible import infeasible_reason
 from sweep.search.study import distributions, open_storage
 
+_REPLICATE = "replicate"
 MAX_ATTEMPTS = 200
 """Points in a row that may be unaffordable or known before the search gives up."""
 
@@ -83,11 +84,11 @@ class FeasibleSearch(OptunaSearch):
             asked = f"{trial_id}/{attempt}"
             point = super().suggest(asked)
             assert point is not None
-            identity, reason = self._judge(point)
+            number, parameters, reason = self._judge(point)
             if not reason:
                 self._asked[trial_id] = asked
-                self._known[identity] = "being tried"
-                return point
+                self._begin(asked, number, point)
+                return parameters
             super().on_trial_complete(asked)  # Without a result: Optuna counts it as pruned.
             self._on_pruned(point, reason)
         self._gave_up = f"{self._attempts} points in a row could not be tried, the last as {reason}"
@@ -116,12 +117,26 @@ class FeasibleSearch(OptunaSearch):
             self._asked[trial_id], result if scored else None, error or not scored
         )
 
-    def _judge(self, point: dict[str, Any]) -> tuple[str, str]:
+    def _judge(self, point: dict[str, Any]) -> tuple[int, dict[str, Any], str]:
+        """Which trial of the setting comes next, its parameters; or why none does."""
         if reason := infeasible_reason(self._sweep, point):
-            return "", reason
-        digest = short_digest(self._sweep.trial_config(point))
-        known = self._known.get(digest)
-        return digest, f"trial {digest} has the same configuration ({known})" if known else ""
+            return 0, point, reason
+        for number, parameters in enumerate(self._sweep.replicates_of(point)):
+            digest = short_digest(self._sweep.trial_config(parameters))
+            if (known := self._known.get(digest)) is None:
+                self._known[digest] = "being tried"
+                return number, parameters, ""
+        return 0, point, f"trial {digest} has the same configuration ({known})"
+
+    def _begin(self, asked: str, number: int, point: dict[str, Any]) -> None:
+        """Notes which trial of its setting this is, and queues the others if it was not queued."""
+        if self._sweep.replicates == 1:
+            return
+        study, trial = cast(Any, self)._ot_study, self._ot_trials[asked]
+        trial.set_user_attr(_REPLICATE, number)
+        queued = "fixed_params" in study._storage.get_trial(trial._trial_id).system_attrs
+        for _ in range(0 if queued else self._sweep.replicates - 1):
+            study.enqueue_trial(point)
 
 
 def _sampler(sweep: SweepConfig, seed: int, entropy: int) -> optuna.samplers.BaseSampler:
@@ -130,6 +145,10 @@ def _sampler(sweep: SweepConfig, seed: int, entropy: int) -> optuna.samplers.Bas
         return IndependentSampler(entropy)
     if sweep.sampler == "grid":
         return GridInOrder(sweep)
+    if sweep.sampler == "gp":
+        return optuna.samplers.GPSampler(
+            seed=seed, n_startup_trials=first, deterministic_objective=False
+        )
     if sweep.sampler == "nsga2":
         return optuna.samplers.NSGAIISampler(seed=seed, population_size=max(2, first))
     return optuna.samplers.TPESampler(
@@ -218,7 +237,10 @@ def _settle(
     storage: optuna.storages.BaseStorage,
     ended: Mapping[str, Sequence[float] | None],
 ) -> int:
-    """Closes what an earlier driver left open, queues what has no result, counts all trials."""
+    """Closes what an earlier driver left open, queues what has no result, counts all trials.
+
+    Where settings have replicates, the first search begins with that of the base run.
+    """
     study = optuna.create_study(
         study_name=sweep.name,
         storage=storage,
@@ -229,16 +251,25 @@ def _settle(
     again: dict[str, dict[str, Any]] = {}
     for trial in study.get_trials(deepcopy=False):
         whole = set(trial.params) == set(sweep.search_space)  # Not where a driver died asking.
-        digest = short_digest(sweep.trial_config(trial.params)) if whole else ""
+        of_setting = sweep.replicates_of(trial.params) if whole else []
+        digests = [short_digest(sweep.trial_config(each)) for each in of_setting]
+        digest = digests[trial.user_attrs.get(_REPLICATE, 0)] if whole else ""
         if trial.state == states.RUNNING:
             if (values := ended.get(digest)) is not None:
                 study.tell(trial.number, values)
             else:
                 study.tell(trial.number, state=states.FAIL)
-        if trial.state in (states.RUNNING, states.FAIL) and digest not in {"", *ended}:
-            again[digest] = trial.params
+        cut = trial.state in (states.RUNNING, states.FAIL)
+        for each in digests if trial.state != states.PRUNED else ():
+            if each not in ended and (cut or each != digest):  # Itself, or others of its setting.
+                again[each] = trial.params
         if trial.state == states.WAITING:
-            study.tell(trial.number, state=states.FAIL)  # Queued anew below, in order.
+            # Queued anew below, in order; `tell` takes no trial that was never asked for.
+            storage.set_trial_state_values(trial._trial_id, states.FAIL)
+    inside = all(sweep.search_space[key].holds(value) for key, value in sweep.preset.items())
+    if sweep.replicates > 1 and inside and not any(trial.params for trial in study.trials):
+        for _ in range(sweep.replicates):
+            study.enqueue_trial(sweep.preset)
     for parameters in again.values():
         study.enqueue_trial(parameters)
     return len(study.trials)

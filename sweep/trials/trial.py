@@ -37,7 +37,7 @@ class Context:
 
     Attributes:
         launch: token of the driver that started this; the ledger refuses workers of an older one.
-        is_final: whether this is the run on sensitive data after a search on public data.
+        is_final: whether this is the one run after the search.
         verdicts: where workers ask after each early score whether to go on; None without.
         train: what trains a trial and yields its reports; None: a group of Ray Train.
     """
@@ -166,7 +166,7 @@ def _trainer(context: Context, config: Config, digest: str, tell: Report) -> Any
             "run_dir": str(context.run_dir(digest)),
             "name": sweep.name,
             "folder": str(sweep.folder),
-            "shares": shares_central_images(config),
+            "shares": shares_central_images(config, sweep.replicates),
             "launch": context.launch,
             "verdicts": context.verdicts,
             "trial": digest,

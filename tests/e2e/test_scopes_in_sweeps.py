@@ -1,4 +1,4 @@
-"""The scopes `selection` and `public` as whole sweeps on one machine, from search to release.
+"""The scopes `selection`, `public` and `tune_then_train` as whole sweeps on one machine.
 
 The final run of scope `public` differs in its configuration alone, so trials are stand-ins there.
 """
@@ -25,7 +25,7 @@ from sweep.config.scope import count_trials
 from sweep.config.sweep import load_sweep
 from sweep.driver.launch import Outcome
 from sweep.results.find import open_sweep
-from sweep.results.table import best, load_rows, write_card
+from sweep.results.table import best, final_row, load_rows, released_row, write_card
 from sweep.run import main as run_main
 
 TINY = sweep_text("tiny", f"{HEAD}\nworkers_per_trial: 1\nmax_concurrent_trials: 1")
@@ -210,3 +210,54 @@ def test_settings_found_on_public_data_run_once_on_the_sensitive_data(
         assert (
             "Final run: not finished, so nothing is claimed yet." in (tmp_path / "page").read_text()
         )
+
+
+def test_tuning_trials_and_the_run_after_them_are_one_release(tmp_path, joined, capsys):
+    """All of it by one command; the same command runs and charges nothing again."""
+    overrides = (
+        NOISE + "=60",
+        "dataset.public=true",
+        "privacy.scope=tune_then_train",
+        "privacy.tuning_epsilon=0.2",
+        "privacy.tuning_steps=0.5",
+        "replicates=2",
+        "num_trials=2",
+    )
+    out, _ = drive(tmp_path, TINY, joined, *overrides)
+    assert re.search(r"best trial: \w+ \(accuracy", out)
+    assert re.search(r"final run: \w+ \(accuracy", out)
+    assert re.search(
+        r"recommended setting: that of \w+ \(accuracy 0\.\d+ \+- 0, the mean of 2\)", out
+    )
+    assert "Up to 2 tuning trials and the final run after them, whatever chose" in out
+    assert re.search(r"epsilon of all that was computed: 1\n", out)
+    assert re.search(r"epsilon of all runs on this data set: 1 ", out)
+    sweep = open_sweep(tmp_path / "runs", "tiny")
+    rows = load_rows(sweep)
+    final = final_row(sweep, rows)
+    winner = best(sweep, rows)
+    assert [row.config.training.num_steps for row in rows] == [10, 10, 20]
+    assert [row.config.seed for row in rows] == [0, 1, 0]
+    assert final == rows[-1] == released_row(sweep, rows)
+    assert final.config.stage_split == winner.config.stage_split
+    assert all(row.plan.epsilon <= 0.2 for row in rows[:2])
+    assert 0.8 < final.plan.epsilon < 1.0
+    (ledger,) = [Ledger.at(path) for path in (tmp_path / "runs" / "ledger").glob("*.jsonl")]
+    entries = ledger.summary()["entries"]
+    assert [entry["stage"] for entry in entries] == ["tuning", "tuning", "final run"]
+    card = (sweep.folder / "privacy_card.md").read_text()
+    assert "PLD of one privacy profile for each trial" in card
+    assert "by accuracy (public), among the tuning trials" in card
+    again, err = drive(tmp_path, TINY, joined, *overrides)
+    assert again == out
+    assert not err
+    assert ledger.summary()["entries"] == entries
+
+    # The whole counts from the first trial on, also for a run that goes on after its final run.
+    (final.run_dir / "evaluation.json").unlink()
+    assert sweep_main(["show", "tiny", "--storage", str(tmp_path / "runs")]) == 0
+    assert "final run: not finished, so nothing is claimed yet" in capsys.readouterr().out
+    resumed, _ = drive(tmp_path, TINY, joined, *overrides)
+    assert f"final run: {final.trial}" in resumed
+    assert ledger.summary()["epsilon_committed_and_reserved"] == 1.0
+    drive(tmp_path, TINY, joined, *overrides[:-1], "num_trials=3", code=2)

@@ -78,7 +78,7 @@ def unopened(monkeypatch):
         ({"privacy__target_delta": 1e-6}, "was begun with 1e-05, which never changes"),
         (
             {"privacy__scope": "selection", "privacy__data_set_budget": "null"},
-            "one run alone is no selection",
+            "one run alone is no search",
         ),
     ],
 )

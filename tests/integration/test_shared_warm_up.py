@@ -163,3 +163,4 @@ def test_a_selection_s_trials_stay_independent():
     quickstart = Path(__file__).parents[1] / "data" / "sweep.yaml"
     assert not shares_central_images(load_sweep(quickstart, overrides).run)
     assert shares_central_images(load_sweep(quickstart, {}).run)
+    assert not shares_central_images(load_sweep(quickstart, {}).run, replicates=2)

@@ -150,7 +150,7 @@ def test_more_trials_may_be_asked_for_later(sweep_of):
         (
             {"privacy.scope": "selection", "privacy.dp_accuracy_stddev": 50,
              "objective.metric": "dp_accuracy"},
-            r"not for sampler='grid', which takes each point once: set sampler=random",
+            r"is not proven for sampler='grid', which takes each point once: set sampler=random",
         ),
     ],
 )  # fmt: skip

@@ -286,6 +286,7 @@ def test_account_tells_what_each_scope_would_ask(capsys):
     told = capsys.readouterr().out
     assert all(re.search(rf"^{each} ", told, re.M) for each in ("trial", "public", "sweep"))
     assert re.search(r"^selection selection_law=geometric ", told, re.M)
+    assert re.search(r"^tune_then_train num_shares=16 ", told, re.M)
 
 
 def test_compare_trains_with_and_without_the_easy_stage(tmp_path, monkeypatch, capsys):

@@ -1,6 +1,7 @@
 """Shares, filters and selection against independent figures, and what each scope refuses."""
 
 import math
+from pathlib import Path
 from typing import get_args
 
 import numpy as np
@@ -90,6 +91,19 @@ def test_every_scope_is_an_entry_of_the_one_table():
     assert set(get_args(named)) == set(SCOPES)
     for scope in SCOPES.values():  # Proven for adaptive choices, or no trial has a share of it.
         assert bool(scope.theorem) == scope.covers_choice
+
+
+def test_the_readme_s_table_of_ways_to_search_is_that_of_the_code():
+    readme = Path("core/privacy/README.md").read_text()
+    ways = [*SCOPES["trial"].ways]
+    names = " | ".join(f"`{way}`" for way in ways)
+    lines = [f"| scope | {names} |", "|" + " --- |" * (1 + len(ways))]
+    for name, scope in SCOPES.items():
+        assert [*scope.ways] == ways
+        lines.append(f"| `{name}` | {' | '.join(scope.ways.values())} |")
+    assert "\n".join(lines) + "\n" in readme
+    alike = (SCOPES[name].refusal("replace_one") for name in ("tune_then_train", "selection"))
+    assert all(alike)
 
 
 @pytest.mark.parametrize(
@@ -214,7 +228,7 @@ def test_what_exceeds_the_share_is_refused_with_the_reason():
 
 
 def test_what_no_theorem_covers_is_refused():
-    for scope in ("sweep", "selection"):
+    for scope in ("sweep", "tune_then_train", "selection"):
         with pytest.raises(
             ConfigError, match=r"proven for privacy\.neighboring_relation='zero_out'"
         ):

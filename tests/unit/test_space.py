@@ -1,16 +1,20 @@
 """The search: what cannot be paid never becomes a trial, what is known is not tried twice."""
 
+import re
+
 import optuna
 import pytest
 from optuna.trial import TrialState
 
 from core.config import short_digest
+from core.config.scopes import SAMPLERS
 from core.privacy.keys import MasterSecret
 from sweep.config.scope import settings_entropy
 from sweep.config.sweep import load_sweep
 from sweep.search.feasible import infeasible_reason, print_plan
 from sweep.search.search import MAX_ATTEMPTS, FeasibleSearch
 from sweep.search.study import open_storage
+from sweep.search.which_scope import print_which_scope
 
 
 @pytest.fixture
@@ -95,6 +99,38 @@ def test_a_new_driver_tries_interrupted_points_first_and_keeps_results(make):
     assert not pruned
     values = [trial.value for trial in study_of(sweep).trials if trial.state == TrialState.COMPLETE]
     assert values == [0.5, 0.9]
+
+
+def test_points_that_were_queued_anew_and_never_asked_for_are_queued_again(make):
+    _, search, _ = make()
+    cut = [search.suggest(name) for name in "ab"]
+    make()  # A driver that died at once.
+    _, again, _ = make()
+    assert [again.suggest(name) for name in "cd"] == cut
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "gp", "random"])
+def test_each_setting_comes_with_its_replicates_also_over_a_restart(make, sampler):
+    """The base run's own first; of each setting all seeds, none twice, whenever a driver dies."""
+    settings = {"replicates": 3, "sampler": sampler, "num_startup_trials": 1}
+    sweep, search, _ = make(**settings)
+    first = [search.suggest(name) for name in "abcd"]
+    assert [point.pop("seed") for point in first] == [0, 1, 2, 0]
+    assert first[:3] == [sweep.preset] * 3
+    assert first[3] != sweep.preset
+    for name, score in zip("ab", (0.5, 0.6), strict=True):
+        search.on_trial_complete(name, {"training_iteration": 2, "accuracy": score})
+    replicates = sweep.replicates_of(sweep.preset)
+    ids = [short_digest(sweep.trial_config(each)) for each in replicates]
+    # The third ended while no driver was there; of the second setting no trial has.
+    _, again, pruned = make(finished=dict(zip(ids, ([0.5], [0.6], [0.7]), strict=True)), **settings)
+    rest = [again.suggest(name) for name in "efgh"]
+    assert [point.pop("seed") for point in rest] == [0, 1, 2, 0]
+    assert rest[:3] == [first[3]] * 3
+    assert rest[3] not in first
+    assert not pruned
+    complete = [t for t in study_of(sweep).trials if t.state == TrialState.COMPLETE]
+    assert sorted(trial.value for trial in complete) == [0.5, 0.6, 0.7]
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "nsga2"])
@@ -196,3 +232,28 @@ def test_plan_reads_no_data(capsys, monkeypatch):
     assert "central_images.per_class: 1 to 20, logarithmic" in text
     assert " - " in text, "twenty images at the smallest noise cannot be paid at epsilon 1"
     assert "epsilon of one trial" in text
+    assert re.search(r"^ *sweep +- +1 +4 runs ", text, re.M)
+    assert "scope tune_then_train cannot pay at privacy.tuning_epsilon=0.6" in text
+    assert "recommended: a larger privacy.target_epsilon" in text
+
+
+def test_which_scope_is_answered_for_the_sweep_at_hand(capsys):
+    sweep = load_sweep("tests/data/sweep.yaml", {"privacy.tuning_epsilon": 1.5})
+    point = {"central_images.per_class": 5, "central_images.noise_multiplier": 5.0}
+    print_which_scope(sweep, point | {"stage_split": 0.4})
+    text = capsys.readouterr().out
+    samplers = ", ".join(SAMPLERS)
+    noise = {
+        scope: float(re.search(rf"^ *{scope} +(\d\.\d+) +{rest}", text, re.M)[1])
+        for scope, rest in (
+            ("trial", rf"[1-9]\d\.\d+ +4 runs +{samplers} +any one trial"),
+            ("sweep", rf"10 +4 runs +{samplers} +every trial"),
+            ("tune_then_train", rf"10 +5 runs +{samplers} +every trial and the final run"),
+            ("selection", "10 +16 runs +random +the best trial alone"),
+            ("public", rf"10 +5 runs +{samplers} +the one run"),
+        )
+    }
+    assert noise["trial"] == noise["public"] < noise["tune_then_train"] < noise["selection"]
+    assert noise["selection"] < noise["sweep"]
+    recommended = re.search(r"recommended: scope (\w+), .* \((\S+), without", text)
+    assert recommended.groups() == ("tune_then_train", f"{noise['tune_then_train']:.3f}")

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from core.config import load, nested, short_digest, validate
+from core.config.privacy import mechanisms_of
 from core.config.yaml_subset import dump, parse
 from core.errors import ConfigError
 from core.io.files import write_json
@@ -160,7 +161,10 @@ PUBLIC = {"privacy.scope": "public", "dataset.public": True, "final.dataset.path
         (SWEEP | {"objective.metric": "accuracy"}, r"scope='sweep' cannot choose by .*'accuracy'"),
         (SELECTION | {"objective.metric": "accuracy"}, r"scope='selection' cannot choose by"),
         (SWEEP | {"privacy.dp_accuracy_stddev": None}, r"set privacy\.dp_accuracy_stddev"),
-        (SELECTION | {"sampler": "tpe"}, r"not for sampler='tpe', which learns from results"),
+        (
+            SELECTION | {"sampler": "tpe"},
+            r"is not proven for sampler='tpe', which learns from results: set sampler=random",
+        ),
         (SELECTION | {"num_trials": 16}, r"num_trials=16 is not allowed .* fixed number of trials"),
         (SELECTION | {"privacy.data_set_budget": 30}, r"data_set_budget cannot be combined"),
         (SWEEP | {"privacy.adaptive": False}, r"privacy\.adaptive=False contradicts sampler='tpe'"),
@@ -189,7 +193,11 @@ PUBLIC = {"privacy.scope": "public", "dataset.public": True, "final.dataset.path
         ({"search_space.dataset.family.choices": ["a", "b"]}, r"family cannot be searched"),
         ({"search_space.privacy.num_shares.choices": [1, 2]}, r"num_shares cannot be searched"),
         (PUBLIC | {"final.dataset.pth": "x"}, r"unknown key 'dataset.pth'"),
-        (SELECTION | {"scheduler": "asha"}, r"run whole, not for scheduler='asha'"),
+        (
+            SELECTION | {"scheduler": "asha"},
+            r"is not proven for scheduler='asha', which stops trials by their results: set "
+            r"scheduler=none",
+        ),
         (
             SELECTION | {"objective": ["dp_accuracy", "fid_cnn"]},
             r"needs one score: give one objective, not dp_accuracy, fid_cnn",
@@ -248,6 +256,9 @@ def test_several_objectives_are_a_list_of_metrics(tmp_path):
         ({"objective": ["fid", "accuracy"]}, r"is not what .*='cnn' scores: choose 'fid_cnn'"),
         ({"objective": ["fid_cnn", "accuracy"], "scheduler": "asha"}, r"compares trials by one"),
         ({"scheduler": "asha", "asha.grace_fraction": 1.0}, r"asha\.grace_fraction=1\.0"),
+        ({"scheduler": "asha", "replicates": 2}, r"replicates=2 cannot .*='asha'.*scheduler=none"),
+        ({"replicates": 2, "search_space.seed.choices": [0, 1]}, r"set replicates=1"),
+        (SELECTION | {"replicates": 2}, r"set replicates=1"),
         ({"scheduler": "asha", "asha.grace": 0.5}, r"did you mean 'asha\.grace_fraction'"),
         ({"scheduler": "asha", "early_scores.at": [0.3]}, r"early_scores\.at=\[0\.3\] contradicts"),
         ({"scheduler": "asha", "training.num_steps": 2}, r"must ascend and name different steps"),
@@ -289,13 +300,13 @@ def test_a_scope_decides_what_its_trials_share():
 
 def test_every_trial_of_a_selection_has_the_one_reference_that_the_sweep_fixed():
     sweep = load_sweep(QUICKSTART, SELECTION)
-    score, dp_sgd = sweep.run.privacy.reference
+    score, dp_sgd = mechanisms_of(sweep.run.privacy.selection_reference)
     assert score == (1.0, SELECTION["privacy.dp_accuracy_stddev"], 1)
     # The end of the space with the most steps of DP-SGD: no easy stage, so no central images.
     assert dp_sgd[2] == sweep.run.training.num_steps
     for split in (0.0, 0.3, 0.8):
         trial = sweep.trial_config({"stage_split": split, "central_images.per_class": 2})
-        assert trial.privacy.reference == sweep.run.privacy.reference
+        assert trial.privacy.selection_reference == sweep.run.privacy.selection_reference
         assert share_of(trial.privacy) == share_of(sweep.run.privacy)
         again = load(nested(trial), {})
         assert again.privacy == trial.privacy

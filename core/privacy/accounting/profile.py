@@ -43,8 +43,13 @@ def profile(
     ways = composed_losses(mechanisms, relation, step)
     if points is None:
         points = max(way.first + len(way.probabilities) for way in ways) + 1
-    error = _EXACT * least_delta(mechanisms)
-    return np.stack([_deltas(way, step, max(2, points)) for way in ways]) + error
+    deltas = np.stack([_deltas(way, step, max(2, points)) for way in ways])
+    return deltas + transform_error(mechanisms)
+
+
+def transform_error(mechanisms: tuple[Mechanism, ...]) -> float:
+    """What the transforms may be wrong by in a delta."""
+    return _EXACT * least_delta(mechanisms)
 
 
 def hockey_sticks(forth: Deltas, back: Deltas, step: float) -> tuple[Deltas, Deltas]:

@@ -125,11 +125,17 @@ def composed_losses(
     """
     releases = [one_release(*each[:2], relation, discretization) for each in mechanisms]
     counts = [count for *_, count in mechanisms]
-    one = _one_way([each._pmf_remove.to_dense_pmf() for each in releases], counts, discretization)
+    one = composed([_losses(each._pmf_remove) for each in releases], counts, discretization)
     if all(each._symmetric for each in releases):
         return one, one
-    ways = [each._pmf_add.to_dense_pmf() for each in releases]
-    return one, _one_way(ways, counts, discretization)
+    ways = [_losses(each._pmf_add) for each in releases]
+    return one, composed(ways, counts, discretization)
+
+
+def _losses(pmf: Any) -> Losses:
+    dense = pmf.to_dense_pmf()
+    probabilities = np.asarray(dense._probs, dtype=float)
+    return Losses(dense._lower_loss, probabilities, dense._infinity_mass)
 
 
 def quick_epsilon(
@@ -144,15 +150,16 @@ def quick_epsilon(
     return max(_epsilon(way, delta, discretization) for way in ways)
 
 
-def _one_way(releases: Sequence[Any], counts: Sequence[int], discretization: float) -> Losses:
-    parts = [np.asarray(each._probs, dtype=float) for each in releases]
+def composed(releases: Sequence[Losses], counts: Sequence[int], discretization: float) -> Losses:
+    """The losses of `counts` copies of each of `releases` together, in one direction."""
+    parts = [each.probabilities for each in releases]
     first, last = _range(parts, counts)
     size = cast(int, fft.next_fast_len(max(last - first + 1, *map(len, parts)), real=True))
     spectrum, log_finite, least = np.ones(size // 2 + 1, dtype=complex), 0.0, 0
     for release, part, count in zip(releases, parts, counts, strict=True):
         spectrum *= np.fft.rfft(part, size) ** count
-        log_finite += count * math.log1p(-release._infinity_mass)
-        least += count * release._lower_loss
+        log_finite += count * math.log1p(-release.infinite)
+        least += count * release.first
     probabilities = np.roll(np.fft.irfft(spectrum, size), -first)[: last - first + 1]
     finite = max(0, math.floor(_LARGEST / discretization) - least - first + 1)
     infinite = _TAIL - math.expm1(log_finite) + float(probabilities[finite:].sum())
@@ -178,6 +185,8 @@ def _epsilon(way: Losses, delta: float, discretization: float) -> float:
 def _range(parts: Sequence[NDArray[np.float64]], counts: Sequence[int]) -> tuple[int, int]:
     """Between which points of the grid the sum lies but for `_TAIL`, by Chernoff's bound."""
     most = sum(count * (len(part) - 1) for part, count in zip(parts, counts, strict=True))
+    if max(counts) == 1:  # Whole, in less time than the bound takes.
+        return 0, most
     variance = 0.0
     for part, count in zip(parts, counts, strict=True):
         points = np.arange(len(part))

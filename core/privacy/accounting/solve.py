@@ -342,7 +342,8 @@ def _by_renyi(problem: Problem, tolerance: float) -> float:
     return math.exp(renyi.find_root(excess, low, high, xtol=tolerance))
 
 
-def rounded_up(noise_multiplier: float) -> float:
-    """To four decimals, or to four digits where those are fewer."""
-    decimals = max(_DIGITS, _DIGITS - 1 - math.floor(math.log10(noise_multiplier)))
+def rounded_up(noise_multiplier: float, digits: int | None = None) -> float:
+    """To so many digits; by default to four decimals, or to four digits where those are fewer."""
+    decimals = (digits or _DIGITS) - 1 - math.floor(math.log10(noise_multiplier))
+    decimals = max(_DIGITS, decimals) if digits is None else decimals
     return round(math.ceil(noise_multiplier * 10**decimals) / 10**decimals, decimals)

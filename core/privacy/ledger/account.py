@@ -86,7 +86,8 @@ class Spending:
         ledger = self._ledger(fingerprint)
         if self.lease is not None:
             ledger.take_over(self.run, f"{socket.gethostname()}:{os.getpid()}", self.lease)
-        key = Key(self.run, identity, "all", 0, self.plan.dp_sgd.num_steps)
+        part, steps = self.config.privacy.part, self.plan.dp_sgd.num_steps
+        key = Key(self.run, identity, part, 0, steps)
         settled, is_open, may_be_lost = ledger.begun(key)
         trial = self.run_dir.name  # As tables name it; a single run is named after its folder.
         of_trial = "" if trial == self.run else f", trial {trial}"

@@ -41,6 +41,9 @@ def check_run(totals: Totals, book: Book, asked: Reservation, within: RunBudget 
         raise LedgerError(selected_before(run, noted))
     if within is None or within.selection:
         return
+    if within.tuning_trials:
+        _check_number(book, asked, within.tuning_trials)
+        return
     before = [key.run for key, charge in book.charges.items() if charge.counted]
     if within.alone and (others := {*before} - {run}):
         raise BudgetExceededError(
@@ -60,13 +63,27 @@ def check_run(totals: Totals, book: Book, asked: Reservation, within: RunBudget 
         )
 
 
+def _check_number(book: Book, asked: Reservation, tuning_trials: int) -> None:
+    """Refuses more trials than have references, which bound each and pay for all together."""
+    key, most = asked.key, {"tuning": tuning_trials, "final run": 1}
+    of_run = [(k, charge) for k, charge in book.charges.items() if k.run == key.run and k != key]
+    others = sum(k.stage == key.stage and bool(charge.counted) for k, charge in of_run)
+    if others >= most.get(key.stage, 0):
+        raise BudgetExceededError(
+            f"trial {key.trial[:16]} would be {key.stage} number {others + 1} of run {key.run}, "
+            f"whose budget pays for {tuning_trials} tuning trials and one final run: they were "
+            "fixed before the first by privacy.num_shares"
+        )
+
+
 def admit(
     totals: Totals, book: Book, asked: Reservation, within: RunBudget | None
 ) -> dict[str, Any]:
     """The new total and its accountant, for the record; None where no budget asks for it.
 
-    Privacy: a selection is charged whole, with its first trial. Later ones are never refused,
-        which would bound their secret number, and no figure depends on it.
+    Privacy: a selection and a tuned run are charged whole, with their first trial. Later ones are
+        never refused; of a selection that would bound their secret number, and no figure depends
+        on it.
     """
     budget = totals.terms.budget
     if budget is None:
@@ -83,7 +100,7 @@ def admit(
     total = counted(after)
     paid = (
         within is not None
-        and within.selection
+        and within.is_one_release
         and any(charge.counted for charge in others.of_run(asked.key.run))
     )
     if paid or total <= budget:

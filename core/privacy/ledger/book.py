@@ -50,14 +50,19 @@ class Charge:
 
     @property
     def target(self) -> float:
-        """Epsilon of the selection whose trial it is, of which only the best leaves; else 0.
+        """Epsilon of the selection or tuned run, one release, whose trial it is; else 0.
 
         Infinite where an earlier version charged it, which recorded no target: what its trials
         come to would tell their secret number.
         """
         if self.within is None:
             return math.inf if self.note == "scope selection" else 0.0
-        return self.within.epsilon if self.within.selection else 0.0
+        return self.within.epsilon if self.within.is_one_release else 0.0
+
+    @property
+    def is_secret(self) -> bool:
+        """Whether it is a trial of a selection, whose number stays inside."""
+        return bool(self.target) and not (self.within and self.within.tuning_trials)
 
     @property
     def state(self) -> str:
@@ -90,23 +95,28 @@ class Book:
 
     @property
     def apart(self) -> list[Charge]:
-        """The charges that are releases each; those of a selection are one together."""
+        """The charges that are releases each; those of a selection or tuned run are one."""
         return [charge for charge in self.charges.values() if not charge.target]
 
     @property
-    def selections(self) -> dict[str, list[Charge]]:
-        """The charges of each run that is a selection.
+    def together(self) -> dict[str, list[Charge]]:
+        """The charges of each run that is one release: a selection, or tuned.
 
-        Privacy: how many there are of a run is for the owner alone.
+        Privacy: how many there are of a selection is for the owner alone.
         """
         runs = {key.run: None for key, charge in self.charges.items() if charge.target}
         return {run: self.of_run(run) for run in runs}
 
     @property
     def targets(self) -> list[float]:
-        """The target of each selection of which anything counts."""
-        groups = self.selections.values()
+        """The target of each run that is one release and of which anything counts."""
+        groups = self.together.values()
         return [max(c.target for c in group) for group in groups if any(c.counted for c in group)]
+
+    @property
+    def selections(self) -> list[str]:
+        """The runs that are selections."""
+        return [run for run, group in self.together.items() if any(c.is_secret for c in group)]
 
     def charge(self, reservation: Reservation) -> Charge:
         """The charge that `reserve` made for this reservation."""

@@ -31,8 +31,8 @@ AMONG_OTHERS = (
     "is the guarantee if their results had a part in choosing this one."
 )
 SUMMED = (
-    "; each selection (here {count}) counts as the one release that it claims, whose epsilon and "
-    "delta are added"
+    "; each selection or tuned run (here {count}) counts as the one release that it claims, whose "
+    "epsilon and delta are added"
 )
 STOPPING = (
     " Trials could also be stopped early by their scores during training ({metric}: {tag}); one "
@@ -56,10 +56,11 @@ NOT_COVERED = (
     "other data sets with the same records: this card knows only runs on exactly this content, in "
     "this order, format and numbering of classes, or on what shares its dataset.family",
     "compositions over trials whose noise was chosen by earlier results: PLD, which gives the "
-    "figure, is proven for noise fixed beforehand (scope sweep is proven for both)",
+    "figure, is proven for noise fixed beforehand "
+    "(scopes sweep and tune_then_train are proven for both)",
     "numbers of steps that depend on results: a run ended by a time limit, by hand or by scores is "
     "charged for the steps that began, for which PLD is proven if their number was fixed "
-    "beforehand (scope sweep is proven for both)",
+    "beforehand (scopes sweep and tune_then_train are proven for both)",
     "facts about groups of records, which the guarantee covers only at a multiple of epsilon",
 )
 PUBLIC = (
@@ -225,6 +226,7 @@ def _statement(
         target=upward(privacy.target_epsilon),
         delta=upward(summary["delta"], 6),
         trials=trials,
+        tuning=privacy.num_shares,
         runs=trials + others,
         everything=upward(everything),
         delta_of_all=upward(summary["delta_committed_and_reserved"], 6),
@@ -257,7 +259,7 @@ def accountant_of(privacy: PrivacyConfig, composition: str) -> str:
 
 def _accountant_of_all(summary: Mapping[str, Any]) -> str:
     """What bounds the epsilon of all runs on a data set, in words."""
-    count = len(summary["selections"])
+    count = summary["num_wholes"]
     return summary["accountant"] + (SUMMED.format(count=count) if count else "")
 
 

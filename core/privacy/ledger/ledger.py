@@ -259,11 +259,11 @@ class Ledger:
         Returns:
             The terms and the unit; `epsilon_committed` (settled steps), a part of
             `epsilon_committed_and_reserved` (all that counts against the budget), which holds at
-            `delta_committed_and_reserved`; `num_releases`, in which a selection is one;
-            `accountant`; `selections`, the runs that are one; `sweeps`, the runs that a sweep's
-            driver took over; `losses`: time and reason of each
-            loss of lines that the owner accepted; and `entries`: for each key its state, events
-            and the `epsilon` of it alone, to about 2e-6.
+            `delta_committed_and_reserved`; `num_releases`, in which a selection or tuned run is
+            one of `num_wholes`; `accountant`; `selections`, the runs that are one; `sweeps`, the
+            runs that a sweep's driver took over; `losses`: time and reason of each loss of lines
+            that the owner accepted; and `entries`: for each key its state, events and the `epsilon`
+            of it alone, to about 2e-6.
 
         Privacy: all but the entries is the same whatever the number of a selection's trials.
         """
@@ -293,9 +293,10 @@ class Ledger:
             "epsilon_committed": committed,
             "epsilon_committed_and_reserved": everything,
             "delta_committed_and_reserved": delta,
-            "num_releases": len(book.apart) + len(book.selections),
+            "num_releases": len(book.apart) + len(book.together),
             "accountant": self._totals.accountant(apart, grid),
             "selections": list(book.selections),
+            "num_wholes": len(book.together),
             "sweeps": list(book.leases),
             "entries": entries,
             "losses": [*book.losses],

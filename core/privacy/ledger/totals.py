@@ -33,14 +33,14 @@ class Totals:
         """Epsilon and delta of all releases together, of the `part` of each charge that counts.
 
         Privacy: what is charged by its mechanisms is composed by PLD at the ledger's delta. A
-            selection, of which nothing but the best trial leaves, is (target, delta)-private as a
-            whole, and its epsilon and delta are added (basic composition, Dwork et al. 2006, valid
-            for adaptive choices too): the sum of both deltas bounds what exceeds the sum of both
-            epsilons, whatever the number of its trials was.
+            selection, of which nothing but the best trial leaves, or a tuned run, is (target,
+            delta)-private as a whole, and its epsilon and delta are added (basic composition, Dwork
+            et al. 2006, valid for adaptive choices too): the sum of both deltas bounds what exceeds
+            the sum of both epsilons, whatever the number of its trials was.
         """
         events = [event for charge in book.apart for event in part(charge)]
-        selections = book.selections.values()
-        targets = [max(c.target for c in group) for group in selections if any(map(part, group))]
+        wholes = book.together.values()
+        targets = [max(c.target for c in group) for group in wholes if any(map(part, group))]
         count = max(1, bool(events) + len(targets))
         delta = float(count * Decimal(repr(self.terms.delta)))  # 3e-05, not 3.0000000000000004e-05.
         return self.epsilon(events, grid) + sum(targets), delta

@@ -6,10 +6,11 @@ so that both stages together spend the target epsilon. It touches no data.
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import chain
 from typing import Any
 
-from core.config import Config, PrivacyConfig
+from core.config import Config, PrivacyConfig, load, nested
 from core.errors import ConfigError, InfeasibleError
 from core.io.files import numbers
 from core.privacy.accounting import renyi, solve
@@ -227,7 +228,7 @@ def check_feasible(config: Config) -> None:
         return
     check_stages(config)
     if (share := share_of(config.privacy)) is not None:
-        _solve_within(share, config)
+        share.check_room(_problem(config, trials=1))
     else:
         solve.check_room(_problem(config))
 
@@ -388,8 +389,13 @@ def _epsilon(
     )
 
 
-def selection_reference(config: Config) -> tuple[Mechanism, ...]:
-    """What a trial with these settings may release at most, if the best of trials leaves.
+def flat(mechanisms: Iterable[Mechanism]) -> tuple[float, ...]:
+    """Mechanisms as the configuration holds those of a reference."""
+    return tuple(chain.from_iterable(mechanisms))
+
+
+def reference(config: Config) -> tuple[Mechanism, ...]:
+    """What a trial with these settings may release at most, if all that share it are alike.
 
     Raises:
         InfeasibleError: the budget cannot pay for trials like this one.
@@ -398,6 +404,38 @@ def selection_reference(config: Config) -> tuple[Mechanism, ...]:
     share, problem = share_of(config.privacy), _problem(config)
     assert share is not None
     return problem.with_noise(share.solve_noise_multiplier(problem))
+
+
+def tuning_config(config: Config) -> Config:
+    """The tuning trial with the settings of a final run, under scope `tune_then_train`."""
+    steps = max(1, round(config.privacy.tuning_steps * config.training.num_steps))
+    return load(nested(config), {"training.num_steps": steps})
+
+
+def tuning_references(tuning: Config, final: Config) -> dict[str, tuple[float, ...]]:
+    """What a tuning trial and the final run may release at most, under scope `tune_then_train`.
+
+    Args:
+        tuning: a tuning trial, without references.
+        final: a final run.
+
+    Returns:
+        Both references by their dotted keys.
+
+    Raises:
+        InfeasibleError: the budget cannot pay for tuning trials and a final run like these.
+    """
+    privacy, problem = tuning.privacy, _problem(tuning)
+    noise = privacy.tuning_noise
+    if privacy.tuning_epsilon is not None:
+        remedy = f"raise privacy.tuning_epsilon, or {problem.remedy}"
+        alone = replace(problem, target_epsilon=privacy.tuning_epsilon, remedy=remedy)
+        # Rounded up to a public figure of few digits.
+        noise = solve.rounded_up(solve.solve_noise_multiplier(alone)[0], 3)
+    assert noise is not None
+    found = {"privacy.tuning_reference": flat(problem.with_noise(noise))}
+    last = load(nested(final), {**found, "privacy.is_final_run": True})
+    return {**found, "privacy.final_reference": flat(reference(last))}
 
 
 def smoothness(config: Config) -> tuple[int, float]:

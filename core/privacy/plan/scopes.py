@@ -2,8 +2,9 @@
 
 `trial`: each trial spends the target. `public`: likewise, by the only run on the data. `sweep`: all
 trials together; a trial's share is that of a Gaussian mechanism at one order of Renyi DP, whose
-sum over the trials keeps the bound whatever they release. `selection`: the best of a secret number
-of trials; all stay below one privacy profile.
+sum over the trials keeps the bound whatever they release. `tune_then_train`: tuning trials and one
+final run, each below a privacy profile of its own. `selection`: the best of a secret number of
+trials; all stay below one privacy profile.
 """
 
 import math
@@ -13,13 +14,15 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, ClassVar
 
 from core.config import Config, PrivacyConfig
-from core.errors import InfeasibleError
+from core.config.privacy import mechanisms_of
+from core.errors import ConfigError, InfeasibleError
 from core.privacy.accounting import renyi, solve
 from core.privacy.accounting.mechanism import LARGEST, Mechanism, discretization_for, grouped
 from core.privacy.accounting.rounding import upward
 
 if TYPE_CHECKING:
     from core.privacy.accounting.profile import Profile
+    from core.privacy.accounting.references import Reference
 
 RELATION = "zero_out"
 """What the shares are proven for."""
@@ -27,6 +30,11 @@ _SLACK = 0.01
 """Part of the delta of a trial, delta / mean, that is added to the reference's profile."""
 _LEAST_DELTA = 1e-9
 """Smaller ones of a trial are too close to the error of PLD's transforms."""
+_CUT = 0.25
+"""Part of the tail that a reference's own delta falls below at the last point of its profile."""
+_TUNING_SLACK = 4e-4
+"""Part of the delta of a tuned run that the tails of its references have, and `_CUT` times more."""
+_LEAST_TUNING_DELTA = 4e-9
 _MANY = 1e9
 _LARGEST_EXPONENT = 700.0
 _RATIOS = 32
@@ -63,6 +71,15 @@ class Share:
         """The part of the share that `mechanisms` take; at most 1 is allowed."""
         raise NotImplementedError
 
+    def check_room(self, problem: solve.Problem) -> None:
+        """Whether the largest noise multiplier keeps a trial within the share.
+
+        Raises:
+            InfeasibleError: it does not.
+        """
+        if self.used(problem.with_noise(solve.MAX_NOISE_MULTIPLIER)) > 1:
+            problem.refuse_too_little(self.budget)
+
     def solve_noise_multiplier(self, problem: solve.Problem) -> float:
         """The smallest DP-SGD noise multiplier within the share, rounded up to four decimals.
 
@@ -76,8 +93,7 @@ class Share:
         def excess(noise_multiplier: float) -> float:
             return math.log(min(self.used(problem.with_noise(noise_multiplier)), _MANY))
 
-        if excess(solve.MAX_NOISE_MULTIPLIER) > 0:
-            problem.refuse_too_little(self.budget)
+        self.check_room(problem)
         low, high = solve.bracket(excess, problem)
         found = renyi.find_root(excess, low, high, xtol=1e-9, rtol=1e-8)
         noise_multiplier = solve.rounded_up(found)
@@ -109,13 +125,62 @@ class RenyiShare(Share):
         )
 
 
-@dataclass(frozen=True)
 class ProfileShare(Share):
     """At every epsilon and in both directions, at most the delta of `reference`, fixed beforehand;
-    without one, what the best of trials that all release the same may spend.
+    without one, what all that the target covers may spend if each trial releases the same.
 
-    A little delta is added to the reference: so the far tail of a trial may be heavier than its.
+    With probability `tail` the reference gives the record away: so the far tail of a trial may be
+    heavier than its own.
     """
+
+    reference: tuple[Mechanism, ...]
+    epsilon: float
+    delta: float
+
+    @property
+    def tail(self) -> float:
+        """See above."""
+        raise NotImplementedError
+
+    @property
+    def step(self) -> float | None:
+        """Grid on which a trial is compared with the reference; None: that of the reference."""
+        return None
+
+    @property
+    def largest(self) -> tuple[Mechanism, ...]:
+        """What each trial that has this share releases at most: a reference of `delta_of_all`."""
+        raise NotImplementedError
+
+    def delta_of_all(self, alike: tuple[Mechanism, ...], epsilon: float) -> float:
+        """Delta at `epsilon`, at most, if each trial that has this share releases `alike`."""
+        raise NotImplementedError
+
+    def members_found(self, false_alarms: float) -> float:
+        """Largest share of members that any attack on all of it finds: see `tradeoff`."""
+        epsilons = [self.epsilon * part / _RATIOS for part in range(_RATIOS + 1)]
+        return min(
+            math.exp(epsilon) * false_alarms + self.delta_of_all(self.largest, epsilon)
+            for epsilon in epsilons
+        )
+
+    def used(self, mechanisms: Sequence[Mechanism]) -> float:
+        """As of `Share`."""
+        from core.privacy.accounting import profile
+
+        composed = tuple(mechanisms)
+        if renyi.epsilon(composed, self.delta) > 2 * LARGEST:
+            return math.inf
+        if not self.reference:
+            return self.delta_of_all(composed, self.epsilon) / self.delta
+        step, bound = _bound(self.reference, self.tail, self.step)
+        deltas = profile.profile(composed, RELATION, step, bound.shape[1])
+        return float((deltas / bound).max())
+
+
+@dataclass(frozen=True)
+class SelectionShare(ProfileShare):
+    """Of a trial of which the best of a secret number leaves."""
 
     measure = "the delta that selecting the best leaves each trial of"
     epsilon: float
@@ -139,42 +204,98 @@ class ProfileShare(Share):
             return f"epsilon {upward(self.epsilon)}"
         return "the privacy profile that bounds every trial of the selection"
 
-    def used(self, mechanisms: Sequence[Mechanism]) -> float:
-        """As of `Share`."""
-        from core.privacy.accounting import profile, selection
+    @property
+    def tail(self) -> float:
+        """As of `ProfileShare`."""
+        return _SLACK * self.delta / self.mean
 
-        composed = tuple(mechanisms)
-        if renyi.epsilon(composed, self.delta) > 2 * LARGEST:
-            return math.inf
-        if self.reference:
-            step, bound = _bound(self.reference, self.delta / self.mean)
-            deltas = profile.profile(composed, RELATION, step, bound.shape[1])
-            return float((deltas / bound).max())
-        step, bound = _bound(composed, self.delta / self.mean)
-        phi = selection.derivative(self.law, self.mean)
-        return selection.selection_delta(bound, step, self.epsilon, phi) / self.delta
+    @property
+    def largest(self) -> tuple[Mechanism, ...]:
+        """As of `ProfileShare`."""
+        return self.reference
 
-    def members_found(self, false_alarms: float) -> float:
-        """Largest share of members that any attack on the best trial finds: see `tradeoff`."""
+    def delta_of_all(self, alike: tuple[Mechanism, ...], epsilon: float) -> float:
+        """As of `ProfileShare`."""
         from core.privacy.accounting import selection
 
-        step, bound = _bound(self.reference, self.delta / self.mean)
+        step, bound = _bound(alike, self.tail)
         phi = selection.derivative(self.law, self.mean)
-        return min(
-            math.exp(epsilon) * false_alarms + selection.selection_delta(bound, step, epsilon, phi)
-            for epsilon in (self.epsilon * part / _RATIOS for part in range(_RATIOS + 1))
+        return selection.selection_delta(bound, step, epsilon, phi)
+
+
+@dataclass(frozen=True)
+class TuningShare(ProfileShare):
+    """Of one of the tuning `trials`, which all have the reference `tuning`, or of the final run,
+    whose own is `final`.
+    """
+
+    measure = "the delta that its privacy profile leaves a trial of"
+    epsilon: float
+    delta: float
+    trials: int
+    theorem: str
+    tuning: tuple[Mechanism, ...]
+    final: tuple[Mechanism, ...] = ()
+    is_final: bool = True
+    reference: tuple[Mechanism, ...] = ()
+
+    @property
+    def accountant(self) -> str:
+        """As of `Share`."""
+        return (
+            "PLD of one privacy profile for each trial, which bounds it and was fixed beforehand "
+            f"({self.theorem}), as in core/privacy/accounting/references.py"
         )
+
+    @property
+    def budget(self) -> str:
+        """As of `Share`."""
+        if not self.reference:
+            return f"epsilon {upward(self.epsilon)} beside {self.trials} tuning trials"
+        which = "the final run" if self.is_final else "every tuning trial"
+        return f"the privacy profile that bounds {which}"
+
+    @property
+    def tail(self) -> float:
+        """As of `ProfileShare`: half of what all have, or a part of the other half."""
+        return _TUNING_SLACK / 2 * self.delta / (1 if self.is_final else self.trials)
+
+    @property
+    def step(self) -> float:
+        """As of `ProfileShare`."""
+        from core.privacy.accounting import references
+
+        return references.steps(self._references(self.final))[self.is_final]
+
+    @property
+    def largest(self) -> tuple[Mechanism, ...]:
+        """As of `ProfileShare`."""
+        return self.final
+
+    def delta_of_all(self, alike: tuple[Mechanism, ...], epsilon: float) -> float:
+        """As of `ProfileShare`."""
+        from core.privacy.accounting import references
+
+        composed = references.composed_delta(self._references(alike), RELATION, epsilon)
+        # Past the last point a trial may keep its delta there, while that of the pair falls.
+        return composed + (1 + _CUT) * _TUNING_SLACK * self.delta
+
+    def _references(self, final: tuple[Mechanism, ...]) -> tuple["Reference", "Reference"]:
+        return (self.tuning, self.trials), (final, 1)
 
 
 @lru_cache(maxsize=8)
-def _bound(reference: tuple[Mechanism, ...], delta: float) -> tuple[float, "Profile"]:
-    """Grid and profile of `reference`, with a part of `delta` added, where it is more than that."""
+def _bound(
+    reference: tuple[Mechanism, ...], tail: float, step: float | None = None
+) -> tuple[float, "Profile"]:
+    """Grid and profile of `reference`, with the tail added, where it is more than that."""
     from core.privacy.accounting import profile
 
-    step = profile.profile_step(reference)
+    step = step or profile.profile_step(reference)
     deltas = profile.profile(reference, RELATION, step)
-    points = 1 + int((deltas > _SLACK / 4 * delta).any(axis=0).sum())
-    return step, deltas[:, : max(2, points)] + _SLACK * delta
+    points = 1 + int((deltas > _CUT * tail).any(axis=0).sum())
+    deltas = deltas[:, : max(2, points)]
+    return step, deltas + tail * (1 - deltas)
 
 
 def share_of(privacy: PrivacyConfig) -> Share | None:
@@ -188,21 +309,58 @@ def share_of(privacy: PrivacyConfig) -> Share | None:
     """
     if not privacy.has_shares:
         return None
+    if privacy.covers.tunes_first:
+        return _tuning_share(privacy)
     if not privacy.covers.is_secret:
         return _filter_share(privacy)
     if not has_profile(privacy):
         return _selection_share(privacy)
-    terms = (min(privacy.target_epsilon, LARGEST / 2), privacy.target_delta)
-    alike = ProfileShare(*terms, privacy.selection_law, privacy.selection_mean)
-    if not (reference := privacy.reference):
+    alike = SelectionShare(
+        _within_pld(privacy), privacy.target_delta, privacy.selection_law, privacy.selection_mean
+    )
+    reference = mechanisms_of(privacy.selection_reference)
+    return _bounded(alike, reference, "selection_reference", replace(alike, reference=reference))
+
+
+def _within_pld(privacy: PrivacyConfig) -> float:
+    return min(privacy.target_epsilon, LARGEST / 2)
+
+
+def _tuning_share(privacy: PrivacyConfig) -> ProfileShare:
+    """The share of a tuning trial or of the final run; see `TuningShare`."""
+    delta, trials = privacy.target_delta, privacy.num_shares
+    if delta / trials < _LEAST_TUNING_DELTA:
+        raise InfeasibleError(
+            f"privacy.target_delta={upward(delta, 6)} is below {_LEAST_TUNING_DELTA * trials:g}, "
+            f"where PLD proves {trials} tuning trials and a final run: raise it, or choose "
+            "another privacy.scope"
+        )
+    tuning, final = map(mechanisms_of, (privacy.tuning_reference, privacy.final_reference))
+    if not tuning:
+        raise ConfigError(
+            f"privacy.scope={privacy.scope!r} needs trials before its final run: start a sweep, "
+            "which solves for privacy.tuning_reference"
+        )
+    theorem = privacy.covers.theorem
+    alike = TuningShare(_within_pld(privacy), delta, trials, theorem, tuning)
+    last = privacy.is_final_run
+    bounded = replace(alike, final=final, is_final=last, reference=final if last else tuning)
+    return _bounded(alike, final, "final_reference", bounded)
+
+
+def _bounded(
+    alike: ProfileShare, reference: tuple[Mechanism, ...], key: str, bounded: ProfileShare
+) -> ProfileShare:
+    """What bounds a trial by a reference, if there is one; it must itself be within the target."""
+    if not reference:
         return alike
     if (used := _used(alike, reference)) > 1 + _ROUNDING:
         raise InfeasibleError(
-            f"the best of trials like privacy.selection_reference has {used:.4g} times the delta "
-            f"{upward(privacy.target_delta, 6)} at epsilon {upward(privacy.target_epsilon)}: leave "
-            "the reference to the sweep, which solves for it"
+            f"what trials like privacy.{key} release has {used:.4g} times the delta "
+            f"{upward(alike.delta, 6)} at epsilon {upward(alike.epsilon)}: leave the reference to "
+            "the sweep, which solves for it"
         )
-    return replace(alike, reference=reference)
+    return bounded
 
 
 @lru_cache(maxsize=8)
@@ -291,16 +449,26 @@ class RunBudget:
         epsilon: the target.
         adaptive: whether the noise of a trial may depend on results of others. If so, what was
             executed is added up by the filter at one fixed order; if not, all that was ever
-            reserved is composed by PLD, as the theorem covers no stopping by results.
+            reserved is composed by PLD, as the theorem covers no stopping by results; of a tuned
+            run the whole target counts from its first trial on.
         alone: whether no other run may have used the data before.
         selection: identity of the selection that the run is; empty under the other scopes. Its
             trials together are one (epsilon, delta)-private release and have no budget.
+        tuning_trials: how many may come beside one final run; 0 under the other scopes.
+        references: of these trials and of the final run, in words.
     """
 
     epsilon: float
     adaptive: bool
     alone: bool = False
     selection: str = ""
+    tuning_trials: int = 0
+    references: str = ""
+
+    @property
+    def is_one_release(self) -> bool:
+        """Whether its trials are charged as a whole with the first of them."""
+        return bool(self.selection or self.tuning_trials)
 
     def total(
         self,
@@ -315,6 +483,8 @@ class RunBudget:
             executed: what counts: executed steps of trials that ended, all of those that run.
             reserved: the same with all steps that were ever reserved.
         """
+        if self.tuning_trials:
+            return self.epsilon if reserved else 0.0
         if not self.adaptive:
             mechanisms = grouped(reserved)
             grid = discretization_for(mechanisms, self.epsilon)
@@ -335,6 +505,16 @@ def run_budget(config: Config, selection: str = "") -> RunBudget | None:
     privacy = config.privacy
     if privacy.covers.is_secret:
         return RunBudget(privacy.target_epsilon, adaptive=False, selection=selection)
+    if privacy.covers.tunes_first:
+        references = (
+            f"tuning {list(privacy.tuning_reference)}, final {list(privacy.final_reference)}"
+        )
+        return RunBudget(
+            privacy.target_epsilon,
+            adaptive=True,
+            tuning_trials=privacy.num_shares,
+            references=references,
+        )
     if privacy.covers.splits_target:
         return RunBudget(privacy.target_epsilon, privacy.adaptive)
     if privacy.covers.chosen_on_public_data and not config.dataset.public:
