@@ -1,9 +1,11 @@
 """Machines of a cluster: what is billed, what its autoscaler does, how long trials wait for it."""
 
 import os
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from core.errors import ConfigError
@@ -17,6 +19,10 @@ _LAUNCH_TIMEOUT_S = 60.0
 """Seconds that the autoscaler of a cluster without room may launch nothing; then the sweep ends."""
 _INTERVAL = 10.0
 """Seconds between two looks at what the autoscaler does."""
+
+
+_FAILED = re.compile(r"Failed to launch \d+ nodes of type [^:]+: (.+)")
+_LOG_BYTES = 2**18
 
 
 @dataclass(frozen=True)
@@ -53,8 +59,26 @@ def launches() -> Launches | None:
     failed = max(status.failed_launches, key=lambda each: each.failed_ts_s or 0, default=None)
     if failed is None:
         return Launches(nodes, asked, starting)
-    why = " ".join((failed.details or "the cloud gave no reason").split())[:500]
+    why = " ".join((_logged_failure() or failed.details or "for no known reason").split())[:500]
     return Launches(nodes, asked, starting, why, failed.failed_ts_s or 0)
+
+
+def _logged_failure() -> str:
+    """What the cloud said last, which Ray 2.60 writes into the head's log and not into its status.
+
+    Empty where this machine is not the head, or the cloud said nothing.
+    """
+    from ray._private import worker
+
+    node: Any = worker._global_node
+    path = Path(node.get_logs_dir_path()) / "monitor.log"
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - _LOG_BYTES))
+            found = _FAILED.findall(file.read().decode(errors="replace"))
+    except OSError:
+        return ""
+    return found[-1] if found else ""
 
 
 def billed() -> Machines | None:
