@@ -50,7 +50,8 @@ class Totals:
             epsilons, whatever the number of its trials was.
         """
         events = [event for charge in book.apart for event in part(charge)]
-        targets = _targets(book, part)
+        selections = book.selections.values()
+        targets = [max(c.target for c in group) for group in selections if any(map(part, group))]
         count = max(1, bool(events) + len(targets))
         delta = float(count * Decimal(repr(self.terms.delta)))  # 3e-05, not 3.0000000000000004e-05.
         return self.epsilon(events, grid) + sum(targets), delta
@@ -88,9 +89,8 @@ class Totals:
             fine = fitting_grid(mechanisms, grid, scale)
             epsilon = epsilon_beside(kept, settled, mechanisms, delta, relation, fine)
             if epsilon <= LARGEST:
-                targets = _targets(book, lambda charge: charge.counted)
                 named = solve.accountant_of(epsilon, mechanisms, delta, relation, grid, scale)
-                return epsilon + sum(targets), named
+                return epsilon + sum(book.targets), named
         total, _ = self.together(book, lambda charge: charge.counted, grid)
         return total, self.accountant(counted, grid)
 
@@ -127,12 +127,6 @@ class Totals:
         """The budget, where many mechanisms are composed: it never changes, nor does the grid."""
         budget = self.terms.budget
         return budget if budget and budget < LARGEST and len(mechanisms) > FEW else None
-
-
-def _targets(book: Book, part: Callable[[Charge], tuple[Event, ...]]) -> list[float]:
-    """Epsilon of each selection of which any `part` counts."""
-    selections = book.selections.values()
-    return [max(c.target for c in group) for group in selections if any(map(part, group))]
 
 
 def _mechanisms(events: Iterable[Event]) -> tuple[Mechanism, ...]:
