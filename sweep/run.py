@@ -2,7 +2,8 @@
 """Command line of a sweep: `python sweep/run.py [--config FILE | --data FOLDER] [key=value ...]`.
 
 The same command starts a sweep, continues an interrupted one, or shows the results of a complete
-one. `ray job submit --working-dir . -- python sweep/run.py ...` runs it on a cluster.
+one. `ray job submit --runtime-env clusters/runtime_env.yaml --working-dir . -- python
+sweep/run.py ...` runs it on a cluster.
 """
 
 import argparse

@@ -51,6 +51,7 @@ LOSSES, LOSS_TESTS = "core/privacy/accounting/quick.py", ("tests/unit/test_loss_
 CLAIMS = ("tests/unit/test_claims.py",)
 DIVERGING = ("tests/integration/test_diverging_runs.py",)
 CHARGED = "_made(getattr(self, name) for name in RELEASES"
+KEPT_CODE, KEPT_TESTS = "core/privacy/accounting/kept.py", ("tests/unit/test_kept_composition.py",)
 MOMENTS, OF_MOMENTS = "core/privacy/mechanisms/moments.py", ("tests/statistical/test_moments.py",)
 DP_SGD_EVENT = "self.sample_rate, self.noise_multiplier, self.num_steps"
 
@@ -624,6 +625,34 @@ MUTANTS = (
         "plan.epsilon_after(steps)",
         "plan.epsilon_after(stop.step - run.config.warm_up_steps)",
         EARLY,
+    ),
+    Mutant(
+        "a kept composition of other mechanisms stands for those that were settled",
+        KEPT_CODE,
+        "any(count > wanted.get(key, 0) for key, count in have.items())",
+        "False",
+        KEPT_TESTS,
+    ),
+    Mutant(
+        "a kept composition for another relation is taken",
+        KEPT_CODE,
+        '(about["by"], about["relation"], about["grid"]) != (_version(), relation, grid)',
+        '(about["by"], about["grid"]) != (_version(), grid)',
+        KEPT_TESTS,
+    ),
+    Mutant(
+        "what was settled since a composition was kept costs nothing",
+        KEPT_CODE,
+        "        total = _joined(total, new, relation, grid)",
+        "        total = total or _joined(total, new, relation, grid)",
+        KEPT_TESTS,
+    ),
+    Mutant(
+        "trials that run cost nothing beside a kept composition",
+        KEPT_CODE,
+        "_less(_counts(everything), wanted)",
+        "_less(wanted, wanted)",
+        KEPT_TESTS,
     ),
     Mutant(
         "a ledger shorter than noted is accepted",

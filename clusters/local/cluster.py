@@ -140,6 +140,7 @@ def _head() -> Iterator[tuple[str, dict[str, str]]]:
             "RAY_enable_autoscaler_v2": "1",
             "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID,
             "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID,
+            "RAY_NODE_TYPE_NAME": config["head_node_type"],
         },
         stdout=log,
         stderr=log,

@@ -139,6 +139,8 @@ class RuntimeConfig(Section):
     """Feature maps in memory position by position: faster for large ones, slower for 8x8."""
     log_every: PositiveInt = 25
     checkpoint_every: PositiveInt = 200
+    keep_checkpoints: bool = False
+    """Also once the run has ended, when nothing needs them."""
     num_pictures: Annotated[int, Field(ge=0, le=100)] = 4
     """Grids of samples that are drawn while training, evenly over its steps, to watch it."""
     max_seconds: Positive | None = None

@@ -50,6 +50,12 @@ def _locked(file: IO[str]) -> bool:
     return True
 
 
+def is_free(path: Path) -> bool:
+    """Whether no other process holds the lock file `path`."""
+    with path.open("a+") as file:
+        return _locked(file)
+
+
 def holder(path: Path) -> str:
     """Who wrote the lock file last, in words."""
     try:

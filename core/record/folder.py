@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -204,6 +205,10 @@ class RunFolder:
         with storage_errors(self.path):
             path = self.stopped if result.is_stopped else self.evaluation
             write_json(path, {**result.report, **origin}, private=True)
+
+    def drop_checkpoints(self) -> None:
+        """Removes what an interrupted run goes on from, and one that has ended needs no more."""
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
 
     def fail(self, identity: str, error: str) -> None:
         """Keeps the error of a run that would fail again."""

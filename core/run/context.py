@@ -34,6 +34,8 @@ class SweepLink:
             release, which is charged once, and share one warm-up; None: the run has its own.
         should_continue: asked on rank 0 after each early score, with the share of the steps that
             are done; a run that is stopped by it pays for what it ran.
+        in_danger: asked on rank 0 after each step of training: whether a machine of the run is
+            about to be taken away, so that its state is kept at once; None: nobody knows.
         measure: gives what each line of `metrics.jsonl` holds beside the report.
         reading: told how far the data are read, by the one rank that does; None: the run's report.
     """
@@ -42,6 +44,7 @@ class SweepLink:
     charged: Path | None = None
     shared: Path | None = None
     should_continue: Callable[[float], bool] = lambda _: True
+    in_danger: Callable[[], bool] | None = None
     measure: Callable[[], dict[str, float]] = dict
     reading: Report | None = None
 
@@ -169,5 +172,7 @@ class Run:
         tags = {metric: self.plan.tag(metric) for metric in metrics}
         result = Result(report, self.identity.run, self.fingerprint, self.name, tags, scored)
         distributed.on_rank_0(lambda: self.folder.end(result))
+        if not self.config.runtime.keep_checkpoints:
+            distributed.on_rank_0(self.folder.drop_checkpoints)
         self.report(report)
         return report

@@ -242,7 +242,8 @@ def _trained(run: Run, dataset: Dataset) -> nn.Module:
     distributed.broadcast_module(denoiser)
     model = Model(denoiser, Ema(denoiser, training.ema_decay, training.posthoc_ema))
     observers = _observers(run, model, dataset)
-    loop = Loop(config, model, run.checkpoints, run.report, observers, run.deadline)
+    danger = run.link.in_danger
+    loop = Loop(config, model, run.checkpoints, run.report, observers, run.deadline, danger)
     if data and run.reached[0] != "private_training":
         warm_up(run, loop, data)
     stage = _hard_stage(run, model, dataset.train)

@@ -67,6 +67,7 @@ class Loop:
     Attributes:
         observers: called in their order after each step.
         deadline: by the monotonic clock of rank 0; after it the next step is the last.
+        in_danger: asked on rank 0 after each step: whether to keep the state at once.
     """
 
     config: Config
@@ -75,6 +76,7 @@ class Loop:
     report: Report
     observers: Sequence[Observer] = ()
     deadline: float = math.inf
+    in_danger: Callable[[], bool] | None = None
 
     def run(self, stage: Stage) -> None:
         """Runs a stage from its last checkpoint, if there is one, to its end.
@@ -94,13 +96,13 @@ class Loop:
             # What may decide: what was released, or follows from it; no private loss or gradient.
             decides = loss if stage.public_loss is None else stage.public_loss(number)
             self._require_finite(stage, done, [*self.model.denoiser.parameters(), decides])
-            last, late = done == stage.num_steps, self._is_late()
+            last, late, danger = done == stage.num_steps, self._is_late(), self._is_in_danger()
             if done % runtime.log_every == 0 or last or done == start + 1:
                 seconds = (time.monotonic() - began) / (done - start)
                 told = {"step": stage.offset + done, "stage": stage.name, "loss": float(loss)}
                 self.report({**told, "seconds_per_step": seconds})
             # After the report: killed in between, a run reports again rather than never.
-            if done % runtime.checkpoint_every == 0 or last or late:
+            if done % runtime.checkpoint_every == 0 or last or late or danger:
                 self._require_finite(stage, done, self._state(stage))
                 self._save(stage, done)
             observed = time.monotonic()
@@ -129,6 +131,11 @@ class Loop:
     def _is_late(self) -> bool:
         limited = self.deadline < math.inf
         return limited and distributed.on_rank_0(lambda: time.monotonic() > self.deadline)
+
+    def _is_in_danger(self) -> bool:
+        if self.in_danger is None:
+            return False
+        return distributed.broadcast_object(distributed.rank() == 0 and self.in_danger())
 
     def _state(self, stage: Stage) -> list[torch.Tensor]:
         """Parameters, averages and moments: what a checkpoint holds."""

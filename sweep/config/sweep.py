@@ -143,18 +143,25 @@ class SweepConfig(Section):
     """One, a part that workers share, or none: then trials compute on CPUs. If it is not given,
     what this machine has for each; none on a cluster, whose nodes may come with the trials."""
     max_concurrent_trials: PositiveInt | None = None
-    """None: as many as the cluster has room for when the sweep starts."""
+    """None: as many as the cluster has room for when the sweep starts; where an autoscaler adds
+    workers, as many as the head holds."""
     max_failures: Annotated[int, Field(ge=0)] = 2
     """Restarts of a trial whose worker died; each goes on from the last checkpoint."""
+    max_preemptions: Annotated[int, Field(ge=0)] = 20
+    """The same, where the cloud had said that it takes the worker's machine away."""
+    max_wait: Positive = 30.0
+    """Minutes in which every trial may wait for workers and no machine comes; then it stops."""
     max_same_error: PositiveInt = 3
     """Trials in a row that may fail with the same error before the sweep stops."""
     max_hours: Positive | None = None
     """Device hours (of GPUs, or of CPU cores without any) that all trials may use together,
-    interrupted and failed ones and earlier starts of the sweep included; then it stops."""
+    interrupted and failed ones and earlier starts of the sweep included; then it stops. A trial
+    that waits for workers uses none."""
     max_gpu_hours: Positive | None = None
     """The same, where it must be GPUs."""
     max_cost: Positive | None = None
-    """USD, by `clusters/prices.yaml` at the prices on demand of `cloud`."""
+    """USD of all machines of the cluster, idle and starting ones included, by
+    `clusters/prices.yaml` at the prices on demand of `cloud`."""
     cloud: Cloud | None = None
     search_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     num_startup_trials: PositiveInt = 10
@@ -343,6 +350,11 @@ def load_sweep(path: str | Path, overrides: Mapping[str, Any]) -> SweepConfig:
     if "gpus_per_worker" not in content:
         content["gpus_per_worker"] = _gpus_of_a_worker(content)
     sweep = validate(SweepConfig, content)
+    if "://" in sweep.storage_path:
+        raise ConfigError(
+            f"storage_path={sweep.storage_path!r} is an address, and runs and the ledger need a "
+            "folder: name one that all machines see, such as /mnt/shared/runs"
+        )
     # Absolute, as Ray gives trials and workers another working directory.
     storage = Path(sweep.storage_path).expanduser().absolute()
     sweep = sweep.model_copy(update={"storage_path": str(storage)})

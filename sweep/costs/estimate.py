@@ -74,16 +74,21 @@ def print_costs(sweep: SweepConfig, config: Config, trials: float, probe: bool) 
         )
         print(
             f"device hours: {trials:g} trials x {devices} x {seconds:.4g} s = "
-            f"{hours * devices_per_trial(sweep):.4g}, without starting workers and machines"
+            f"{hours * devices_per_trial(sweep):.4g}, without starting workers"
         )
-    _print_prices(sweep, hours)
+    _print_prices(sweep, config, trials, hours)
     _print_limits(sweep, hours)
 
 
-def _print_prices(sweep: SweepConfig, trial_hours: float | None) -> None:
+def _print_prices(
+    sweep: SweepConfig, config: Config, trials: float, trial_hours: float | None
+) -> None:
     if not sweep.gpus_per_worker:
         print("cost: none known, as the price table holds machines with GPUs")
         return
+    from core.run.disk_space import needed_bytes
+
+    stored = trials * needed_bytes(config) / 1e9
     for cloud in (sweep.cloud,) if sweep.cloud else CLOUDS:
         price = price_of(cloud)
         text = f"cost on {cloud}: "
@@ -94,7 +99,16 @@ def _print_prices(sweep: SweepConfig, trial_hours: float | None) -> None:
             text += f"{spot:.4g} USD on spot machines to {on_demand:.4g} on demand; "
         print(
             f"{text}{price.machine} with one GPU {price.spot:g} to {price.on_demand:g} USD an "
-            f"hour, head {price.head:g} (figures of {price.date})"
+            f"hour, head {price.head:g}, with their disks (figures of {price.date})"
+        )
+        beside = (price.start + price.idle) / 60
+        folder = price.folder_month + price.folder_gb_month * stored
+        print(
+            f"  besides: {price.start:g} minutes in which a worker starts and {price.idle:g} in "
+            f"which it idles, {price.of(beside, 0, True):.2g} to {price.of(beside, 0):.2g} USD "
+            f"each time; {price.head_idle:g} minutes of the idle head, "
+            f"{price.of(0, price.head_idle / 60):.2g} USD; {price.folder} for at most {stored:.2g} "
+            f"GB, {folder:.2g} USD a month"
         )
 
 
@@ -115,8 +129,9 @@ def _print_limits(sweep: SweepConfig, trial_hours: float | None) -> None:
     if sweep.max_cost is not None and sweep.cloud is not None:
         cost = None
         if trial_hours is not None and asked is not None:
-            cost = price_of(sweep.cloud).of(asked, trial_hours)
-        limits.append(("USD by max_cost, at prices on demand", sweep.max_cost, cost))
+            price, workers = price_of(sweep.cloud), devices_per_trial(sweep)
+            cost = price.of(asked + workers * (price.start + price.idle) / 60, trial_hours)
+        limits.append(("USD by max_cost, of all machines on demand", sweep.max_cost, cost))
     for name, most, estimate in limits:
         text = f"at most {most:g} {name}"
         if estimate is not None:

@@ -1,24 +1,21 @@
 """Starts or joins a Ray cluster."""
 
-import json
 import logging
 import os
 import socket
 import tempfile
-import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from core.errors import ConfigError
+from core.io.mounts import passes_no_locks
 from sweep.config.sweep import SweepConfig
 
 DRIVER_RESOURCE = "trial_driver"
 """Trials hold this and no CPU: a trial that held CPUs could keep its own workers from starting."""
 _LOCAL_DRIVERS = 64
-_LAUNCH_TIMEOUT_S = 60.0
-"""Seconds that a cluster without room may launch no node before the sweep ends."""
 _ANSWER = 10.0
 """Seconds that the head of a cluster has to answer."""
 
@@ -62,7 +59,7 @@ def check_storage(storage_path: str) -> None:
 
 
 def check_folder(key: str, folder: str, mode: int = 0o777) -> None:
-    """Refuses a folder that cannot be made or written.
+    """Refuses a folder that cannot be made or written, or on a cluster passes no locks.
 
     Raises:
         ConfigError: names its key.
@@ -77,6 +74,11 @@ def check_folder(key: str, folder: str, mode: int = 0o777) -> None:
             f"{key}={folder!r} is no folder that can be written ({reason}): name one with room in "
             "it"
         ) from None
+    if os.environ.get("RAY_ADDRESS") and (why := passes_no_locks(Path(folder))):
+        raise ConfigError(
+            f"{key}={folder!r} lies where locks do not hold ({why}), and two machines could spend "
+            "the same budget: name a folder on NFS 4.1"
+        )
 
 
 def join_cluster() -> None:
@@ -175,137 +177,3 @@ def _require_answer(address: str) -> None:
                 f"RAY_ADDRESS={address!r} does not answer ({error}): start the cluster, or name "
                 "its head as host:port"
             ) from None
-
-
-def node_resources() -> list[dict[str, float]]:
-    """What each node of the cluster offers."""
-    import ray
-
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
-
-
-def check_room(sweep: SweepConfig, nodes: Sequence[Mapping[str, float]]) -> None:
-    """Refuses a trial that a cluster of these nodes cannot hold.
-
-    Raises:
-        ConfigError: it is too small for one trial.
-    """
-    workers = sweep.min_workers_per_trial or sweep.workers_per_trial
-    joined = bool(os.environ.get("RAY_ADDRESS"))
-    where = "the cluster at RAY_ADDRESS" if joined else "this machine"
-    remedy = "add nodes" if joined else "submit the sweep to a cluster"
-    for name, per_worker in _worker_needs(sweep).items():
-        need, has = workers * per_worker, sum(node.get(name, 0) for node in nodes)
-        if need > has:
-            key = f"{name.lower()}s_per_worker"
-            raise ConfigError(
-                f"one trial needs {need:g} {name}s (workers_per_trial={workers} with {key}="
-                f"{per_worker:g}), {where} has {has:g}: lower workers_per_trial or {key}, or "
-                f"{remedy}"
-            )
-    if (fit := _room(sweep, nodes)) < workers:
-        each = " and ".join(f"{need:g} {name}s" for name, need in _worker_needs(sweep).items())
-        raise ConfigError(
-            f"one trial needs {workers} workers with {each} each, the nodes of {where} hold {fit}: "
-            f"lower what a worker needs, or {remedy}"
-        )
-
-
-def _room(sweep: SweepConfig, nodes: Sequence[Mapping[str, float]]) -> int:
-    """Workers that fit on the nodes, each on one."""
-    needs = _worker_needs(sweep).items()
-    return sum(int(min(node.get(name, 0) / need for name, need in needs)) for node in nodes)
-
-
-def wait_for_room(sweep: SweepConfig, note: Callable[[str], None]) -> bool:
-    """Waits until the cluster holds one trial, as long as its autoscaler is launching nodes.
-
-    Ray does not tell what an autoscaler could add at most, but which nodes it is launching: one
-    that launches none for what it is asked has none to offer, or there is no autoscaler.
-
-    Args:
-        note: shows a line.
-
-    Returns:
-        Whether there was no room at first: the cluster grows as trials need it.
-
-    Raises:
-        ConfigError: there is no room, and none is coming.
-    """
-    from ray.autoscaler.sdk import request_resources
-
-    def missing() -> ConfigError | None:
-        try:
-            check_room(sweep, node_resources())
-        except ConfigError as error:
-            return error
-        return None
-
-    if (error := missing()) is None:
-        return False
-    if not os.environ.get("RAY_ADDRESS"):
-        raise error
-    note("the cluster has no room for a trial yet: asking its autoscaler for nodes")
-    workers = sweep.min_workers_per_trial or sweep.workers_per_trial
-    request_resources(bundles=[_worker_needs(sweep)] * workers)
-    try:
-        hopeful = time.monotonic()
-        while (error := missing()) is not None:
-            if _launching():
-                hopeful = time.monotonic()
-            elif time.monotonic() - hopeful > _LAUNCH_TIMEOUT_S:
-                raise ConfigError(
-                    f"{error}; no autoscaler has launched a node for it in {_LAUNCH_TIMEOUT_S:g} s"
-                )
-            time.sleep(1.0)
-    finally:
-        request_resources(bundles=[])
-    return True
-
-
-def _launching() -> bool:
-    """Whether the cluster's autoscaler, of either version, is starting a node."""
-    import ray
-    from ray.autoscaler.v2.sdk import get_cluster_status
-    from ray.autoscaler.v2.utils import is_autoscaler_v2
-    from ray.experimental.internal_kv import _internal_kv_get
-
-    if is_autoscaler_v2(fetch_from_server=True):
-        status = get_cluster_status(ray.get_runtime_context().gcs_address)
-        return bool(status.pending_launches or status.pending_nodes)
-    report = json.loads(_internal_kv_get(b"__autoscaling_status") or b"{}")
-    report = report.get("autoscaler_report") or {}
-    return bool(report.get("pending_launches") or report.get("pending_nodes"))
-
-
-def unused_gpus(sweep: SweepConfig, nodes: Sequence[Mapping[str, float]]) -> str:
-    """What to tell of GPUs that nobody asked for; empty if there are none."""
-    count = sum(node.get("GPU", 0) for node in nodes)
-    if sweep.gpus_per_worker or not count:
-        return ""
-    return (
-        f"trials compute on CPUs, as gpus_per_worker=0: to use the {count:g} GPUs of the nodes, "
-        "set it to 1, or to less where workers share a GPU"
-    )
-
-
-def max_concurrent(
-    sweep: SweepConfig, nodes: Sequence[Mapping[str, float]], grows: bool = False
-) -> int:
-    """As many trials as the cluster has room for, at least one.
-
-    Args:
-        grows: a cluster that adds workers as trials ask for them has room for as many trials as
-            its head has drivers; those for which the autoscaler may add no more wait.
-    """
-    if sweep.max_concurrent_trials is not None:
-        return sweep.max_concurrent_trials
-    drivers = int(sum(node.get(DRIVER_RESOURCE, 0) for node in nodes))
-    room = drivers if grows else _room(sweep, nodes) // sweep.workers_per_trial
-    return max(1, min(room, drivers))
-
-
-def _worker_needs(sweep: SweepConfig) -> dict[str, float]:
-    """Resources of one worker."""
-    needs = {"CPU": sweep.cpus_per_worker}
-    return {**needs, "GPU": sweep.gpus_per_worker} if sweep.gpus_per_worker else needs

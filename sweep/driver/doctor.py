@@ -3,7 +3,7 @@
 import platform
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
@@ -12,10 +12,15 @@ from typing import Any
 
 from core.config import nested
 from core.errors import ConfigError, UserError
+from core.io.locks import is_free, locked
+from core.io.terminal import counted
 from sweep.config.sweep import SweepConfig
-from sweep.driver.cluster import check_folder, check_places, join_cluster, wait_for_room
+from sweep.driver.cluster import check_folder, check_places, join_cluster
+from sweep.driver.machines import grows, wait_for_room
+from sweep.driver.room import max_concurrent, most_trials, node_resources
 
 _PACKAGES = ("ray", "torch", "opacus", "dp-accounting")
+_LOCK = ".lock"
 _SECONDS = 300
 """After which a node counts as not answering."""
 
@@ -54,6 +59,7 @@ def checks(sweep: SweepConfig) -> Iterator[Check]:
 
     try:
         yield _check("room for one trial", lambda: wait_for_room(sweep, lambda _: None))
+        yield _head_check(sweep)
         yield from _checks_of_nodes(sweep, storage)
         if sweep.gpus_per_worker:
             yield _gpu_check(sweep)
@@ -61,13 +67,25 @@ def checks(sweep: SweepConfig) -> Iterator[Check]:
         ray.shutdown()
 
 
+def _head_check(sweep: SweepConfig) -> Check:
+    nodes = node_resources()
+    held, wanted = most_trials(nodes), max_concurrent(sweep, nodes, grows())
+    remedy = "lower max_concurrent_trials, or give the head a trial_driver and 0.52 GB for each"
+    return Check(
+        f"the head holds {counted(held, 'trial')} at a time, this sweep runs {wanted}",
+        remedy if wanted > held else "",
+    )
+
+
 def _checks_of_nodes(sweep: SweepConfig, storage: Path) -> Iterator[Check]:
     """Asks the nodes, who see a file that the driver has written, or not."""
     mark = storage / f".doctor-{uuid.uuid4().hex}"
-    with suppress(OSError):  # Every node says so.
-        mark.write_text(mark.name)
     try:
-        yield from _node_checks(sweep, mark)
+        with ExitStack() as stack:
+            with suppress(OSError):  # Every node says so.
+                mark.write_text(mark.name)
+                stack.enter_context(locked(mark.with_suffix(_LOCK)))
+            yield from _node_checks(sweep, mark)
     finally:
         for path in storage.glob(f"{mark.name}*"):
             path.unlink()
@@ -105,7 +123,7 @@ def _node_checks(sweep: SweepConfig, mark: Path) -> Iterator[Check]:
     for node in (node for node in ray.nodes() if node["Alive"]):
         name = node["NodeManagerAddress"]
         try:
-            answers[name] = _asked(node, examine, settings, str(mark))
+            answers[name] = _asked(node, examine, settings, str(mark), True)
         except Exception as error:
             yield Check(
                 f"node {name} answers",
@@ -185,12 +203,13 @@ def usable_gpus(count: int, bfloat16: bool) -> None:
             )
 
 
-def examine(settings: dict[str, Any], mark: str) -> dict[str, tuple[bool, str]]:
+def examine(settings: dict[str, Any], mark: str, held: bool = False) -> dict[str, tuple[bool, str]]:
     """What one node can do: for each question whether it succeeded, and what must be the same.
 
     Args:
         settings: of a trial, as nested data.
         mark: file that the driver wrote into the storage folder.
+        held: whether another process holds the lock beside it.
     """
     from core.config import load
     from core.data import load_dataset
@@ -207,6 +226,8 @@ def examine(settings: dict[str, Any], mark: str) -> dict[str, tuple[bool, str]]:
         path = Path(mark)
         path.with_name(f"{path.name}-{uuid.uuid4().hex}").write_text("")
         check_folder("runtime.ledger", config.runtime.ledger, mode=0o700)
+        if held and is_free(path.with_suffix(_LOCK)):
+            raise ConfigError("it does not see the driver's lock: name a folder on NFS 4.1")
         return path.read_text()
 
     def weights() -> str:

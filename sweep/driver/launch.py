@@ -1,7 +1,9 @@
 """Runs the search on a Ray cluster: what is missing of a sweep, and its final run."""
 
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,16 +19,10 @@ from core.record.folder import RunFolder
 from sweep.config.scope import count_trials, final_point, settings_entropy
 from sweep.config.sweep import SweepConfig
 from sweep.costs.usage import Meter
-from sweep.driver.cluster import (
-    DRIVER_RESOURCE,
-    check_places,
-    join_cluster,
-    max_concurrent,
-    node_resources,
-    unused_gpus,
-    wait_for_room,
-)
+from sweep.driver.cluster import DRIVER_RESOURCE, check_places, join_cluster
+from sweep.driver.machines import Patience, billed, grows, other_sweeps, wait_for_room
 from sweep.driver.progress import Progress
+from sweep.driver.room import max_concurrent, node_resources, unused_gpus
 from sweep.results.claim import claim, driver_lock, release_id
 from sweep.results.table import (
     Row,
@@ -167,12 +163,19 @@ def _search(
     if meter.tick():
         return Outcome(rows, meter.reason, False, uri, limited=True)
     join_cluster()
+    meter.machines = billed
     before = sum(_is_done(sweep, row) for row in rows)
     secret = sweep.run.privacy.covers.is_secret
     progress = Progress(sweep, total, before, secret, verbosity)
+    patience = Patience(sweep, progress.note)
     try:
-        tune = partial(_fit, meter=meter, observers=[progress, *mirrors, meter])
-        stopped = _search_trials(context, tune, rows, total - before, progress)
+        _stop_on_sigterm()
+        tune = partial(
+            _fit,
+            over=lambda: meter.tick() or patience.tick(),
+            observers=[progress, *mirrors, meter, patience],
+        )
+        stopped = _search_trials(context, tune, rows, total - before, progress, meter.tick)
         if (point := _final_point(sweep)) and not stopped:
             whole = tune(replace(context, is_final=True), num_samples=1, param_space=point)
             stopped = "" if whole else "interrupted"
@@ -182,8 +185,9 @@ def _search(
         progress.close()
         meter.note()
         ray.shutdown()
-    limited = bool(stopped and meter.reason)
-    stopped = meter.reason if limited else stopped
+    limit = meter.reason or patience.reason
+    limited = bool(stopped and limit)
+    stopped = limit if limited else stopped
     rows = load_rows(sweep)
     complete = not stopped and _is_complete(sweep, rows, total)
     return Outcome(rows, stopped, complete, uri, limited)
@@ -207,8 +211,13 @@ def _search_trials(
     rows: Sequence[Row],
     missing: int,
     progress: Progress,
+    over: Callable[[], bool],
 ) -> str:
-    """Runs the missing trials of the search; returns why it ended before them, or nothing."""
+    """Runs the missing trials of the search; returns why it ended before them, or nothing.
+
+    Args:
+        over: whether a limit is reached.
+    """
     from sweep.search.search import FeasibleSearch
 
     sweep = context.sweep
@@ -223,12 +232,14 @@ def _search_trials(
 
         context = replace(context, verdicts=start_verdicts())
         scheduler = Asha(sweep, context.verdicts, done)
-    grew = wait_for_room(sweep, progress.note)
+    for command in other_sweeps():
+        progress.note(f"another sweep shares this cluster's machines and head: {command}")
+    wait_for_room(sweep, progress.note, over)
     if unused := unused_gpus(sweep, node_resources()):
         progress.note(unused)
     if missing <= 0:
         return ""
-    concurrent = max_concurrent(sweep, node_resources(), grew)
+    concurrent = max_concurrent(sweep, node_resources(), grows())
     finished = tune(
         context,
         num_samples=missing,
@@ -244,7 +255,7 @@ def _search_trials(
 def _fit(
     context: Context,
     *,
-    meter: Meter,
+    over: Callable[[], bool],
     observers: Sequence[Any],
     num_samples: int,
     search_alg: Any = None,
@@ -274,7 +285,7 @@ def _fit(
             name=f"{context.launch}{'-final' if context.is_final else ''}",
             storage_path=str(sweep.folder / "ray" / "tune"),
             callbacks=[Relay(sweep, observers)],
-            stop=Stopper(meter.tick),
+            stop=Stopper(over),
             # A trial whose process died; its own failures it reports instead.
             failure_config=tune.FailureConfig(max_failures=sweep.max_failures),
             verbose=0,
@@ -287,6 +298,12 @@ def _fit(
         for r in results
     )
     return whole and len(results) >= num_samples
+
+
+def _stop_on_sigterm() -> None:
+    """What systems send to end a process stops a sweep as Ctrl-C does; Ray has set its own."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
 
 
 def _require_same_code(sweep: SweepConfig, rows: Sequence[Row]) -> None:

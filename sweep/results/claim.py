@@ -20,7 +20,7 @@ _LAUNCH = "launch"
 _FREE = (
     *("fixed.", "num_trials", "max_concurrent_trials", "cpus_per_worker", "storage_path"),
     "experiment",
-    *("min_workers_per_trial", "max_failures", "max_same_error"),
+    *("min_workers_per_trial", "max_failures", "max_preemptions", "max_same_error", "max_wait"),
     *("max_hours", "max_gpu_hours", "max_cost", "cloud", "published"),
 )
 """What may change when a sweep is continued; what is fixed stands in the base run too."""

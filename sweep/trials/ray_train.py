@@ -6,6 +6,8 @@ on the head of a cluster: seconds and most of a gigabyte each.
 
 import os
 import socket
+import time
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import Any
 
@@ -13,12 +15,17 @@ import ray
 from ray.train._internal.utils import get_address_and_port
 from ray.train.backend import Backend, BackendConfig
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.train.v2._internal.execution.controller.state import TrainControllerStateType as State
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from core.errors import ConfigError
+from core.io.terminal import Report
 
 _TIMEOUT = timedelta(minutes=30)
 """How long workers wait for each other: one evaluates while the others wait."""
+_NOTICE_S = 2.0
+"""Seconds between two questions whether a machine is about to go."""
 _CONTEXT = 2**30
 """Bytes of a GPU that each process on it needs beside what torch allocates, at most."""
 
@@ -32,6 +39,57 @@ class Trainer(DataParallelTrainer):
     def _create_default_callbacks(self) -> list[Any]:  # Ray's own, and Ray is pinned.
         every = super()._create_default_callbacks()
         return [each for each in every if not isinstance(each, DatasetsCallback)]
+
+
+class Presence(ControllerCallback):
+    """Tells a trial when it begins to wait for its workers, and when it has them.
+
+    Args:
+        tell: hands the trial a report.
+        waiting: stage of the report while it waits.
+    """
+
+    def __init__(self, tell: Report, waiting: str) -> None:
+        self._tell, self._waiting, self._waits = tell, waiting, False
+
+    def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
+        """The supervisor goes from one state to another."""
+        state = current_state._state_type
+        if state in (State.SCHEDULING, State.RUNNING) and self._waits != (
+            state == State.SCHEDULING
+        ):
+            self._waits = not self._waits
+            self._tell({"stage": self._waiting if self._waits else "starting", "step": 0})
+
+
+class DrainNotice:
+    """Whether the cluster was told that it will lose a machine; true once for each.
+
+    Training goes on until the machine is gone.
+
+    Args:
+        nodes: Ray's ids of the machines that matter.
+        tell: told of it first.
+    """
+
+    def __init__(self, nodes: Iterable[str], tell: Callable[[], None]) -> None:
+        self._nodes, self._tell, self._asked = {*nodes}, tell, 0.0
+
+    def __call__(self) -> bool:
+        """Asks the cluster now and then."""
+        from ray._private.state import state
+
+        if (now := time.monotonic()) - self._asked < _NOTICE_S:
+            return False
+        self._asked = now
+        try:
+            lost = self._nodes & {*state.get_draining_nodes()}
+        except Exception:  # A busy cluster: the next call asks again.
+            return False
+        self._nodes -= lost
+        if lost:
+            self._tell()
+        return bool(lost)
 
 
 class TorchGroup(BackendConfig):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from core.config import Config, nested, short_digest
 from core.errors import UserError
@@ -16,9 +16,12 @@ from core.record.early import ENDED_EARLY
 from core.record.folder import RunFolder
 from sweep.config.scope import shares_central_images
 from sweep.config.sweep import SweepConfig
+from sweep.costs.usage import WAITING
 from sweep.results.claim import newest_launch, require_newest_launch
 
 Train = Callable[["Context", Config, str], Iterator[dict[str, Any]]]
+IN_DANGER = "about to lose a machine"
+"""Stage of the report that a notice of that was given."""
 ENDS = ("done", ENDED_EARLY)
 """Stages of a trial's last report, which holds its result."""
 
@@ -27,8 +30,16 @@ class TrialError(Exception):
     """A trial ended without a result; the text is for the sweep's table."""
 
 
-class _ControllerDiedError(Exception):
-    """What supervises the workers died, not they: they go on with another."""
+class _LostError(Exception):
+    """Workers were lost, or what supervises them; others go on from the checkpoint.
+
+    Attributes:
+        noticed: whether the cloud had said that it takes a machine away.
+    """
+
+    def __init__(self, reason: str, noticed: bool) -> None:
+        super().__init__(reason)
+        self.noticed = noticed
 
 
 @dataclass(frozen=True)
@@ -91,23 +102,27 @@ def _note_failure(run_dir: Path, error: TrialError) -> None:
 
 
 def _supervised(context: Context, config: Config, digest: str) -> Iterator[dict[str, Any]]:
-    """Yields what rank 0 reports; begins again when the workers' supervisor died.
+    """Yields what rank 0 reports; begins again when workers or their supervisor were lost.
+
+    Here and not in Ray Train, which counts a machine that was taken away with notice as a failure
+    if a worker elsewhere sees that first, by its broken connection.
 
     Raises:
-        TrialError: the run was refused, or workers or supervisor failed more often than allowed.
+        TrialError: the run was refused, or more was lost than allowed.
     """
-    for attempt in range(context.sweep.max_failures + 1):
+    allowed = {False: context.sweep.max_failures, True: context.sweep.max_preemptions}
+    while True:
         try:
             yield from _train(context, config, digest)
             return
-        except _ControllerDiedError as error:
-            if attempt == context.sweep.max_failures:
-                raise TrialError(_reason(error)) from error
+        except _LostError as error:
+            allowed[error.noticed] -= 1
+            if allowed[error.noticed] < 0:
+                raise TrialError(str(error)) from error.__cause__
 
 
 def _train(context: Context, config: Config, digest: str) -> Iterator[dict[str, Any]]:
-    """Yields what rank 0 reports, while Ray Train supervises the workers."""
-    import ray.train
+    """Yields what rank 0 reports, while Ray Train supervises the workers; raises `_LostError`."""
     from ray.util.queue import Empty
 
     reports, attempt = _queue(), uuid.uuid4().hex
@@ -122,7 +137,7 @@ def _train(context: Context, config: Config, digest: str) -> Iterator[dict[str, 
 
     thread = threading.Thread(target=fit, daemon=True)
     thread.start()
-    running, refused = True, ""
+    running, refused, noticed = True, "", False
     while running:
         running = thread.is_alive()  # Before the queue is read, so that nothing is missed.
         try:
@@ -130,6 +145,7 @@ def _train(context: Context, config: Config, digest: str) -> Iterator[dict[str, 
                 sender, metrics = reports.get(timeout=0.5 if running else 0.01)
                 if sender == attempt:  # Else of a controller that died since.
                     refused = metrics.get("refused", "")
+                    noticed |= metrics.get("stage") == IN_DANGER
                     if not refused:
                         yield metrics
         except Empty:
@@ -138,11 +154,8 @@ def _train(context: Context, config: Config, digest: str) -> Iterator[dict[str, 
     # for, which then counts as in use for minutes. How the workers ended then does not matter.
     if refused:
         raise TrialError(refused)
-    if not failure:
-        return
-    if isinstance(failure[0], ray.train.WorkerGroupError):
-        raise TrialError(_reason(failure[0])) from failure[0]
-    raise _ControllerDiedError(_reason(failure[0])) from failure[0]
+    if failure:
+        raise _LostError(_reason(failure[0], noticed), noticed) from failure[0]
 
 
 def _trainer(context: Context, config: Config, digest: str, tell: Report) -> Any:
@@ -153,7 +166,7 @@ def _trainer(context: Context, config: Config, digest: str, tell: Report) -> Any
     """
     import ray.train
 
-    from sweep.trials.ray_train import Trainer
+    from sweep.trials.ray_train import Presence, Trainer
 
     sweep = context.sweep
     resources = {"CPU": sweep.cpus_per_worker}
@@ -182,18 +195,25 @@ def _trainer(context: Context, config: Config, digest: str, tell: Report) -> Any
         run_config=ray.train.RunConfig(
             name=f"{digest}-{context.launch}",
             storage_path=str(sweep.folder / "ray" / "train"),
-            callbacks=[_relay(tell)],
-            failure_config=ray.train.FailureConfig(max_failures=sweep.max_failures),
+            callbacks=[_relay(tell), cast(Any, Presence(tell, WAITING))],
+            failure_config=ray.train.FailureConfig(max_failures=0, max_preemption_failures=0),
         ),
     )
 
 
 @cache
 def _queue() -> Any:
-    """From the controllers of this process's trials to it; an actor, so kept for the next trial."""
-    from ray.util.queue import Queue
+    """From the controllers of this process's trials to it; an actor, so kept for the next trial.
 
-    return Queue(maxsize=256, actor_options={"num_cpus": 0})
+    Beside this process, as Ray sends actors without resources anywhere: the loss of one trial's
+    machine would end another trial.
+    """
+    import ray
+    from ray.util.queue import Queue
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return Queue(maxsize=256, actor_options={"num_cpus": 0, "scheduling_strategy": here})
 
 
 def _tell(reports: Any, attempt: str, metrics: dict[str, Any]) -> None:
@@ -227,7 +247,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     from core.run.context import SweepLink
     from core.run.pipeline import run
     from sweep.trials.machine import MachineUse
-    from sweep.trials.ray_train import use_own_device
+    from sweep.trials.ray_train import DrainNotice, use_own_device
 
     torch.set_num_threads(settings["threads"])
     folder, launch = Path(settings["folder"]), settings["launch"]
@@ -239,6 +259,10 @@ def train_worker(settings: dict[str, Any]) -> None:
     def should_continue(progress: float) -> bool:
         verdicts = settings["verdicts"]
         return verdicts is None or ray.get(verdicts.ask.remote(settings["trial"], progress))
+
+    nodes = distributed.all_gather_object(ray.get_runtime_context().get_node_id())
+    note = "the cloud takes a machine of it away: its state is kept"
+    tell = partial(settings["tell"], {"stage": IN_DANGER, "step": 0, "note": note})
 
     try:
         distributed.on_all_ranks(lambda: use_own_device(settings["gpus"]))
@@ -253,6 +277,7 @@ def train_worker(settings: dict[str, Any]) -> None:
                 charged=folder / "charged",
                 shared=folder / "shared" if settings["shares"] else None,
                 should_continue=should_continue,
+                in_danger=DrainNotice(nodes, tell),
                 measure=MachineUse(),
                 reading=settings["tell"],  # Ray's own reports wait for all ranks.
             ),
@@ -262,10 +287,15 @@ def train_worker(settings: dict[str, Any]) -> None:
     distributed.leave()
 
 
-def _reason(error: BaseException) -> str:
+def _reason(error: BaseException, noticed: bool = False) -> str:
     """The line of a nested remote traceback that a person wants to read first."""
     from ray.exceptions import OutOfMemoryError, RayActorError
 
+    if noticed:
+        return (
+            "the cloud took its machines away, more often than max_preemptions allows: raise that, "
+            "or take machines on demand"
+        )
     causes = list((getattr(error, "worker_failures", None) or {}).values())
     causes = [getattr(cause, "health_check_failure", cause) for cause in causes]
     # When a process dies, the others fail too, as they lose the connection to it.

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from leftovers import MARK, assert_none_left
 from mlflow.tracking import MlflowClient
+from refusing_provider import REASON
 from tiny_sweep import ROOT, sweep_text
 
 from core.privacy.ledger.ledger import Ledger
@@ -69,6 +70,39 @@ def test_a_submitted_sweep_runs_on_workers_that_come_and_go(tmp_path):
     entries = Ledger.at(ledger).summary()["entries"]
     assert [entry["state"] for entry in entries] == ["committed"] * 2
     assert_none_left(str(tmp_path), 0)
+
+
+REFUSED = """
+import sys, yaml
+from pathlib import Path
+from clusters.local import cluster
+config = yaml.safe_load(cluster._CONFIG.read_text())
+config["provider"]["module"] = "refusing_provider.Provider"
+cluster._CONFIG = Path("refusing.yaml")
+cluster._CONFIG.write_text(yaml.safe_dump(config))
+sys.exit(cluster.main(sys.argv[1:]))
+"""
+
+
+def test_a_quota_of_nought_is_told_and_ends_the_sweep(tmp_path):
+    (tmp_path / "sweep.yaml").write_text(sweep_text("refused", HEAD))
+    run = [sys.executable, ROOT / "sweep" / "run.py", "--config", "sweep.yaml", "max_wait=0.5"]
+    path = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
+    ended = subprocess.run(
+        [sys.executable, "-c", REFUSED, "--", *run],
+        cwd=tmp_path,
+        env=os.environ | {MARK: str(tmp_path), "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    told = ended.stdout + ended.stderr
+    assert ended.returncode == 2, told
+    (line,) = [line for line in told.splitlines() if line.startswith("error: ")]
+    for part in ("one trial needs", "max_wait=0.5", REASON, "raise the cloud's quota"):
+        assert part in line
+    assert "Traceback" not in ended.stderr
+    assert_none_left(str(tmp_path), 30)
 
 
 def test_a_head_that_ended_by_itself_is_told_and_leaves_its_logs_alone(tmp_path):

@@ -1,6 +1,7 @@
 """`--doctor` on one machine: all is well, and one line with a remedy for what is not."""
 
 import os
+import re
 import secrets
 import subprocess
 import sys
@@ -42,7 +43,8 @@ def test_each_check_is_a_line_and_what_fails_says_what_helps(tmp_path, joined, w
     (tmp_path / "secret").write_text(digits := secrets.token_hex(32))
     code, out = doctor(tmp_path, *wrong, **server, **secret)
     lines = out.splitlines()
-    assert len(lines) == 10
+    assert len(lines) == 11
+    assert re.match(r"ok +the head holds \d+ trials at a time, this sweep runs \d", lines[4])
     failed = [line for line in lines if line.startswith("FAIL")]
     assert code == (0 if well else 1)
     assert [line.split(":")[0].removeprefix("FAIL").strip() for line in failed] == (

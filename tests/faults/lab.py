@@ -94,35 +94,44 @@ class Lab:
         return [pid for pid, command in found if command.startswith(title)]
 
     def start_nodes(self) -> None:
-        gcs, dashboard, client, *agents = free_ports(7)
+        gcs, dashboard, client = free_ports(3)
         address = f"127.0.0.1:{gcs}"
-        common = ("--block", "--num-cpus=1", "--min-worker-port=0", "--max-worker-port=0")
+        self.environment["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{dashboard}"
         head = (
             *("--head", f"--port={gcs}", f"--dashboard-port={dashboard}"),
             *(f"--ray-client-server-port={client}", "--resources", '{"trial_driver": 8}'),
         )
-        self.environment["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{dashboard}"
-        for number, arguments in enumerate((head, (f"--address={address}",))):
-            listen, grpc = agents[2 * number : 2 * number + 2]
-            ports = (
-                f"--dashboard-agent-listen-port={listen}",
-                f"--dashboard-agent-grpc-port={grpc}",
-                # In one folder each would unpack submitted code over that of the other, in use.
-                f"--temp-dir={self.folder}/ray{number}",
-            )
-            command = ("ray", "start", *arguments, *common, *ports)
-            with (self.folder / f"node {number}.log").open("w") as log:
-                self.nodes.append(
-                    subprocess.Popen(
-                        command,
-                        env=self.environment,
-                        stdout=log,
-                        stderr=log,
-                        start_new_session=True,
-                    )
-                )
-            wait_for(lambda count=number + 1: self.alive_nodes() == count, f"node {number}", 120, 1)
+        self.start_node(*head)
         self.environment["RAY_ADDRESS"] = address
+        self.start_node(f"--address={address}")
+
+    def start_node(self, *arguments: str) -> None:
+        """Starts the head, or one more node, and waits until it is there."""
+        number, before = len(self.nodes), self.alive_nodes()
+        listen, grpc = free_ports(2)
+        command = (
+            *("ray", "start", *arguments, "--block", "--num-cpus=1"),
+            *("--min-worker-port=0", "--max-worker-port=0"),
+            f"--dashboard-agent-listen-port={listen}",
+            f"--dashboard-agent-grpc-port={grpc}",
+            # In one folder each would unpack submitted code over that of the other, in use.
+            f"--temp-dir={self.folder}/ray{number}",
+        )
+        environment = {k: v for k, v in self.environment.items() if k != "RAY_ADDRESS"}
+        with (self.folder / f"node {number}.log").open("w") as log:
+            self.nodes.append(
+                subprocess.Popen(
+                    command, env=environment, stdout=log, stderr=log, start_new_session=True
+                )
+            )
+        wait_for(lambda: self.alive_nodes() > before, f"node {number}", 120, 1)
+
+    def lose_node(self) -> None:
+        """The node that came last vanishes, with its raylet and agents."""
+        lost, before = self.nodes.pop(), self.alive_nodes()
+        os.killpg(lost.pid, signal.SIGKILL)
+        lost.wait()
+        wait_for(lambda: self.alive_nodes() < before, "loss of the node", every=1)
 
     def alive_nodes(self) -> int:
         from ray.util.state import list_nodes

@@ -294,7 +294,8 @@ def test_a_run_alone_is_released_with_its_owner_s_word(tmp_path: Path):
 def test_what_real_images_decide_is_its_owner_s_alone_whatever_the_umask(tmp_path):
     before = os.umask(0)
     try:
-        tiny_run(tmp_path / "run", **{"runtime.cache": str(tmp_path / "cache")})
+        kept = {"runtime.cache": str(tmp_path / "cache"), "runtime.keep_checkpoints": True}
+        tiny_run(tmp_path / "run", **kept)
     finally:
         os.umask(before)
     folders = [tmp_path / "cache", *(tmp_path / "run" / n for n in ("checkpoints", "ledger"))]

@@ -5,12 +5,15 @@ No cloud is reached: what a schema cannot tell, such as quotas and images, only 
 
 import copy
 import gzip
+import http.server
 import json
 import os
 import re
+import shlex
 import shutil
 import socket
 import subprocess
+import threading
 import tomllib
 import zipfile
 from pathlib import Path
@@ -23,8 +26,9 @@ import yaml
 from ray._private.runtime_env.packaging import create_package
 from ray.autoscaler._private import util
 from ray.job_submission import JobStatus
+from ray.scripts.scripts import cli
 
-from clusters import autostop, spot
+from clusters import autostop, notice, spot
 from clusters.local.ports import free_ports
 from core.config.yaml_subset import parse
 from core.privacy.keys import SECRET_FILE_VARIABLE
@@ -169,6 +173,10 @@ def test_price_table_names_the_machines_of_the_launcher_file(cloud):
         assert prices[node_type]["machine"] == machine(node_config(cloud, node_type))
         assert prices[node_type]["on_demand"] > 0
     assert 0 < prices[WORKER]["spot"] < prices[WORKER]["on_demand"]
+    idle = parse((CLUSTERS / "prices.yaml").read_text())["minutes"]
+    assert idle["idle"] == FILES[cloud]["idle_timeout_minutes"]
+    (stop,) = (line for line in FILES[cloud]["head_start_ray_commands"] if "autostop" in line)
+    assert f"--minutes {idle['head_idle']} " in stop
 
 
 def test_nodes_get_what_they_install_and_nothing_that_grows():
@@ -193,6 +201,66 @@ def test_the_head_ends_itself_when_idle_and_workers_sooner(cloud):
     assert FILES[cloud]["idle_timeout_minutes"] < int(found[1]) <= 60
     # As Ray wraps what it runs over SSH.
     subprocess.run(["bash", "-n"], input=f"true && ({stop})", text=True, check=True)
+
+
+@every_cloud
+def test_workers_listen_for_the_clouds_notice(cloud):
+    start, notice = FILES[cloud]["worker_start_ray_commands"][-2:]
+    assert "ray start --address" in start
+    assert " python -m clusters.notice " in notice
+    subprocess.run(["bash", "-n"], input=f"true && ({notice})", text=True, check=True)
+
+
+@pytest.mark.parametrize("name", ["rayjob.yaml", "kueue-rayjob.yaml"])
+def test_what_tells_ray_of_the_end_of_a_machine_has_options_that_ray_knows(name, monkeypatch):
+    calls: list[list[str]] = []
+    monkeypatch.setattr(notice, "seconds_left", lambda metadata: 120)
+    monkeypatch.setattr(notice.subprocess, "call", lambda command: calls.append(command) or 0)
+    assert notice.main(["--node-id", "ab" * 28]) == 0
+    (job,) = yaml.safe_load_all((CLUSTERS / "kuberay" / name).read_text())
+    for group in job["spec"]["rayClusterSpec"]["workerGroupSpecs"]:
+        (container,) = group["template"]["spec"]["containers"]
+        *shell, script = container["lifecycle"]["preStop"]["exec"]["command"]
+        assert shell == ["bash", "-c"]
+        calls.append(shlex.split(script.partition(" && ")[0]))
+    for ray, name, *arguments in calls:
+        assert (ray, name) == ("ray", "drain-node")
+        cli.commands[name].make_context(name, arguments)
+    assert calls[0][calls[0].index("--deadline-remaining-seconds") + 1] == "120"
+
+
+def test_a_notice_is_that_of_aws_or_of_gcp_and_nothing_else():
+    pages: dict[tuple[str, str, str], str] = {}
+
+    class Metadata(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            own = [(k.lower(), v) for k, v in self.headers.items() if k.startswith(("X-", "Meta"))]
+            headers = [f"{name}: {value}" for name, value in own]
+            text = pages.get((self.command, self.path, *headers), "")
+            self.send_response(200 if text else 404)
+            self.end_headers()
+            self.wfile.write(text.encode())
+
+        def do_PUT(self) -> None:
+            self.do_GET()
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Metadata)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    assert notice.seconds_left(address) == 0
+    gcp = ("GET", "/computeMetadata/v1/instance/preempted", "metadata-flavor: Google")
+    pages[gcp] = "FALSE"
+    assert notice.seconds_left(address) == 0
+    pages[gcp] = "TRUE"
+    assert notice.seconds_left(address) == 30
+    ttl = "x-aws-ec2-metadata-token-ttl-seconds: 60"
+    pages[("PUT", "/latest/api/token", ttl)] = "t"
+    action = "/latest/meta-data/spot/instance-action"
+    pages[("GET", action, "x-aws-ec2-metadata-token: t")] = '{"action": "terminate"}'
+    assert notice.seconds_left(address) == 120
+    server.shutdown()
+    server.server_close()
+    assert notice.seconds_left(address) == 0
 
 
 @pytest.mark.parametrize("on_gcp", [True, False])

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from core.errors import InfeasibleError, UserError
 from core.privacy.accounting.mechanism import FINE
 from core.privacy.accounting.rounding import upward
+from core.privacy.ledger import file
 from core.privacy.ledger.admission import BudgetExceededError
 from core.privacy.ledger.book import Reservation
 from core.privacy.ledger.card import ledger_text
@@ -583,3 +584,12 @@ def test_lines_of_an_unknown_form_are_not_guessed_at(tmp_path):
         chain.append("refund", {"key": {}})
     with pytest.raises(LedgerError, match=r"a line of .* does not know"):
         ledger.summary()
+
+
+def test_a_lock_that_is_never_freed_is_told_with_its_holder(tmp_path, monkeypatch):
+    ledger = Ledger.open(tmp_path, TERMS)
+    with ledger._locked():
+        monkeypatch.setattr(file, "_PATIENCE_S", 0.1)
+        with pytest.raises(LedgerError, match=rf"was locked for 0\.1 s .*process {os.getpid()} on"):
+            ledger.verify()
+    assert ledger.verify() == 1

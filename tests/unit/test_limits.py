@@ -15,7 +15,7 @@ from sweep.config.prices import price_of
 from sweep.config.sweep import SweepConfig, load_sweep
 from sweep.costs import usage as limits
 from sweep.costs.estimate import print_costs, probed_speed, stored_speed
-from sweep.costs.usage import Meter, Usage, reached, read_usage
+from sweep.costs.usage import WAITING, Machines, Meter, Usage, reached, read_usage
 from sweep.results.claim import claim
 from sweep.run import main
 
@@ -52,22 +52,32 @@ def make(tmp_path):
     return make
 
 
+TRAINS, WAITS = {"stage": "private_training"}, {"stage": WAITING}
+
+
 def test_use_is_counted_over_restarts_interrupted_trials_and_a_killed_driver(make, clock):
     sweep = make(max_hours=1.0)
     first = Meter(sweep)
     first.started("a", {})
+    first.reported("a", WAITS)
+    clock.now += 10_000  # No device is held.
+    first.reported("a", TRAINS)
     clock.now += 600
-    first.started("b", {})
+    first.reported("b", TRAINS)
     clock.now += 300
     first.died("b")
-    first.started("b", {})  # Its devices were held.
+    first.reported("b", TRAINS)  # Its devices were held.
     first.ended("a", {})
     assert not first.tick()  # Notes that 900 s of a and 300 s of b were used, and nothing more:
     clock.now += 4  # the driver is killed.
-    assert read_usage(sweep.folder) == Usage(1200, 2400, 900)
+    assert read_usage(sweep.folder) == Usage(1200, 2400)
     second = Meter(sweep)
-    second.started("b", {})
+    second.reported("b", TRAINS)
     clock.now += 599
+    assert not second.tick()
+    second.reported("b", WAITS)  # A worker was lost.
+    clock.now += 1000
+    second.reported("b", TRAINS)
     assert not second.tick()
     clock.now += 1
     assert second.tick()
@@ -81,15 +91,38 @@ def test_use_is_counted_over_restarts_interrupted_trials_and_a_killed_driver(mak
     assert not reached(make(), Usage(1e9, 1e9, 1e9))
 
 
-def test_money_is_gpus_on_demand_and_the_head(make):
+def test_machines_are_counted_while_trials_wait_and_those_that_go_until_they_are_gone(make, clock):
+    meter = Meter(make(**GPU, max_cost=10.0))
+    meter.machines = lambda: Machines(gpus=3, passing=2, plain=1)
+    meter.note()
+    clock.now += 60
+    meter.machines = lambda: None  # The cluster is busy.
+    meter.note()
+    clock.now += 30
+    idle = 60 * price_of("aws").idle
+    assert meter.usage() == Usage(0, 0, 3 * 90 + 2 * idle, 90)
+    meter.machines = Machines
+    meter.note()
+    clock.now += 60
+    assert meter.usage() == Usage(0, 0, 3 * 90, 90)
+
+
+def test_money_is_machines_with_gpus_on_demand_and_those_without(make):
     sweep = make(**GPU, max_cost=10.0)
     price = price_of("aws")
     hours = 10.0 / (price.on_demand + price.head / 2)
-    usage = Usage(hours * 1800, hours * 3600, hours * 1800)
+    usage = Usage(0, 0, hours * 3600, hours * 1800)
     assert usage.cost(sweep) == pytest.approx(10.0)
     assert reached(make(**GPU, max_cost=9.9), usage).startswith("max_cost=9.9 is reached: 10 USD")
     assert not reached(make(**GPU, max_cost=10.1), usage)
-    assert "max_gpu_hours=2" in reached(make(**GPU, max_gpu_hours=2.0), Usage(3600, 7200, 0))
+    assert "max_gpu_hours=2" in reached(make(**GPU, max_gpu_hours=2.0), Usage(3600, 7200))
+
+
+def test_use_of_earlier_versions_is_read(make):
+    sweep = make(**GPU)
+    old = {"trial_seconds": 1.0, "device_seconds": 2.0, "driver_seconds": 3.0}
+    write_json(sweep.folder / limits.FILE, old)
+    assert read_usage(sweep.folder) == Usage(1.0, 2.0, 2.0, 3.0)
 
 
 def test_limits_may_change_when_a_sweep_goes_on(make):
@@ -164,7 +197,7 @@ def test_a_plan_says_what_is_not_measured_and_bounds_what_is(make, capsys):
     gpu = make(**GPU, max_cost=1.0, runtime__device="auto")
     trial = finished_trial(gpu, "same")
     write_json(trial / "environment.json", {"device": "cuda", "world_size": 2})
-    write_json(gpu.folder / limits.FILE, asdict(Usage(1800, 3600, 1800)))
+    write_json(gpu.folder / limits.FILE, asdict(Usage(1800, 3600, 3600, 1800)))
     show(gpu)
     out = capsys.readouterr().out
     assert "seconds: 0.5 a warm-up step, 2 a DP-SGD step, 7.5 the rest of a trial" in out
@@ -172,8 +205,10 @@ def test_a_plan_says_what_is_not_measured_and_bounds_what_is(make, capsys):
     assert f"= {2 * hours:.4g}, without starting" in out
     assert f"{price.of(2 * hours, hours):.4g} on demand" in out
     assert f"{price.of(2 * hours, hours, spot=True):.4g} USD on spot" in out
+    assert "5 minutes in which a worker starts and 10 in which it idles, " in out
+    assert "60 minutes of the idle head, 0.21 USD; EFS for at most " in out
     assert "used so far: 1 device hours" in out
-    assert "at most 1 USD by max_cost, at prices on demand; that suffices" in out
+    assert "at most 1 USD by max_cost, of all machines on demand; that suffices" in out
 
 
 def test_the_probe_opens_neither_data_nor_secret(make, monkeypatch):

@@ -4,20 +4,18 @@ import ast
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pynvml
 import pytest
 
 from core.errors import ConfigError
+from core.io.mounts import passes_no_locks
 from sweep.config.sweep import load_sweep
-from sweep.driver.cluster import (
-    check_room,
-    check_storage,
-    join_cluster,
-    max_concurrent,
-    unused_gpus,
-)
+from sweep.driver import cluster
+from sweep.driver.cluster import check_storage, join_cluster
 from sweep.driver.launch import run_sweep
+from sweep.driver.room import check_room, max_concurrent, unused_gpus
 from sweep.search.search import SameError
 
 QUICKSTART = "tests/data/sweep.yaml"
@@ -35,6 +33,9 @@ def sweep(**settings: object):
         ([{"CPU": 8, "GPU": 2, "trial_driver": 64}], False, {"gpus_per_worker": 1}, 1),
         ([{"trial_driver": 8}, {"CPU": 3}, {"CPU": 3}], False, {"cpus_per_worker": 2}, 1),
         ([{"trial_driver": 8}, {"CPU": 2}], True, {}, 8),
+        ([{"trial_driver": 8, "memory": 2.7e9}], True, {}, 5),
+        ([{"trial_driver": 8, "memory": 2.7e9}, {"CPU": 8, "memory": 1e9}], False, {}, 4),
+        ([{"trial_driver": 8, "memory": 0.3e9}], True, {}, 1),
         ([{"trial_driver": 8}, {"CPU": 2}], True, {"max_concurrent_trials": 2}, 2),
         ([{"CPU": 1, "trial_driver": 8}], False, {"min_workers_per_trial": 1}, 1),
     ],
@@ -199,3 +200,43 @@ def test_a_ledger_that_cannot_be_written_is_told_before_anything_is_claimed(tmp_
     with pytest.raises(ConfigError, match=r"runtime\.ledger='.*/file' is no folder that can be"):
         run_sweep(sweep(**settings))
     assert not list((tmp_path / "runs").iterdir())
+
+
+MOUNTS = """
+22 1 0:20 / / rw,relatime shared:1 - ext4 /dev/root rw
+31 22 0:40 / /mnt/nfs4 rw,noatime - nfs4 10.0.0.2:/ rw,vers=4.1,rsize=1048576,local_lock=none
+32 22 0:41 / /mnt/nfs3 rw - nfs 10.0.0.3:/share rw,vers=3,proto=tcp,local_lock=none
+33 22 0:42 / /mnt/alone rw - nfs 10.0.0.3:/share rw,vers=4.0,local_lock=all
+34 22 0:43 / /mnt/my\\040bucket rw,nosuid - fuse.gcsfuse bucket rw,user_id=0
+35 34 0:44 / /mnt/my\\040bucket/disk rw - xfs /dev/sdb rw
+"""
+
+
+@pytest.mark.parametrize(
+    ("folder", "why"),
+    [
+        ("/home/me/runs", ""),
+        ("/mnt/nfs4/runs", ""),
+        ("/mnt/nfs3/runs", "NFS 3 keeps"),
+        ("/mnt/alone/runs", "without locks"),
+        ("/mnt/my bucket/runs", "fuse.gcsfuse passes none"),
+        ("/mnt/my bucket/disk/runs", ""),
+        ("/mnt/my bucketful", ""),
+    ],
+)
+def test_file_systems_without_locks_between_machines_are_known(tmp_path, folder, why):
+    (tmp_path / "mounts").write_text(MOUNTS.lstrip())
+    found = passes_no_locks(Path(folder), tmp_path / "mounts")
+    assert bool(found) == bool(why)
+    assert why in found
+    assert not passes_no_locks(Path(folder), tmp_path / "none")
+
+
+def test_on_a_cluster_such_a_folder_is_refused_and_an_address_everywhere(tmp_path, monkeypatch):
+    monkeypatch.setattr(cluster, "passes_no_locks", lambda folder: "of the test")
+    check_storage(str(tmp_path))
+    monkeypatch.setenv("RAY_ADDRESS", "somewhere:1")
+    with pytest.raises(ConfigError, match=r"storage_path='.*' lies where locks do not hold \(of"):
+        check_storage(str(tmp_path))
+    with pytest.raises(ConfigError, match=r"storage_path='s3://bucket/runs' is an address"):
+        sweep(storage_path="s3://bucket/runs")

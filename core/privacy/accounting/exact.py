@@ -31,17 +31,24 @@ def exact_epsilon(
     for sample_rate, noise_multiplier, count in mechanisms:
         release = library_release(sample_rate, noise_multiplier, relation, discretization)
         total = total.compose(release.self_compose(count))
-    return _epsilon(total, delta)
+    return epsilon_of(total, delta)
 
 
 def epsilon_of_many(
     mechanisms: Sequence[Mechanism], delta: float, relation: str, discretization: float
 ) -> float:
-    """The same in a tenth of its time where the mechanisms are many, and a little larger.
+    """The same in a tenth of its time where the mechanisms are many, and a little larger."""
+    return epsilon_of(composed(mechanisms, relation, discretization), delta)
+
+
+def composed(
+    mechanisms: Sequence[Mechanism], relation: str, discretization: float
+) -> PrivacyLossDistribution:
+    """The loss distribution of at least one mechanism, rounded pessimistically.
 
     The counts are read in binary from the highest bit: square the total, then compose one
     release of each mechanism that has this bit. Tails cut off on the way, at most about 1e-15
-    for each release, count as infinite loss, so the result stays an upper bound.
+    for each release, count as infinite loss, so what follows from it stays an upper bound.
     """
     total = privacy_loss_distribution.identity(discretization)
     for bit in reversed(range(max(count for *_, count in mechanisms).bit_length())):
@@ -55,10 +62,10 @@ def epsilon_of_many(
             pairs = zip(parts[::2], parts[1::2], strict=False)
             parts = [one.compose(other) for one, other in pairs] + parts[len(parts) & ~1 :]
         total = parts[0]
-    return _epsilon(total, delta)
+    return total
 
 
-def _epsilon(total: PrivacyLossDistribution, delta: float) -> float:
+def epsilon_of(total: PrivacyLossDistribution, delta: float) -> float:
     """The library's conversion; where exp(-loss) vanishes in it, what is a little more.
 
     There it is the loss that is exceeded with probability at most `delta`.

@@ -43,6 +43,7 @@ def epsilon_of_mechanisms(
     relation: str,
     discretization: float,
     of_record: bool = True,
+    scale: float | None = None,
 ) -> float:
     """Epsilon at `delta` of many mechanisms together, as of `grouped`; 0 when there are none.
 
@@ -53,6 +54,7 @@ def epsilon_of_mechanisms(
         discretization: grid of PLD; made to fit, see `fitting_grid`.
         of_record: whether on the fine grid the figure of a few is that of the accountant of
             record; else it is so to about 2e-6, in a tenth of the time: to show.
+        scale: about what epsilon is, which decides the grid; if not given, by Renyi DP.
     """
     if not mechanisms:
         return 0.0
@@ -73,7 +75,7 @@ def epsilon_of_mechanisms(
         epsilon_of = exact_epsilon
     else:
         from core.privacy.accounting.quick import quick_epsilon as epsilon_of
-    grid = fitting_grid(mechanisms, discretization, bound)
+    grid = fitting_grid(mechanisms, discretization, scale or bound)
     epsilon = epsilon_of(mechanisms, delta, relation, grid)
     if epsilon > LARGEST and proven:
         return bound
@@ -87,11 +89,12 @@ def accountant_of(
     delta: float,
     relation: str,
     discretization: float | None = None,
+    scale: float | None = None,
 ) -> str:
     """What gave `epsilon`, a figure of `epsilon_of_mechanisms`: PLD, or Renyi DP where that ends.
 
     Args:
-        discretization: what `epsilon_of_mechanisms` was given, to name the grid.
+        discretization, scale: what `epsilon_of_mechanisms` was given, to name the grid.
     """
     least = least_delta(mechanisms)
     if relation == "zero_out" and (LARGEST < epsilon < math.inf or delta < least):
@@ -103,7 +106,8 @@ def accountant_of(
     if discretization is None:
         return name
     if mechanisms:
-        discretization = fitting_grid(mechanisms, discretization, renyi.epsilon(mechanisms, delta))
+        scale = scale or renyi.epsilon(mechanisms, delta)
+        discretization = fitting_grid(mechanisms, discretization, scale)
     return f"{name}, discretization {discretization:g}"
 
 

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from core.errors import InfeasibleError
@@ -77,9 +78,12 @@ def _check_number(book: Book, asked: Reservation, tuning_trials: int) -> None:
 
 
 def admit(
-    totals: Totals, book: Book, asked: Reservation, within: RunBudget | None
+    totals: Totals, book: Book, asked: Reservation, within: RunBudget | None, kept: Path
 ) -> dict[str, Any]:
     """The new total and its accountant, for the record; None where no budget asks for it.
+
+    Args:
+        kept: file of the composition of what was settled.
 
     Privacy: a selection and a tuned run are charged whole, with their first trial. Later ones are
         never refused; of a selection that would bound their secret number, and no figure depends
@@ -95,16 +99,15 @@ def admit(
     grid = totals.discretization(apart)
 
     def counted(part: Book) -> float:
-        return totals.together(part, lambda charge: charge.counted, grid)[0]
+        return totals.admitted(part, grid, kept)[0]
 
-    total = counted(after)
+    total, accountant = totals.admitted(after, grid, kept)
     paid = (
         within is not None
         and within.is_one_release
         and any(charge.counted for charge in others.of_run(asked.key.run))
     )
     if paid or total <= budget:
-        accountant = totals.accountant(apart, grid)
         return {"epsilon_after": total, "accountant": accountant}
     raise BudgetExceededError(
         f"reserving epsilon {upward(counted(replace(book, charges=new)), 6)} for {asked.key} "

@@ -18,6 +18,8 @@ import json
 import math
 import operator
 import os
+import socket
+import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +34,10 @@ from core.privacy.ledger.notes import beside_secret, contradiction, copy_note, w
 
 Entry = dict[str, Any]
 _BEFORE_FIRST = "0" * 64
+_PATIENCE_S = 900.0
+"""Seconds to wait for the lock: as long as many workers that come at once may take."""
+_HOLDER = 200
+"""Bytes of the lock file that name its last holder."""
 
 
 class LedgerError(UserError):
@@ -211,8 +217,9 @@ def locked(
         for finding in (contradiction(place, entries) for place in known):
             if finding:
                 raise _damaged(path, finding)
-        if entries and not begun:
-            os.write(descriptor, b"begun\n")
+        if entries:
+            holder = f"begun; held last by process {os.getpid()} on {socket.gethostname()}"
+            os.pwrite(descriptor, f"{holder:<{_HOLDER}}\n".encode(), 0)
         yield Chain(path, entries, notes)
 
 
@@ -224,7 +231,7 @@ def _lock(path: Path, create: bool) -> Generator[int, None, None]:
             os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))
         descriptor = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)  # The kernel frees it when the process dies.
+            _wait_for(descriptor, path)
             yield descriptor
         finally:
             os.close(descriptor)
@@ -233,6 +240,27 @@ def _lock(path: Path, create: bool) -> Generator[int, None, None]:
             f"the ledger '{path}' cannot be used ({error.strerror}): it needs a folder that this "
             "user may write to, with space left"
         ) from None
+
+
+def _wait_for(descriptor: int, path: Path) -> None:
+    """Locks an open file, which the kernel frees when this process dies.
+
+    Raises:
+        LedgerError: it was not to be had in minutes; says who has it.
+    """
+    deadline = time.monotonic() + _PATIENCE_S
+    while True:
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() < deadline:
+                time.sleep(0.02)
+                continue
+        text = os.pread(descriptor, _HOLDER, 0).decode(errors="replace").strip()
+        raise LedgerError(
+            f"the ledger '{path}' was locked for {_PATIENCE_S:g} s ({text}): end that process; a "
+            "machine that vanished frees its locks within minutes on NFS 4.1, and never on NFS 3"
+        )
 
 
 def accept_loss(path: Path, reason: str, known: bool = False) -> int:

@@ -148,7 +148,8 @@ class Ledger:
                 )
             if earlier is None or earlier.counted != asked.events:
                 check_run(self._totals, book, asked, within)
-                figures = admit(self._totals, book, asked, within)
+                kept = self.path.with_suffix(".composed")
+                figures = admit(self._totals, book, asked, within, kept)
                 plain = [asdict(event) for event in asked.events]
                 body = {"key": asdict(key), "events": plain, "note": note, **figures}
                 body["within"] = asdict(within) if within else None

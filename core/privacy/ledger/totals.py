@@ -4,9 +4,20 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from pathlib import Path
 
 from core.privacy.accounting import solve
-from core.privacy.accounting.mechanism import COARSE, FINE, Mechanism, discretization_for, grouped
+from core.privacy.accounting.mechanism import (
+    COARSE,
+    FEW,
+    FINE,
+    LARGEST,
+    Mechanism,
+    discretization_for,
+    fitting_grid,
+    grouped,
+    least_delta,
+)
 from core.privacy.ledger.book import Book, Charge
 from core.privacy.ledger.file import Event, Terms
 from core.privacy.plan.scopes import RunBudget
@@ -60,6 +71,29 @@ class Totals:
         found = tradeoff.members_found(_mechanisms(events), self.terms.neighboring_relation, alarms)
         return min(1.0, found + len(targets) * self.terms.delta)
 
+    def admitted(self, book: Book, grid: float, kept: Path) -> tuple[float, str]:
+        """Epsilon of all that counts, as of `together`, and what composes it, in words.
+
+        Args:
+            kept: file of the composition of what was settled, so that of many mechanisms only
+                those that are open are composed now.
+        """
+        counted = [event for charge in book.apart for event in charge.counted]
+        mechanisms, delta = _mechanisms(counted), self.terms.delta
+        scale, relation = self._scale(mechanisms), self.terms.neighboring_relation
+        if scale is not None and delta >= least_delta(mechanisms):
+            from core.privacy.accounting.kept import epsilon_beside
+
+            closed = [charge for charge in book.apart if not charge.open]
+            settled = _mechanisms(event for charge in closed for event in charge.counted)
+            fine = fitting_grid(mechanisms, grid, scale)
+            epsilon = epsilon_beside(kept, settled, mechanisms, delta, relation, fine)
+            if epsilon <= LARGEST:
+                named = solve.accountant_of(epsilon, mechanisms, delta, relation, grid, scale)
+                return epsilon + sum(book.targets), named
+        total, _ = self.together(book, lambda charge: charge.counted, grid)
+        return total, self.accountant(counted, grid)
+
     def largest(self, plans: Iterable[tuple[Event, ...]]) -> float:
         """The largest epsilon that one of the plans spends alone; 0 without any."""
         quick = {plan: self.epsilon(plan, FINE, of_record=False) for plan in plans}
@@ -76,16 +110,23 @@ class Totals:
         self, events: Iterable[Event], discretization: float, of_record: bool = True
     ) -> float:
         """Their composition at the ledger's delta; not of record to about 2e-6."""
+        mechanisms = _mechanisms(events)
         delta, relation = self.terms.delta, self.terms.neighboring_relation
         return solve.epsilon_of_mechanisms(
-            _mechanisms(events), delta, relation, discretization, of_record
+            mechanisms, delta, relation, discretization, of_record, self._scale(mechanisms)
         )
 
     def accountant(self, events: Iterable[Event], discretization: float) -> str:
         """What composes them, in words."""
         delta, relation = self.terms.delta, self.terms.neighboring_relation
         epsilon, mechanisms = self.epsilon(events, discretization), _mechanisms(events)
-        return solve.accountant_of(epsilon, mechanisms, delta, relation, discretization)
+        scale = self._scale(mechanisms)
+        return solve.accountant_of(epsilon, mechanisms, delta, relation, discretization, scale)
+
+    def _scale(self, mechanisms: tuple[Mechanism, ...]) -> float | None:
+        """The budget, where many mechanisms are composed: it never changes, nor does the grid."""
+        budget = self.terms.budget
+        return budget if budget and budget < LARGEST and len(mechanisms) > FEW else None
 
 
 def _mechanisms(events: Iterable[Event]) -> tuple[Mechanism, ...]:

@@ -1,0 +1,127 @@
+"""Composition that is kept in a file, so that the next one composes only what is new.
+
+The file says of which mechanisms it is the composition, on which grid. So it may be older than
+what asks for it, or be lost: what it lacks is composed and added, and where it holds anything that
+is not asked for it is made anew.
+"""
+# dp_accounting's types come without stubs:
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
+# pyright: reportPrivateUsage=false
+
+import json
+import zipfile
+from collections.abc import Mapping, Sequence
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from dp_accounting.pld.pld_pmf import DensePLDPmf
+from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
+
+from core.io.files import write_whole
+from core.privacy.accounting.exact import composed, epsilon_of
+from core.privacy.accounting.mechanism import Mechanism
+
+_Counts = Mapping[tuple[float, float], int]
+_SIDES = ("remove", "add")
+
+
+def epsilon_beside(
+    path: Path | None,
+    settled: Sequence[Mechanism],
+    everything: Sequence[Mechanism],
+    delta: float,
+    relation: str,
+    grid: float,
+) -> float:
+    """Epsilon at `delta` of `everything` together, of which `settled` will be asked for again.
+
+    Args:
+        path: of the file that keeps the composition of `settled`; one process at a time. None: all
+            is composed now.
+        settled: a part of `everything`, each as of `grouped`.
+        grid: of privacy losses, their distance.
+
+    Returns:
+        An upper bound as of `epsilon_of_many`, to rounding whatever the file holds.
+
+    Privacy: the figure bounds all of `everything`, whatever the file holds: what it says that it
+        is the composition of is left out, each as often as it is in it, and nothing else.
+    """
+    wanted = _counts(settled) if path is not None else {}
+    have, total = _read(path, relation, grid) if path is not None else ({}, None)
+    if any(count > wanted.get(key, 0) for key, count in have.items()):
+        have, total = {}, None
+    if path is not None and (new := _less(wanted, have)):
+        total = _joined(total, new, relation, grid)
+        content = partial(_write, total, settled, relation, grid)
+        write_whole(path, content, private=True)
+    total = _joined(total, _less(_counts(everything), wanted), relation, grid)
+    return 0.0 if total is None else epsilon_of(total, delta)
+
+
+def _counts(mechanisms: Sequence[Mechanism]) -> dict[tuple[float, float], int]:
+    return {(rate, noise): count for rate, noise, count in mechanisms}
+
+
+def _less(counts: _Counts, others: _Counts) -> list[Mechanism]:
+    """What is left of the counts without those of others."""
+    left = {key: count - others.get(key, 0) for key, count in counts.items()}
+    return [(*key, count) for key, count in left.items() if count > 0]
+
+
+def _joined(
+    total: PrivacyLossDistribution | None,
+    mechanisms: Sequence[Mechanism],
+    relation: str,
+    grid: float,
+) -> PrivacyLossDistribution | None:
+    if not mechanisms:
+        return total
+    new = composed(mechanisms, relation, grid)
+    return new if total is None else total.compose(new)
+
+
+def _write(
+    total: Any,
+    mechanisms: Sequence[Mechanism],
+    relation: str,
+    grid: float,
+    file: Any,
+) -> None:
+    sides = [total._pmf_remove.to_dense_pmf()]
+    sides += [] if total._symmetric else [total._pmf_add.to_dense_pmf()]
+    about = {
+        "by": _version(),
+        "relation": relation,
+        "grid": grid,
+        "mechanisms": mechanisms,
+        "sides": [[int(each._lower_loss), float(each._infinity_mass)] for each in sides],
+    }
+    losses = {name: each._probs for name, each in zip(_SIDES, sides, strict=False)}
+    losses["about"] = np.frombuffer(json.dumps(about).encode(), np.uint8)
+    np.savez(file, allow_pickle=False, **losses)
+
+
+def _read(
+    path: Path, relation: str, grid: float
+) -> tuple[dict[tuple[float, float], int], PrivacyLossDistribution | None]:
+    """Mechanisms and composition of the file; none where it is of another kind, or damaged."""
+    try:
+        with np.load(path) as content:
+            about = json.loads(content["about"].tobytes())
+            if (about["by"], about["relation"], about["grid"]) != (_version(), relation, grid):
+                return {}, None
+            sides = [
+                DensePLDPmf(grid, lower, content[name], infinite, True)
+                for name, (lower, infinite) in zip(_SIDES, about["sides"], strict=False)
+            ]
+            return _counts(about["mechanisms"]), PrivacyLossDistribution(*sides)
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
+        return {}, None
+
+
+def _version() -> str:
+    return metadata.version("dp-accounting")
