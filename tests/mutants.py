@@ -141,8 +141,15 @@ MUTANTS = (
     Mutant(
         "clipped gradients summed in float32",
         DP_SGD,
-        "(part @ finite_piece)",
-        "(part.float() @ finite_piece.float())",
+        "part @ finite_piece",
+        "part.float() @ finite_piece.float()",
+    ),
+    Mutant(
+        "TF32 rounds gradients after their norms were taken",
+        DP_SGD,
+        "part @ finite_piece",
+        "part.float() @ finite_piece.float()",
+        ("tests/integration/test_pretended_gpu.py::test_tf32_reaches_neither_clipping_nor_noise",),
     ),
     Mutant(
         "noise rounded before it is added",

@@ -26,6 +26,9 @@ from core.training.augmentation import augment
 from core.training.loop import Stage
 from core.training.physical_batch import PhysicalBatches
 
+_RESIDENT = 0.05
+"""Share of a GPU's memory up to which the data set, as uint8, is kept there."""
+
 
 @dataclass(frozen=True)
 class WarmUpData:
@@ -101,6 +104,7 @@ def private_stage(
         adam = DpAdamBc(denoiser.parameters(), rate, plan, floor)
     per_example = PerExampleGradients(denoiser, settings.noise_multiplicity)
     optimizer = DpSgdOptimizer(adam, plan, noise)
+    train_split = resident(train_split, device)
     sampler = PoissonSampler(masks, len(train_split.labels), plan.sample_rate)
     batches, weight_of = PhysicalBatches(config, device), _weight_of(denoiser)
     stream = f"{config.seed}/private_training"
@@ -148,6 +152,7 @@ def non_private_stage(
     device, settings = config_device(config), config.private_training
     parameters = list(denoiser.parameters())
     adam = torch.optim.Adam(parameters, lr=settings.learning_rate)
+    train_split = resident(train_split, device)
     sampler = PoissonSampler(masks, len(train_split.labels), plan.sample_rate)
     batches, weight_of = PhysicalBatches(config, device), _weight_of(denoiser)
     stream = f"{config.seed}/non_private_training"
@@ -193,9 +198,32 @@ def _loss_of_part(
 ) -> torch.Tensor:
     """Of each image of a part of the batch of step `number`: `[len(part)]`."""
     device, copies = config_device(config), config.private_training.noise_multiplicity
-    images = to_model_range(to_float(split.images[part])).to(device)
+    images, labels = chosen_records(split, part, device)
     draws = draw(stream, number, part, copies, images.shape[1:], device)
-    return _loss(config, network, weight_of, images, split.labels[part].to(device), draws)
+    return _loss(config, network, weight_of, images, labels, draws)
+
+
+def resident(split: Split, device: str) -> Split:
+    """A data set on the GPU that it is used on, unless it would fill that: then as it is."""
+    if device == "cuda":
+        memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        if split.images.numel() <= _RESIDENT * memory:
+            return Split(split.images.to(device), split.labels.to(device))
+    return split
+
+
+def chosen_records(
+    split: Split, part: torch.Tensor, device: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images in [-1, 1], float32 `[len(part), C, H, W]`, and labels of some records, on the device.
+
+    The host does not wait for a GPU: CUDA copies pageable memory aside before it returns.
+    """
+    part = part.to(split.images.device, non_blocking=True)
+    images, labels = (
+        each[part].to(device, non_blocking=True) for each in (split.images, split.labels)
+    )
+    return to_model_range(to_float(images)), labels
 
 
 def _loss(
