@@ -35,7 +35,7 @@ class Ema:
         decay = min(self._decay, (1 + self._updates) / (10 + self._updates))
         self._updates += 1
         averages, parameters = list(self.module.parameters()), list(module.parameters())
-        torch._foreach_lerp_(averages, parameters, 1 - decay)
+        torch._foreach_lerp_(averages, parameters, 1 - decay)  # type: ignore[attr-defined]
         if self.power is not None:
             self.power.update(module)
 
