@@ -83,7 +83,7 @@ MUTANTS = (
     Mutant(
         "K copies counted as examples",
         "core/training/stages.py",
-        "PerExampleGradients(denoiser, settings.noise_multiplicity)",
+        "PerExampleGradients(denoiser, settings.noise_multiplicity, fused)",
         "PerExampleGradients(denoiser, 1)",
     ),
     Mutant(
@@ -150,6 +150,13 @@ MUTANTS = (
         "part @ finite_piece",
         "part.float() @ finite_piece.float()",
         ("tests/integration/test_pretended_gpu.py::test_tf32_reaches_neither_clipping_nor_noise",),
+    ),
+    Mutant(
+        "the kernel of convolutions reads into the next example",
+        "core/privacy/mechanisms/convolution_kernel.py",
+        " & (row < height)",
+        "",
+        ("tests/unit/test_convolution_kernel.py",),
     ),
     Mutant(
         "noise rounded before it is added",

@@ -137,6 +137,8 @@ class RuntimeConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     channels_last: bool = False
     """Feature maps in memory position by position: faster for large ones, slower for 8x8."""
+    fused_kernels: bool = True
+    """Kernels of this project on GPUs, each checked at its first use; false takes torch's alone."""
     log_every: PositiveInt = 25
     checkpoint_every: PositiveInt = 200
     num_pictures: Annotated[int, Field(ge=0, le=100)] = 4

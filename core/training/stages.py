@@ -102,7 +102,8 @@ def private_stage(
     if settings.optimizer == "adam_bc":
         rate, floor = settings.learning_rate, settings.adam_bc_floor
         adam = DpAdamBc(denoiser.parameters(), rate, plan, floor)
-    per_example = PerExampleGradients(denoiser, settings.noise_multiplicity)
+    fused = config.runtime.fused_kernels
+    per_example = PerExampleGradients(denoiser, settings.noise_multiplicity, fused)
     optimizer = DpSgdOptimizer(adam, plan, noise)
     train_split = resident(train_split, device)
     sampler = PoissonSampler(masks, len(train_split.labels), plan.sample_rate)

@@ -43,7 +43,12 @@ from core.evaluation.networks import FEATURES
 from core.evaluation.precision_recall import precision_and_recall
 from core.generation.draw import draw_images
 from core.privacy.keys import KeyedStream
-from core.privacy.mechanisms.convolution_gradients import grouped, one_by_one
+from core.privacy.mechanisms.convolution_gradients import (
+    by_kernel,
+    grouped,
+    one_by_one,
+    shifted,
+)
 from core.privacy.mechanisms.dp_sgd import DpSgdOptimizer
 from core.privacy.mechanisms.per_example_gradients import PerExampleGradients
 from core.training import stages
@@ -51,8 +56,6 @@ from core.training.physical_batch import PhysicalBatches
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Figures = dict[str, Any]
-FAILURES = (RuntimeError, ValueError, NotImplementedError, AttributeError)
-"""Of an engine or a card that cannot; torch's own, shortage of memory too, are runtime errors."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,7 @@ def alone(figures: Figures, name: str) -> Iterator[None]:
     """Notes under `NAME_reason` why what is in the block fails, and frees what it held."""
     try:
         yield
-    except FAILURES as error:
+    except Exception as error:
         figures[f"{name}_reason"] = f"{type(error).__name__}: {error}"[:300]
     gc.collect()
     if torch.cuda.is_available():
@@ -280,7 +283,7 @@ def weight_gradients(dtype: torch.dtype, copies: int, sizes: Sizes) -> Figures:
             .contiguous(memory_format=torch.channels_last)
             for width in (channels, 64)
         )
-        for way in (one_by_one, grouped):
+        for way in (one_by_one, grouped, shifted, by_kernel):
             name = f"conv_{channels}_{side}_{way.__name__}"
             with alone(figures, name):
                 call = lambda way=way: way(layer, x, grad, copies)  # noqa: B023, E731
