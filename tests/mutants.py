@@ -159,6 +159,13 @@ MUTANTS = (
         ("tests/unit/test_convolution_kernel.py",),
     ),
     Mutant(
+        "what an example draws depends on its place in the batch",
+        "core/diffusion/draws_kernel.py",
+        "tl.load(keys + row)",
+        "tl.load(keys + row) + row",
+        ("tests/unit/test_draws_kernel.py",),
+    ),
+    Mutant(
         "noise rounded before it is added",
         "core/privacy/keys.py",
         "torch.empty(2 * pairs, dtype=torch.float64)",

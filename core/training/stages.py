@@ -17,6 +17,7 @@ from core.diffusion.denoiser import Denoiser, MomentsDenoiser
 from core.diffusion.loss import Draws, Weight, draw, edm_loss
 from core.privacy.keys import KeyedStream
 from core.privacy.mechanisms.adam_bc import DpAdamBc
+from core.privacy.mechanisms.convolution_gradients import fused_kernels
 from core.privacy.mechanisms.dp_sgd import DpSgdOptimizer
 from core.privacy.mechanisms.per_example_gradients import PerExampleGradients
 from core.privacy.mechanisms.sampling import PoissonSampler, rank_share
@@ -53,7 +54,7 @@ def warm_up_stage(config: Config, denoiser: Denoiser, data: Sequence[WarmUpData]
     ]
     ends = list(accumulate(each.num_steps for each in data))
     optimizer = torch.optim.Adam(denoiser.parameters(), lr=settings.learning_rate)
-    network, weight_of = denoiser, _weight_of(denoiser)
+    network, weight_of, fused = denoiser, _weight_of(denoiser), fused_kernels(config)
     if distributed.world_size() > 1:
         network = DistributedDataParallel(denoiser)
     stream = f"{config.seed}/warm_up"
@@ -66,7 +67,7 @@ def warm_up_stage(config: Config, denoiser: Denoiser, data: Sequence[WarmUpData]
         chosen = torch.randint(len(images), (batch,), generator=generator)
         batch_images = augment(images[chosen.to(device)], settings.augmentation, generator)
         share = rank_share(torch.arange(batch), distributed.rank(), distributed.world_size())
-        draws = draw(stream, number, share, 1, images.shape[1:], device)
+        draws = draw(stream, number, share, 1, images.shape[1:], device, fused)
         share = share.to(device)
         labels_of_share = labels[chosen.to(device)][share]
         loss = _loss(config, network, weight_of, batch_images[share], labels_of_share, draws)
@@ -102,7 +103,7 @@ def private_stage(
     if settings.optimizer == "adam_bc":
         rate, floor = settings.learning_rate, settings.adam_bc_floor
         adam = DpAdamBc(denoiser.parameters(), rate, plan, floor)
-    fused = config.runtime.fused_kernels
+    fused = fused_kernels(config)
     per_example = PerExampleGradients(denoiser, settings.noise_multiplicity, fused)
     optimizer = DpSgdOptimizer(adam, plan, noise)
     train_split = resident(train_split, device)
@@ -133,7 +134,8 @@ def private_stage(
     def public_loss(number: int) -> torch.Tensor:
         first = torch.zeros(1, dtype=torch.long)
         grey = torch.zeros((1, *train_split.images.shape[1:]), device=device)
-        draws = draw(stream, number, first, settings.noise_multiplicity, grey.shape[1:], device)
+        copies, shape = settings.noise_multiplicity, grey.shape[1:]
+        draws = draw(stream, number, first, copies, shape, device, fused)
         return _loss(config, per_example, weight_of, grey, first.to(device), draws)
 
     return Stage("private_training", plan.num_steps, step, adam, public_loss, config.warm_up_steps)
@@ -200,7 +202,8 @@ def _loss_of_part(
     """Of each image of a part of the batch of step `number`: `[len(part)]`."""
     device, copies = config_device(config), config.private_training.noise_multiplicity
     images, labels = chosen_records(split, part, device)
-    draws = draw(stream, number, part, copies, images.shape[1:], device)
+    fused = fused_kernels(config)
+    draws = draw(stream, number, part, copies, images.shape[1:], device, fused)
     return _loss(config, network, weight_of, images, labels, draws)
 
 

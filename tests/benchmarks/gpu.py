@@ -45,6 +45,7 @@ from core.generation.draw import draw_images
 from core.privacy.keys import KeyedStream
 from core.privacy.mechanisms.convolution_gradients import (
     by_kernel,
+    fused_kernels,
     grouped,
     one_by_one,
     shifted,
@@ -189,11 +190,15 @@ def private_step(config: Config, sizes: Sizes) -> Figures:
     for _ in batches.run(accumulate, ids, per_example.set_grad_sample_to_none):
         pass
     part, shape = ids[: batches.size], split.images.shape[1:]
-    copies = settings.noise_multiplicity
+    copies, fused = settings.noise_multiplicity, fused_kernels(config)
+
+    def draws() -> None:
+        draw("gpu", 0, part, copies, shape, device, fused)
+
     figures: Figures = {
         "physical_batch": len(part),
         "part_seconds": wall_seconds(lambda: accumulate(part), sizes),
-        "draws_seconds": wall_seconds(lambda: draw("gpu", 0, part, copies, shape, device), sizes),
+        "draws_seconds": wall_seconds(draws, sizes),
         "upload_seconds": wall_seconds(lambda: stages.chosen_records(split, part, device), sizes),
         "release_seconds": wall_seconds(release, sizes),
     }

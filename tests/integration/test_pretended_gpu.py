@@ -26,11 +26,11 @@ from core.errors import ConfigError
 from core.generation import draw
 from core.generation.png import write_grid
 from core.privacy.keys import KeyedStream
-from core.privacy.mechanisms import dp_sgd, per_example_gradients
+from core.privacy.mechanisms import convolution_gradients, dp_sgd, per_example_gradients
 from core.privacy.mechanisms.dp_sgd import DpSgdOptimizer
 from core.privacy.mechanisms.per_example_gradients import PerExampleGradients
 from core.privacy.plan.releases import DpSgdPlan
-from core.run import pipeline
+from core.run import identity, pipeline
 from core.training import stages
 from core.training.physical_batch import PhysicalBatches
 from sweep.driver.doctor import usable_gpus
@@ -208,6 +208,29 @@ def test_the_host_waits_in_no_part_of_a_batch(tmp_path, monkeypatch, share):
     monkeypatch.setattr(stages, "_RESIDENT", share)  # The data set lies on the GPU, or does not.
     waits, places = waits_of_a_part(tmp_path)
     assert waits == 0, places
+
+
+def test_one_call_draws_for_a_part_where_kernels_are_right(tmp_path, monkeypatch):
+    draws_kernel = pytest.importorskip("core.diffusion.draws_kernel")
+    drawn_for: list[int] = []
+
+    def normal(keys: torch.Tensor, count: int) -> torch.Tensor:
+        drawn_for.append(len(keys))
+        return torch.ones(len(keys), count, device=keys.device)
+
+    monkeypatch.setattr(draws_kernel, "normal", normal)
+    monkeypatch.setattr(convolution_gradients, "kernels_are_right", lambda _: True)
+    monkeypatch.setattr(convolution_gradients, "by_kernel", convolution_gradients.shifted)
+    waits, places = waits_of_a_part(tmp_path)
+    assert waits == 0, places
+    assert drawn_for.count(8) > 1
+    assert drawn_for.count(2) > 4
+    assert identity.computed_by(load({}, {"runtime.device": "cpu"}))["kernels"] == "torch"
+    with pretended_gpu():
+        there = identity.computed_by(load({}, {"runtime.device": "cuda"}))["kernels"]
+        without = load({}, {"runtime.device": "cuda", "runtime.fused_kernels": False})
+        assert there.startswith("triton ")
+        assert identity.computed_by(without)["kernels"] == "torch"
 
 
 def test_the_host_waits_in_no_step_of_the_sampler():

@@ -17,6 +17,7 @@ from triton.compiler import ASTSource
 from triton.knobs import nvidia
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
 
+from core.diffusion import draws_kernel
 from core.privacy.mechanisms import convolution_gradients, convolution_kernel
 from core.privacy.mechanisms.convolution_gradients import by_kernel, one_by_one, shifted
 from core.privacy.mechanisms.per_example_gradients import PerExampleGradients
@@ -99,7 +100,10 @@ def test_sums_of_bfloat16_are_float32(interpreted):
 def test_it_is_taken_where_it_is_right_and_else_one_line_says_why_not(
     interpreted, monkeypatch, caplog
 ):
-    asked = convolution_gradients.kernel_is_right.__wrapped__
+    key, numbers = draws_kernel.KNOWN
+    known = torch.tensor([numbers])
+    monkeypatch.setattr(draws_kernel, "normal", lambda keys, _: known * (keys == key))
+    asked = convolution_gradients.kernels_are_right.__wrapped__
     assert asked(CPU)
     assert not caplog.records
     monkeypatch.setattr(convolution_kernel, "_MOST_INPUTS", 16)  # Several tiles are right as well.
@@ -111,9 +115,12 @@ def test_it_is_taken_where_it_is_right_and_else_one_line_says_why_not(
         assert not asked(CPU)
         (line,) = (record.getMessage() for record in caplog.records)
         told = f"slower: differs from torch in torch.{dtype}"
-        assert line == f"convolutions without the kernel of this project, thus {told}"
+        assert line == f"training without the kernels of this project, thus {told}"
         caplog.clear()
     monkeypatch.setattr(convolution_kernel, "weight_gradients", right)
+    monkeypatch.setattr(draws_kernel, "normal", lambda *_: known + 1e-3)
+    assert not asked(CPU)
+    assert caplog.records.pop().getMessage().endswith("slower: draws are not those of their key")
     monkeypatch.setattr(convolution_kernel, "_tap_gradient", KERNEL)  # Not interpreted.
     assert not asked(CPU)
     assert len(caplog.records) == 1
@@ -125,7 +132,7 @@ def test_the_switch_is_obeyed_on_a_gpu(fused, monkeypatch):
 
     layer, x, _ = case(4, 5, (6, 6), (3, 3))
     taken: list[str] = []
-    monkeypatch.setattr(convolution_gradients, "kernel_is_right", lambda _: True)
+    monkeypatch.setattr(convolution_gradients, "kernels_are_right", lambda _: True)
     for name in ("by_kernel", "shifted"):
         monkeypatch.setattr(
             convolution_gradients, name, lambda *a, n=name: (taken.append(n), shifted(*a))[1]
