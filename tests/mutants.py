@@ -86,7 +86,7 @@ MUTANTS = (
     Mutant(
         "K copies counted as examples",
         "core/training/stages.py",
-        "PerExampleGradients(denoiser, settings.noise_multiplicity)",
+        "PerExampleGradients(denoiser, settings.noise_multiplicity, fused)",
         "PerExampleGradients(denoiser, 1)",
     ),
     Mutant(
@@ -144,8 +144,29 @@ MUTANTS = (
     Mutant(
         "clipped gradients summed in float32",
         DP_SGD,
-        "(part @ finite_piece)",
-        "(part.float() @ finite_piece.float())",
+        "part @ finite_piece",
+        "part.float() @ finite_piece.float()",
+    ),
+    Mutant(
+        "TF32 rounds gradients after their norms were taken",
+        DP_SGD,
+        "part @ finite_piece",
+        "part.float() @ finite_piece.float()",
+        ("tests/integration/test_pretended_gpu.py::test_tf32_reaches_neither_clipping_nor_noise",),
+    ),
+    Mutant(
+        "the kernel of convolutions reads into the next example",
+        "core/privacy/mechanisms/convolution_kernel.py",
+        " & (row < height)",
+        "",
+        ("tests/unit/test_convolution_kernel.py",),
+    ),
+    Mutant(
+        "what an example draws depends on its place in the batch",
+        "core/diffusion/draws_kernel.py",
+        "tl.load(keys + row)",
+        "tl.load(keys + row) + row",
+        ("tests/unit/test_draws_kernel.py",),
     ),
     Mutant(
         "noise rounded before it is added",

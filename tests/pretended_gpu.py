@@ -160,7 +160,7 @@ def _compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if mine or on_gpu:
         _refuse(func, args, list(mine.values()), others)
         _check_launch(func, args)
-        _count_waits(func, args, bool(mine), bool(others), on_gpu)
+        _count_waits(func, args, kwargs, bool(mine), bool(others), on_gpu)
         _gpu.operations += 1
     if device is not None:
         kwargs = {**kwargs, "device": _gpu.memory if on_gpu else torch.device("cpu")}
@@ -206,13 +206,23 @@ def _refuse(func: Any, args: Any, mine: list[Any], others: list[Any]) -> None:
         raise GpuError(f"Expected X.is_contiguous(memory_format) to be true, {place()}")
 
 
-def _count_waits(func: Any, args: Any, mine: bool, others: bool, on_gpu: bool) -> None:
+def _returns_at_once(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a copy was asked to; what it uploads, CUDA copies aside first."""
+    in_place = func is _aten.copy_.default
+    return args[2] if in_place and args[2:] else kwargs.get("non_blocking", False)
+
+
+def _count_waits(
+    func: Any, args: Any, kwargs: dict[str, Any], mine: bool, others: bool, on_gpu: bool
+) -> None:
     packet = func.overloadpacket
     if func in _COPIES:
         if func is _aten.copy_.default:
             from_gpu, to_gpu = (isinstance(each, OnGpu) for each in (args[1], args[0]))
         else:
             from_gpu, to_gpu = mine, on_gpu
+        if to_gpu and not from_gpu and _returns_at_once(func, args, kwargs):
+            return
         if from_gpu != to_gpu:
             _gpu.wait("upload" if to_gpu else "download")
     elif packet in _DECIDING:

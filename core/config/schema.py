@@ -132,11 +132,15 @@ def default_ledger() -> str:
 
 
 class RuntimeConfig(Section):
-    """Where and how verbosely; no value here changes the result but by rounding."""
+    """Where and how verbosely; what changes the result by more than rounding says so."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Decides the draws of diffusion noise as well."""
     channels_last: bool = False
     """Feature maps in memory position by position: faster for large ones, slower for 8x8."""
+    fused_kernels: bool = True
+    """Kernels of this project on GPUs, for convolutions' gradients and, by numbers of their own,
+    for draws of diffusion noise. They are checked first; false takes torch's alone."""
     log_every: PositiveInt = 25
     checkpoint_every: PositiveInt = 200
     keep_checkpoints: bool = False

@@ -34,8 +34,8 @@ class Ema:
         """Moves the average towards the module's parameters."""
         decay = min(self._decay, (1 + self._updates) / (10 + self._updates))
         self._updates += 1
-        for average, parameter in zip(self.module.parameters(), module.parameters(), strict=True):
-            average.lerp_(parameter, 1 - decay)
+        averages, parameters = list(self.module.parameters()), list(module.parameters())
+        torch._foreach_lerp_(averages, parameters, 1 - decay)  # type: ignore[attr-defined]
         if self.power is not None:
             self.power.update(module)
 

@@ -28,7 +28,13 @@ class Draws:
 
 
 def draw(
-    stream: str, step: int, ids: torch.Tensor, copies: int, shape: tuple[int, ...], device: str
+    stream: str,
+    step: int,
+    ids: torch.Tensor,
+    copies: int,
+    shape: tuple[int, ...],
+    device: str,
+    fused: bool = False,
 ) -> Draws:
     """Draws from a generator of each example's own, seeded by (stream, step, id).
 
@@ -39,15 +45,22 @@ def draw(
     Args:
         stream: public name, such as the run's seed and stage.
         ids: int64 `[B]`, identity of each example in its data set.
+        fused: whether one Triton kernel draws for all, other numbers than torch's generators.
     """
-    generator = torch.Generator(device)
     entries = 2 + torch.Size(shape).numel()
-    values = torch.empty((len(ids), copies * entries), device=device)
     base = hashlib.sha256(f"{stream}/{step}".encode()).digest()
-    for row, identity in enumerate(ids.tolist()):
-        digest = hashlib.sha256(base + identity.to_bytes(8, "big")).digest()
-        generator.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-        values[row].normal_(generator=generator)
+    digests = [hashlib.sha256(base + i.to_bytes(8, "big")).digest() for i in ids.tolist()]
+    seeds = [int.from_bytes(digest[:8], "big") >> 1 for digest in digests]
+    if fused:
+        from core.diffusion.draws_kernel import normal  # Triton is optional.
+
+        keys = torch.tensor(seeds, dtype=torch.long).to(device, non_blocking=True)
+        values = normal(keys, copies * entries)
+    else:
+        generator = torch.Generator(device)
+        values = torch.empty((len(ids), copies * entries), device=device)
+        for row, seed in enumerate(seeds):
+            values[row].normal_(generator=generator.manual_seed(seed))
     values = values.view(len(ids), copies, entries)
     uniform = torch.special.ndtr(values[..., 1])
     return Draws(values[..., 0], values[..., 2:].reshape(len(ids), copies, *shape), uniform)

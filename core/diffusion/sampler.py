@@ -48,14 +48,14 @@ def sample(
 
     @torch.autocast(device.type, dtype=torch.bfloat16, enabled=low)
     def denoise(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        level = sigma.to(x.dtype).expand(len(x))
+        level = x.new_full((len(x),), float(sigma))
         denoised = denoiser(x, level, labels)
         if config.guidance == 1:
             return denoised
         free = denoiser(x, level, torch.full_like(labels, num_classes))
         return free + config.guidance * (denoised - free)
 
-    t = sigma_steps(config).to(device)
+    t = sigma_steps(config)  # On the CPU, where no comparison waits for a GPU.
     gamma_max = min(config.s_churn / config.num_steps, 2**0.5 - 1)
     x = noise() * t[0].float()
     if isinstance(denoiser, MomentsDenoiser):  # Exact from any level at which F adds nothing.

@@ -33,6 +33,7 @@ from core.io.code_digest import code_digest
 from core.io.files import read_json, to_json, write_first, write_json
 from core.io.locks import locked
 from core.privacy.keys import SECRET_FILE_VARIABLE
+from core.privacy.mechanisms.convolution_gradients import fused_kernels
 from core.privacy.plan.plan import PrivacyPlan
 from core.record.folder import CODE, COMPUTED_BY, RunFolder, identity_of
 
@@ -79,6 +80,7 @@ def computed_by(config: Config) -> dict[str, str]:
         "device model": ", ".join(sorted(set(distributed.all_gather_object(model)))),
         "memory format": "channels_last" if config.runtime.channels_last else "contiguous",
         "float32 products": torch.get_float32_matmul_precision(),
+        "kernels": f"triton {_version('triton')}" if fused_kernels(config) else "torch",
     }
 
 

@@ -17,6 +17,7 @@ from core.diffusion.denoiser import Denoiser, MomentsDenoiser
 from core.diffusion.loss import Draws, Weight, draw, edm_loss
 from core.privacy.keys import KeyedStream
 from core.privacy.mechanisms.adam_bc import DpAdamBc
+from core.privacy.mechanisms.convolution_gradients import fused_kernels
 from core.privacy.mechanisms.dp_sgd import DpSgdOptimizer
 from core.privacy.mechanisms.per_example_gradients import PerExampleGradients
 from core.privacy.mechanisms.sampling import PoissonSampler, rank_share
@@ -25,6 +26,9 @@ from core.seeds import public_seed
 from core.training.augmentation import augment
 from core.training.loop import Stage
 from core.training.physical_batch import PhysicalBatches
+
+_RESIDENT = 0.05
+"""Share of a GPU's memory up to which the data set, as uint8, is kept there."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ def warm_up_stage(config: Config, denoiser: Denoiser, data: Sequence[WarmUpData]
     ]
     ends = list(accumulate(each.num_steps for each in data))
     optimizer = torch.optim.Adam(denoiser.parameters(), lr=settings.learning_rate)
-    network, weight_of = denoiser, _weight_of(denoiser)
+    network, weight_of, fused = denoiser, _weight_of(denoiser), fused_kernels(config)
     if distributed.world_size() > 1:
         network = DistributedDataParallel(denoiser)
     stream = f"{config.seed}/warm_up"
@@ -63,7 +67,7 @@ def warm_up_stage(config: Config, denoiser: Denoiser, data: Sequence[WarmUpData]
         chosen = torch.randint(len(images), (batch,), generator=generator)
         batch_images = augment(images[chosen.to(device)], settings.augmentation, generator)
         share = rank_share(torch.arange(batch), distributed.rank(), distributed.world_size())
-        draws = draw(stream, number, share, 1, images.shape[1:], device)
+        draws = draw(stream, number, share, 1, images.shape[1:], device, fused)
         share = share.to(device)
         labels_of_share = labels[chosen.to(device)][share]
         loss = _loss(config, network, weight_of, batch_images[share], labels_of_share, draws)
@@ -99,8 +103,10 @@ def private_stage(
     if settings.optimizer == "adam_bc":
         rate, floor = settings.learning_rate, settings.adam_bc_floor
         adam = DpAdamBc(denoiser.parameters(), rate, plan, floor)
-    per_example = PerExampleGradients(denoiser, settings.noise_multiplicity)
+    fused = fused_kernels(config)
+    per_example = PerExampleGradients(denoiser, settings.noise_multiplicity, fused)
     optimizer = DpSgdOptimizer(adam, plan, noise)
+    train_split = resident(train_split, device)
     sampler = PoissonSampler(masks, len(train_split.labels), plan.sample_rate)
     batches, weight_of = PhysicalBatches(config, device), _weight_of(denoiser)
     stream = f"{config.seed}/private_training"
@@ -128,7 +134,8 @@ def private_stage(
     def public_loss(number: int) -> torch.Tensor:
         first = torch.zeros(1, dtype=torch.long)
         grey = torch.zeros((1, *train_split.images.shape[1:]), device=device)
-        draws = draw(stream, number, first, settings.noise_multiplicity, grey.shape[1:], device)
+        copies, shape = settings.noise_multiplicity, grey.shape[1:]
+        draws = draw(stream, number, first, copies, shape, device, fused)
         return _loss(config, per_example, weight_of, grey, first.to(device), draws)
 
     return Stage("private_training", plan.num_steps, step, adam, public_loss, config.warm_up_steps)
@@ -148,6 +155,7 @@ def non_private_stage(
     device, settings = config_device(config), config.private_training
     parameters = list(denoiser.parameters())
     adam = torch.optim.Adam(parameters, lr=settings.learning_rate)
+    train_split = resident(train_split, device)
     sampler = PoissonSampler(masks, len(train_split.labels), plan.sample_rate)
     batches, weight_of = PhysicalBatches(config, device), _weight_of(denoiser)
     stream = f"{config.seed}/non_private_training"
@@ -193,9 +201,33 @@ def _loss_of_part(
 ) -> torch.Tensor:
     """Of each image of a part of the batch of step `number`: `[len(part)]`."""
     device, copies = config_device(config), config.private_training.noise_multiplicity
-    images = to_model_range(to_float(split.images[part])).to(device)
-    draws = draw(stream, number, part, copies, images.shape[1:], device)
-    return _loss(config, network, weight_of, images, split.labels[part].to(device), draws)
+    images, labels = chosen_records(split, part, device)
+    fused = fused_kernels(config)
+    draws = draw(stream, number, part, copies, images.shape[1:], device, fused)
+    return _loss(config, network, weight_of, images, labels, draws)
+
+
+def resident(split: Split, device: str) -> Split:
+    """A data set on the GPU that it is used on, unless it would fill that: then as it is."""
+    if device == "cuda":
+        memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        if split.images.numel() <= _RESIDENT * memory:
+            return Split(split.images.to(device), split.labels.to(device))
+    return split
+
+
+def chosen_records(
+    split: Split, part: torch.Tensor, device: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images in [-1, 1], float32 `[len(part), C, H, W]`, and labels of some records, on the device.
+
+    The host does not wait for a GPU: CUDA copies pageable memory aside before it returns.
+    """
+    part = part.to(split.images.device, non_blocking=True)
+    images, labels = (
+        each[part].to(device, non_blocking=True) for each in (split.images, split.labels)
+    )
+    return to_model_range(to_float(images)), labels
 
 
 def _loss(

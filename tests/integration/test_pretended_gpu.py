@@ -1,9 +1,8 @@
 """Runs on a pretended GPU: everything lies where it must, and the host waits where it may."""
 
+import copy
 import inspect
 import json
-import math
-import re
 from collections.abc import Callable
 from pathlib import Path
 from types import CodeType
@@ -27,11 +26,11 @@ from core.errors import ConfigError
 from core.generation import draw
 from core.generation.png import write_grid
 from core.privacy.keys import KeyedStream
-from core.privacy.mechanisms import convolution_gradients, per_example_gradients
+from core.privacy.mechanisms import convolution_gradients, dp_sgd, per_example_gradients
 from core.privacy.mechanisms.dp_sgd import DpSgdOptimizer
 from core.privacy.mechanisms.per_example_gradients import PerExampleGradients
 from core.privacy.plan.releases import DpSgdPlan
-from core.run import pipeline
+from core.run import identity, pipeline
 from core.training import stages
 from core.training.physical_batch import PhysicalBatches
 from sweep.driver.doctor import usable_gpus
@@ -145,8 +144,7 @@ def test_two_ranks_reduce_on_the_gpu_and_send_no_tensor_of_it_as_an_object(tmp_p
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
-def test_no_preset_asks_for_more_blocks_than_a_launch_takes(name, tmp_path, monkeypatch):
-    monkeypatch.setitem(convolution_gradients._WORTH_A_CALL, "cuda", math.inf)  # Few operations.
+def test_no_preset_asks_for_more_blocks_than_a_launch_takes(name, tmp_path):
     config = load(CONFIGS / f"{name}.yaml", {"runtime.cache": str(tmp_path)})
     sizes, copies = config.dataset, config.private_training.noise_multiplicity
     with pretended_gpu("meta") as gpu:
@@ -205,10 +203,73 @@ def waits_of_a_part(folder: Path) -> tuple[float, set[str]]:
     return more.total() / (many - few), set(more)
 
 
-def test_the_host_waits_for_two_uploads_in_each_part_of_a_batch_alone(tmp_path):
+@pytest.mark.parametrize("share", [stages._RESIDENT, 0.0])
+def test_the_host_waits_in_no_part_of_a_batch(tmp_path, monkeypatch, share):
+    monkeypatch.setattr(stages, "_RESIDENT", share)  # The data set lies on the GPU, or does not.
     waits, places = waits_of_a_part(tmp_path)
-    assert waits == 2, places
-    assert all(re.fullmatch(r"upload at core/training/stages.py:\d+", place) for place in places)
+    assert waits == 0, places
+
+
+def test_one_call_draws_for_a_part_where_kernels_are_right(tmp_path, monkeypatch):
+    draws_kernel = pytest.importorskip("core.diffusion.draws_kernel")
+    drawn_for: list[int] = []
+
+    def normal(keys: torch.Tensor, count: int) -> torch.Tensor:
+        drawn_for.append(len(keys))
+        return torch.ones(len(keys), count, device=keys.device)
+
+    monkeypatch.setattr(draws_kernel, "normal", normal)
+    monkeypatch.setattr(convolution_gradients, "kernels_are_right", lambda _: True)
+    monkeypatch.setattr(convolution_gradients, "by_kernel", convolution_gradients.shifted)
+    waits, places = waits_of_a_part(tmp_path)
+    assert waits == 0, places
+    assert drawn_for.count(8) > 1
+    assert drawn_for.count(2) > 4
+    assert identity.computed_by(load({}, {"runtime.device": "cpu"}))["kernels"] == "torch"
+    with pretended_gpu():
+        there = identity.computed_by(load({}, {"runtime.device": "cuda"}))["kernels"]
+        without = load({}, {"runtime.device": "cuda", "runtime.fused_kernels": False})
+        assert there.startswith("triton ")
+        assert identity.computed_by(without)["kernels"] == "torch"
+
+
+def test_the_host_waits_in_no_step_of_the_sampler():
+    denoiser, found = build_denoiser(load({}, TINY)), list[int]()
+    for steps in (3, 6):
+        config = load({}, TINY | {"sampler.num_steps": steps, "sampler.s_churn": 10.0})
+        with pretended_gpu() as gpu:
+            network = copy.deepcopy(denoiser).to("cuda")
+            draw.draw_images(network, torch.arange(4), config, 0, 0, "cuda")
+            found.append(gpu.waits.total())
+    assert found[0] == found[1]
+
+
+def test_few_calls_clip_many_small_gradients_to_the_same_sums(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(3,), (4, 5), (60,), (2, 2, 2)] * 10
+    plan = DpSgdPlan(1, 0.5, noise_multiplier=1.0, max_grad_norm=1.0, expected_batch_size=5)
+    rows = [torch.randn(5, *shape, generator=generator) for shape in shapes]
+    rows[3][2] = torch.nan  # Of an example that then counts as zero.
+
+    def summed(device: str) -> list[torch.Tensor]:
+        parameters = [nn.Parameter(torch.zeros(shape, device=device)) for shape in shapes]
+        optimizer = DpSgdOptimizer(torch.optim.SGD(parameters, 1.0), plan, KeyedStream(b"n" * 32))
+        for _ in range(2):
+            for parameter, row in zip(parameters, rows, strict=True):
+                parameter.grad_sample = row.to(device)
+            optimizer.accumulate()
+        return [parameter.summed_grad for parameter in parameters]
+
+    expected, found, calls = summed("cpu"), dict[int, list[torch.Tensor]](), []
+    for joined in (0, 200, 2**22):  # None, those of fewer values than 40, all.
+        monkeypatch.setitem(dp_sgd._JOINED, "cuda", joined)
+        with pretended_gpu() as gpu:
+            found[joined] = summed("cuda")
+            calls.append(gpu.operations)
+            found[joined] = memory(found[joined])
+        for one, other in zip(found[joined], expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    assert calls[0] > calls[1] > calls[2]
 
 
 def test_tf32_reaches_neither_clipping_nor_noise(monkeypatch):
@@ -282,11 +343,11 @@ MISTAKES = {
         r"two devices: aten.\w+ .*privacy/mechanisms/dp_sgd.py:\d+",
     ),
     "labels left on the CPU": (
-        *(stages._loss_of_part, "split.labels[part].to(device)", "split.labels[part]"),
-        r"two devices: .*core/diffusion/loss.py:\d+",
+        *(stages.resident, "split.labels.to(device)", "split.labels"),
+        r"two devices: aten.index .*core/training/stages.py:\d+",
     ),
-    "images left on the CPU": (
-        *(stages._loss_of_part, "(split.images[part])).to(device)", "(split.images[part]))"),
+    "records of a large data set left on the CPU": (
+        *(stages.chosen_records, "each[part].to(device, non_blocking=True)", "each[part]"),
         r"two devices: .*core/diffusion/loss.py:\d+",
     ),
     "a generator of the CPU": (
@@ -307,7 +368,7 @@ MISTAKES = {
     ),
     "averages on the CPU": (
         *(ema.Ema.__init__, "copy.deepcopy(module)", "copy.deepcopy(module).cpu()"),
-        r"two devices: aten.lerp_ .*core/diffusion/ema.py:\d+",
+        r"two devices: aten._foreach_lerp_ .*core/diffusion/ema.py:\d+",
     ),
     "a constant that is no buffer": (
         *(unet.UNet.__init__, BUFFER, "self.frequencies = torch.exp(torch.linspace(0, 7, base))"),
@@ -324,6 +385,8 @@ MISTAKES = {
 def test_a_mistake_is_refused_with_its_line(name, tmp_path, monkeypatch):
     function, old, new, message = MISTAKES[name]
     plant(monkeypatch, function, old, new)
+    if "large" in name:
+        monkeypatch.setattr(stages, "_RESIDENT", 0.0)
     with pretended_gpu(), pytest.raises(GpuError, match=message):
         exercise(tmp_path, **LAST)
 
@@ -331,7 +394,7 @@ def test_a_mistake_is_refused_with_its_line(name, tmp_path, monkeypatch):
 def test_a_value_that_is_read_in_each_part_is_counted(tmp_path, monkeypatch):
     old = "return loss.detach()\n\n        for loss in batches.run(compute, share, give_up=per"
     plant(monkeypatch, stages.private_stage, old, old.replace("detach()", "item()"))
-    assert waits_of_a_part(tmp_path)[0] == 3
+    assert waits_of_a_part(tmp_path)[0] == 1
 
 
 def test_more_groups_than_a_launch_takes_are_refused(monkeypatch):

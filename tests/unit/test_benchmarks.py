@@ -1,10 +1,15 @@
 """The benchmarks run at tiny sizes; no time is asserted."""
 
 import dataclasses
+import json
+import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
+import torch
+from pretended_gpu import pretended_gpu
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -13,16 +18,52 @@ import gpu
 import methods
 import variants
 
+ALONE = """
+import runpy, sys
+from importlib.machinery import PathFinder
+ABSENT = {"dp_accounting", "torchvision", "sklearn", "PIL", "pytorch_fid", "ray", "mlflow",
+          "optuna", "rich", "psutil"}
+class Found(PathFinder):
+    def find_spec(name, path=None, target=None):
+        return None if name in ABSENT else PathFinder.find_spec(name, path, target)
+sys.meta_path[sys.meta_path.index(PathFinder)] = Found
+sys.argv = ["gpu.py", "--dry-run"]
+runpy.run_path("tests/benchmarks/gpu.py", run_name="__main__")
+"""
+
+
+def test_the_gpu_script_runs_and_its_table_is_complete():
+    """With the packages that it names alone."""
+    command = [sys.executable, "-c", ALONE]
+    done = subprocess.run(command, cwd=variants.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("a dry run: the figures mean nothing\nfloat32: convolutions in ")
+    rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if "|" in line]
+    assert [row[0] for row in rows[2:]] == [text for text, _, _ in gpu.ROWS]
+    assert all(float(value) > 0 for row in rows[2:] for value in row[1:])
+    assert gpu.table(None).count("not measured") == len(gpu.ROWS) * len(gpu.DTYPES)
+
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("precision", gpu.DTYPES)
-def test_the_gpu_script_runs_and_its_table_is_complete(precision, monkeypatch):
-    monkeypatch.setattr(gpu, "DTYPES", {precision: gpu.DTYPES[precision]})
-    figures = gpu.measure(dataclasses.replace(gpu.DRY, largest=2))
-    assert figures[f"largest_physical_batch_{precision}"] == 2
-    assert figures[f"recipe_gpu_hours_{precision}"] > 0
-    assert gpu.table(figures).count("failed") == 0
-    assert gpu.table(None).count("not measured") == len(gpu.ROWS)
+def test_the_gpu_script_measures_a_whole_run_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(gpu, "DTYPES", {"bfloat16": torch.bfloat16})
+    broken = RuntimeError("CUDA error: invalid configuration argument")
+    monkeypatch.setattr(variants, "opacus", Mock(side_effect=broken))
+    with pretended_gpu():
+        figures = gpu.measure(dataclasses.replace(gpu.DRY, device="cuda"))
+    json.dumps(figures)
+    assert figures["device"] == "pretended"
+    parts = [
+        figures[f"{part}_hours_bfloat16"] for part in ("warm_up", "private", "sampling", "scores")
+    ]
+    assert min(parts) > 0
+    assert figures["hours_bfloat16"] == pytest.approx(sum(parts))
+    assert figures["opacus_reason_bfloat16"] == f"RuntimeError: {broken}"
+    assert "opacus_seconds_bfloat16" not in figures  # The rest is measured all the same.
+    assert figures["opacus_ghost_seconds_bfloat16"] > 0
+    text = gpu.table(figures)
+    assert text.count("failed") == 2
+    assert "| Opacus (hooks), ms | failed |" in text
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

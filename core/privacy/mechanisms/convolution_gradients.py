@@ -3,17 +3,24 @@
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownArgumentType=false
 
+import functools
+import logging
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+from core.config import Config
+from core.device import config_device
+
+_LOG = logging.getLogger("core")
 convolution_backward: Any = torch.ops.aten.convolution_backward
 Gradients = tuple[torch.Tensor, torch.Tensor]
 
-_WORTH_A_CALL = {"cpu": 2**25, "cuda": 2**30}
-"""Multiplications for one example from which a call for each example costs less than one grouped
-convolution: measured on a CPU; for a GPU, what keeps it busy for as long as a call takes."""
+_WORTH_A_CALL = 2**25
+"""Multiplications for one example from which a call for each example costs a CPU less than one
+grouped convolution."""
 
 
 def settings(layer: nn.Conv2d) -> list[Any]:
@@ -22,7 +29,7 @@ def settings(layer: nn.Conv2d) -> list[Any]:
 
 
 def weight_and_bias(
-    layer: nn.Conv2d, x: torch.Tensor, grad: torch.Tensor, copies: int
+    layer: nn.Conv2d, x: torch.Tensor, grad: torch.Tensor, copies: int, fused: bool = True
 ) -> Gradients:
     """Gradients of each example, summed over its copies.
 
@@ -31,9 +38,10 @@ def weight_and_bias(
         x: inputs `[B * K, C, H, W]`, the K copies of an example next to each other.
         grad: gradients of the outputs `[B * K, O, H', W']`, in the memory format of `x`.
         copies: K.
+        fused: whether a GPU may use the kernel of this project.
 
     Returns:
-        `[B, *layer.weight.shape]` and `[B, O]`, in the precision of `x`.
+        `[B, *layer.weight.shape]` and `[B, O]`, in the precision of `x` or float32.
     """
     if layer.kernel_size == layer.stride == (1, 1) and layer.padding == (0, 0):
         rows_x, rows_grad = (
@@ -41,9 +49,89 @@ def weight_and_bias(
         )
         weight, bias = products(rows_x, rows_grad)
         return weight[..., None, None], bias
-    work = copies * grad[0, 0].numel() * layer.weight.numel()
-    way = one_by_one if work >= _WORTH_A_CALL[x.device.type] else grouped
+    if x.device.type == "cpu":
+        work = copies * grad[0, 0].numel() * layer.weight.numel()
+        way = one_by_one if work >= _WORTH_A_CALL else grouped
+    elif not _keeps_the_side(layer):
+        way = grouped
+    else:
+        way = by_kernel if fused and kernels_are_right(x.device) else shifted
     return way(layer, x, grad, copies)
+
+
+def _keeps_the_side(layer: nn.Conv2d) -> bool:
+    odd = all(size % 2 for size in layer.kernel_size)
+    centered = layer.padding == tuple(size // 2 for size in layer.kernel_size)
+    return odd and centered and layer.stride == layer.dilation == (1, 1)
+
+
+def fused_kernels(config: Config) -> bool:
+    """Whether a run computes by kernels of this project: on a GPU on which they are right."""
+    wanted = config.runtime.fused_kernels and config_device(config) == "cuda"
+    return wanted and kernels_are_right(torch.device("cuda", torch.cuda.current_device()))
+
+
+@functools.cache
+def kernels_are_right(device: torch.device) -> bool:
+    """Whether kernels compute on a device what they do elsewhere: asked once, of a tiny batch.
+
+    That of convolutions equals plain torch on small whole numbers, whose products and sums no
+    precision rounds; that of draws gives a known answer. Why not is told in one line.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x, grad = (
+        torch.randint(-2, 3, (4, channels, 5, 6), generator=generator).float().to(device)
+        for channels in (20, 17)
+    )
+    layer = nn.Conv2d(20, 17, 3, padding=1, device="meta")  # Its shape alone.
+    expected = shifted(layer, x, grad, 2)[0]
+    try:
+        from core.diffusion import draws_kernel  # Triton is optional.
+
+        for dtype in (torch.float32, torch.bfloat16):
+            found = by_kernel(layer, x.to(dtype), grad.to(dtype), 2)[0]
+            if not torch.equal(found, expected):
+                raise ValueError(f"differs from torch in {dtype}")
+        key, numbers = draws_kernel.KNOWN
+        drawn = draws_kernel.normal(torch.tensor([key], device=device), len(numbers))
+        if not torch.allclose(drawn.cpu()[0], torch.tensor(numbers), atol=1e-5):
+            raise ValueError("draws are not those of their key")
+    except Exception as error:  # Whatever Triton, its compiler or the driver lack.
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        _LOG.warning("training without the kernels of this project, thus slower: %s", reason)
+        return False
+    return True
+
+
+def by_kernel(layer: nn.Conv2d, x: torch.Tensor, grad: torch.Tensor, copies: int) -> Gradients:
+    """Weight gradients by `convolution_kernel`, in float32."""
+    from core.privacy.mechanisms.convolution_kernel import weight_gradients  # Triton is optional.
+
+    height, width = layer.kernel_size
+    weight = weight_gradients(x, grad.to(x.dtype), copies, (height, width))
+    return weight, _bias(grad, copies)
+
+
+def shifted(layer: nn.Conv2d, x: torch.Tensor, grad: torch.Tensor, copies: int) -> Gradients:
+    """A product over all positions for each tap, of a convolution that keeps the side.
+
+    Between zero borders, what a tap sees is the flat images shifted by a number of positions.
+    """
+    (height, width), batch = layer.kernel_size, len(x) // copies
+    border = (0, 0, width // 2, width // 2, height // 2, height // 2)
+    rows_x, rows_grad = (
+        F.pad(t.permute(0, 2, 3, 1), border).reshape(batch, -1, t.shape[1]) for t in (x, grad)
+    )
+    line = x.shape[3] + width - 1
+    far = height // 2 * line + width // 2
+    inner, count = rows_grad[:, far : rows_grad.shape[1] - far].mT, rows_x.shape[1] - 2 * far
+    shifts = [down * line + right for down in range(height) for right in range(width)]
+    taps = [torch.bmm(inner, rows_x[:, shift : shift + count]) for shift in shifts]
+    return torch.stack(taps, -1).view(batch, *layer.weight.shape), _bias(grad, copies)
+
+
+def _bias(grad: torch.Tensor, copies: int) -> torch.Tensor:
+    return grad.sum((2, 3)).unflatten(0, (-1, copies)).sum(1)
 
 
 def products(rows_x: torch.Tensor, rows_grad: torch.Tensor) -> Gradients:
@@ -76,5 +164,4 @@ def grouped(layer: nn.Conv2d, x: torch.Tensor, grad: torch.Tensor, copies: int) 
     only_its_shape = x.new_empty(1).expand(batch * shape[0], *shape[1:])
     arguments = [None, *settings(layer), batch, [False, True, False]]
     weight = convolution_backward(rows_grad, rows_x, only_its_shape, *arguments)[1]
-    bias = grad.sum((2, 3)).view(batch, copies, -1).sum(1)
-    return weight.view(batch, *shape), bias
+    return weight.view(batch, *shape), _bias(grad, copies)

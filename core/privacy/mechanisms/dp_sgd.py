@@ -14,8 +14,10 @@ from core.privacy.keys import KeyedStream
 from core.privacy.plan.releases import DpSgdPlan
 
 _norm = cast(Callable[..., torch.Tensor], torch.linalg.vector_norm)
-_PIECE = 2**20
+_PIECE = {"cpu": 2**20, "cuda": 2**25}
 """Values that are float64 at once: a copy of all gradients would take twice their memory."""
+_JOINED = {"cpu": 0, "cuda": 2**22}
+"""Values below which parameters' gradients lie side by side, as a call costs more than a copy."""
 
 
 class DpSgdOptimizer(DPOptimizer):
@@ -72,23 +74,26 @@ class DpSgdOptimizer(DPOptimizer):
         destroy, abort or reveal itself in the step. All sums change or, where memory runs out,
         none.
         """
-        rows = [_pieces(gradient.flatten(1)) for gradient in self.grad_samples]
+        samples = zip(self.params, self.grad_samples, strict=True)
+        gradients = {parameter: each.flatten(1) for parameter, each in samples}
+        blocks = _blocks(gradients)
+        rows = [_pieces([gradients[parameter] for parameter in block]) for block in blocks]
         norms = _norm(torch.stack([_norms(pieces) for pieces in rows]), dim=0)
         finite = torch.isfinite(norms)
         factors = torch.where(finite, (self.max_grad_norm / norms).clamp(max=1.0), 0.0)
         sums: list[torch.Tensor] = []
-        for parameter, pieces in zip(self.params, rows, strict=True):
-            total = torch.zeros(parameter.shape, dtype=torch.float64, device=parameter.device)
-            if parameter.summed_grad is not None:
-                total += parameter.summed_grad
+        for block, pieces in zip(blocks, rows, strict=True):
+            total = _summed(block)
             parts = torch.split(factors, [len(piece) for piece in pieces])
             for part, piece in zip(parts, pieces, strict=True):
                 # Zero times NaN is NaN.
                 finite_piece = piece.double().nan_to_num_(0.0, 0.0, 0.0)
-                total += (part @ finite_piece).view_as(total)
+                total += part @ finite_piece
             sums.append(total)
-        for parameter, total in zip(self.params, sums, strict=True):
-            parameter.summed_grad = total
+        for block, total in zip(blocks, sums, strict=True):
+            parts = torch.split(total, [parameter.numel() for parameter in block])
+            for parameter, part in zip(block, parts, strict=True):
+                parameter.summed_grad = part.view_as(parameter)
 
     def add_noise(self) -> None:
         """Adds noise of standard deviation `noise_multiplier * max_grad_norm` to the global sum.
@@ -96,12 +101,7 @@ class DpSgdOptimizer(DPOptimizer):
         Every rank holds the same sum after the reduction and draws the same noise, so the noise
         enters once and all ranks stay bit-identical.
         """
-        flat = torch.cat(
-            [
-                (torch.zeros_like(p) if p.summed_grad is None else p.summed_grad).flatten()
-                for p in self.params
-            ]
-        ).double()
+        flat = _summed(self.params)
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(flat, op=dist.ReduceOp.SUM)
         noise = self._noise.normal(self._step, flat.numel()).to(flat.device)
@@ -116,9 +116,23 @@ class DpSgdOptimizer(DPOptimizer):
             parameter.grad /= self.expected_batch_size
 
 
-def _pieces(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Splits gradients `[B, n]` by examples."""
-    return torch.split(rows, max(1, _PIECE // rows.shape[1]))
+def _blocks(gradients: dict[Any, torch.Tensor]) -> list[list[Any]]:
+    """Parameters whose gradients share a call: small ones together, every other alone."""
+    small = [p for p, each in gradients.items() if each.numel() < _JOINED[each.device.type]]
+    alone = [[p] for p, each in gradients.items() if each.numel() >= _JOINED[each.device.type]]
+    return [*alone, small] if small else alone
+
+
+def _pieces(block: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """Puts gradients `[B, n]` of some parameters side by side and splits them by examples."""
+    rows = torch.cat(block, dim=1) if block[1:] else block[0]
+    return torch.split(rows, max(1, _PIECE[rows.device.type] // rows.shape[1]))
+
+
+def _summed(parameters: list[Any]) -> torch.Tensor:
+    """A copy of their sums so far, one after the other, float64."""
+    sums = [torch.zeros_like(p) if p.summed_grad is None else p.summed_grad for p in parameters]
+    return torch.cat([each.flatten() for each in sums]).double()
 
 
 def _norms(pieces: tuple[torch.Tensor, ...]) -> torch.Tensor:

@@ -38,6 +38,7 @@ class PerExampleGradients(AbstractGradSampleModule):
     Args:
         module: network of Conv2d, Linear, GroupNorm, Embedding and FreeParameter layers.
         copies: noise multiplicity K, at least 1.
+        fused: whether convolutions on a GPU may use the kernel of this project.
 
     Raises:
         ConfigError: a layer with parameters is of no supported kind, or mixes examples.
@@ -45,7 +46,7 @@ class PerExampleGradients(AbstractGradSampleModule):
     Privacy: valid only because no layer mixes examples of a batch.
     """
 
-    def __init__(self, module: nn.Module, copies: int) -> None:
+    def __init__(self, module: nn.Module, copies: int, fused: bool = True) -> None:
         super().__init__(module)
         self.copies = copies
         self._layers: list[nn.Module] = []
@@ -62,7 +63,8 @@ class PerExampleGradients(AbstractGradSampleModule):
                 layer.groups != 1 or layer.padding_mode != "zeros" or isinstance(layer.padding, str)
             ):
                 raise ConfigError(f"layer '{name}': only plain zero-padded convolutions supported")
-            layer.forward = MethodType(_forward(function, copies), layer)
+            more = (fused,) if isinstance(layer, nn.Conv2d) else ()
+            layer.forward = MethodType(_forward(function, copies, *more), layer)
             self._layers.append(layer)
 
     def remove_hooks(self) -> None:
@@ -91,7 +93,7 @@ class FreeParameter(nn.Module):
         return self.weight.expand(len(batch), *self.weight.shape)
 
 
-def _forward(function: Any, copies: int) -> Callable[..., torch.Tensor]:
+def _forward(function: Any, copies: int, *more: bool) -> Callable[..., torch.Tensor]:
     def forward(layer: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
         if inputs.shape[0] % copies:
             raise ValueError(f"batch of {inputs.shape[0]} is no multiple of K={copies}")
@@ -100,7 +102,8 @@ def _forward(function: Any, copies: int) -> Callable[..., torch.Tensor]:
             # What autocast does inside of a layer, but for group norm, which is float32 here.
             low = torch.get_autocast_dtype(device)
             inputs = inputs.to(torch.float32 if function is _GroupNorm else low)
-        return function.apply(inputs, layer.weight, getattr(layer, "bias", None), layer, copies)
+        bias = getattr(layer, "bias", None)
+        return function.apply(inputs, layer.weight, bias, layer, copies, *more)
 
     return forward
 
@@ -118,9 +121,11 @@ class _Conv2d(torch.autograd.Function):
     """Input gradient as usual, weight gradients in `convolution_gradients`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Any, weight: Any, bias: Any, layer: nn.Conv2d, copies: int) -> Any:
+    def forward(
+        ctx: Any, x: Any, weight: Any, bias: Any, layer: nn.Conv2d, copies: int, fused: bool
+    ) -> Any:
         ctx.save_for_backward(x, weight)
-        ctx.layer, ctx.copies = layer, copies
+        ctx.layer, ctx.copies, ctx.fused = layer, copies, fused
         return F.conv2d(x, weight, bias, layer.stride, layer.padding, layer.dilation)
 
     @staticmethod
@@ -134,8 +139,8 @@ class _Conv2d(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             arguments = [None, *settings(layer), 1, [True, False, False]]
             grad_x = convolution_backward(grad, x, weight.to(x.dtype), *arguments)[0]
-        _store(layer, *weight_and_bias(layer, x, grad, ctx.copies))
-        return grad_x, None, None, None, None
+        _store(layer, *weight_and_bias(layer, x, grad, ctx.copies, ctx.fused))
+        return grad_x, None, None, None, None, None
 
 
 class _Linear(torch.autograd.Function):
