@@ -424,6 +424,20 @@ MUTANTS = (
         ("tests/unit/test_tuning_shares.py",),
     ),
     Mutant(
+        "ledger: a kept composition that others wrote is believed",
+        KEPT_CODE,
+        'if not hmac.compare_digest(whole[:_SEAL], hmac.digest(key, whole[_SEAL:], "sha256")):',
+        "if len(whole) <= _SEAL:",
+        KEPT_TESTS,
+    ),
+    Mutant(
+        "tuning: a trial without the final reference takes all that all have",
+        SCOPES,
+        "if not final and not privacy.is_final_run:",
+        "if False:",
+        ("tests/unit/test_tuning_shares.py",),
+    ),
+    Mutant(
         "attack: half of the false alarms",
         TRADE_OFF,
         "ratios * false_alarms + sticks",
@@ -650,7 +664,7 @@ MUTANTS = (
     Mutant(
         "a kept composition of other mechanisms stands for those that were settled",
         KEPT_CODE,
-        "any(count > wanted.get(key, 0) for key, count in have.items())",
+        "any(count > wanted.get(mechanism, 0) for mechanism, count in have.items())",
         "False",
         KEPT_TESTS,
     ),

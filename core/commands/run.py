@@ -22,7 +22,7 @@ from core.generation.generator import GENERATOR, load_denoiser, load_generator
 from core.generation.png import write_grid
 from core.io.files import to_json, write_json
 from core.io.terminal import Console
-from core.privacy.accounting.rounding import figure, upward
+from core.privacy.accounting.rounding import downward, figure, upward
 from core.privacy.keys import KeyedStream, MasterSecret
 from core.privacy.ledger.account import require_same_data
 from core.privacy.ledger.card import ledger_text
@@ -39,11 +39,6 @@ from core.run.pipeline import run as run_pipeline
 def run(options: argparse.Namespace) -> None:
     """Trains, generates and scores one model."""
     config = load(options.config, parse_overrides(options.overrides))
-    if config.privacy.covers.is_secret or config.privacy.covers.tunes_first:
-        raise ConfigError(
-            f"privacy.scope={config.privacy.scope!r}: one run alone is no search; run a sweep, or "
-            "choose another scope"
-        )
     run_dir = options.run_dir or run_dir_of(options.config, config)
     result = train(config, run_dir, options.verbosity)
     folder = RunFolder(run_dir)
@@ -102,7 +97,16 @@ def compare(options: argparse.Namespace) -> None:
 
 
 def train(config: Config, run_dir: Path, verbosity: int = 0) -> dict[str, Any]:
-    """Runs or continues one run in `run_dir`, with its progress on the terminal."""
+    """Runs or continues one run in `run_dir`, with its progress on the terminal.
+
+    Raises:
+        ConfigError: the scope is that of a sweep's trials, which the sweep alone counts.
+    """
+    if config.privacy.covers.is_secret or config.privacy.covers.tunes_first:
+        raise ConfigError(
+            f"privacy.scope={config.privacy.scope!r}: one run alone is no search; run a sweep, or "
+            "choose another scope"
+        )
     console = Console(config.training.num_steps, verbosity)
     master = MasterSecret.load()
     return run_pipeline(config, run_dir, master=master, name=run_dir.name, report=console)
@@ -257,7 +261,8 @@ def audit(options: argparse.Namespace) -> None:
     found = {**one_run_audit(scores, included, plan.delta), "epsilon": plan.epsilon_dp_sgd}
     write_json(folder.audit, found)
     print(
-        f"noisy updates of DP-SGD: epsilon is at least {found['epsilon_lower_bound']:.4g} with "
+        "noisy updates of DP-SGD: epsilon is at least "
+        f"{downward(found['epsilon_lower_bound'])} with "
         f"confidence {found['confidence']:g}; the plan says {upward(found['epsilon'])}"
     )
     if found["epsilon_lower_bound"] > found["epsilon"]:

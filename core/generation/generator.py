@@ -80,7 +80,7 @@ def load_denoiser(config: Config, weights: Path, device: str) -> nn.Module:
         NotFiniteError: a weight is NaN or infinite.
     """
     if weights.name == WEIGHTS:
-        state = load_file(weights, device)
+        state = {name: value.to(device) for name, value in load_file(weights).items()}
     else:
         state = torch.load(weights, map_location=device, weights_only=True)
     denoiser = _built_for(config, state).to(device).eval()

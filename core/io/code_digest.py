@@ -10,7 +10,7 @@ _ROOT = Path(__file__).parents[1]
 SHOW_ALONE = (
     *("__main__.py", "commands/", "publish/", "generation/generator.py"),
     *("evaluation/membership.py", "evaluation/neighbors.py", "privacy/ledger/card.py"),
-    *("io/completion.py", "evaluation/audit.py"),
+    *("io/completion.py", "io/mounts.py", "evaluation/audit.py", "privacy/plan/compare.py"),
 )
 """Rooms and modules that only fetch, show or publish; every other one decides, a new one too."""
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from core.config import Config
 from core.io.files import numbers, read_json
-from core.privacy.accounting.rounding import upward
+from core.privacy.accounting.rounding import downward, upward
 from core.privacy.ledger.account import ledger_of_run
 from core.privacy.ledger.card import all_on_this_data_set, three_epsilons
 from core.privacy.ledger.ledger import Ledger
@@ -92,7 +92,8 @@ def _audit(run: RunFolder) -> tuple[list[str], list[str]]:
     if found["epsilon_lower_bound"] > found["epsilon"]:
         failures.append("the audit of DP-SGD proves more than epsilon")
     line = (
-        f"noisy updates of DP-SGD: epsilon is at least {found['epsilon_lower_bound']:.4g} with "
+        "noisy updates of DP-SGD: epsilon is at least "
+        f"{downward(found['epsilon_lower_bound'])} with "
         f"confidence {found['confidence']:g}, {upward(found['epsilon'])} is claimed"
     )
     return [line, *lines], failures
@@ -106,7 +107,7 @@ def _attacked(run: RunFolder) -> tuple[list[str], list[str]]:
     low, high = found["auc_interval"]
     line = (
         f"membership attack: area {found['auc']:.4f} (95 % interval {low:.4f} to {high:.4f}), "
-        f"epsilon is at least {found['epsilon_lower_bound']:.4g}"
+        f"epsilon is at least {downward(found['epsilon_lower_bound'])}"
     )
     failed = [] if found["within_bound"] else ["the membership attack exceeds what epsilon allows"]
     return [line], failed

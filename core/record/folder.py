@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -207,8 +206,11 @@ class RunFolder:
             write_json(path, {**result.report, **origin}, private=True)
 
     def drop_checkpoints(self) -> None:
-        """Removes what an interrupted run goes on from, and one that has ended needs no more."""
-        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        """Removes the states that an interrupted run goes on from, and one that has ended needs no
+        more; what was released stays, as nothing may be summed a second time.
+        """
+        for path in self.checkpoints.glob("*.pt"):
+            path.unlink(missing_ok=True)
 
     def fail(self, identity: str, error: str) -> None:
         """Keeps the error of a run that would fail again."""

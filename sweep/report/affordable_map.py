@@ -133,8 +133,10 @@ def _contour(sweep: SweepConfig, rows: Sequence[Row], boundary: Boundary) -> dic
     at = np.log(at)
     if len(at) < MIN_TRIALS or np.linalg.matrix_rank(at - at.mean(0), tol=1e-6) < 2:
         return None
-    scores = [row.scores[metric] for row in rows]
-    if math.isclose(min(scores), max(scores), rel_tol=1e-9):
+    # Of trials at one point the mean; a browser never ends to draw levels between equal ones.
+    at, place = np.unique(at, axis=0, return_inverse=True)
+    scores = np.bincount(place, [row.scores[metric] for row in rows]) / np.bincount(place)
+    if math.isclose(scores.min(), scores.max(), rel_tol=1e-9):
         return None
     xs, ys = (np.linspace(at[:, i].min(), at[:, i].max(), _CELLS) for i in range(2))
     grid = np.stack(np.meshgrid(xs, ys), -1)

@@ -116,14 +116,26 @@ def test_each_trial_alone_still_counts_its_central_images(sweep):
     assert entries[STEPS - 9]["epsilon"] == pytest.approx(1.0, rel=5e-3)
 
 
-def test_a_trial_whose_central_images_are_gone_is_refused(tmp_path):
-    trial(tmp_path, "one", 0.25)
+def test_a_state_whose_central_images_are_gone_is_refused(tmp_path):
+    kept = {"runtime.keep_checkpoints": True}
+    trial(tmp_path, "one", 0.25, **kept)
     (tmp_path / "one" / "evaluation.json").unlink()
     shutil.rmtree(tmp_path / "shared")
     before = ledger_of(tmp_path).path.read_bytes()
     with pytest.raises(ConfigError, match="belongs to another"):
-        trial(tmp_path, "one", 0.25)
+        trial(tmp_path, "one", 0.25, **kept)
     assert ledger_of(tmp_path).path.read_bytes() == before
+
+
+def test_without_a_state_other_central_images_make_another_run_which_is_charged(tmp_path):
+    trial(tmp_path, "one", 0.25)
+    once = ledger_of(tmp_path).epsilon_of_run("tiny")
+    (tmp_path / "one" / "evaluation.json").unlink()
+    shutil.rmtree(tmp_path / "shared")
+    trial(tmp_path, "one", 0.25)
+    keys = {entry["trial"] for entry in ledger_of(tmp_path).summary()["entries"]}
+    assert len(keys) == 2
+    assert ledger_of(tmp_path).epsilon_of_run("tiny") > 1.1 * once
 
 
 @pytest.mark.parametrize("sampler", ["random", "tpe"])

@@ -4,6 +4,7 @@ Work is counted in mechanisms that are composed; every figure is compared with a
 at once.
 """
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from core.privacy.accounting import kept, solve
 from core.privacy.accounting.exact import epsilon_of_many
 from core.privacy.accounting.mechanism import COARSE, grouped
+from core.privacy.keys import MasterSecret
 from core.privacy.ledger import book, file
 from core.privacy.ledger.admission import BudgetExceededError
 from core.privacy.ledger.file import Event, Key, Terms
@@ -34,6 +36,7 @@ class Book:
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, terms: Terms = TERMS) -> None:
         self.folder, self.terms, self.work = folder, terms, 0
+        MasterSecret.load()
         compose = kept.composed
 
         def counted(mechanisms, *rest):
@@ -121,7 +124,9 @@ def test_one_release_of_several_trials_counts_once(spent):
             spent.ledger.commit(made, STEPS)
 
 
-@pytest.mark.parametrize("damage", ["gone", "torn", "text", "grid", "relation", "more", "version"])
+@pytest.mark.parametrize(
+    "damage", ["gone", "torn", "bit", "unsealed", "text", "grid", "relation", "more", "version"]
+)
 def test_a_file_that_is_lost_damaged_or_of_other_mechanisms_changes_no_figure(
     spent, monkeypatch, damage
 ):
@@ -132,6 +137,13 @@ def test_a_file_that_is_lost_damaged_or_of_other_mechanisms_changes_no_figure(
         path.unlink()
     elif damage == "torn":
         path.write_bytes(path.read_bytes()[:-300])
+    elif damage == "bit":  # A smaller array: numpy stops before the sum of the member is checked.
+        whole = path.read_bytes()
+        place = whole.index(b"'shape': (") + len("'shape': (")
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 2]) + whole[place + 1 :])
+    elif damage == "unsealed":
+        write(path, {"mechanisms": [(0.02, 1.5, STEPS)]})
+        path.write_bytes(b"0" * 32 + path.read_bytes()[32:])
     elif damage == "text":
         path.write_text("nothing")
     elif damage == "version":
@@ -150,7 +162,8 @@ def write(path: Path, changes: dict) -> None:
     about = {"relation": "zero_out", "grid": COARSE, "mechanisms": [(0.02, 1.5, STEPS)], **changes}
     total = kept.composed([(0.02, 50.0, 1)], about["relation"], about["grid"])
     with path.open("wb") as opened:
-        kept._write(total, about["mechanisms"], about["relation"], about["grid"], opened)
+        key = kept._key()
+        kept._write(total, about["mechanisms"], key, about["relation"], about["grid"], opened)
 
 
 def test_the_budget_ends_where_it_would_without_the_file(tmp_path, monkeypatch):
@@ -176,5 +189,5 @@ def test_what_is_kept_is_the_owners_alone_and_holds_no_more_than_the_ledger(spen
     spent.reserve(5, check=False)
     (path,) = spent.folder.glob("*.composed")
     assert path.stat().st_mode & 0o077 == 0
-    with np.load(path) as content:
+    with np.load(io.BytesIO(path.read_bytes()[kept._SEAL :])) as content:
         assert set(content) == {"about", "remove", "add"}

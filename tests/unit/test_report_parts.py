@@ -211,6 +211,23 @@ def test_scores_that_are_all_alike_have_no_contours(sweep, scores, contours):
     assert sum(trace["type"] == "contour" for trace in figure.data) == contours
 
 
+def test_contours_are_of_the_mean_of_trials_at_one_point(sweep):
+    """Points whose means are equal have none, though their trials differ."""
+    points = [
+        {"central_images__noise_multiplier": noise, "central_images__per_class": count}
+        for noise in (2.0, 8.0)
+        for count in (2, 20)
+    ]
+    rows = [row(f"{i}-{score}", score, 9.0, **p) for i, p in enumerate(points) for score in (0, 1)]
+    edge = effects.Boundary([1, 50], [0.5, 0.5], 1.0)
+    figure = affordable_map(sweep, rows, rows[0], edge, [])
+    assert all(trace["type"] != "contour" for trace in figure.data)
+    rows[0] = dataclasses.replace(rows[0], scores={"accuracy": 0.5, "fid_cnn": 9.0})
+    figure = affordable_map(sweep, rows, rows[0], edge, [])
+    (contour,) = (trace for trace in figure.data if trace["type"] == "contour")
+    assert max(z for line in contour["z"] for z in line if z is not None) == pytest.approx(0.75)
+
+
 def test_choices_stand_as_given_and_two_noises_keep_their_names():
     searched = {
         "frequency.noise_multiplier.choices": [115.0, 20.0, 42.0],

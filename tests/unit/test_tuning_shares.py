@@ -247,6 +247,22 @@ def test_a_kept_plan_beyond_its_reference_is_refused():
         resumed_plan(tuning, make_plan(final))
 
 
+def test_a_tuning_trial_without_the_final_reference_is_refused():
+    """Alone, it would take what all together have, and so would each that comes after it."""
+    alone = load(nested(fixed(False)), {"privacy.final_reference": []})
+    assert not alone.privacy.is_final_run
+    with pytest.raises(ConfigError, match=r"a tuning trial needs privacy\.final_reference"):
+        make_plan(alone)
+
+
+def test_a_final_run_alone_leaves_the_grid_within_memory():
+    """Its DP-SGD without central images needs a grid far finer than that of tuning trials."""
+    tuning, final = ((1.0, 4.0, 1),), ((RATE, 10_000.0, STEPS),)
+    own = [references.profile_step(each) for each in (tuning, final)]
+    assert max(own) / min(own) > references._FARTHEST
+    assert min(references.steps(((tuning, 16), (final, 1)))) >= max(own) / references._FARTHEST
+
+
 def test_what_is_not_proven_is_refused():
     with pytest.raises(ConfigError, match=r"proven for privacy\.neighboring_relation='zero_out'"):
         tuned(privacy__neighboring_relation="replace_one")

@@ -2,14 +2,16 @@
 
 The file says of which mechanisms it is the composition, on which grid. So it may be older than
 what asks for it, or be lost: what it lacks is composed and added, and where it holds anything that
-is not asked for it is made anew.
+is not asked for it is made anew. It is sealed with a key of the master secret: one that was damaged
+or written by others, or by other code, is made anew, too.
 """
 # dp_accounting's types come without stubs:
 # pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
 # pyright: reportPrivateUsage=false
 
+import hmac
+import io
 import json
-import zipfile
 from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib import metadata
@@ -20,12 +22,17 @@ import numpy as np
 from dp_accounting.pld.pld_pmf import DensePLDPmf
 from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
 
+from core.errors import ConfigError
+from core.io.code_digest import code_digest
 from core.io.files import write_whole
 from core.privacy.accounting.exact import composed, epsilon_of
 from core.privacy.accounting.mechanism import Mechanism
+from core.privacy.keys import MasterSecret
 
 _Counts = Mapping[tuple[float, float], int]
 _SIDES = ("remove", "add")
+_SEAL = 32
+"""Bytes of an HMAC, with which the file begins."""
 
 
 def epsilon_beside(
@@ -47,17 +54,20 @@ def epsilon_beside(
     Returns:
         An upper bound as of `epsilon_of_many`, to rounding whatever the file holds.
 
-    Privacy: the figure bounds all of `everything`, whatever the file holds: what it says that it
-        is the composition of is left out, each as often as it is in it, and nothing else.
+    Privacy: the figure bounds all of `everything`, whatever the file holds: a sealed one is what
+        was composed of the mechanisms that it names, and these alone are left out, each as often
+        as it is in it. Who has the master secret could write another.
     """
-    wanted = _counts(settled) if path is not None else {}
-    have, total = _read(path, relation, grid) if path is not None else ({}, None)
-    if any(count > wanted.get(key, 0) for key, count in have.items()):
-        have, total = {}, None
-    if path is not None and (new := _less(wanted, have)):
-        total = _joined(total, new, relation, grid)
-        content = partial(_write, total, settled, relation, grid)
-        write_whole(path, content, private=True)
+    wanted, total = dict[tuple[float, float], int](), None
+    if path is not None and (key := _key()) is not None:
+        wanted = _counts(settled)
+        have, total = _read(path, key, relation, grid)
+        if any(count > wanted.get(mechanism, 0) for mechanism, count in have.items()):
+            have, total = {}, None
+        if new := _less(wanted, have):
+            total = _joined(total, new, relation, grid)
+            content = partial(_write, total, settled, key, relation, grid)
+            write_whole(path, content, private=True)
     total = _joined(total, _less(_counts(everything), wanted), relation, grid)
     return 0.0 if total is None else epsilon_of(total, delta)
 
@@ -87,6 +97,7 @@ def _joined(
 def _write(
     total: Any,
     mechanisms: Sequence[Mechanism],
+    key: bytes,
     relation: str,
     grid: float,
     file: Any,
@@ -102,26 +113,40 @@ def _write(
     }
     losses = {name: each._probs for name, each in zip(_SIDES, sides, strict=False)}
     losses["about"] = np.frombuffer(json.dumps(about).encode(), np.uint8)
-    np.savez(file, allow_pickle=False, **losses)
+    content = io.BytesIO()
+    np.savez(content, allow_pickle=False, **losses)
+    file.write(hmac.digest(key, content.getvalue(), "sha256") + content.getvalue())
 
 
 def _read(
-    path: Path, relation: str, grid: float
+    path: Path, key: bytes, relation: str, grid: float
 ) -> tuple[dict[tuple[float, float], int], PrivacyLossDistribution | None]:
-    """Mechanisms and composition of the file; none where it is of another kind, or damaged."""
+    """Mechanisms and composition of the file; none where it is of another kind, or not sealed."""
     try:
-        with np.load(path) as content:
-            about = json.loads(content["about"].tobytes())
-            if (about["by"], about["relation"], about["grid"]) != (_version(), relation, grid):
-                return {}, None
-            sides = [
-                DensePLDPmf(grid, lower, content[name], infinite, True)
-                for name, (lower, infinite) in zip(_SIDES, about["sides"], strict=False)
-            ]
-            return _counts(about["mechanisms"]), PrivacyLossDistribution(*sides)
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
+        whole = path.read_bytes()
+    except OSError:
         return {}, None
+    if not hmac.compare_digest(whole[:_SEAL], hmac.digest(key, whole[_SEAL:], "sha256")):
+        return {}, None
+    with np.load(io.BytesIO(whole[_SEAL:])) as content:
+        about = json.loads(content["about"].tobytes())
+        if (about["by"], about["relation"], about["grid"]) != (_version(), relation, grid):
+            return {}, None
+        sides = [
+            DensePLDPmf(grid, lower, content[name], infinite, True)
+            for name, (lower, infinite) in zip(_SIDES, about["sides"], strict=False)
+        ]
+        return _counts(about["mechanisms"]), PrivacyLossDistribution(*sides)
 
 
 def _version() -> str:
-    return metadata.version("dp-accounting")
+    return f"{metadata.version('dp-accounting')} {code_digest()}"
+
+
+def _key() -> bytes | None:
+    """Of the seal; None where there is no master secret, and nothing is kept."""
+    try:
+        master = MasterSecret.load(create=False)
+    except ConfigError:
+        return None
+    return master.derive(fingerprint="", trial="", stage="ledger", purpose="kept composition")

@@ -44,6 +44,8 @@ from core.privacy.accounting.quick import Losses, composed, composed_losses
 
 Reference = tuple[tuple[Mechanism, ...], int]
 """What a trial may release at most, and how many trials may."""
+_FARTHEST = 64
+"""Most steps of the finest grid in one of the coarsest's own; a coarser grid rounds losses up."""
 _FINER = 4
 """Parts of a profile's own step, where another needs it finer: the error falls with the square."""
 
@@ -51,7 +53,8 @@ _FINER = 4
 def steps(references: Sequence[Reference]) -> list[float]:
     """The grid on which trials are compared with each reference: multiples of the finest."""
     own = [profile_step(mechanisms) for mechanisms, _ in references]
-    return [min(own) * max(1, math.floor(each / min(own) / _FINER)) for each in own]
+    finest = max(min(own), max(own) / _FARTHEST)
+    return [finest * max(1, math.floor(each / finest / _FINER)) for each in own]
 
 
 def composed_delta(references: tuple[Reference, ...], relation: str, epsilon: float) -> float:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from decimal import ROUND_CEILING, Context, Decimal
+from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
 
 FALSE_ALARMS = (0.01, 0.001)
 """Shares of non-members that an attacker may be wrong about, in what is said of attacks."""
@@ -15,6 +15,12 @@ def upward(bound: float, digits: int = 4) -> str:
     """
     exact = Decimal(repr(float(bound)))
     return f"{float(Context(prec=digits, rounding=ROUND_CEILING).plus(exact)):.{digits}g}"
+
+
+def downward(bound: float, digits: int = 4) -> str:
+    """A lower bound, rounded down to `digits` significant digits."""
+    exact = Decimal(repr(float(bound)))
+    return f"{float(Context(prec=digits, rounding=ROUND_FLOOR).plus(exact)):.{digits}g}"
 
 
 def figure(name: str, value: object, digits: int = 4) -> str:

@@ -341,6 +341,11 @@ def _tuning_share(privacy: PrivacyConfig) -> ProfileShare:
             f"privacy.scope={privacy.scope!r} needs trials before its final run: start a sweep, "
             "which solves for privacy.tuning_reference"
         )
+    if not final and not privacy.is_final_run:
+        raise ConfigError(
+            "a tuning trial needs privacy.final_reference, which leaves it its share: start a "
+            "sweep, which solves for it"
+        )
     theorem = privacy.covers.theorem
     alike = TuningShare(_within_pld(privacy), delta, trials, theorem, tuning)
     last = privacy.is_final_run
