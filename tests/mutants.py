@@ -615,8 +615,8 @@ MUTANTS = (
     Mutant(
         "epsilons rounded to the nearest",
         "core/privacy/accounting/rounding.py",
-        "rounding=ROUND_CEILING",
-        "rounding=None",
+        "_rounded(bound, digits, ROUND_CEILING)",
+        "_rounded(bound, digits, 'ROUND_HALF_EVEN')",
         ("tests/unit/test_rounding.py",),
     ),
     Mutant(

@@ -3,6 +3,7 @@
 import argparse
 
 from core.config import Config, load, nested, parse_overrides
+from core.config.keys import COUNT, NOISE
 from core.errors import InfeasibleError
 from core.privacy.accounting.mechanism import LARGEST
 from core.privacy.accounting.rounding import attack, upward
@@ -18,9 +19,6 @@ from core.privacy.plan.plan import (
 _TRIALS = 16
 _FACTORS = (0.25, 1.0, 4.0)
 _LINE = "{:<34} {:>12}   {}"
-COUNT, NOISE = "central_images.per_class", "central_images.noise_multiplier"
-CLUSTERS = "central_images.num_clusters"
-"""The count where the easy stage starts from moments."""
 
 
 def account(options: argparse.Namespace) -> None:

@@ -8,6 +8,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+COUNT, NOISE = "central_images.per_class", "central_images.noise_multiplier"
+CLUSTERS = "central_images.num_clusters"
+"""The count where the easy stage starts from moments."""
 _SHOWN = 100
 """Characters of a wrong value that a message repeats."""
 

@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from core.commands.account import CLUSTERS, COUNT
 from core.config import (
     Config,
     Positive,
@@ -25,7 +24,7 @@ from core.config import (
     nested,
     validate,
 )
-from core.config.keys import known_keys, nearest_key
+from core.config.keys import CLUSTERS, COUNT, known_keys, nearest_key
 from core.config.metrics import DIRECTIONS
 from core.errors import ConfigError
 from sweep.config.dimension import Dimension

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from scipy.interpolate import griddata
 
-from core.commands.account import NOISE
 from core.config import flatten
+from core.config.keys import NOISE
 from core.config.metrics import DIRECTIONS
 from sweep.config.sweep import SweepConfig
 from sweep.report.effects import Boundary

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import optuna
 
-from core.commands.account import NOISE
 from core.config import Config, flatten, load, nested
+from core.config.keys import NOISE
 from core.errors import ConfigError, InfeasibleError
 from core.io.terminal import ProgressLine
 from core.privacy.plan.plan import check_feasible

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from core.commands.account import CLUSTERS, COUNT, NOISE
 from core.config import flatten
+from core.config.keys import CLUSTERS, COUNT, NOISE
 from core.privacy.accounting.rounding import upward
 from core.privacy.plan.releases import RELEASES
 from sweep.config.sweep import SweepConfig

@@ -9,8 +9,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from core.commands.account import CLUSTERS, COUNT, NOISE
 from core.config import Config, flatten
+from core.config.keys import CLUSTERS, COUNT, NOISE
 from core.config.metrics import DIRECTIONS, HEADLINES
 from core.io.code_digest import code_digest
 from core.io.files import write_json

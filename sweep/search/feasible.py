@@ -8,8 +8,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from core.commands.account import NOISE
 from core.config import flatten
+from core.config.keys import NOISE
 from core.errors import ConfigError, InfeasibleError
 from core.io.terminal import ProgressLine, counted
 from core.privacy.accounting.rounding import figure, upward

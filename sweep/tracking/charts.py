@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from core.commands.account import COUNT, NOISE
 from core.config import Config, flatten
+from core.config.keys import COUNT, NOISE
 from core.config.metrics import DIRECTIONS
 from core.record.early import STAGE
 from core.record.folder import RunFolder

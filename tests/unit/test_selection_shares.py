@@ -122,8 +122,11 @@ def test_a_trial_at_the_edge_stays_below_the_reference_at_every_epsilon(central,
 
 def test_each_direction_and_every_epsilon_decide_alone():
     """A trial that exceeds the reference in one row or at one epsilon alone is refused."""
-    share = capped()
-    _, bound = scopes._bound(share.reference, share.tail)
+    each_delta_decides(capped())
+
+
+def each_delta_decides(share: scopes.ProfileShare) -> None:
+    _, bound = scopes._bound(share.reference, share.tail, share.step)
     for row, place in itertools.product((0, 1), (0, 100, bound.shape[1] // 2, -1)):
         deltas = bound.copy()
         deltas[row, place] *= 1.01

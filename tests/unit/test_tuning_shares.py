@@ -1,6 +1,5 @@
 """Tuning trials and a final run by reference profiles: brute force, golden figures, every bound."""
 
-import itertools
 import math
 from functools import cache
 
@@ -9,7 +8,7 @@ import pytest
 from scipy.stats import norm
 from test_best_of_trials import CENTRAL, DELTA, RATE, STEPS, stick
 from test_plan import reference
-from test_selection_shares import stays_below
+from test_selection_shares import each_delta_decides, stays_below
 
 from core.config import load, nested
 from core.errors import ConfigError, InfeasibleError
@@ -174,13 +173,7 @@ def test_a_trial_at_the_edge_stays_below_its_reference_at_every_epsilon(is_final
 def test_each_direction_and_every_epsilon_decide_alone():
     """A trial that exceeds its reference in one row or at one epsilon alone is refused."""
     for share in shares():
-        _, bound = scopes._bound(share.reference, share.tail, share.step)
-        for row, place in itertools.product((0, 1), (0, 100, bound.shape[1] // 2, -1)):
-            deltas = bound.copy()
-            deltas[row, place] *= 1.01
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(profile, "profile", lambda *_, deltas=deltas: deltas)
-                assert share.used(share.reference) == pytest.approx(1.01)
+        each_delta_decides(share)
 
 
 def test_the_tails_of_all_references_are_within_what_is_kept_back():

@@ -36,7 +36,7 @@ _SEAL = 32
 
 
 def epsilon_beside(
-    path: Path | None,
+    path: Path,
     settled: Sequence[Mechanism],
     everything: Sequence[Mechanism],
     delta: float,
@@ -46,8 +46,7 @@ def epsilon_beside(
     """Epsilon at `delta` of `everything` together, of which `settled` will be asked for again.
 
     Args:
-        path: of the file that keeps the composition of `settled`; one process at a time. None: all
-            is composed now.
+        path: of the file that keeps the composition of `settled`; one process at a time.
         settled: a part of `everything`, each as of `grouped`.
         grid: of privacy losses, their distance.
 
@@ -59,7 +58,7 @@ def epsilon_beside(
         as it is in it. Who has the master secret could write another.
     """
     wanted, total = dict[tuple[float, float], int](), None
-    if path is not None and (key := _key()) is not None:
+    if (key := _key()) is not None:
         wanted = _counts(settled)
         have, total = _read(path, key, relation, grid)
         if any(count > wanted.get(mechanism, 0) for mechanism, count in have.items()):

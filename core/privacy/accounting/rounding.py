@@ -13,14 +13,17 @@ def upward(bound: float, digits: int = 4) -> str:
 
     What the float's shortest text says is rounded: 1.1 stays 1.1, but 10.00001 becomes 10.01.
     """
-    exact = Decimal(repr(float(bound)))
-    return f"{float(Context(prec=digits, rounding=ROUND_CEILING).plus(exact)):.{digits}g}"
+    return _rounded(bound, digits, ROUND_CEILING)
 
 
 def downward(bound: float, digits: int = 4) -> str:
     """A lower bound, rounded down to `digits` significant digits."""
+    return _rounded(bound, digits, ROUND_FLOOR)
+
+
+def _rounded(bound: float, digits: int, rounding: str) -> str:
     exact = Decimal(repr(float(bound)))
-    return f"{float(Context(prec=digits, rounding=ROUND_FLOOR).plus(exact)):.{digits}g}"
+    return f"{float(Context(prec=digits, rounding=rounding).plus(exact)):.{digits}g}"
 
 
 def figure(name: str, value: object, digits: int = 4) -> str:

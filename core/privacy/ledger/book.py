@@ -1,7 +1,7 @@
 """Book of a ledger, from its lines: a charge for each key, the writers of each run."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -107,11 +107,10 @@ class Book:
         runs = {key.run: None for key, charge in self.charges.items() if charge.target}
         return {run: self.of_run(run) for run in runs}
 
-    @property
-    def targets(self) -> list[float]:
-        """The target of each run that is one release and of which anything counts."""
+    def targets(self, part: Callable[[Charge], tuple[Event, ...]]) -> list[float]:
+        """The target of each run that is one release and of which any `part` is there."""
         groups = self.together.values()
-        return [max(c.target for c in group) for group in groups if any(c.counted for c in group)]
+        return [max(c.target for c in group) for group in groups if any(map(part, group))]
 
     @property
     def selections(self) -> list[str]:

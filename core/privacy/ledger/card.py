@@ -159,11 +159,8 @@ def _attacks(
     """What an attack on the released trial finds, and one on the release with its selection."""
 
     def of_release(false_alarms: float) -> float:
-        if privacy.has_shares:
+        if privacy.has_shares or privacy.covers.splits_target:  # With the trials still to come.
             return members_found(privacy, false_alarms)
-        if privacy.covers.splits_target:  # Also of the trials that are still to come.
-            odds_at_most = math.exp(min(privacy.target_epsilon, 700.0))
-            return min(1.0, odds_at_most * false_alarms + privacy.target_delta)
         if by_all:
             return ledger.members_found(false_alarms)
         if trials == 1 or privacy.covers.chosen_on_public_data:

@@ -240,7 +240,8 @@ class Ledger:
         # Within a budget all that was to run, as PLD covers no stopping by results.
         parts = [each.reserved if run and each.within else each.counted for each in charges]
         events = [event for part in parts for event in part]
-        return self._totals.members_found(events, () if run else book.targets, false_alarms)
+        targets = () if run else book.targets(lambda charge: charge.counted)
+        return self._totals.members_found(events, targets, false_alarms)
 
     def largest_epsilon(self, run: str) -> float:
         """The largest epsilon that the plan of one trial of a run spends alone; 0 without any."""

@@ -50,8 +50,7 @@ class Totals:
             the sum of both epsilons, whatever the number of its trials was.
         """
         events = [event for charge in book.apart for event in part(charge)]
-        wholes = book.together.values()
-        targets = [max(c.target for c in group) for group in wholes if any(map(part, group))]
+        targets = book.targets(part)
         count = max(1, bool(events) + len(targets))
         delta = float(count * Decimal(repr(self.terms.delta)))  # 3e-05, not 3.0000000000000004e-05.
         return self.epsilon(events, grid) + sum(targets), delta
@@ -90,7 +89,7 @@ class Totals:
             epsilon = epsilon_beside(kept, settled, mechanisms, delta, relation, fine)
             if epsilon <= LARGEST:
                 named = solve.accountant_of(epsilon, mechanisms, delta, relation, grid, scale)
-                return epsilon + sum(book.targets), named
+                return epsilon + sum(book.targets(lambda charge: charge.counted)), named
         total, _ = self.together(book, lambda charge: charge.counted, grid)
         return total, self.accountant(counted, grid)
 

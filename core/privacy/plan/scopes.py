@@ -38,7 +38,7 @@ _LEAST_TUNING_DELTA = 4e-9
 _MANY = 1e9
 _LARGEST_EXPONENT = 700.0
 _RATIOS = 32
-"""Epsilons up to the target at which an attack on a selection is bounded."""
+"""Epsilons up to the target at which an attack on what has a privacy profile is bounded."""
 _ROUNDING = 1e-6
 """By how much another version's accountant may find another delta for a reference."""
 STAYS_INSIDE = (
@@ -374,11 +374,12 @@ def _used(share: ProfileShare, reference: tuple[Mechanism, ...]) -> float:
 
 
 def members_found(privacy: PrivacyConfig, false_alarms: float) -> float:
-    """Largest share of members that any attack finds, by what proves a scope that has shares.
+    """Largest share of members that any attack finds on all trials that the target covers.
 
-    A selection's is that of its privacy profile. Under the filter's order a, at which the
-    divergence is at most r, it is (exp(r) false_alarms)^(1 - 1/a) (Mironov 2017, proposition 10).
-    Both are at most what epsilon and delta say.
+    A selection's and a tuned run's is that of their privacy profiles. Under the filter's order a,
+    at which the divergence is at most r, it is (exp(r) false_alarms)^(1 - 1/a) (Mironov 2017,
+    proposition 10). All are at most what the target's epsilon and delta say, and where trials have
+    no shares it is that.
 
     Args:
         false_alarms: share of non-members that it is wrong about, in [0, 1].
@@ -387,7 +388,7 @@ def members_found(privacy: PrivacyConfig, false_alarms: float) -> float:
     bounds = [1.0, math.exp(min(epsilon, _LARGEST_EXPONENT)) * false_alarms + delta]
     if isinstance(share, ProfileShare) and share.reference:
         bounds.append(share.members_found(false_alarms))
-    elif privacy.covers.splits_target:
+    elif share is not None and privacy.covers.splits_target:
         order = renyi.best_order(epsilon, delta)
         exponent = min(epsilon - renyi.offset(order, delta), _LARGEST_EXPONENT)
         bounds.append((math.exp(exponent) * false_alarms) ** (1 - 1 / order))
