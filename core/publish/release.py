@@ -118,6 +118,8 @@ def release_card(config: Config, run_dir: Path) -> dict[str, Any]:
         name = run.evaluation.name
         raise ConfigError(f"'{run_dir}' holds no finished run (no {name}): finish it")
     chosen, objective = run.selected, "scores computed on real images, which are not private"
+    if config.privacy.covers.covers_choice:  # Which refuses any other objective.
+        objective = "scores that this guarantee covers, or that are public"
     if chosen.exists():
         objective = read_json(chosen)["objective"]
     elif config.privacy.covers.is_secret:

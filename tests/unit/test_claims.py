@@ -111,6 +111,17 @@ def test_the_only_trial_of_a_sweep_was_never_given_beforehand(tmp_path):
         assert card["hyperparameters_chosen_by"] == "by a sweep, so far in its only trial"
 
 
+def test_a_trial_of_a_covered_search_was_not_chosen_by_scores_that_are_not_private(tmp_path):
+    """Not even where it is not the best, so that no sweep has noted what chose it."""
+    for scope, covered in (("sweep", True), ("trial", False)):
+        settings = {"privacy.scope": scope, "dataset.public": True}
+        sweep = sweep_with(tmp_path / scope, finished=2, **settings)
+        row = load_rows(sweep)[0]
+        by = release_card(row.config, row.run_dir)["hyperparameters_chosen_by"]
+        assert ("which are not private" in by) is not covered
+        assert ("scores that this guarantee covers" in by) is covered
+
+
 def test_a_scope_that_covers_all_trials_claims_at_any_time(tmp_path):
     settings = {"privacy.scope": "sweep", "dataset.public": True}
     sweep = sweep_with(tmp_path, finished=1, **settings)
