@@ -29,6 +29,12 @@ from sweep.results.replicates import Estimates, estimates, sentences
 
 CARD = "privacy_card.md"
 """In the folder of a sweep, beside the same as JSON."""
+EPSILONS = {
+    "epsilon": "epsilon_trial",
+    "epsilon_sweep": "epsilon_computed",
+    "epsilon_released": "epsilon_released_with_selection",
+}
+"""Of a card, by the names of metrics."""
 
 
 @dataclass(frozen=True)
@@ -311,12 +317,7 @@ def _objective(sweep: SweepConfig, rows: Sequence[Row]) -> str:
 
 def three_figures(card: Mapping[str, Any]) -> dict[str, float]:
     """The card's epsilons under the names of metrics, but for those that must stay secret."""
-    names = {
-        "epsilon": "epsilon_trial",
-        "epsilon_sweep": "epsilon_computed",
-        "epsilon_released": "epsilon_released_with_selection",
-    }
-    return {name: card[key] for name, key in names.items() if card[key] is not None}
+    return {name: card[key] for name, key in EPSILONS.items() if card[key] is not None}
 
 
 def shown_metrics(sweep: SweepConfig, rows: Sequence[Row]) -> list[str]:

@@ -6,6 +6,7 @@ With `sweep.tracking.store` the only file that imports mlflow.
 import base64
 import hashlib
 import json
+import math
 import tempfile
 import warnings
 import zlib
@@ -119,6 +120,12 @@ class Tracker:
         last, now = self._client.get_run(self.run_id).data.metrics, get_current_time_millis()
         new = [Metric(k, float(v), now, 0) for k, v in figures.items() if last.get(k) != v]
         self._client.log_batch(self.run_id, metrics=new)
+
+    def withdraw_figures(self, names: Iterable[str]) -> None:
+        """Makes those that the run has "not a number", as MLflow forgets none."""
+        last = self._client.get_run(self.run_id).data.metrics
+        if stated := [name for name in names if not math.isnan(last.get(name, math.nan))]:
+            self.log_figures(dict.fromkeys(stated, math.nan))
 
     def log_file(self, path: Path, folder: str = "") -> None:
         """Uploads a file, if it exists, as an artifact.

@@ -11,7 +11,7 @@ from core.config import Config, flatten
 from core.record.early import ENDED_EARLY
 from core.record.folder import Result, RunFolder
 from sweep.config.sweep import SweepConfig
-from sweep.results.table import CARD, Row, best, released_row, three_figures, winners
+from sweep.results.table import CARD, EPSILONS, Row, best, released_row, three_figures, winners
 from sweep.tracking.charts import (
     charts,
     compared_figures,
@@ -83,6 +83,7 @@ def tell_sweep(tracker: Tracker, sweep: SweepConfig, total: int) -> None:
     search = {"num_trials": "secret" if secret else total, "objective": ", ".join(sweep.metrics)}
     tracker.log_params({**shared_params(sweep), **search, **space})
     tracker.log_tags({_STATEMENT: "not finished: nothing is claimed yet"})  # Until the summary.
+    tracker.withdraw_figures(EPSILONS)  # That an earlier end of it stated.
     tracker.log_dataset(sweep.run.dataset.name, public_facts(sweep.run))
     tracker.log_charts(sweep.name, charts(sweep, tracker.run_id))
     tracker.log_file(sweep.folder / "sweep.json")

@@ -191,6 +191,23 @@ def test_the_driver_mirrors_how_each_trial_went(sweep, uri, begin):
     assert runs[names[0]].data.tags["privacy.accuracy"] == "non-private"
 
 
+def test_a_sweep_that_goes_on_takes_back_what_its_end_claimed(sweep, uri, begin):
+    claimed = {"epsilon": 1.0, "epsilon_released": 2.0, "accuracy": 0.7}
+    assert begin().close(5.0, "KILLED") == 0
+    assert "epsilon_released" not in runs_of(sweep, uri)["s"].data.metrics
+    place = MlflowClient(tracking_uri=uri).get_experiment_by_name(sweep.experiment)
+    Tracker(uri, place.experiment_id, "s").log_figures(claimed)
+    for _ in range(2):
+        assert begin().close(5.0, "KILLED") == 0
+    run = runs_of(sweep, uri)["s"]
+    assert math.isnan(run.data.metrics["epsilon"])
+    assert math.isnan(run.data.metrics["epsilon_released"])
+    assert run.data.metrics["accuracy"] == 0.7
+    history = MlflowClient(tracking_uri=uri).get_metric_history(run.info.run_id, "epsilon")
+    assert len(history) == 2, "taken back once"
+    assert "nothing is claimed" in run.data.tags["privacy.statement"]
+
+
 def test_what_a_killed_driver_had_not_told_is_told_by_the_next(sweep, uri, begin):
     """Machine use, too; and nothing twice."""
     name = reports(sweep, 0.001, 2, 4)
