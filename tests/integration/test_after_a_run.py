@@ -211,6 +211,9 @@ def test_the_owners_page_shows_the_nearest_real_images(run, tmp_path, capsys):
     assert found["num_members"] == found["num_others"] == 200
     assert found["auc_interval"][0] < found["auc"] < found["auc_interval"][1]
     assert found["within_bound"] is True
+    levels = [f"<td>{each['sigma']:.3g}</td><td>{each['auc']:.4f} (" for each in found["levels"]]
+    assert len(levels) == 8
+    assert all(level in text for level in levels)
     classes = json.loads((own / "non_private" / "inspection.json").read_text())["classes"]
     counts = load_dataset(config.dataset).test.labels.bincount(minlength=10).tolist()
     for kind in ("synthetic", "real"):
