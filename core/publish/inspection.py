@@ -64,7 +64,7 @@ def inspect_run(
         for part in (members, others)
     ]
     sigmas = noise_levels(config.diffusion)
-    membership = attacks(*losses, sigmas, plan.epsilon, plan.delta, seed)
+    membership = attacks(losses[0], losses[1], sigmas, plan.epsilon, plan.delta, seed)
 
     shown = _part(synthetic, max_images, seed)
     cache, classes = Path(config.runtime.cache), config.dataset.num_classes
