@@ -10,8 +10,8 @@ from core.config import Config
 from core.data import Split
 from core.device import config_device
 from core.errors import ConfigError
+from core.evaluation.audit import CONFIDENCE, canary_images, canary_scores, closeness, coins
 from core.evaluation.audit import audit as one_run_audit
-from core.evaluation.audit import canary_images, canary_scores, closeness, coins
 from core.io.terminal import Console
 from core.privacy.keys import KeyedStream
 from core.privacy.plan.plan import PrivacyPlan
@@ -47,7 +47,10 @@ def audit(options: argparse.Namespace) -> None:
     keep(folder, found)
     print("\n".join(audit_lines(folder)))
     if failures := audit_failures(folder):
-        raise ConfigError(f"{'; '.join(failures)}: the run does not do what its plan says")
+        raise ConfigError(
+            f"{'; '.join(failures)}: with confidence {CONFIDENCE:g}, the run does not do what its "
+            "plan says"
+        )
 
 
 def black_box(config: Config, plan: PrivacyPlan, count: int, place: Path) -> dict[str, Any]:
