@@ -433,7 +433,7 @@ MUTANTS = (
     Mutant(
         "audit: of another plan",
         PROVEN,
-        'found["plan"] == _about(run)["plan"]',
+        'found.get("plan") == _about(run)["plan"]',
         "True",
         AUDIT,
     ),

@@ -52,7 +52,8 @@ def _forms(run: RunFolder) -> dict[str, Any]:
         return {}
     found = read_json(run.audit)
     _, code = run.begun_with()
-    same = found["plan"] == _about(run)["plan"] and code in ("", found["code"])
+    # An earlier version kept neither.
+    same = found.get("plan") == _about(run)["plan"] and code in ("", found.get("code"))
     return {form: found[form] for form in _FORMS if form in found} if same else {}
 
 
