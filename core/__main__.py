@@ -25,7 +25,7 @@ EXAMPLES = {
     "generate": "--bundle BUNDLE --num-images 1000 --out more.npz",
     "evaluate": "--run-dir RUN --ema-length 0.1",
     "inspect": "--run-dir RUN --max-images 500",
-    "audit": "--run-dir RUN --canaries 10000",
+    "audit": "--run-dir RUN --black-box 1000",
     "ledger": "show",
     "release": "--run-dir RUN --out BUNDLE --license cc-by-4.0",
 }
@@ -162,9 +162,12 @@ def _add_what_follows(add: Callable[..., argparse.ArgumentParser]) -> None:
     inspect.add_argument(
         "--max-images", type=int, default=2000, help="most images of either side; 2000"
     )
-    audit = add("audit", "canaries against DP-SGD, as the plan of a run has it", folder=True)
-    text = "made-up examples, each one parameter; 10000"
+    text = "canaries against what the plan of a run releases: lower bounds of epsilon"
+    audit = add("audit", text, "audit", folder=True)
+    text = "made-up examples, each one parameter of DP-SGD; 10000"
     audit.add_argument("--canaries", type=int, default=10_000, help=text)
+    text = "also made-up images: trains anew on half of them and guesses which from synthetic ones"
+    audit.add_argument("--black-box", type=int, metavar="COUNT", help=text)
     ledger = add("ledger", "what was spent on each data set")
     ledger.add_argument("action", choices=("show", "verify", "accept-loss"))
     ledger.add_argument("--folder", type=Path, help="runtime.ledger; its default if not given")

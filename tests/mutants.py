@@ -34,7 +34,7 @@ SCOPES = "core/privacy/plan/scopes.py"
 SELECTED = "core/privacy/accounting/selection.py"
 BEST, BOUNDED = ("tests/unit/test_best_of_trials.py",), ("tests/unit/test_selection_shares.py",)
 TRADE_OFF, ATTACKS = "core/privacy/accounting/tradeoff.py", ("tests/unit/test_tradeoff.py",)
-AUDIT = ("tests/integration/test_audit.py",)
+AUDIT, PROVEN = ("tests/integration/test_audit.py",), "core/publish/proven.py"
 PAIRS, TUNED = "core/privacy/accounting/references.py", ("tests/unit/test_tuning_shares.py",)
 TUNED_RUNS = ("tests/unit/test_tuned_runs.py",)
 FAR = ("tests/unit/test_far_accounting.py",)
@@ -407,6 +407,41 @@ MUTANTS = (
         "core/evaluation/audit.py",
         "1 / (1 + math.exp(-epsilon))",
         "1 / (1 + math.exp(-epsilon / 2))",
+        AUDIT,
+    ),
+    Mutant(
+        "audit: each bound fails as often as all together may",
+        "core/evaluation/audit.py",
+        "(1 - CONFIDENCE) / (2 * len(_GUESSED))",
+        "1 - CONFIDENCE",
+        AUDIT,
+    ),
+    Mutant(
+        "audit: canaries far from synthetic images are guessed",
+        "core/evaluation/audit.py",
+        "scores[own] = -found.distances",
+        "scores[own] = found.distances",
+        AUDIT,
+    ),
+    Mutant(
+        "audit: a bound above epsilon is no failure",
+        PROVEN,
+        'each["epsilon_lower_bound"] > each["epsilon"]',
+        "False",
+        AUDIT,
+    ),
+    Mutant(
+        "audit: of another plan",
+        PROVEN,
+        'found.get("plan") == _about(run)["plan"]',
+        "True",
+        AUDIT,
+    ),
+    Mutant(
+        "audit: a bundle holds all that it found",
+        PROVEN,
+        'form: each["epsilon_lower_bound"] for',
+        "form: each for",
         AUDIT,
     ),
     Mutant(

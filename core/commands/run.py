@@ -1,7 +1,6 @@
 """Commands of `python -m core` that load torch: a run, and what is made of its folder."""
 
 import argparse
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,16 +13,14 @@ from core.data import Dataset, Split, load_dataset
 from core.device import config_device
 from core.diffusion.posthoc_ema import reconstruct
 from core.errors import ConfigError
-from core.evaluation.audit import audit as one_run_audit
-from core.evaluation.audit import canary_scores
 from core.evaluation.scoring import score
 from core.generation.draw import generate as draw_images
 from core.generation.generator import GENERATOR, load_denoiser, load_generator
 from core.generation.png import write_grid
-from core.io.files import to_json, write_json
+from core.io.files import to_json
 from core.io.terminal import Console
-from core.privacy.accounting.rounding import downward, figure, upward
-from core.privacy.keys import KeyedStream, MasterSecret
+from core.privacy.accounting.rounding import figure, upward
+from core.privacy.keys import MasterSecret
 from core.privacy.ledger.account import require_same_data
 from core.privacy.ledger.card import ledger_text
 from core.privacy.ledger.file import LedgerError, accept_loss
@@ -245,28 +242,6 @@ def inspect(options: argparse.Namespace) -> None:
     low, high = found["auc_interval"]
     print(f"membership attack: area {found['auc']:.4f} (95 % interval {low:.4f} to {high:.4f})")
     print(f"NON-PRIVATE, for the owner of the data alone: {page}")
-
-
-def audit(options: argparse.Namespace) -> None:
-    """Proves by canaries that DP-SGD as a run's plan has it spends at least so much; no data."""
-    if options.canaries < 100:
-        raise ConfigError(f"--canaries={options.canaries} must be at least 100")
-    folder = RunFolder(options.run_dir)
-    config, plan = folder.config(), folder.plan()
-    if not plan.is_private or not plan.dp_sgd.num_steps:
-        raise ConfigError(f"'{folder.path}' has no noisy updates to audit: name a run of DP-SGD")
-    masks, noise = (KeyedStream(os.urandom(32)) for _ in range(2))
-    device = config_device(config)
-    scores, included = canary_scores(plan.dp_sgd, options.canaries, masks, noise, device)
-    found = {**one_run_audit(scores, included, plan.delta), "epsilon": plan.epsilon_dp_sgd}
-    write_json(folder.audit, found)
-    print(
-        "noisy updates of DP-SGD: epsilon is at least "
-        f"{downward(found['epsilon_lower_bound'])} with "
-        f"confidence {found['confidence']:g}; the plan says {upward(found['epsilon'])}"
-    )
-    if found["epsilon_lower_bound"] > found["epsilon"]:
-        raise ConfigError("this proves more than epsilon: DP-SGD does not do what its plan says")
 
 
 def evaluate(options: argparse.Namespace) -> None:

@@ -1,6 +1,12 @@
-"""Membership inference attack by loss, beside the bound that epsilon gives."""
+"""Membership inference attacks by diffusion loss, beside the bound that epsilon gives.
+
+The loss of the released denoiser is lower on what it was trained on (Carlini et al. 2023, section
+5). How much so depends on the noise level (Duan et al. 2023; Dubinski et al. 2024), so each of
+several is an attack of its own, beside the one that averages over all.
+"""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,8 +21,16 @@ from core.diffusion.denoiser import MomentsDenoiser
 FALSE_POSITIVE_RATE = 0.01
 LEVELS = 8
 """Noise levels at which each image's loss is measured."""
+_DRAWS = 2
+"""Of noise at each level."""
 _CONFIDENCE = 0.95
 _RESAMPLES = 1000
+
+
+def noise_levels(config: DiffusionConfig) -> list[float]:
+    """`LEVELS` quantiles of the sigma that training draws (Karras et al. 2022, table 1)."""
+    quantiles = (torch.arange(LEVELS, dtype=torch.float64) + 0.5) / LEVELS
+    return (config.p_mean + config.p_std * torch.special.ndtri(quantiles)).exp().tolist()
 
 
 @torch.no_grad()
@@ -28,31 +42,56 @@ def denoising_losses(
     seed: int,
     device: torch.device | str,
 ) -> np.ndarray:
-    """Loss of each image, as it was trained on, averaged over noise levels; float64 `[N]`.
+    """Loss of each image, as it was trained on, at each noise level; float64 `[N, LEVELS]`.
 
-    All images get the same noise at the same `LEVELS` levels, the quantiles of the training
-    distribution (Karras et al. 2022, table 1), so that images differ by themselves alone.
+    All images get the same draws of noise, so that they differ by themselves alone.
 
     Privacy: of real images, the losses are not private.
     """
     generator = torch.Generator().manual_seed(seed)
-    quantiles = (torch.arange(LEVELS, dtype=torch.float64) + 0.5) / LEVELS
-    sigmas = (config.p_mean + config.p_std * torch.special.ndtri(quantiles)).exp().float()
-    noise = torch.randn((LEVELS, *split.images.shape[1:]), generator=generator).to(device)
+    shape = (LEVELS, _DRAWS, *split.images.shape[1:])
+    noise = torch.randn(shape, generator=generator).to(device)
     parts: list[torch.Tensor] = []
     for images, labels in zip(
-        split.images.split(batch_size), split.labels.split(batch_size), strict=True
+        split.images.split(batch_size), split.labels.to(device).split(batch_size), strict=True
     ):
-        clean, total = to_model_range(to_float(images.to(device))), torch.zeros(len(images))
-        for sigma, draw in zip(sigmas.tolist(), noise, strict=True):
+        clean = to_model_range(to_float(images.to(device)))
+        losses: list[torch.Tensor] = []
+        for sigma, draws in zip(noise_levels(config), noise, strict=True):
             level = torch.full((len(images),), sigma, device=device)
-            denoised = denoiser(clean + sigma * draw, level, labels.to(device))
-            weight = (sigma**2 + config.sigma_data**2) / (sigma * config.sigma_data) ** 2
+            weight = (level**2 + config.sigma_data**2) / (level * config.sigma_data) ** 2
             if isinstance(denoiser, MomentsDenoiser):
-                weight = denoiser.weight(level, labels.to(device))
-            total += (weight * (denoised - clean).square().mean((1, 2, 3))).cpu() / LEVELS
-        parts.append(total)
+                weight = denoiser.weight(level, labels)
+            denoised = [denoiser(clean + sigma * draw, level, labels) for draw in draws]
+            errors = [(each - clean).square().mean((1, 2, 3)) for each in denoised]
+            losses.append(weight * torch.stack(errors).mean(0))
+        parts.append(torch.stack(losses, dim=1).cpu())
     return torch.cat(parts).double().numpy()
+
+
+def attacks(
+    members: np.ndarray,
+    others: np.ndarray,
+    sigmas: Sequence[float],
+    epsilon: float,
+    delta: float,
+    seed: int,
+) -> dict[str, Any]:
+    """`attack` by the loss averaged over all noise levels, and under `levels` by each alone.
+
+    Args:
+        members: losses of training images `[N, levels]`.
+        others: losses of held-out images `[M, levels]`, in random order.
+        sigmas: the noise levels.
+
+    Privacy: computed from real images without protection: not private.
+    """
+    levels = [
+        {"sigma": sigma, **attack(mine, theirs, epsilon, delta, seed)}
+        for sigma, mine, theirs in zip(sigmas, members.T, others.T, strict=True)
+    ]
+    combined = attack(members.mean(1), others.mean(1), epsilon, delta, seed)
+    return {**combined, "levels": levels}
 
 
 def attack(

@@ -7,6 +7,7 @@ from typing import Any
 
 from core.privacy.accounting.rounding import upward
 from core.privacy.ledger.card import three_epsilons
+from core.publish.proven import bounds_in_words
 
 PARQUET = "data/train-00000-of-00001.parquet"
 """Where Hugging Face's `datasets` looks for the split `train`."""
@@ -88,7 +89,7 @@ def dataset_card(
     """README.md with the front matter that the Hugging Face Hub reads.
 
     Args:
-        card: the privacy card.
+        card: the privacy card, as of `release_card`.
         class_names: of the labels 0, 1, ...; public.
         formats: what the bundle holds; only with `parquet` is there something to load.
         license_id: identifier of the Hub, such as `cc-by-4.0`; `unknown` leaves it open.
@@ -104,6 +105,7 @@ def dataset_card(
         ("unit of protection", card["unit"]),
         ("neighbouring data sets", card["neighboring_relation_in_words"]),
         ("in words", card["attack"]["epsilon_released_with_selection"]),
+        ("audit by canaries", bounds_in_words(card["audit"])),
     ]
     template = Path(__file__).with_suffix(".txt").read_text()
     return template.format(

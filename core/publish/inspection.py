@@ -12,7 +12,7 @@ from torch import nn
 from core.config import Config
 from core.data import Dataset, Split
 from core.errors import DataError
-from core.evaluation.membership import attack, denoising_losses
+from core.evaluation.membership import attacks, denoising_losses, noise_levels
 from core.evaluation.metrics import confusion, downstream_classifier
 from core.evaluation.neighbors import Neighbors, Space, nearest, pixels
 from core.evaluation.reference import real_reference
@@ -63,7 +63,8 @@ def inspect_run(
         denoising_losses(denoiser, part, config.diffusion, settings.batch_size, seed, device)
         for part in (members, others)
     ]
-    membership = attack(losses[0], losses[1], plan.epsilon, plan.delta, seed)
+    sigmas = noise_levels(config.diffusion)
+    membership = attacks(losses[0], losses[1], sigmas, plan.epsilon, plan.delta, seed)
 
     shown = _part(synthetic, max_images, seed)
     cache, classes = Path(config.runtime.cache), config.dataset.num_classes
@@ -169,11 +170,12 @@ def _picture(image: torch.Tensor, title: str, text: str) -> str:
     )
 
 
-def _membership(found: Mapping[str, Any]) -> str:
-    def share(name: str) -> str:
-        low, high = found[f"{name}_interval"]
-        return f"{found[name]:.4f} (95 % interval {low:.4f} to {high:.4f})"
+def _share(found: Mapping[str, Any], name: str) -> str:
+    low, high = found[f"{name}_interval"]
+    return f"{found[name]:.4f} (95 % interval {low:.4f} to {high:.4f})"
 
+
+def _membership(found: Mapping[str, Any]) -> str:
     bound = found["tpr_bound"]
     verdict = (
         "The attack stays within what epsilon allows"
@@ -184,9 +186,12 @@ def _membership(found: Mapping[str, Any]) -> str:
     )
     rows = (
         ("training and held-out images", f"{found['num_members']} and {found['num_others']}"),
-        ("area under the curve (0.5 is guessing)", share("auc")),
-        (f"true positives at nominally {found['nominal_fpr']:.0%} false ones", share("tpr")),
-        ("false positives measured there", share("fpr")),
+        ("area under the curve (0.5 is guessing)", _share(found, "auc")),
+        (
+            f"true positives at nominally {found['nominal_fpr']:.0%} false ones",
+            _share(found, "tpr"),
+        ),
+        ("false positives measured there", _share(found, "fpr")),
         (
             f"true positives that epsilon {upward(found['epsilon'])}, delta "
             f"{upward(found['delta'], 6)} allows",
@@ -196,7 +201,23 @@ def _membership(found: Mapping[str, Any]) -> str:
         ("epsilon that the attack proves", f"at least {found['epsilon_lower_bound']:.4g}"),
     )
     table = "".join(f"<tr><th>{name}</th><td>{value}</td></tr>" for name, value in rows)
-    return f"<table>{table}</table><p><b>{verdict}</b></p>"
+    return f"<table>{table}</table><p><b>{verdict}</b></p>{_levels(found['levels'])}"
+
+
+def _levels(levels: Sequence[Mapping[str, Any]]) -> str:
+    """The attack by the loss at each noise level alone, on which no verdict rests."""
+    names = {"auc": "area", "tpr": "true positives", "fpr": "false positives"}
+    head = "".join(f"<th>{name}</th>" for name in ("noise level sigma", *names.values()))
+    rows = "".join(
+        f"<tr><td>{each['sigma']:.3g}</td>"
+        + "".join(f"<td>{_share(each, name)}</td>" for name in names)
+        + "</tr>"
+        for each in levels
+    )
+    return (
+        "<p>Above, the loss is averaged over all noise levels. Below it is that of one; of so many "
+        f"intervals some miss by chance.</p><table><tr>{head}</tr>{rows}</table>"
+    )
 
 
 def _classes(found: Mapping[str, Any]) -> str:

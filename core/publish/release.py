@@ -18,6 +18,7 @@ from core.privacy.accounting.rounding import upward
 from core.privacy.ledger.account import ledger_of_run
 from core.privacy.ledger.card import card_markdown, make_card
 from core.publish.dataset_card import PARQUET, dataset_card, parquet_metadata
+from core.publish.proven import audit_failures, bundled_bounds
 from core.record.folder import GRID, IMAGES, NON_PRIVATE, RunFolder, class_names
 
 FORMATS = ("folder", "npz", "parquet", "generator")
@@ -38,7 +39,7 @@ def write_release(
         run_dir: of a finished run; only its synthetic images and its averaged weights are read.
         out: folder to create.
         config: of the run.
-        card: as of `make_card`; its scope decides which epsilon is held against the target.
+        card: as of `release_card`; its scope decides which epsilon is held against the target.
         formats: any of `folder` (PNG by class), `npz`, `parquet` (loads with Hugging Face's
             `datasets`) and `generator` (weights, from which `core generate` draws more).
         license_id: what the dataset card states, such as `cc-by-4.0`.
@@ -47,7 +48,8 @@ def write_release(
         `out`.
 
     Raises:
-        ConfigError: nothing to release, the target is exceeded, or `out` is not empty.
+        ConfigError: nothing to release, the target is exceeded, the audit proves more than is
+            claimed, or `out` is not empty.
 
     Privacy: images and weights are functions of what the central images and DP-SGD released, and
         of nothing else that is private: post-processing, hence free. The weights are the EMA
@@ -66,6 +68,8 @@ def write_release(
         raise ConfigError(
             f"{excess}: nothing is written; raise privacy.target_epsilon before a run, never after"
         )
+    if failures := audit_failures(run):
+        raise ConfigError(f"{'; '.join(failures)}: nothing is written")
     for path in (run_dir, out):
         if NON_PRIVATE in path.resolve().parts:
             raise ConfigError(f"'{path}' lies in a folder '{NON_PRIVATE}', which is never released")
@@ -102,7 +106,7 @@ def excess_of(config: Config, card: Mapping[str, Any]) -> str:
 
 
 def release_card(config: Config, run_dir: Path) -> dict[str, Any]:
-    """The privacy card of a finished run, from its ledger.
+    """The privacy card of a finished run, from its ledger, and the bounds that its audit proved.
 
     Raises:
         ConfigError: the run is not finished, or scope `selection` did not select it.
@@ -127,7 +131,7 @@ def release_card(config: Config, run_dir: Path) -> dict[str, Any]:
             f"'{run_dir}' was not selected, or its sweep is not complete: under scope selection "
             "only the best of all trials may leave, so finish the sweep and release that one"
         )
-    return make_card(
+    card = make_card(
         ledger_of_run(config, run_dir, result.fingerprint),
         result.name,
         run.plan(),
@@ -136,6 +140,7 @@ def release_card(config: Config, run_dir: Path) -> dict[str, Any]:
         objective,
         searched=chosen.exists(),
     )
+    return {**card, "audit": bundled_bounds(run)}
 
 
 def verify_release(folder: Path) -> int:

@@ -11,6 +11,7 @@ from core.privacy.ledger.account import ledger_of_run
 from core.privacy.ledger.card import all_on_this_data_set, three_epsilons
 from core.privacy.ledger.ledger import Ledger
 from core.privacy.ledger.sources import Sources
+from core.publish.proven import audit_failures, audit_lines
 from core.publish.release import excess_of, release_card
 from core.record.folder import RunFolder
 
@@ -32,12 +33,12 @@ def review(config: Config, run: RunFolder) -> tuple[str, list[str]]:
     assert result is not None
     ledger = ledger_of_run(config, run.path, result.fingerprint)
     summary = ledger.summary()
-    audit, failures = _audit(run)
-    against = [*_objections(config, card, summary), *failures]
+    attacked, failures = _attacked(run)
+    against = [*_objections(config, card, summary), *audit_failures(run), *failures]
     parts = {
         "Epsilon": _epsilons(card),
         f"History of data set {summary['name']}": _history(ledger, summary),
-        "Audit": audit,
+        "Audit": [*audit_lines(run), *attacked],
         "Not covered": card["not_covered"],
         "Against signing": against or ["nothing found"],
     }
@@ -80,23 +81,6 @@ def _history(ledger: Ledger, summary: Mapping[str, Any]) -> list[str]:
         *lines,
         *(f"LOST before {each['time']}: {each['reason']}" for each in summary["losses"]),
     ]
-
-
-def _audit(run: RunFolder) -> tuple[list[str], list[str]]:
-    """What `audit` and `inspect` found on the run, and what of it failed."""
-    lines, failures = _attacked(run)
-    if not run.audit.exists():
-        hint = f"no audit: python -m core audit --run-dir {run.path} tries the noise of DP-SGD"
-        return [hint, *lines], failures
-    found = numbers(read_json(run.audit))
-    if found["epsilon_lower_bound"] > found["epsilon"]:
-        failures.append("the audit of DP-SGD proves more than epsilon")
-    line = (
-        "noisy updates of DP-SGD: epsilon is at least "
-        f"{downward(found['epsilon_lower_bound'])} with "
-        f"confidence {found['confidence']:g}, {upward(found['epsilon'])} is claimed"
-    )
-    return [line, *lines], failures
 
 
 def _attacked(run: RunFolder) -> tuple[list[str], list[str]]:

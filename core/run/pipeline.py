@@ -1,5 +1,6 @@
 """One run, top to bottom: plan, data, easy stage, DP-SGD, generation, scores."""
 
+import os
 import platform
 import shutil
 import time
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 from core import distributed
-from core.config import Config
+from core.config import Config, load, nested
 from core.data import Dataset, Split, load_dataset
 from core.device import config_device, device_name
 from core.diffusion.denoiser import MomentsDenoiser, build_denoiser
@@ -32,6 +33,7 @@ from core.io.locks import locked
 from core.io.terminal import Report, log_to
 from core.privacy.keys import MasterSecret
 from core.privacy.ledger.account import Spending, require_same_data
+from core.privacy.plan.plan import PrivacyPlan
 from core.record.early import ENDED_EARLY, StoppedEarlyError
 from core.record.folder import Result, RunFolder, write_class_names
 from core.run.context import ALONE, Reporter, Run, SweepLink
@@ -97,6 +99,38 @@ def run(
             except StoppedEarlyError as stop:
                 return _stopped(current, stop)
             return _published(current, dataset, model)
+
+
+def rehearse(
+    config: Config, plan: PrivacyPlan, images: Split, folder: Path, report: Report
+) -> Split:
+    """The images that a run of the plan draws after training on made-up images, kept in memory.
+
+    It has keys of its own and is charged like any run, to a ledger of its own. It opens no data
+    set, and draws the public seed anew, so that nothing depends on the places of the images.
+
+    Args:
+        plan: of the run; a record of its N that is not among the images is an empty one.
+        images: any number of them, which stand in place of the training images.
+        folder: receives all that it writes; to be removed afterwards.
+    """
+    changes = {
+        **{"runtime.ledger": str(folder / "ledger"), "runtime.max_seconds": None},
+        **{"runtime.num_pictures": 0, "early_scores.at": [], "dataset.family": None},
+        **{"privacy.scope": "trial", "privacy.data_set_budget": None},
+        "seed": int.from_bytes(os.urandom(7), "big"),
+    }
+    config, place = load(nested(config), changes), RunFolder(folder)
+    master, made_up = MasterSecret(os.urandom(32)), os.urandom(32).hex()
+    account = Spending(config, plan, folder / "ledger", folder.name, folder, place.charged)
+    identity = identify(config, plan, made_up, master.public_id, place, None)
+    reporter, began = Reporter(report, config.training.num_steps), time.monotonic()
+    run = Run(
+        config, plan, place, identity, account, made_up, master, folder.name, reporter, ALONE, began
+    )
+    made = _released if config.trains_nothing else _trained
+    model = made(_charged(run), Dataset(images, images, made_up))
+    return generate(model, config, config.evaluation.num_images, run.device)
 
 
 @contextmanager

@@ -28,6 +28,7 @@ CARD = {
     **{"epsilon_trial": 1.0, "epsilon_computed": 1.0, "epsilon_released_with_selection": 1.0},
     **{"delta_released_with_selection": 1e-5, "delta_all_on_this_data_set": 1e-5},
     "attack": {"epsilon_released_with_selection": "x"},
+    "audit": "not audited",
 }
 
 

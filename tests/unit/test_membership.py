@@ -7,9 +7,19 @@ import pytest
 import torch
 from scipy import stats
 
-from core.config import DiffusionConfig
-from core.data import Split
-from core.evaluation.membership import area, attack, denoising_losses, interval
+from core.config import DiffusionConfig, load
+from core.data import Split, load_dataset, to_float, to_model_range
+from core.diffusion.denoiser import Denoiser, build_denoiser
+from core.diffusion.loss import draw, edm_loss
+from core.evaluation.membership import (
+    LEVELS,
+    area,
+    attack,
+    attacks,
+    denoising_losses,
+    interval,
+    noise_levels,
+)
 from core.evaluation.neighbors import nearest, pixels
 
 
@@ -86,12 +96,63 @@ def test_losses_tell_what_was_remembered() -> None:
         denoising_losses(model, Split(images[part], labels[part]), DiffusionConfig(), 7, 0, "cpu")
         for part in (slice(0, 30), slice(30, 60))
     )
-    assert members.shape == others.shape == (30,)
-    assert area(members, others) == 1.0
+    assert members.shape == others.shape == (30, LEVELS)
+    assert area(members.mean(1), others.mean(1)) == 1.0
     whole = denoising_losses(
         model, Split(images[:30], labels[:30]), DiffusionConfig(), 500, 0, "cpu"
     )
     np.testing.assert_allclose(members, whole, rtol=1e-5)
+
+
+SMALL = load({}, {"model.base_channels": 16, "model.channel_multipliers": [1]})
+
+
+def overfitted(images: torch.Tensor, labels: torch.Tensor, steps: int) -> Denoiser:
+    """A small denoiser after so many steps of plain training on all images at once."""
+    denoiser, clean = build_denoiser(SMALL), to_model_range(to_float(images))
+    optimizer, ids = torch.optim.Adam(denoiser.parameters(), 3e-3), torch.arange(len(images))
+    for step in range(steps):
+        draws = draw("test", step, ids, 1, clean.shape[1:], "cpu")
+        loss = edm_loss(denoiser, clean, labels, draws, SMALL.diffusion, 0.0, 10).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return denoiser.eval()
+
+
+def some_digits(count: int) -> Split:
+    """In random order, as the file's is that of the writers."""
+    train = load_dataset(SMALL.dataset).train
+    chosen = torch.randperm(len(train.labels), generator=torch.Generator().manual_seed(0))[:count]
+    return Split(train.images[chosen], train.labels[chosen])
+
+
+def test_an_overfitted_model_is_caught_at_every_noise_level() -> None:
+    digits, sigmas = some_digits(400), noise_levels(SMALL.diffusion)
+    model = overfitted(digits.images[:32], digits.labels[:32], steps=250)
+    losses = denoising_losses(model, digits, SMALL.diffusion, 100, 0, "cpu")
+    found = attacks(losses[:32], losses[32:], sigmas, epsilon=1, delta=1e-5, seed=0)
+    assert found["auc_interval"][0] > 0.9
+    assert found["tpr_interval"][0] > 0.3
+    assert not found["within_bound"]
+    assert [each["sigma"] for each in found["levels"]] == sigmas
+    assert min(each["auc_interval"][0] for each in found["levels"]) > 0.6
+    # Each is the attack by its own column.
+    assert found["levels"][3]["auc"] == area(losses[:32, 3], losses[32:, 3])
+
+
+def test_an_untrained_model_tells_nothing() -> None:
+    """Its intervals miss 0.5 in one of 20 halvings, and in more than 9 of 40 once in 50,000."""
+    fresh = build_denoiser(SMALL).eval()
+    losses = denoising_losses(fresh, some_digits(400), SMALL.diffusion, 100, 0, "cpu").mean(1)
+    random, missed = np.random.default_rng(0), 0
+    for _ in range(40):
+        random.shuffle(losses)
+        found = attack(losses[:200], losses[200:], epsilon=1, delta=1e-5)
+        low, high = found["auc_interval"]
+        missed += not low < 0.5 < high
+        assert found["within_bound"]
+    assert missed <= 9
 
 
 def test_nearest_is_that_of_all_pairs() -> None:

@@ -75,7 +75,7 @@ ANSWERS = (
     ),
     (
         r"python -m core audit",
-        WHOLE + "audit.py::test_the_command_keeps_its_bound_and_an_officer_sees_it",
+        WHOLE + "audit.py::test_the_command_keeps_its_bounds_and_a_bundle_holds_nothing_else",
     ),
     (
         r"python -m core ledger accept-loss",
