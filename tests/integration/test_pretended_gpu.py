@@ -8,6 +8,7 @@ from pathlib import Path
 from types import CodeType
 from typing import Any
 
+import plain_norm
 import pytest
 import torch
 import torch.distributed as dist
@@ -26,7 +27,7 @@ from core.errors import ConfigError
 from core.generation import draw
 from core.generation.png import write_grid
 from core.privacy.keys import KeyedStream
-from core.privacy.mechanisms import convolution_gradients, dp_sgd, per_example_gradients
+from core.privacy.mechanisms import convolution_gradients, dp_sgd, kernels, per_example_gradients
 from core.privacy.mechanisms.dp_sgd import DpSgdOptimizer
 from core.privacy.mechanisms.per_example_gradients import PerExampleGradients
 from core.privacy.plan.releases import DpSgdPlan
@@ -212,6 +213,7 @@ def test_the_host_waits_in_no_part_of_a_batch(tmp_path, monkeypatch, share):
 
 def test_one_call_draws_for_a_part_where_kernels_are_right(tmp_path, monkeypatch):
     draws_kernel = pytest.importorskip("core.diffusion.draws_kernel")
+    norm_kernel = pytest.importorskip("core.diffusion.norm_kernel")
     drawn_for: list[int] = []
 
     def normal(keys: torch.Tensor, count: int) -> torch.Tensor:
@@ -219,7 +221,9 @@ def test_one_call_draws_for_a_part_where_kernels_are_right(tmp_path, monkeypatch
         return torch.ones(len(keys), count, device=keys.device)
 
     monkeypatch.setattr(draws_kernel, "normal", normal)
-    monkeypatch.setattr(convolution_gradients, "kernels_are_right", lambda _: True)
+    monkeypatch.setattr(norm_kernel, "forward", plain_norm.forward)
+    monkeypatch.setattr(norm_kernel, "backward", plain_norm.backward)
+    monkeypatch.setattr(kernels, "kernels_are_right", lambda _: True)
     monkeypatch.setattr(convolution_gradients, "by_kernel", convolution_gradients.shifted)
     waits, places = waits_of_a_part(tmp_path)
     assert waits == 0, places
