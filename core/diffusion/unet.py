@@ -184,7 +184,7 @@ def group_norm(channels: int) -> nn.GroupNorm:
 
 
 def norm_silu(norm: nn.GroupNorm, x: torch.Tensor) -> torch.Tensor:
-    """SiLU of a norm; at once by what `PerExampleGradients` may have given to the layer."""
+    """SiLU of a norm; at once where `PerExampleGradients` or `fused_norms` let the layer do so."""
     at_once = getattr(norm, "with_silu", None)
     return F.silu(norm(x)) if at_once is None else at_once(x)
 

@@ -118,7 +118,7 @@ def test_it_is_taken_where_it_is_right_and_else_one_line_says_why_not(
         assert not asked(CPU)
         (line,) = (record.getMessage() for record in caplog.records)
         told = f"slower: convolutions differ from torch in torch.{dtype}"
-        assert line == f"training without the kernels of this project, thus {told}"
+        assert line == f"computing without the kernels of this project, thus {told}"
         caplog.clear()
     monkeypatch.setattr(convolution_kernel, "weight_gradients", right)
     for name, wrong in (("forward", of_another_group), ("backward", over_the_batch)):

@@ -35,7 +35,7 @@ def kernels_are_right(device: torch.device) -> bool:
         _check_draws(device)
     except Exception as error:  # Whatever Triton, its compiler or the driver lack.
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        _LOG.warning("training without the kernels of this project, thus slower: %s", reason)
+        _LOG.warning("computing without the kernels of this project, thus slower: %s", reason)
         return False
     return True
 
