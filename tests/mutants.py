@@ -53,6 +53,7 @@ DIVERGING = ("tests/integration/test_diverging_runs.py",)
 CHARGED = "_made(getattr(self, name) for name in RELEASES"
 KEPT_CODE, KEPT_TESTS = "core/privacy/accounting/kept.py", ("tests/unit/test_kept_composition.py",)
 MOMENTS, OF_MOMENTS = "core/privacy/mechanisms/moments.py", ("tests/statistical/test_moments.py",)
+NORM_KERNEL, NORM_TESTS = "core/diffusion/norm_kernel.py", ("tests/unit/test_norm_kernel.py",)
 DP_SGD_EVENT = "self.sample_rate, self.noise_multiplier, self.num_steps"
 
 
@@ -160,6 +161,27 @@ MUTANTS = (
         " & (row < height)",
         "",
         ("tests/unit/test_convolution_kernel.py",),
+    ),
+    Mutant(
+        "the kernel of norms takes the statistics of another image",
+        NORM_KERNEL,
+        "mean = tl.load(means + image * groups + c",
+        "mean = tl.load(means + c",
+        NORM_TESTS,
+    ),
+    Mutant(
+        "the kernel of norms joins groups",
+        NORM_KERNEL,
+        "same = lane[:, None] // size == lane[None, :] // size",
+        "same = lane[:, None] // size >= lane[None, :] // size",
+        NORM_TESTS,
+    ),
+    Mutant(
+        "gradients of scale and shift are the batch's for each example",
+        "core/privacy/mechanisms/per_example_gradients.py",
+        "s.unflatten(0, (-1, ctx.copies)).sum(1) for s in",
+        "s.sum(0).expand(len(s) // ctx.copies, -1) for s in",
+        NORM_TESTS,
     ),
     Mutant(
         "what an example draws depends on its place in the batch",

@@ -6,13 +6,15 @@
 Values are those of the CPU, so whole runs can be made on it. It refuses operations on tensors of
 two devices, generators of another device, GPU tensors that are pickled or made arrays of numpy,
 launches beyond CUDA's grids, and group norm's channels-last input, as torch did before 2.14; each
-with the line of `core` that asked for it. It counts operations on the GPU, and where the host waits
-for it: uploads, downloads, and values that decide something. Where torch may use TF32, it does.
+with the line of `core` that asked for it. It counts operations on the GPU, bytes that each reads
+and writes, and where the host waits for it: uploads, downloads, and values that decide something.
+Where torch may use TF32, it does.
 
 It does not see assignments to `parameter.data`, nor autocast inside of C++, which it imitates for
 the layers of the networks, nor DistributedDataParallel, NCCL or any real kernel.
 """
 
+import math
 import sys
 from collections import Counter, namedtuple
 from collections.abc import Callable
@@ -44,6 +46,8 @@ _IN_LOW_PRECISION: set[Any] = {
     *(torch.bmm, torch.mm, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__),
 }
 """Where autocast rounds the inputs, of what the networks use."""
+_IDLE = (_aten._unsafe_view, _aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty)
+"""What touches no value, besides views."""
 _KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
 
 
@@ -120,15 +124,24 @@ def place() -> str:
 
 
 class Gpu:
-    """What was done: operations on the GPU, and where the host waited for it."""
+    """What was done: operations on the GPU, their bytes, and where the host waited for it."""
 
     def __init__(self, memory: str = "cpu") -> None:
         self.memory = torch.device(memory)
         self.operations = 0
         self.waits: Counter[str] = Counter()
+        self.bytes: Counter[str] = Counter()
 
     def wait(self, why: str) -> None:
         self.waits[f"{why} {place()}"] += 1
+
+    def touch(self, name: str, *values: Any) -> None:
+        """Counts tensors among the values as read or written, once each, by one operation."""
+        for each in memory(values):
+            if isinstance(each, torch.Tensor):
+                apart = zip(each.shape, each.stride(), strict=True)  # An expanded value is one.
+                count = math.prod(size for size, stride in apart if stride)
+                self.bytes[name] += count * each.element_size()
 
 
 _gpu = Gpu()
@@ -168,6 +181,11 @@ def _compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if mine and func.overloadpacket in _PRODUCTS:
         args = _each(_rounded, args)
     out = func(*args, **memory(kwargs))
+    if func is _aten.convolution.default and args[0].is_meta:
+        out = out.contiguous(memory_format=_order(args[0]))  # As cuDNN gives it; meta does not.
+    if (mine or on_gpu) and not func.is_view and func.overloadpacket not in _IDLE:
+        written = out if isinstance(out, (tuple, list)) else [out]
+        _gpu.touch(str(func.overloadpacket), *tensors, *written)
     if not on_gpu or func in (_aten._local_scalar_dense.default, _aten.equal.default):
         return out
 
@@ -181,6 +199,11 @@ def _compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         )
 
     return _each(back, out)
+
+
+def _order(images: torch.Tensor) -> torch.memory_format:
+    last = images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
 
 
 def _rounded(leaf: Any) -> Any:

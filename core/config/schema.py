@@ -139,8 +139,9 @@ class RuntimeConfig(Section):
     channels_last: bool = False
     """Feature maps in memory position by position: faster for large ones, slower for 8x8."""
     fused_kernels: bool = True
-    """Kernels of this project on GPUs, for convolutions' gradients and, by numbers of their own,
-    for draws of diffusion noise. They are checked first; false takes torch's alone."""
+    """Kernels of this project on GPUs, for gradients of convolutions, for norms in DP-SGD and in
+    sampling and, by numbers of their own, for draws of diffusion noise. They are checked first;
+    false takes torch's alone."""
     log_every: PositiveInt = 25
     checkpoint_every: PositiveInt = 200
     keep_checkpoints: bool = False

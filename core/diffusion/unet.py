@@ -104,7 +104,7 @@ class UNet(nn.Module):
             if isinstance(layer, Block) and layer.scale == 1:
                 x = torch.cat((x, skips.pop()), dim=1)
             x = layer(x, emb)
-        x = self.conv_out(F.silu(self.norm_out(x)))
+        x = self.conv_out(norm_silu(self.norm_out, x))
         return F.pixel_shuffle(x, self.patch_size)
 
 
@@ -129,10 +129,10 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
         """`[B, inputs, H, W]` and `[B, embedding]` to `[B, outputs, scale * H, scale * W]`."""
-        h = self.conv_1(rescaled(F.silu(self.norm_1(x)), self.scale))
+        h = self.conv_1(rescaled(norm_silu(self.norm_1, x), self.scale))
         x = rescaled(x, self.scale)
         h = h + self.condition(emb)[:, :, None, None]
-        h = self.conv_2(F.silu(self.norm_2(h)))
+        h = self.conv_2(norm_silu(self.norm_2, h))
         return self.attention((self.skip(x) + h) * 0.5**0.5)
 
 
@@ -181,6 +181,12 @@ def group_norm(channels: int) -> nn.GroupNorm:
     while channels % groups:
         groups -= 1
     return nn.GroupNorm(groups, channels, eps=1e-5)
+
+
+def norm_silu(norm: nn.GroupNorm, x: torch.Tensor) -> torch.Tensor:
+    """SiLU of a norm; at once where `PerExampleGradients` or `fused_norms` let the layer do so."""
+    at_once = getattr(norm, "with_silu", None)
+    return F.silu(norm(x)) if at_once is None else at_once(x)
 
 
 def zero(layer: nn.Conv2d) -> nn.Conv2d:

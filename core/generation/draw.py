@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -12,11 +13,13 @@ from torch import nn
 from core import distributed
 from core.config import Config
 from core.data import Split, from_model_range
+from core.diffusion.fused_norms import fused_norms
 from core.diffusion.gaussians import Gaussians
 from core.diffusion.sampler import sample
 from core.errors import NotFiniteError, StoppedError, storage_errors
 from core.generation.png import write_grid
 from core.io.files import write_whole
+from core.privacy.mechanisms.kernels import fused_kernels
 from core.training.feature_generator import AuxiliaryGenerator
 
 _SEEDS = 1_000_003
@@ -101,7 +104,9 @@ def draw_images(
     if isinstance(denoiser, (Gaussians, AuxiliaryGenerator)):
         images = denoiser.draw(labels, generator).view(-1, *shape)
     else:
-        images = sample(denoiser, labels, shape, config.sampler, dataset.num_classes, generator)
+        fused = device == "cuda" and fused_kernels(config)
+        with fused_norms(denoiser) if fused else nullcontext():
+            images = sample(denoiser, labels, shape, config.sampler, dataset.num_classes, generator)
     if not images.isfinite().all():
         raise NotFiniteError(
             "the network draws images that are not finite, so nothing of it can be used: train "

@@ -33,7 +33,7 @@ from core.io.code_digest import code_digest
 from core.io.files import read_json, to_json, write_first, write_json
 from core.io.locks import locked
 from core.privacy.keys import SECRET_FILE_VARIABLE
-from core.privacy.mechanisms.convolution_gradients import fused_kernels
+from core.privacy.mechanisms.kernels import fused_kernels
 from core.privacy.plan.plan import PrivacyPlan
 from core.record.folder import CODE, COMPUTED_BY, RunFolder, identity_of
 

@@ -17,8 +17,8 @@ from core.diffusion.denoiser import Denoiser, MomentsDenoiser
 from core.diffusion.loss import Draws, Weight, draw, edm_loss
 from core.privacy.keys import KeyedStream
 from core.privacy.mechanisms.adam_bc import DpAdamBc
-from core.privacy.mechanisms.convolution_gradients import fused_kernels
 from core.privacy.mechanisms.dp_sgd import DpSgdOptimizer
+from core.privacy.mechanisms.kernels import fused_kernels
 from core.privacy.mechanisms.per_example_gradients import PerExampleGradients
 from core.privacy.mechanisms.sampling import PoissonSampler, rank_share
 from core.privacy.plan.releases import DpSgdPlan

@@ -45,12 +45,12 @@ from core.generation.draw import draw_images
 from core.privacy.keys import KeyedStream
 from core.privacy.mechanisms.convolution_gradients import (
     by_kernel,
-    fused_kernels,
     grouped,
     one_by_one,
     shifted,
 )
 from core.privacy.mechanisms.dp_sgd import DpSgdOptimizer
+from core.privacy.mechanisms.kernels import fused_kernels
 from core.privacy.mechanisms.per_example_gradients import PerExampleGradients
 from core.training import stages
 from core.training.physical_batch import PhysicalBatches
@@ -171,7 +171,8 @@ def private_step(config: Config, sizes: Sizes) -> Figures:
     device, settings, dataset = sizes.device, config.private_training, config.dataset
     denoiser = variants.network(config, device)
     average = Ema(denoiser, config.training.ema_decay)
-    per_example = PerExampleGradients(denoiser, settings.noise_multiplicity)
+    copies, fused = settings.noise_multiplicity, fused_kernels(config)
+    per_example = PerExampleGradients(denoiser, copies, fused)
     optimizer = DpSgdOptimizer(variants.adam(denoiser), variants.PLAN, KeyedStream(b"k" * 32))
     split = stages.resident(images_of(config, dataset.num_examples), device)
     batches = PhysicalBatches(config, device)
@@ -190,7 +191,6 @@ def private_step(config: Config, sizes: Sizes) -> Figures:
     for _ in batches.run(accumulate, ids, per_example.set_grad_sample_to_none):
         pass
     part, shape = ids[: batches.size], split.images.shape[1:]
-    copies, fused = settings.noise_multiplicity, fused_kernels(config)
 
     def draws() -> None:
         draw("gpu", 0, part, copies, shape, device, fused)

@@ -22,6 +22,7 @@ from core.diffusion.denoiser import build_denoiser
 from core.diffusion.loss import Draws, draw, edm_loss
 from core.privacy.keys import KeyedStream
 from core.privacy.mechanisms.dp_sgd import DpSgdOptimizer
+from core.privacy.mechanisms.kernels import fused_kernels
 from core.privacy.mechanisms.per_example_gradients import PerExampleGradients
 from core.privacy.plan.plan import DpSgdPlan
 
@@ -113,7 +114,7 @@ def sgd(config: Config, device: str = "cpu") -> Step:
 def ours(config: Config, copies: int, device: str = "cpu") -> Step:
     """This project's step; returns the bytes held by per-example gradients."""
     module = network(config, device)
-    wrapped = PerExampleGradients(module, copies)
+    wrapped = PerExampleGradients(module, copies, device == "cuda" and fused_kernels(config))
     optimizer = DpSgdOptimizer(adam(module), PLAN, KeyedStream(b"k" * 32))
 
     def step(batch: Batch) -> int:

@@ -3,11 +3,13 @@
 import copy
 import inspect
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import CodeType
 from typing import Any
 
+import plain_norm
 import pytest
 import torch
 import torch.distributed as dist
@@ -26,7 +28,7 @@ from core.errors import ConfigError
 from core.generation import draw
 from core.generation.png import write_grid
 from core.privacy.keys import KeyedStream
-from core.privacy.mechanisms import convolution_gradients, dp_sgd, per_example_gradients
+from core.privacy.mechanisms import convolution_gradients, dp_sgd, kernels, per_example_gradients
 from core.privacy.mechanisms.dp_sgd import DpSgdOptimizer
 from core.privacy.mechanisms.per_example_gradients import PerExampleGradients
 from core.privacy.plan.releases import DpSgdPlan
@@ -212,6 +214,7 @@ def test_the_host_waits_in_no_part_of_a_batch(tmp_path, monkeypatch, share):
 
 def test_one_call_draws_for_a_part_where_kernels_are_right(tmp_path, monkeypatch):
     draws_kernel = pytest.importorskip("core.diffusion.draws_kernel")
+    norm_kernel = pytest.importorskip("core.diffusion.norm_kernel")
     drawn_for: list[int] = []
 
     def normal(keys: torch.Tensor, count: int) -> torch.Tensor:
@@ -219,7 +222,9 @@ def test_one_call_draws_for_a_part_where_kernels_are_right(tmp_path, monkeypatch
         return torch.ones(len(keys), count, device=keys.device)
 
     monkeypatch.setattr(draws_kernel, "normal", normal)
-    monkeypatch.setattr(convolution_gradients, "kernels_are_right", lambda _: True)
+    monkeypatch.setattr(norm_kernel, "forward", plain_norm.forward)
+    monkeypatch.setattr(norm_kernel, "backward", plain_norm.backward)
+    monkeypatch.setattr(kernels, "kernels_are_right", lambda _: True)
     monkeypatch.setattr(convolution_gradients, "by_kernel", convolution_gradients.shifted)
     waits, places = waits_of_a_part(tmp_path)
     assert waits == 0, places
@@ -233,7 +238,38 @@ def test_one_call_draws_for_a_part_where_kernels_are_right(tmp_path, monkeypatch
         assert identity.computed_by(without)["kernels"] == "torch"
 
 
-def test_the_host_waits_in_no_step_of_the_sampler():
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_images_are_drawn_by_the_kernel_of_norms_where_it_is_right(precision, monkeypatch):
+    norm_kernel = pytest.importorskip("core.diffusion.norm_kernel")
+    low, given = precision == "bfloat16", Counter[tuple[torch.dtype, bool]]()
+
+    def forward(x: torch.Tensor, *arguments: Any) -> Any:
+        given[x.dtype, arguments[-1]] += 1
+        return plain_norm.forward(x, *arguments)
+
+    monkeypatch.setattr(norm_kernel, "forward", forward)
+    monkeypatch.setattr(kernels, "kernels_are_right", lambda _: True)
+    settings = {"model.attention_sizes": [8], "sampler.num_steps": 2, "sampler.name": "ddim"}
+    settings = TINY | settings | {"sampler.precision": precision, "runtime.device": "cuda"}
+    drawn, labels = list[torch.Tensor](), torch.arange(4)
+    for fused in (True, False):
+        config = load({}, settings | {"runtime.fused_kernels": fused})
+        with pretended_gpu():
+            network = build_denoiser(config)
+            for parameter in network.parameters():  # The last layers begin at zero.
+                nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(1))
+            network = network.to("cuda")
+            drawn.append(draw.draw_images(network, labels, config, 0, 0, "cuda").int())
+            norms = sum(isinstance(layer, nn.GroupNorm) for layer in network.modules())
+            assert not any("with_silu" in vars(layer) for layer in network.modules())
+    assert given.total() == 2 * norms  # An evaluation each of two steps, and none without.
+    assert {dtype for dtype, _ in given} == {torch.bfloat16 if low else torch.float32}
+    assert {silu for _, silu in given} == {True, False}
+    assert (drawn[0] - drawn[1]).abs().max() <= (8 if low else 1)
+
+
+def test_the_host_waits_in_no_step_of_the_sampler(monkeypatch):
+    monkeypatch.setattr(kernels, "kernels_are_right", lambda _: False)  # Asked once in a process.
     denoiser, found = build_denoiser(load({}, TINY)), list[int]()
     for steps in (3, 6):
         config = load({}, TINY | {"sampler.num_steps": steps, "sampler.s_churn": 10.0})

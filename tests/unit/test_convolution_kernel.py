@@ -12,13 +12,14 @@ from torch import nn
 
 triton = pytest.importorskip("triton")
 
+from plain_norm import backward, forward, of_another_group, over_the_batch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.knobs import nvidia
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
 
-from core.diffusion import draws_kernel
-from core.privacy.mechanisms import convolution_gradients, convolution_kernel
+from core.diffusion import draws_kernel, norm_kernel
+from core.privacy.mechanisms import convolution_gradients, convolution_kernel, kernels
 from core.privacy.mechanisms.convolution_gradients import by_kernel, one_by_one, shifted
 from core.privacy.mechanisms.per_example_gradients import PerExampleGradients
 
@@ -103,7 +104,9 @@ def test_it_is_taken_where_it_is_right_and_else_one_line_says_why_not(
     key, numbers = draws_kernel.KNOWN
     known = torch.tensor([numbers])
     monkeypatch.setattr(draws_kernel, "normal", lambda keys, _: known * (keys == key))
-    asked = convolution_gradients.kernels_are_right.__wrapped__
+    monkeypatch.setattr(norm_kernel, "forward", forward)
+    monkeypatch.setattr(norm_kernel, "backward", backward)
+    asked = kernels.kernels_are_right.__wrapped__
     assert asked(CPU)
     assert not caplog.records
     monkeypatch.setattr(convolution_kernel, "_MOST_INPUTS", 16)  # Several tiles are right as well.
@@ -114,10 +117,16 @@ def test_it_is_taken_where_it_is_right_and_else_one_line_says_why_not(
         monkeypatch.setattr(convolution_kernel, "weight_gradients", off)
         assert not asked(CPU)
         (line,) = (record.getMessage() for record in caplog.records)
-        told = f"slower: differs from torch in torch.{dtype}"
-        assert line == f"training without the kernels of this project, thus {told}"
+        told = f"slower: convolutions differ from torch in torch.{dtype}"
+        assert line == f"computing without the kernels of this project, thus {told}"
         caplog.clear()
     monkeypatch.setattr(convolution_kernel, "weight_gradients", right)
+    for name, wrong in (("forward", of_another_group), ("backward", over_the_batch)):
+        with monkeypatch.context() as patch:
+            patch.setattr(norm_kernel, name, wrong)
+            assert not asked(CPU)
+        told = "group norm differs from torch in torch.float32"
+        assert caplog.records.pop().getMessage().endswith(told)
     monkeypatch.setattr(draws_kernel, "normal", lambda *_: known + 1e-3)
     assert not asked(CPU)
     assert caplog.records.pop().getMessage().endswith("slower: draws are not those of their key")
@@ -132,7 +141,6 @@ def test_the_switch_is_obeyed_on_a_gpu(fused, monkeypatch):
 
     layer, x, _ = case(4, 5, (6, 6), (3, 3))
     taken: list[str] = []
-    monkeypatch.setattr(convolution_gradients, "kernels_are_right", lambda _: True)
     for name in ("by_kernel", "shifted"):
         monkeypatch.setattr(
             convolution_gradients, name, lambda *a, n=name: (taken.append(n), shifted(*a))[1]

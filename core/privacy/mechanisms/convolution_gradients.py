@@ -3,18 +3,12 @@
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownArgumentType=false
 
-import functools
-import logging
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from core.config import Config
-from core.device import config_device
-
-_LOG = logging.getLogger("core")
 convolution_backward: Any = torch.ops.aten.convolution_backward
 Gradients = tuple[torch.Tensor, torch.Tensor]
 
@@ -29,7 +23,7 @@ def settings(layer: nn.Conv2d) -> list[Any]:
 
 
 def weight_and_bias(
-    layer: nn.Conv2d, x: torch.Tensor, grad: torch.Tensor, copies: int, fused: bool = True
+    layer: nn.Conv2d, x: torch.Tensor, grad: torch.Tensor, copies: int, fused: bool = False
 ) -> Gradients:
     """Gradients of each example, summed over its copies.
 
@@ -38,7 +32,7 @@ def weight_and_bias(
         x: inputs `[B * K, C, H, W]`, the K copies of an example next to each other.
         grad: gradients of the outputs `[B * K, O, H', W']`, in the memory format of `x`.
         copies: K.
-        fused: whether a GPU may use the kernel of this project.
+        fused: whether a GPU uses the kernel of this project.
 
     Returns:
         `[B, *layer.weight.shape]` and `[B, O]`, in the precision of `x` or float32.
@@ -55,7 +49,7 @@ def weight_and_bias(
     elif not _keeps_the_side(layer):
         way = grouped
     else:
-        way = by_kernel if fused and kernels_are_right(x.device) else shifted
+        way = by_kernel if fused else shifted
     return way(layer, x, grad, copies)
 
 
@@ -63,44 +57,6 @@ def _keeps_the_side(layer: nn.Conv2d) -> bool:
     odd = all(size % 2 for size in layer.kernel_size)
     centered = layer.padding == tuple(size // 2 for size in layer.kernel_size)
     return odd and centered and layer.stride == layer.dilation == (1, 1)
-
-
-def fused_kernels(config: Config) -> bool:
-    """Whether a run computes by kernels of this project: on a GPU on which they are right."""
-    wanted = config.runtime.fused_kernels and config_device(config) == "cuda"
-    return wanted and kernels_are_right(torch.device("cuda", torch.cuda.current_device()))
-
-
-@functools.cache
-def kernels_are_right(device: torch.device) -> bool:
-    """Whether kernels compute on a device what they do elsewhere: asked once, of a tiny batch.
-
-    That of convolutions equals plain torch on small whole numbers, whose products and sums no
-    precision rounds; that of draws gives a known answer. Why not is told in one line.
-    """
-    generator = torch.Generator().manual_seed(0)
-    x, grad = (
-        torch.randint(-2, 3, (4, channels, 5, 6), generator=generator).float().to(device)
-        for channels in (20, 17)
-    )
-    layer = nn.Conv2d(20, 17, 3, padding=1, device="meta")  # Its shape alone.
-    expected = shifted(layer, x, grad, 2)[0]
-    try:
-        from core.diffusion import draws_kernel  # Triton is optional.
-
-        for dtype in (torch.float32, torch.bfloat16):
-            found = by_kernel(layer, x.to(dtype), grad.to(dtype), 2)[0]
-            if not torch.equal(found, expected):
-                raise ValueError(f"differs from torch in {dtype}")
-        key, numbers = draws_kernel.KNOWN
-        drawn = draws_kernel.normal(torch.tensor([key], device=device), len(numbers))
-        if not torch.allclose(drawn.cpu()[0], torch.tensor(numbers), atol=1e-5):
-            raise ValueError("draws are not those of their key")
-    except Exception as error:  # Whatever Triton, its compiler or the driver lack.
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        _LOG.warning("training without the kernels of this project, thus slower: %s", reason)
-        return False
-    return True
 
 
 def by_kernel(layer: nn.Conv2d, x: torch.Tensor, grad: torch.Tensor, copies: int) -> Gradients:

@@ -38,7 +38,7 @@ class PerExampleGradients(AbstractGradSampleModule):
     Args:
         module: network of Conv2d, Linear, GroupNorm, Embedding and FreeParameter layers.
         copies: noise multiplicity K, at least 1.
-        fused: whether convolutions on a GPU may use the kernel of this project.
+        fused: whether layers on a GPU use the kernels of this project (`kernels.fused_kernels`).
 
     Raises:
         ConfigError: a layer with parameters is of no supported kind, or mixes examples.
@@ -46,7 +46,7 @@ class PerExampleGradients(AbstractGradSampleModule):
     Privacy: valid only because no layer mixes examples of a batch.
     """
 
-    def __init__(self, module: nn.Module, copies: int, fused: bool = True) -> None:
+    def __init__(self, module: nn.Module, copies: int, fused: bool = False) -> None:
         super().__init__(module)
         self.copies = copies
         self._layers: list[nn.Module] = []
@@ -64,6 +64,9 @@ class PerExampleGradients(AbstractGradSampleModule):
             ):
                 raise ConfigError(f"layer '{name}': only plain zero-padded convolutions supported")
             more = (fused,) if isinstance(layer, nn.Conv2d) else ()
+            if fused and isinstance(layer, nn.GroupNorm):
+                function, more = _FusedGroupNorm, (False,)
+                vars(layer)["with_silu"] = MethodType(_forward(function, copies, True), layer)
             layer.forward = MethodType(_forward(function, copies, *more), layer)
             self._layers.append(layer)
 
@@ -71,6 +74,7 @@ class PerExampleGradients(AbstractGradSampleModule):
         """Restores the layers' own forward."""
         for layer in self._layers:
             del layer.forward
+            vars(layer).pop("with_silu", None)
         self._layers = []
 
 
@@ -222,6 +226,34 @@ def _as_one_image(images: Any, weight: Any, groups: int) -> Any:
     sizes = [1, n * c, x.shape[2], n * groups, [True, True, True]]
     one = _group_norm_backward(grad, x, mean[..., 0], rstd[..., 0], weight.repeat(n), *sizes)
     return one[0].view(images[1].shape), one[1].view(n, c), one[2].view(n, c)
+
+
+class _FusedGroupNorm(torch.autograd.Function):
+    """By `norm_kernel`, in the precision of the inputs, with SiLU where it follows."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Any, weight: Any, bias: Any, layer: nn.GroupNorm, copies: int, silu: bool
+    ) -> Any:
+        from core.diffusion import norm_kernel  # Triton is optional.
+
+        x = x.contiguous(memory_format=torch.channels_last)
+        out, *kept = norm_kernel.forward(x, weight, bias, layer.num_groups, layer.eps, silu)
+        ctx.save_for_backward(x, *kept, weight, bias)
+        ctx.layer, ctx.copies, ctx.silu = layer, copies, silu
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        from core.diffusion import norm_kernel
+
+        grad = grads[0].contiguous(memory_format=torch.channels_last)
+        x, means, deviations, weight, bias = ctx.saved_tensors
+        grad_x, *sums_of_images = norm_kernel.backward(
+            grad, x, means, deviations, weight, bias, ctx.silu
+        )
+        _store(ctx.layer, *(s.unflatten(0, (-1, ctx.copies)).sum(1) for s in sums_of_images))
+        return grad_x, None, None, None, None, None
 
 
 class _Embedding(torch.autograd.Function):
