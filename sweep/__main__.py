@@ -24,7 +24,7 @@ from core.privacy.ledger.file import LedgerError
 from sweep.config.scope import inside
 from sweep.config.sweep import SweepConfig, load_sweep
 from sweep.results.driver import running_driver, stop_driver
-from sweep.results.export import differences, export, record
+from sweep.results.export import differences, export, record, records
 from sweep.results.find import find_trial, open_sweep, sweep_names
 from sweep.results.table import (
     Row,
@@ -179,7 +179,8 @@ def _show(options: argparse.Namespace) -> None:
         total = sweep_epsilon(sweep, rows)
         _warn(options, sweep)
         left = num_left(sweep, rows)  # Above 0, the epsilon is that of what ran so far.
-        _print_json([{**record(row), "epsilon_sweep": total, "num_left": left} for row in rows])
+        of_all = {"epsilon_sweep": total, "num_left": left}
+        _print_json([{**each, **of_all} for each in records(sweep, rows)])
         return
     from sweep.tracking.client import how_to_compare, tracking_uri
 
@@ -247,7 +248,7 @@ def _stop(options: argparse.Namespace) -> None:
 def _export(options: argparse.Namespace) -> None:
     sweep = open_sweep(options.storage, options.name)
     rows = load_rows(sweep)
-    export(rows, options.out)
+    export(sweep, rows, options.out)
     print(inside([sweep]), end="")
     print(f"{len(rows)} trials: {options.out} (scores are not private)")
 

@@ -36,6 +36,7 @@ BEST, BOUNDED = ("tests/unit/test_best_of_trials.py",), ("tests/unit/test_select
 TRADE_OFF, ATTACKS = "core/privacy/accounting/tradeoff.py", ("tests/unit/test_tradeoff.py",)
 AUDIT, PROVEN = ("tests/integration/test_audit.py",), "core/publish/proven.py"
 PAIRS, TUNED = "core/privacy/accounting/references.py", ("tests/unit/test_tuning_shares.py",)
+CAPPED = ("tests/unit/test_sweep_references.py",)
 TUNED_RUNS = ("tests/unit/test_tuned_runs.py",)
 FAR = ("tests/unit/test_far_accounting.py",)
 KEPT = ("tests/unit/test_plan.py",)
@@ -574,7 +575,7 @@ MUTANTS = (
     Mutant(
         "tuning: the tails of the references not kept back",
         SCOPES,
-        "return composed + (1 + _CUT) * _TUNING_SLACK * self.delta",
+        "return composed + (1 + _CUT) * _COMPOSED_SLACK * self.delta",
         "return composed",
         TUNED,
     ),
@@ -605,6 +606,48 @@ MUTANTS = (
         "bool(self.selection or self.tuning_trials)",
         "bool(self.selection)",
         TUNED_RUNS,
+    ),
+    Mutant(
+        "sweep: a trial compared with the reference at one epsilon alone",
+        SCOPES,
+        "(deltas / bound).max()",
+        "(deltas / bound)[:, 0].max()",
+        CAPPED,
+    ),
+    Mutant(
+        "sweep: a trial compared with the reference in one direction alone",
+        SCOPES,
+        "(deltas / bound).max()",
+        "(deltas / bound)[0].max()",
+        CAPPED,
+    ),
+    Mutant(
+        "sweep: fewer references composed than there are trials",
+        SCOPES,
+        "return ((largest, self.trials),)",
+        "return ((largest, self.trials - 1),)",
+        CAPPED,
+    ),
+    Mutant(
+        "sweep: the reference taken from the trial itself",
+        SCOPES,
+        '"tuning_reference", replace(alike, reference=reference))',
+        '"tuning_reference", alike)',
+        CAPPED,
+    ),
+    Mutant(
+        "sweep: more trials than were composed",
+        "core/privacy/ledger/admission.py",
+        'most, paid = {"all": trials}',
+        'most, paid = {"all": 10**9}',
+        CAPPED,
+    ),
+    Mutant(
+        "sweep: trials below references charged by the filter",
+        SCOPES,
+        "if last or (privacy.has_shares and privacy.tuning_reference):",
+        "if last:",
+        CAPPED,
     ),
     Mutant(
         "a sweep forgets its earlier trials",

@@ -38,7 +38,8 @@ class PrivacyConfig(Section):
     tuning_steps: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Scope `tune_then_train`: share of `training.num_steps` that a tuning trial has."""
     tuning_reference: tuple[Positive, ...] = ()
-    """Scope `tune_then_train`: as `selection_reference`, of the tuning trials."""
+    """As `selection_reference`, of the tuning trials of scope `tune_then_train`; of all trials of
+    scope `sweep`, where that takes less noise than a filter of Renyi DP."""
     final_reference: tuple[Positive, ...] = ()
     """Scope `tune_then_train`: as `selection_reference`, of the final run."""
     is_final_run: bool = False

@@ -1,6 +1,7 @@
 """Demands of `privacy.scope` on a search, and its settings for the trials."""
 
 from collections.abc import Container, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,7 @@ from core.privacy.plan.plan import (
     flat,
     reference,
     smoothness,
+    sweep_reference,
     tuning_config,
     tuning_references,
 )
@@ -102,9 +104,9 @@ def scope_settings(
             "is drawn secretly with mean privacy.selection_mean"
         )
     settings = _early_settings(search) if search.scheduler != "none" else {}
+    asked = num_trials or search.default_num_trials
     if privacy.covers.splits_target or privacy.covers.tunes_first:
         # Given, the shares stay; else the target is divided among the trials asked for.
-        asked = num_trials or search.default_num_trials
         shares = privacy.num_shares if privacy.num_shares > 1 else asked
         settings["privacy.num_shares"] = shares
         if privacy.covers.tunes_first:
@@ -117,10 +119,10 @@ def scope_settings(
                 )
     if privacy.covers.splits_target:
         settings["privacy.adaptive"] = sampler not in NON_ADAPTIVE
-    return settings | _references(load(nested(base), settings), search.extremes)
+    return settings | _references(load(nested(base), settings), search.extremes, asked)
 
 
-def _references(base: Config, extremes: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+def _references(base: Config, extremes: Mapping[str, Sequence[Any]], asked: int) -> dict[str, Any]:
     """The mechanisms whose privacy profiles bound those of the trials, where a scope needs them.
 
     They are those of the base run, with each searched key at the end that leaves the most DP-SGD
@@ -131,6 +133,11 @@ def _references(base: Config, extremes: Mapping[str, Sequence[Any]]) -> dict[str
     if privacy.covers.tunes_first and not privacy.final_reference:
         best = _smoothest(base, extremes)
         return dict(tuning_references(tuning_config(best), load(nested(best), {EARLY_AT: []})))
+    # More trials than shares can be paid by what a filter counts of those that were stopped.
+    has_share = privacy.covers.splits_target and privacy.adaptive and asked <= privacy.num_shares
+    if has_share and not privacy.tuning_reference:
+        ends = (point for key in extremes for point in _ends(base, key, extremes[key]))
+        return dict(sweep_reference(_smoothest(base, extremes), [base, *ends]))
     if has_profile(privacy) and not privacy.selection_reference:
         return {"privacy.selection_reference": flat(reference(_smoothest(base, extremes)))}
     return {}
@@ -139,14 +146,17 @@ def _references(base: Config, extremes: Mapping[str, Sequence[Any]]) -> dict[str
 def _smoothest(base: Config, extremes: Mapping[str, Sequence[Any]]) -> Config:
     best = base
     for key, values in extremes.items():
-        points = [best]
-        for value in values:
-            try:
-                points.append(load(nested(best), {key: value}))
-            except ConfigError:  # A value that is valid beside others alone.
-                continue
-        best = max(points, key=smoothness)
+        best = max([best, *_ends(best, key, values)], key=smoothness)
     return best
+
+
+def _ends(config: Config, key: str, values: Sequence[Any]) -> list[Config]:
+    """The run at the ends of a searched key, without those that are valid beside others alone."""
+    points: list[Config] = []
+    for value in values:
+        with suppress(ConfigError):
+            points.append(load(nested(config), {key: value}))
+    return points
 
 
 def _check_scores(base: Config, metrics: Sequence[str]) -> None:

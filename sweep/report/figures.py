@@ -1,6 +1,6 @@
 """Plots of the report as plain Plotly figures; colours are names of the page's CSS variables."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +9,7 @@ from core.config.keys import CLUSTERS, COUNT, NOISE
 from core.privacy.accounting.rounding import upward
 from core.privacy.plan.releases import RELEASES
 from sweep.config.sweep import SweepConfig
+from sweep.report.effects import Importance
 from sweep.results.table import Row, easy_count
 
 LABELS = {
@@ -172,28 +173,36 @@ def axis_ticks(kind: str) -> dict[str, Any]:
     return {"dtick": "D2", "tickformat": "~g"} if kind == "log" else {}
 
 
-def importance_bars(shares: dict[str, float]) -> Figure:
-    """Share of the objective's variance that each parameter explains."""
-    keys = list(reversed(shares))
+def importance_bars(found: Mapping[str, Importance]) -> Figure:
+    """Share of the objective's variance that each parameter explains; hollow where chance may."""
+    keys = [*found][::-1]
+    text = {
+        key: f"{each.share:.0%} ({100 * each.low:+.0f} to {100 * each.high:+.0f} points beyond "
+        "chance)"
+        for key, each in found.items()
+    }
     return Figure(
         id="importance",
-        title="Share of the variance that each parameter explains",
-        alt="; ".join(f"{key} {share:.0%}" for key, share in shares.items()),
+        title="Share of the variance that each parameter explains; hollow: not told from chance",
+        alt="; ".join(f"{key} {told}" for key, told in text.items()),
         data=[
             {
                 "type": "bar",
                 "orientation": "h",
-                "x": [shares[key] for key in keys],
+                "x": [found[key].share for key in keys],
                 "y": [LABELS.get(key, key.replace(".", ".<br>")) for key in keys],
-                "text": [f"{shares[key]:.0%}" for key in keys],
+                "text": [text[key] for key in keys],
                 "textposition": "outside",
                 "cliponaxis": False,
-                "marker": {"color": "--trial"},
+                "marker": {
+                    "color": ["--trial" if found[key].is_effect else "--paper" for key in keys],
+                    "line": {"color": "--trial", "width": 1.5},
+                },
                 "hoverinfo": "skip",
             }
         ],
         layout={
-            "xaxis": {"tickformat": ".0%", "rangemode": "tozero", "range": [0, 1.08]},
+            "xaxis": {"tickformat": ".0%", "rangemode": "tozero", "range": [0, 1.6]},
             "yaxis": {"automargin": True},
         },
         height=80 + 42 * len(keys),

@@ -1,7 +1,7 @@
 """Page of the report: its content, and the template that it fills."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,13 @@ from sweep.config.scope import inside
 from sweep.config.sweep import SweepConfig
 from sweep.report.affordable_map import affordable_map
 from sweep.report.curves import curves
-from sweep.report.effects import affordable, importance
+from sweep.report.effects import (
+    RESAMPLES,
+    Importance,
+    affordable,
+    importance,
+    told_of_importance,
+)
 from sweep.report.figures import (
     Figure,
     budget_bars,
@@ -63,8 +69,12 @@ def write_report(sweep: SweepConfig, out: Path) -> None:
     finished = scored_rows(sweep, rows)
     pruned = pruned_points(sweep)
     metrics = shown_metrics(sweep, rows)
-    shares = importance(sweep, rows)
-    figures = _figures(sweep, rows, finished, winner, pruned, shares)
+    found = importance(sweep, rows)
+    if isinstance(found, str):
+        told, found = [found], dict[str, Importance]()
+    else:
+        told = told_of_importance(found, sweep.objective.metric)
+    figures = _figures(sweep, rows, finished, winner, pruned, found)
     maps = heat_maps(sweep, rows, pruned)
     figures += [each.figure for each in maps]
     card, total, no_card = _card(sweep, rows, winner)
@@ -90,7 +100,8 @@ def write_report(sweep: SweepConfig, out: Path) -> None:
         "maps": maps,
         "agreement": agreement(maps),
         "told_of_noise": told_of_noise(sweep, rows),
-        "no_importance": shares if isinstance(shares, str) else "",
+        "told_of_importance": told,
+        "resamples": RESAMPLES,
         "tables": all_tables(sweep, rows, winner, metrics, pruned, total),
         "pictures": _winner_pictures(winner),
         "classes": CLASSES,
@@ -118,7 +129,7 @@ def _figures(
     finished: Sequence[Row],
     winner: Row | None,
     pruned: Sequence[dict[str, Any]],
-    shares: dict[str, float] | str,
+    found: Mapping[str, Importance],
 ) -> list[Figure]:
     figures = [budget_bars(rows, winner)] if rows else []
     if (lines := curves(rows, winner)) is not None:
@@ -127,8 +138,8 @@ def _figures(
         return figures
     fid = next(name for name in winner.scores if name.startswith("fid"))
     figures += [pareto(finished, winner, fid), *slices(sweep, finished, winner)]
-    if isinstance(shares, dict):
-        figures.append(importance_bars(shares))
+    if found:
+        figures.append(importance_bars(found))
     easy = [row for row in finished if not row.config.is_plain]
     around = best(sweep, easy)
     if around is not None and (boundary := affordable(sweep, around.config)) is not None:

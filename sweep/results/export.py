@@ -8,7 +8,9 @@ from core.config import flatten
 from core.config.metrics import DIRECTIONS
 from core.errors import ConfigError
 from core.io.files import to_json
-from sweep.results.table import Row
+from sweep.config.sweep import SweepConfig
+from sweep.results.replicates import FIGURES
+from sweep.results.table import Row, setting_figures
 
 FORMATS = (".csv", ".json", ".parquet")
 
@@ -31,6 +33,12 @@ def record(row: Row) -> dict[str, Any]:
     }
 
 
+def records(sweep: SweepConfig, rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Those of all trials, each with the mean score of its setting (None without replicates)."""
+    figures, none = setting_figures(sweep, rows), dict.fromkeys(FIGURES)
+    return [{**record(row), **none, **figures.get(row.trial, {})} for row in rows]
+
+
 def differences(first: Row, second: Row) -> dict[str, tuple[Any, Any]]:
     """What differs between two trials by key, but for where they lie."""
     a, b = record(first), record(second)
@@ -41,7 +49,7 @@ def differences(first: Row, second: Row) -> dict[str, tuple[Any, Any]]:
     }
 
 
-def export(rows: Sequence[Row], path: Path) -> None:
+def export(sweep: SweepConfig, rows: Sequence[Row], path: Path) -> None:
     """Writes one record a trial, in the format that the suffix names.
 
     Raises:
@@ -51,14 +59,14 @@ def export(rows: Sequence[Row], path: Path) -> None:
     """
     if path.suffix not in FORMATS:
         raise ConfigError(f"--out {path} must end in one of {', '.join(FORMATS)}")
-    records = [record(row) for row in rows]
+    content = records(sweep, rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".json":
-        path.write_text(to_json(records, indent=2) + "\n")
+        path.write_text(to_json(content, indent=2) + "\n")
         return
     import pandas
 
-    frame = pandas.DataFrame(records)
+    frame = pandas.DataFrame(content)
     if path.suffix == ".csv":
         frame.to_csv(path, index=False)
     else:

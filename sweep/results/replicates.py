@@ -15,6 +15,8 @@ from typing import Any
 Place = tuple[Any, ...]
 """Values of the searched keys."""
 _LEVEL = 0.95
+FIGURES = ("setting_mean", "setting_low", "setting_high", "setting_trials")
+"""Mean score of a setting, both ends of its interval, and of how many trials they are."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +58,19 @@ class Estimates:
         factor = _studentized_range(max(2, len(self.settings)), self.degrees)
         return self.noise * factor * math.sqrt((1 / len(one.scores) + 1 / len(other.scores)) / 2)
 
-    def interval(self, place: Place) -> str:
-        """Mean of the setting at a place, with half of its interval."""
-        setting = next(each for each in self.settings if each.place == place)
+    def at(self, place: Place) -> Setting:
+        """The setting at a place."""
+        return next(each for each in self.settings if each.place == place)
+
+    def interval(self, setting: Setting) -> str:
+        """Mean of a setting, with half of its interval."""
         return f"{setting.mean:.4g} +- {self.half_width(setting):.2g}"
+
+    def figures(self, setting: Setting) -> dict[str, float]:
+        """The same as numbers by the names of `FIGURES`."""
+        half = self.half_width(setting)
+        ends = (setting.mean - half, setting.mean + half)
+        return dict(zip(FIGURES, (setting.mean, *ends, len(setting.scores)), strict=True))
 
 
 def estimates(
@@ -97,7 +108,7 @@ def sentences(found: Estimates, metric: str, preset: Place) -> list[str]:
     """
     first, others = found.settings[0], found.settings[1:]
     lines = [
-        f"recommended setting: that of {first.trial} ({metric} {found.interval(first.place)}, the "
+        f"recommended setting: that of {first.trial} ({metric} {found.interval(first)}, the "
         f"mean of {len(first.scores)}); the best trial's score is partly luck",
         f"noise of one {metric}: {found.noise:.2g} (standard deviation, {found.degrees} degrees "
         "of freedom)",

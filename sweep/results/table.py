@@ -154,6 +154,14 @@ def score_estimates(sweep: SweepConfig, rows: Sequence[Row]) -> Estimates | None
     return estimates(scores, sweep.objective.direction == "maximize")
 
 
+def setting_figures(sweep: SweepConfig, rows: Sequence[Row]) -> dict[str, dict[str, float]]:
+    """Mean score and interval of the setting of each scored trial; empty without replicates."""
+    if (found := score_estimates(sweep, rows)) is None:
+        return {}
+    scored = scored_rows(sweep, rows)
+    return {row.trial: found.figures(found.at(_place(sweep, row))) for row in scored}
+
+
 def recommended(sweep: SweepConfig, rows: Sequence[Row]) -> Row | None:
     """The first trial of the setting with the best mean score; without replicates the best."""
     if (found := score_estimates(sweep, rows)) is None:
@@ -442,7 +450,7 @@ def results_table(
             f"{row.scores[m]:.4g}" if m in row.scores else row.state for m in metrics or ["state"]
         ][: len(metrics)]
         if means:
-            cells += [means.interval(_place(sweep, row)) if row.trial in scored else "-"]
+            cells += [means.interval(means.at(_place(sweep, row))) if row.trial in scored else "-"]
         cells += [f"{row.seconds:.0f}" if row.seconds else row.state]
         table.add_row(*cells)
     return table

@@ -11,7 +11,16 @@ from core.config import Config, flatten
 from core.record.early import ENDED_EARLY
 from core.record.folder import Result, RunFolder
 from sweep.config.sweep import SweepConfig
-from sweep.results.table import CARD, EPSILONS, Row, best, released_row, three_figures, winners
+from sweep.results.table import (
+    CARD,
+    EPSILONS,
+    Row,
+    best,
+    released_row,
+    score_estimates,
+    three_figures,
+    winners,
+)
 from sweep.tracking.charts import (
     charts,
     compared_figures,
@@ -24,6 +33,8 @@ from sweep.tracking.charts import (
 from sweep.tracking.client import STATE, Tracker
 
 _STATEMENT = "privacy.statement"
+_SETTINGS = 50
+"""Of so many settings the intervals fit into a tag."""
 
 
 def last_step(folder: Path) -> int:
@@ -89,6 +100,21 @@ def tell_sweep(tracker: Tracker, sweep: SweepConfig, total: int) -> None:
     tracker.log_file(sweep.folder / "sweep.json")
 
 
+def tell_settings(tracker: Tracker, sweep: SweepConfig, rows: Sequence[Row]) -> None:
+    """Logs mean and interval of the recommended setting, and in a tag those of others; nothing
+    without replicates.
+
+    Privacy: of a selection nothing, as it would tell of the trials that stay inside.
+    """
+    found = score_estimates(sweep, rows)
+    if found is None or sweep.run.privacy.covers.is_secret:
+        return
+    first, shown = found.settings[0], found.settings[:_SETTINGS]
+    tracker.log_figures({**found.figures(first), "score_noise": found.noise})
+    means = "; ".join(f"{each.trial}: {found.interval(each)}" for each in shown)
+    tracker.log_tags({"recommended_trial": first.trial, "setting_means": means})
+
+
 def tell_summary(
     tracker: Tracker, sweep: SweepConfig, rows: Sequence[Row], card: Mapping[str, Any] | None
 ) -> None:
@@ -104,6 +130,7 @@ def tell_summary(
     searched = {k: point[k] for k in sweep.search_space if isinstance(point[k], int | float)}
     tracker.log_figures({**searched, **compared_figures(sweep, result.report)})
     tracker.log_tags({"best_trial": ", ".join(row.trial for row in winners(sweep, rows))})
+    tell_settings(tracker, sweep, rows)
     tracker.log_file(winner.folder.grid, "synthetic")
     released = released_row(sweep, rows)
     if card is None or released is None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from checks import is_normal
-from two_ranks import StopRunError, stop_at, tiny_run
+from two_ranks import TINY, StopRunError, stop_at, tiny_run
 
 from core.config import EvaluationConfig, load
 from core.data import Dataset, Split
@@ -18,7 +18,7 @@ from core.privacy.keys import KeyedStream
 from core.privacy.ledger.admission import BudgetExceededError
 from core.privacy.ledger.file import Event, Key, LedgerError
 from core.privacy.ledger.ledger import Ledger
-from core.privacy.plan.plan import ScorePlan
+from core.privacy.plan.plan import ScorePlan, sweep_reference
 from core.privacy.plan.scopes import run_budget
 from core.run import pipeline
 
@@ -60,6 +60,20 @@ def test_a_sweep_cannot_spend_more_than_its_shares(tmp_path, unopened, adaptive)
     with pytest.raises(LedgerError, match=r"run tiny was begun within RunBudget\(epsilon=1\.0"):
         tiny_run(tmp_path / "3", seed=3, **other)
     assert ledger_of(tmp_path).path.read_bytes() == before
+
+
+def test_a_sweep_below_references_is_charged_as_a_whole_and_has_no_trial_more(tmp_path, unopened):
+    shared = settings(tmp_path, scope="sweep", num_shares=2)
+    config = load({}, TINY | shared)
+    shared |= sweep_reference(config, [])
+    for i, split in enumerate((0.5, 0.25)):
+        trial = shared | {"stage_split": split}
+        epsilon = tiny_run(tmp_path / str(i), seed=i, **trial)[-1]["epsilon"]
+        assert epsilon < 0.9
+        assert ledger_of(tmp_path).epsilon_of_run("tiny") == 1.0
+    unopened()
+    with pytest.raises(BudgetExceededError, match=r"number 3 of stage 'all' .* pays for 2 trials"):
+        tiny_run(tmp_path / "2", seed=2, **shared)
 
 
 @pytest.mark.parametrize(("adaptive", "goes_on"), [(True, True), (False, False)])

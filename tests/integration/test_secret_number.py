@@ -116,7 +116,7 @@ def test_another_runs_bundle_is_the_same_for_one_trial_and_for_twenty(
     assert card["delta_released_with_selection"] == card["delta_all_on_this_data_set"] == 2e-5
     page = bundles[20][0]["privacy_card.md"].decode()
     assert "| epsilon of all runs on this data set | 4 at delta 2e-05 |" in page
-    assert "each selection or tuned run (here 1) counts as the one release that it claims" in page
+    assert "(here 1) counts as the one release that it claims" in page
     assert "up to a probability of 2e-05." in page
     readme = bundles[20][0]["README.md"].decode()
     assert "| epsilon of the release with its selection | 4 at delta 2e-05 |" in readme

@@ -6,18 +6,22 @@ import math
 import threading
 import time
 import zlib
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from mlflow.tracking import MlflowClient
 from PIL import Image
+from test_report_parts import row as trial
+from test_sweep_config import SELECTION
 
 from core.config import short_digest
 from core.io.files import to_json, write_json
 from core.record.folder import RunFolder
 from sweep.config.sweep import load_sweep
 from sweep.driver.observers import Relay
+from sweep.results.replicates import FIGURES
 from sweep.tracking import mirror
 from sweep.tracking.charts import points
 from sweep.tracking.client import (
@@ -28,6 +32,7 @@ from sweep.tracking.client import (
     tracking_uri,
     ui_command,
 )
+from sweep.tracking.content import tell_settings
 from sweep.tracking.mirror import Mirror, lacking
 
 
@@ -389,3 +394,34 @@ def test_numbers_that_are_not_finite_arrive_as_they_were(tmp_path, uri):
     first, second = (point.value for point in sorted(history, key=lambda point: point.step))
     assert math.isnan(first)
     assert second > 1e300  # The data base holds its largest number.
+
+
+def test_the_parent_of_a_sweep_holds_the_intervals_of_its_settings(tmp_path, uri):
+    """Under names that people's own queries may use; of a selection nothing, as it tells of all."""
+    experiment = open_experiment(uri, "settings", tmp_path)
+    replicated = [
+        trial("lucky", 0.9, 9, stage_split=0.3),
+        trial("other", 0.6, 9, stage_split=0.3, seed=1),
+        trial("good", 0.85, 9, stage_split=0.6),
+        trial("again", 0.86, 9, stage_split=0.6, seed=1),
+    ]
+    search = load_sweep("tests/data/sweep.yaml", {"replicates": 2})
+    secret = SELECTION | {"objective.metric": "dp_accuracy"}
+    selection = load_sweep("tests/data/sweep.yaml", secret)
+    told = [
+        (search, replicated, {"recommended_trial", "setting_means"}),
+        (search, replicated[1:3], set[str]()),
+        (selection, [replace(row, scores=row.scores | {"dp_accuracy": 0.5}) for row in replicated],
+         set[str]()),
+    ]  # fmt: skip
+    for number, (sweep, rows, tags) in enumerate(told):
+        tracker = Tracker(uri, experiment, f"settings{number}")
+        before = set(MlflowClient(tracking_uri=uri).get_run(tracker.run_id).data.tags)
+        tell_settings(tracker, sweep, rows)
+        data = MlflowClient(tracking_uri=uri).get_run(tracker.run_id).data
+        assert set(data.tags) - before == tags
+        assert set(data.metrics) == ({*FIGURES, "score_noise"} if tags else set())
+        if tags:
+            assert data.tags["recommended_trial"] == "good"
+            assert data.tags["setting_means"].startswith("good: 0.855 +- 0.4")
+            assert data.metrics["setting_trials"] == 2

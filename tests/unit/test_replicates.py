@@ -1,11 +1,16 @@
 """Replicates: intervals that hold as often as they say, and what is recommended by them."""
 
+import csv
+import dataclasses
+import math
+
 import numpy as np
 import pytest
-from test_report_parts import row
+from test_report_parts import Row, row
 from test_winners import sweep
 
-from sweep.results.replicates import estimates, sentences
+from sweep.results.export import export, records
+from sweep.results.replicates import FIGURES, estimates, sentences
 from sweep.results.table import best, recommended, results_table, told_of_noise
 
 
@@ -59,15 +64,19 @@ def test_fewer_replicates_need_a_better_mean_and_less_may_be_better():
     assert estimates([]) is None
 
 
-def test_the_recommended_setting_stands_beside_the_best_trial():
-    """One lucky trial is the best seen; that of the better mean is recommended."""
-    rows = [
+def replicated() -> list[Row]:
+    return [
         row("lucky", 0.90, 9, stage_split=0.3),
         row("other", 0.60, 9, stage_split=0.3, seed=1),
         row("good", 0.85, 9, stage_split=0.6),
         row("again", 0.86, 9, stage_split=0.6, seed=1),
         row("third", 0.40, 9, stage_split=0.1),
     ]
+
+
+def test_the_recommended_setting_stands_beside_the_best_trial():
+    """One lucky trial is the best seen; that of the better mean is recommended."""
+    rows = replicated()
     search = sweep(replicates=2)
     assert best(search, rows).trial == "lucky"
     assert recommended(search, rows).trial == "good"
@@ -82,3 +91,21 @@ def test_the_recommended_setting_stands_beside_the_best_trial():
     assert told_of_noise(search, alone) == []
     headers = [column.header for column in results_table(search, alone, [], [], 1.0).columns]
     assert "mean accuracy" not in headers
+
+
+def test_records_of_trials_hold_the_interval_of_their_setting(tmp_path):
+    rows, search = replicated(), sweep(replicates=2)
+    rows.append(dataclasses.replace(rows[0], trial="broken", state="failed", scores={}))
+    good, third, broken = (records(search, rows)[i] for i in (3, 4, 5))
+    found = [good[name] for name in FIGURES]
+    noise = math.sqrt((0.15**2 * 2 + 0.005**2 * 2) / 2)  # Two degrees of freedom.
+    half = 4.303 * noise / math.sqrt(2)
+    assert found == pytest.approx([0.855, 0.855 - half, 0.855 + half, 2], rel=1e-3)
+    assert third["setting_high"] - 0.4 == pytest.approx(4.303 * noise, rel=1e-3)
+    assert [broken[name] for name in FIGURES] == [None] * 4
+    export(search, rows, path := tmp_path / "trials.csv")
+    with path.open() as file:
+        lines = list(csv.DictReader(file))
+    assert [float(lines[3][name]) for name in FIGURES] == pytest.approx(found)
+    assert lines[5]["setting_mean"] == ""
+    assert {records(search, rows[:1])[0][name] for name in FIGURES} == {None}

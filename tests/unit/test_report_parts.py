@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from core.config import load
@@ -16,7 +18,14 @@ from sweep.config.sweep import load_sweep
 from sweep.report import effects, write_report
 from sweep.report.affordable_map import affordable_map
 from sweep.report.curves import curves
-from sweep.report.figures import describe, easy_name, pareto_front, scatter, slices
+from sweep.report.figures import (
+    describe,
+    easy_name,
+    importance_bars,
+    pareto_front,
+    scatter,
+    slices,
+)
 from sweep.report.page import _class_names
 from sweep.results.table import Row, results_table
 
@@ -125,11 +134,42 @@ def points(number: int, accuracy) -> list[Row]:
     ]
 
 
-def test_importance_finds_the_parameter_that_matters(sweep):
-    shares = effects.importance(sweep, points(10, lambda i: 0.1 * i))
-    assert isinstance(shares, dict)
-    assert next(iter(shares)) == "stage_split"
-    assert sum(shares.values()) == pytest.approx(1)
+def test_importance_finds_the_parameter_that_matters(sweep, monkeypatch):
+    monkeypatch.setattr(effects, "RESAMPLES", 20)  # Of 100, which take ten seconds.
+    found = effects.importance(sweep, points(10, lambda i: 0.1 * i))
+    assert isinstance(found, dict)
+    assert next(iter(found)) == "stage_split"
+    assert sum(each.share for each in found.values()) == pytest.approx(1)
+    assert [key for key, each in found.items() if each.is_effect] == ["stage_split"]
+    assert found == effects.importance(sweep, points(10, lambda i: 0.1 * i))
+    effect, rest = effects.told_of_importance(found, "accuracy")
+    assert re.match(
+        r"stage_split has an effect on accuracy: \d+% of .* \d+ points more than by", effect
+    )
+    others = [key for key in found if key != "stage_split"]
+    assert rest == f"Not told from chance: {', '.join(others)}."
+    figure = importance_bars(found)
+    (bars,) = figure.data
+    assert bars["marker"]["color"] == ["--paper", "--paper", "--trial"]
+    assert "points beyond chance" in figure.alt
+
+
+def test_of_noise_nothing_is_called_an_effect(sweep, monkeypatch):
+    """Although one parameter has the largest share, and replicates repeat their settings."""
+    monkeypatch.setattr(effects, "RESAMPLES", 20)
+    rng = np.random.default_rng(2)
+    settings = points(10, lambda _: float(rng.random()))
+    again = [dataclasses.replace(row, scores=dict(row.scores)) for row in settings[:4]]
+    found = effects.importance(sweep, [*settings, *again])
+    assert max(each.share for each in found.values()) > 0.4
+    assert all(each.low < 0 for each in found.values())
+    (line,) = effects.told_of_importance(found, "accuracy")
+    assert line.startswith("Not told from chance: ")
+
+
+def test_an_effect_is_what_its_interval_excludes_from_zero():
+    made = [effects.Importance(0.9, low, 0.8) for low in (0.01, 0.0, -0.2)]
+    assert [each.is_effect for each in made] == [True, False, False]
 
 
 def test_importance_says_why_there_is_none(sweep):

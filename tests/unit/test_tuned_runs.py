@@ -45,12 +45,12 @@ def test_the_whole_is_charged_with_the_first_trial_and_no_trial_more_than_was_fi
     assert counted(ledger) == ledger.epsilon_of_run("tuned") == 9.0
     ledger.commit(first, 3)  # Stopped: the whole counts all the same.
     ledger.reserve(key("b"), events, within=WITHIN)
-    with pytest.raises(BudgetExceededError, match=r"tuning number 3 of run tuned, .* 2 tuning"):
+    with pytest.raises(BudgetExceededError, match=r"number 3 of stage 'tuning' .* 2 tuning"):
         ledger.reserve(key("c"), events, within=WITHIN)
     ledger.reserve(key("c", "final run"), events, within=WITHIN)
-    with pytest.raises(BudgetExceededError, match="final run number 2 of run tuned"):
+    with pytest.raises(BudgetExceededError, match="number 2 of stage 'final run' of run"):
         ledger.reserve(key("d", "final run"), events, within=WITHIN)
-    with pytest.raises(BudgetExceededError, match="all number 1"):
+    with pytest.raises(BudgetExceededError, match="number 1 of stage 'all'"):
         ledger.reserve(key("d", "all"), events, within=WITHIN)
     for other in (replace(WITHIN, references="others"), replace(WITHIN, tuning_trials=3), None):
         with pytest.raises(LedgerError, match="which never changes"):

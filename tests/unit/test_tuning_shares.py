@@ -183,7 +183,7 @@ def test_the_tails_of_all_references_are_within_what_is_kept_back():
         _, bound = scopes._bound(share.reference, share.tail, share.step)
         assert bound[:, -1].max() <= (1 + scopes._CUT) * share.tail
     tails = (1 + scopes._CUT) * (16 * tuning.tail + final.tail)
-    alike = scopes.TuningShare(10.0, DELTA, 16, "", tuning.reference)
+    alike = scopes.TuningShare(10.0, DELTA, 16, tuning.reference)
     found = ((tuning.reference, 16), (final.reference, 1))
     composed_delta = references.composed_delta(found, "zero_out", 10.0)
     assert alike.delta_of_all(final.reference, 10.0) == pytest.approx(
@@ -196,11 +196,11 @@ def test_the_tails_of_all_references_are_within_what_is_kept_back():
 def test_what_an_attack_finds_is_that_of_both_references_together(alarms):
     """Of Gaussian mechanisms, which compose to one, it is known."""
     tuning, final = ((1.0, 20.0, 1),), ((1.0, 2.0, 1),)
-    share = scopes.TuningShare(10.0, DELTA, 16, "", tuning, final, reference=final)
+    share = scopes.TuningShare(10.0, DELTA, 16, tuning, final, reference=final)
     together = math.sqrt(16 / 20.0**2 + 1 / 2.0**2)
     exact = norm.cdf(norm.ppf(alarms) + together)
     assert exact < share.members_found(alarms) < 1.05 * exact + DELTA
-    tried = scopes.TuningShare(10.0, DELTA, 16, "", tuning, final, False, tuning)
+    tried = scopes.TuningShare(10.0, DELTA, 16, tuning, final, False, tuning)
     assert tried.members_found(alarms) == share.members_found(alarms)
 
 

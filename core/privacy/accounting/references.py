@@ -1,12 +1,13 @@
 """Trials whose settings depend on results, by PLD: each is below a reference, fixed beforehand.
 
-**Setting.** Of n + 1 trials every setting, and so its noise, may depend on all that earlier ones
-released. Each trial has one of n + 1 references, and its hockey-stick divergence is at no
-epsilon, in neither direction, above that of the pair (A_i, B_i) of its reference. How many trials
-have which reference, and the references, are public and fixed beforehand.
+**Setting.** Of n trials every setting, and so its noise, may depend on all that earlier ones
+released. Each trial has one of n references, and its hockey-stick divergence is at no epsilon, in
+neither direction, above that of the pair (A_i, B_i) of its reference. How many trials have which
+reference, and the references, are public and fixed beforehand: under scope `sweep` all trials have
+the same, under scope `tune_then_train` the tuning trials have one and the final run another.
 
 **Theorem** (Zhu, Dong and Wang 2022, theorem 10). All trials together are dominated by the pair of
-products, (A_1 x ... x A_n+1, B_1 x ... x B_n+1). *Proof.* By induction on the number of trials:
+products, (A_1 x ... x A_n, B_1 x ... x B_n). *Proof.* By induction on the number of trials:
 given what the first released, the others are by hypothesis dominated by the product of their
 references. So the divergence of all is at most that of (first, product of the others), and as
 a divergence from a product is a mean over the second factor of divergences of the first at other

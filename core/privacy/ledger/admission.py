@@ -43,7 +43,7 @@ def check_run(totals: Totals, book: Book, asked: Reservation, within: RunBudget 
     if within is None or within.selection:
         return
     if within.tuning_trials:
-        _check_number(book, asked, within.tuning_trials)
+        _check_number(book, asked, within)
         return
     before = [key.run for key, charge in book.charges.items() if charge.counted]
     if within.alone and (others := {*before} - {run}):
@@ -64,16 +64,19 @@ def check_run(totals: Totals, book: Book, asked: Reservation, within: RunBudget 
         )
 
 
-def _check_number(book: Book, asked: Reservation, tuning_trials: int) -> None:
+def _check_number(book: Book, asked: Reservation, within: RunBudget) -> None:
     """Refuses more trials than have references, which bound each and pay for all together."""
-    key, most = asked.key, {"tuning": tuning_trials, "final run": 1}
+    key, trials = asked.key, within.tuning_trials
+    most, paid = {"all": trials}, f"{trials} trials"
+    if within.has_final_run:
+        most, paid = {"tuning": trials, "final run": 1}, f"{trials} tuning trials and one final run"
     of_run = [(k, charge) for k, charge in book.charges.items() if k.run == key.run and k != key]
     others = sum(k.stage == key.stage and bool(charge.counted) for k, charge in of_run)
     if others >= most.get(key.stage, 0):
         raise BudgetExceededError(
-            f"trial {key.trial[:16]} would be {key.stage} number {others + 1} of run {key.run}, "
-            f"whose budget pays for {tuning_trials} tuning trials and one final run: they were "
-            "fixed before the first by privacy.num_shares"
+            f"trial {key.trial[:16]} would be number {others + 1} of stage {key.stage!r} of run "
+            f"{key.run}, whose budget pays for {paid}: they were fixed before the first by "
+            "privacy.num_shares"
         )
 
 
@@ -85,9 +88,9 @@ def admit(
     Args:
         kept: file of the composition of what was settled.
 
-    Privacy: a selection and a tuned run are charged whole, with their first trial. Later ones are
-        never refused; of a selection that would bound their secret number, and no figure depends
-        on it.
+    Privacy: a selection and trials with references are charged whole, with the first. Later ones
+        are never refused; of a selection that would bound their secret number, and no figure
+        depends on it.
     """
     budget = totals.terms.budget
     if budget is None:

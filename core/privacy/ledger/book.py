@@ -50,7 +50,7 @@ class Charge:
 
     @property
     def target(self) -> float:
-        """Epsilon of the selection or tuned run, one release, whose trial it is; else 0.
+        """Epsilon of the one release, as of `RunBudget`, whose trial it is; else 0.
 
         Infinite where an earlier version charged it, which recorded no target: what its trials
         come to would tell their secret number.
@@ -95,12 +95,12 @@ class Book:
 
     @property
     def apart(self) -> list[Charge]:
-        """The charges that are releases each; those of a selection or tuned run are one."""
+        """The charges that are releases each; those of `together` are one."""
         return [charge for charge in self.charges.values() if not charge.target]
 
     @property
     def together(self) -> dict[str, list[Charge]]:
-        """The charges of each run that is one release: a selection, or tuned.
+        """The charges of each run that is one release: a selection, or trials below references.
 
         Privacy: how many there are of a selection is for the owner alone.
         """

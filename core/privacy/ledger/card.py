@@ -31,13 +31,10 @@ AMONG_OTHERS = (
     "is the guarantee if their results had a part in choosing this one."
 )
 SUMMED = (
-    "; each selection or tuned run (here {count}) counts as the one release that it claims, whose "
-    "epsilon and delta are added"
+    "; each selection, tuned run or sweep below references (here {count}) counts as the one "
+    "release that it claims, whose epsilon and delta are added"
 )
-STOPPING = (
-    " Trials could also be stopped early by their scores during training ({metric}: {tag}); one "
-    "that was pays for the steps that it ran."
-)
+STOPPING = " Trials could also be stopped early by their scores during training ({metric}: {tag})."
 FAMILY = (
     " The data sets of family {family} are charged together: an epsilon of several runs covers a "
     "record that lies in each of them."

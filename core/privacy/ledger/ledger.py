@@ -261,11 +261,11 @@ class Ledger:
         Returns:
             The terms and the unit; `epsilon_committed` (settled steps), a part of
             `epsilon_committed_and_reserved` (all that counts against the budget), which holds at
-            `delta_committed_and_reserved`; `num_releases`, in which a selection or tuned run is
-            one of `num_wholes`; `accountant`; `selections`, the runs that are one; `sweeps`, the
-            runs that a sweep's driver took over; `losses`: time and reason of each loss of lines
-            that the owner accepted; and `entries`: for each key its state, events and the `epsilon`
-            of it alone, to about 2e-6.
+            `delta_committed_and_reserved`; `num_releases`, in which a run that is charged as a
+            whole is one of `num_wholes`; `accountant`; `selections`, the runs that are one;
+            `sweeps`, the runs that a sweep's driver took over; `losses`: time and reason of each
+            loss of lines that the owner accepted; and `entries`: for each key its state, events and
+            the `epsilon` of it alone, to about 2e-6.
 
         Privacy: all but the entries is the same whatever the number of a selection's trials.
         """

@@ -44,10 +44,11 @@ class Totals:
         """Epsilon and delta of all releases together, of the `part` of each charge that counts.
 
         Privacy: what is charged by its mechanisms is composed by PLD at the ledger's delta. A
-            selection, of which nothing but the best trial leaves, or a tuned run, is (target,
-            delta)-private as a whole, and its epsilon and delta are added (basic composition, Dwork
-            et al. 2006, valid for adaptive choices too): the sum of both deltas bounds what exceeds
-            the sum of both epsilons, whatever the number of its trials was.
+            selection, of which nothing but the best trial leaves, or a run whose trials have
+            references, is (target, delta)-private as a whole, and its epsilon and delta are added
+            (basic composition, Dwork et al. 2006, valid for adaptive choices too): the sum of both
+            deltas bounds what exceeds the sum of both epsilons, whatever the number of its trials
+            was.
         """
         events = [event for charge in book.apart for event in part(charge)]
         targets = book.targets(part)

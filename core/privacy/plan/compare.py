@@ -9,6 +9,7 @@ from core.errors import ConfigError, InfeasibleError
 from core.privacy.plan.plan import (
     estimated_composition,
     estimated_noise_multiplier,
+    sweep_reference,
     tuning_config,
     tuning_references,
 )
@@ -49,12 +50,16 @@ def final_noise(config: Config, scope: str, **privacy: object) -> float | None:
     """DP-SGD's noise multiplier of the run that is released; None where it cannot be paid."""
     try:
         asked = under(config, scope, **privacy)
-        if not asked.privacy.covers.tunes_first:
+        found = dict[str, tuple[float, ...]]()
+        if asked.privacy.covers.tunes_first:
+            found = tuning_references(tuning_config(asked), asked)
+        elif asked.privacy.covers.splits_target and asked.privacy.adaptive:
+            found = sweep_reference(asked, [])
+        if not found:
             return estimated_noise_multiplier(asked)
-        found = tuning_references(tuning_config(asked), asked)["privacy.final_reference"]
     except (ConfigError, InfeasibleError):
         return None
-    *_, noise_multiplier, _ = found
+    *_, noise_multiplier, _ = [*found.values()][-1]
     return noise_multiplier
 
 

@@ -34,7 +34,7 @@ from core.privacy.plan.releases import (
     planned,
     solved,
 )
-from core.privacy.plan.scopes import Share, share_of
+from core.privacy.plan.scopes import Share, alike_share, filter_share, share_of
 
 _MIXTURE = 1e-3
 _ROUNDING = 1e-6
@@ -436,6 +436,39 @@ def tuning_references(tuning: Config, final: Config) -> dict[str, tuple[float, .
     found = {"privacy.tuning_reference": flat(problem.with_noise(noise))}
     last = load(nested(final), {**found, "privacy.is_final_run": True})
     return {**found, "privacy.final_reference": flat(reference(last))}
+
+
+def sweep_reference(smoothest: Config, others: Iterable[Config]) -> dict[str, tuple[float, ...]]:
+    """What each trial of scope `sweep` may release at most, if that takes no more noise than a
+    filter of Renyi DP.
+
+    It follows from settings alone, which are public and fixed before the first trial.
+
+    Args:
+        smoothest: the trial that is as the reference.
+        others: at which that must hold, too.
+
+    Returns:
+        The reference by its dotted key; empty where the filter is tighter, or PLD ends.
+    """
+    privacy, problem = smoothest.privacy, _problem(smoothest, trials=1)
+    alike = alike_share(privacy)
+    noise = alike and _least_noise(alike, problem)
+    if alike is None or noise is None:
+        return {}
+    bound = replace(alike, reference=problem.with_noise(noise))
+    for each in {problem, *(_problem(other, trials=1) for other in others)}:
+        filtered = _least_noise(filter_share(privacy), each)
+        if filtered is not None and bound.used(each.with_noise(filtered)) > 1:
+            return {}
+    return {"privacy.tuning_reference": flat(bound.reference)}
+
+
+def _least_noise(share: Share, problem: solve.Problem) -> float | None:
+    try:
+        return share.solve_noise_multiplier(problem)
+    except InfeasibleError:
+        return None
 
 
 def smoothness(config: Config) -> tuple[int, float]:

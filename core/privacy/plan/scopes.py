@@ -1,10 +1,10 @@
 """Scopes: what the target epsilon covers beyond one trial, and the share of one trial.
 
 `trial`: each trial spends the target. `public`: likewise, by the only run on the data. `sweep`: all
-trials together; a trial's share is that of a Gaussian mechanism at one order of Renyi DP, whose
-sum over the trials keeps the bound whatever they release. `tune_then_train`: tuning trials and one
-final run, each below a privacy profile of its own. `selection`: the best of a secret number of
-trials; all stay below one privacy profile.
+trials together; where they learn from results, each stays below one privacy profile, fixed
+beforehand, or has a share at one order of Renyi DP, whose sum keeps the bound whatever they
+release. `tune_then_train`: tuning trials and one final run, each below a privacy profile of its
+own. `selection`: the best of a secret number of trials; all stay below one privacy profile.
 """
 
 import math
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from core.config import Config, PrivacyConfig
 from core.config.privacy import mechanisms_of
+from core.config.scopes import COMPOSED
 from core.errors import ConfigError, InfeasibleError
 from core.privacy.accounting import renyi, solve
 from core.privacy.accounting.mechanism import LARGEST, Mechanism, discretization_for, grouped
@@ -32,9 +33,10 @@ _LEAST_DELTA = 1e-9
 """Smaller ones of a trial are too close to the error of PLD's transforms."""
 _CUT = 0.25
 """Part of the tail that a reference's own delta falls below at the last point of its profile."""
-_TUNING_SLACK = 4e-4
-"""Part of the delta of a tuned run that the tails of its references have, and `_CUT` times more."""
-_LEAST_TUNING_DELTA = 4e-9
+_COMPOSED_SLACK = 4e-4
+"""Part of the delta of all that the tails of composed references have, and `_CUT` times more."""
+_LEAST_COMPOSED_DELTA = 4e-9
+"""Smaller ones of a trial are too close to the error of PLD's transforms."""
 _MANY = 1e9
 _LARGEST_EXPONENT = 700.0
 _RATIOS = 32
@@ -223,29 +225,94 @@ class SelectionShare(ProfileShare):
         return selection.selection_delta(bound, step, epsilon, phi)
 
 
-@dataclass(frozen=True)
-class TuningShare(ProfileShare):
-    """Of one of the tuning `trials`, which all have the reference `tuning`, or of the final run,
-    whose own is `final`.
-    """
+class ComposedShare(ProfileShare):
+    """Of one of several trials whose references are composed; see `accounting.references`."""
 
     measure = "the delta that its privacy profile leaves a trial of"
-    epsilon: float
-    delta: float
-    trials: int
-    theorem: str
-    tuning: tuple[Mechanism, ...]
-    final: tuple[Mechanism, ...] = ()
-    is_final: bool = True
-    reference: tuple[Mechanism, ...] = ()
+
+    @property
+    def place(self) -> int:
+        """Which of the references is its own."""
+        raise NotImplementedError
+
+    def references(self, largest: tuple[Mechanism, ...]) -> tuple["Reference", ...]:
+        """Those of all trials together, if what `largest` is for has this one."""
+        raise NotImplementedError
 
     @property
     def accountant(self) -> str:
         """As of `Share`."""
         return (
             "PLD of one privacy profile for each trial, which bounds it and was fixed beforehand "
-            f"({self.theorem}), as in core/privacy/accounting/references.py"
+            f"({COMPOSED}), as in core/privacy/accounting/references.py"
         )
+
+    @property
+    def tail(self) -> float:
+        """As of `ProfileShare`: trials that share a reference share an equal part of the whole."""
+        found = self.references(self.largest)
+        return _COMPOSED_SLACK / len(found) * self.delta / found[self.place][1]
+
+    @property
+    def step(self) -> float:
+        """As of `ProfileShare`."""
+        from core.privacy.accounting import references
+
+        return references.steps(self.references(self.largest))[self.place]
+
+    def delta_of_all(self, alike: tuple[Mechanism, ...], epsilon: float) -> float:
+        """As of `ProfileShare`."""
+        from core.privacy.accounting import references
+
+        composed = references.composed_delta(self.references(alike), RELATION, epsilon)
+        # Past the last point a trial may keep its delta there, while that of the pair falls.
+        return composed + (1 + _CUT) * _COMPOSED_SLACK * self.delta
+
+
+@dataclass(frozen=True)
+class SweepShare(ComposedShare):
+    """Of one of `trials`, which all have the same reference."""
+
+    epsilon: float
+    delta: float
+    trials: int
+    reference: tuple[Mechanism, ...] = ()
+
+    @property
+    def place(self) -> int:
+        """As of `ComposedShare`."""
+        return 0
+
+    @property
+    def budget(self) -> str:
+        """As of `Share`."""
+        if not self.reference:
+            return f"epsilon {upward(self.epsilon)} of {self.trials} trials"
+        return "the privacy profile that bounds every trial of the sweep"
+
+    @property
+    def largest(self) -> tuple[Mechanism, ...]:
+        """As of `ProfileShare`."""
+        return self.reference
+
+    def references(self, largest: tuple[Mechanism, ...]) -> tuple["Reference", ...]:
+        """As of `ComposedShare`."""
+        return ((largest, self.trials),)
+
+
+@dataclass(frozen=True)
+class TuningShare(ComposedShare):
+    """Of one of the tuning `trials`, which all have the reference `tuning`, or of the final run,
+    whose own is `final`.
+    """
+
+    epsilon: float
+    delta: float
+    trials: int
+    tuning: tuple[Mechanism, ...]
+    final: tuple[Mechanism, ...] = ()
+    is_final: bool = True
+    reference: tuple[Mechanism, ...] = ()
 
     @property
     def budget(self) -> str:
@@ -256,32 +323,18 @@ class TuningShare(ProfileShare):
         return f"the privacy profile that bounds {which}"
 
     @property
-    def tail(self) -> float:
-        """As of `ProfileShare`: half of what all have, or a part of the other half."""
-        return _TUNING_SLACK / 2 * self.delta / (1 if self.is_final else self.trials)
-
-    @property
-    def step(self) -> float:
-        """As of `ProfileShare`."""
-        from core.privacy.accounting import references
-
-        return references.steps(self._references(self.final))[self.is_final]
+    def place(self) -> int:
+        """As of `ComposedShare`."""
+        return int(self.is_final)
 
     @property
     def largest(self) -> tuple[Mechanism, ...]:
         """As of `ProfileShare`."""
         return self.final
 
-    def delta_of_all(self, alike: tuple[Mechanism, ...], epsilon: float) -> float:
-        """As of `ProfileShare`."""
-        from core.privacy.accounting import references
-
-        composed = references.composed_delta(self._references(alike), RELATION, epsilon)
-        # Past the last point a trial may keep its delta there, while that of the pair falls.
-        return composed + (1 + _CUT) * _TUNING_SLACK * self.delta
-
-    def _references(self, final: tuple[Mechanism, ...]) -> tuple["Reference", "Reference"]:
-        return (self.tuning, self.trials), (final, 1)
+    def references(self, largest: tuple[Mechanism, ...]) -> tuple["Reference", ...]:
+        """As of `ComposedShare`."""
+        return (self.tuning, self.trials), (largest, 1)
 
 
 @lru_cache(maxsize=8)
@@ -311,8 +364,8 @@ def share_of(privacy: PrivacyConfig) -> Share | None:
         return None
     if privacy.covers.tunes_first:
         return _tuning_share(privacy)
-    if not privacy.covers.is_secret:
-        return _filter_share(privacy)
+    if privacy.covers.splits_target:
+        return _sweep_share(privacy) if privacy.tuning_reference else filter_share(privacy)
     if not has_profile(privacy):
         return _selection_share(privacy)
     alike = SelectionShare(
@@ -326,12 +379,33 @@ def _within_pld(privacy: PrivacyConfig) -> float:
     return min(privacy.target_epsilon, LARGEST / 2)
 
 
+def alike_share(privacy: PrivacyConfig) -> SweepShare | None:
+    """The share of a sweep's trial if all release the same, from which a reference follows; None
+    where PLD does not reach.
+    """
+    delta, trials = privacy.target_delta, privacy.num_shares
+    if delta / trials < _LEAST_COMPOSED_DELTA:
+        return None
+    return SweepShare(_within_pld(privacy), delta, trials)
+
+
+def _sweep_share(privacy: PrivacyConfig) -> ProfileShare:
+    """The share of a trial below the one reference of a sweep; see `SweepShare`."""
+    alike, reference = alike_share(privacy), mechanisms_of(privacy.tuning_reference)
+    if alike is None:
+        raise InfeasibleError(
+            f"privacy.tuning_reference cannot bound {privacy.num_shares} trials at "
+            f"privacy.target_delta={upward(privacy.target_delta, 6)}, where PLD ends: leave it out"
+        )
+    return _bounded(alike, reference, "tuning_reference", replace(alike, reference=reference))
+
+
 def _tuning_share(privacy: PrivacyConfig) -> ProfileShare:
     """The share of a tuning trial or of the final run; see `TuningShare`."""
     delta, trials = privacy.target_delta, privacy.num_shares
-    if delta / trials < _LEAST_TUNING_DELTA:
+    if delta / trials < _LEAST_COMPOSED_DELTA:
         raise InfeasibleError(
-            f"privacy.target_delta={upward(delta, 6)} is below {_LEAST_TUNING_DELTA * trials:g}, "
+            f"privacy.target_delta={upward(delta, 6)} is below {_LEAST_COMPOSED_DELTA * trials:g}, "
             f"where PLD proves {trials} tuning trials and a final run: raise it, or choose "
             "another privacy.scope"
         )
@@ -346,8 +420,7 @@ def _tuning_share(privacy: PrivacyConfig) -> ProfileShare:
             "a tuning trial needs privacy.final_reference, which leaves it its share: start a "
             "sweep, which solves for it"
         )
-    theorem = privacy.covers.theorem
-    alike = TuningShare(_within_pld(privacy), delta, trials, theorem, tuning)
+    alike = TuningShare(_within_pld(privacy), delta, trials, tuning)
     last = privacy.is_final_run
     bounded = replace(alike, final=final, is_final=last, reference=final if last else tuning)
     return _bounded(alike, final, "final_reference", bounded)
@@ -376,7 +449,7 @@ def _used(share: ProfileShare, reference: tuple[Mechanism, ...]) -> float:
 def members_found(privacy: PrivacyConfig, false_alarms: float) -> float:
     """Largest share of members that any attack finds on all trials that the target covers.
 
-    A selection's and a tuned run's is that of their privacy profiles. Under the filter's order a,
+    Where privacy profiles bound the trials it is that of these. Under the filter's order a,
     at which the divergence is at most r, it is (exp(r) false_alarms)^(1 - 1/a) (Mironov 2017,
     proposition 10). All are at most what the target's epsilon and delta say, and where trials have
     no shares it is that.
@@ -406,7 +479,7 @@ def has_profile(privacy: PrivacyConfig) -> bool:
     )
 
 
-def _filter_share(privacy: PrivacyConfig) -> RenyiShare:
+def filter_share(privacy: PrivacyConfig) -> RenyiShare:
     """One of `num_shares` parts of what a filter at the best order leaves."""
     epsilon, delta = privacy.target_epsilon, privacy.target_delta
     order = renyi.best_order(epsilon, delta)
@@ -455,13 +528,14 @@ class RunBudget:
         epsilon: the target.
         adaptive: whether the noise of a trial may depend on results of others. If so, what was
             executed is added up by the filter at one fixed order; if not, all that was ever
-            reserved is composed by PLD, as the theorem covers no stopping by results; of a tuned
-            run the whole target counts from its first trial on.
+            reserved is composed by PLD, as the theorem covers no stopping by results; where
+            references bound the trials the whole target counts from the first one on.
         alone: whether no other run may have used the data before.
         selection: identity of the selection that the run is; empty under the other scopes. Its
             trials together are one (epsilon, delta)-private release and have no budget.
-        tuning_trials: how many may come beside one final run; 0 under the other scopes.
+        tuning_trials: how many trials have a reference, the final run aside; 0 where none has.
         references: of these trials and of the final run, in words.
+        has_final_run: whether one comes beside these trials.
     """
 
     epsilon: float
@@ -470,6 +544,7 @@ class RunBudget:
     selection: str = ""
     tuning_trials: int = 0
     references: str = ""
+    has_final_run: bool = True
 
     @property
     def is_one_release(self) -> bool:
@@ -511,15 +586,16 @@ def run_budget(config: Config, selection: str = "") -> RunBudget | None:
     privacy = config.privacy
     if privacy.covers.is_secret:
         return RunBudget(privacy.target_epsilon, adaptive=False, selection=selection)
-    if privacy.covers.tunes_first:
-        references = (
-            f"tuning {list(privacy.tuning_reference)}, final {list(privacy.final_reference)}"
-        )
+    last = privacy.covers.tunes_first
+    if last or (privacy.has_shares and privacy.tuning_reference):
+        references = f"tuning {list(privacy.tuning_reference)}"
+        references += f", final {list(privacy.final_reference)}" if last else ""
         return RunBudget(
             privacy.target_epsilon,
             adaptive=True,
             tuning_trials=privacy.num_shares,
             references=references,
+            has_final_run=last,
         )
     if privacy.covers.splits_target:
         return RunBudget(privacy.target_epsilon, privacy.adaptive)
