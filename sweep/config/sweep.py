@@ -250,7 +250,7 @@ class SweepConfig(Section):
             )
         here = Path(self.storage_path).parent  # Ray gives its workers another directory.
         leaves = flatten(config)
-        places = {key: str(here / Path(leaves[key]).expanduser()) for key in _FOLDERS}
+        places = {key: str(here / leaves[key]) for key in _FOLDERS}
         if not self.gpus_per_worker:  # Ray hides no GPU from those who asked for none.
             if config.runtime.device == "cuda":
                 raise ConfigError(
