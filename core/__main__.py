@@ -98,13 +98,20 @@ def _parser() -> argparse.ArgumentParser:
             yaml_files(command.add_argument("--config", required=True, help=text))
         if folder:
             command.add_argument(
-                "--run-dir", type=Path, required=not config, help="folder of the run"
+                "--run-dir", type=_folder, required=not config, help="folder of the run"
             )
         return command
 
     _add_training(add)
     _add_what_follows(add)
     return parser
+
+
+def _folder(text: str) -> Path:
+    """Refuses an address, which would become a folder of that name."""
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is an address: name a folder")
+    return Path(text).expanduser()
 
 
 def _overridable(command: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -177,7 +184,7 @@ def _add_what_follows(add: Callable[..., argparse.ArgumentParser]) -> None:
     )
     release = add("release", "write, verify or check the bundle to publish")
     release.add_argument("--run-dir", type=Path, help="folder of a finished run")
-    release.add_argument("--out", type=Path, help="new folder of the bundle")
+    release.add_argument("--out", type=_folder, help="new folder of the bundle")
     what = release.add_mutually_exclusive_group()
     what.add_argument("--verify", action="store_true", help="check the digests of --out")
     text = "what to see before signing: epsilons, history, audit, what is not covered; writes none"

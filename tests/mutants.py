@@ -41,6 +41,7 @@ TUNED_RUNS = ("tests/unit/test_tuned_runs.py",)
 FAR = ("tests/unit/test_far_accounting.py",)
 KEPT = ("tests/unit/test_plan.py",)
 SPENDING_CODE, CHARGES = "core/privacy/ledger/account.py", ("tests/unit/test_run_and_ledger.py",)
+KEEPER, OF_KEEPER = "sweep/trials/keeper.py", ("tests/unit/test_keeper.py",)
 LOSSES_OF_LEDGERS = ("tests/unit/test_ledger_losses.py",)
 SPENDING = ("tests/integration/test_scope_spending.py",)
 EARLY = ("tests/integration/test_early_scores.py",)
@@ -753,6 +754,42 @@ MUTANTS = (
         "begun = max(settled, *(",
         "begun = max(0, *(",
         CHARGES,
+    ),
+    Mutant(
+        "a lease is accepted after its end",
+        SPENDING_CODE,
+        'not in ("", self._holder)',
+        "in ()",
+        OF_KEEPER,
+    ),
+    Mutant(
+        "a worker settles after the end of its lease",
+        SPENDING_CODE,
+        "if self._counters[0].exists():",
+        "if False:",
+        OF_KEEPER,
+    ),
+    Mutant(
+        "steps run on after the trial is settled",
+        SPENDING_CODE,
+        '" nobody, as it is settled"',
+        '""',
+        CHARGES,
+    ),
+    Mutant(
+        "a commit is acknowledged before it is written",
+        KEEPER,
+        "answer = getattr(account, question)(*arguments)",
+        'answer = account._begun if question == "commit" else '
+        "getattr(account, question)(*arguments)",
+        OF_KEEPER,
+    ),
+    Mutant(
+        "a step begins before the keeper has counted it",
+        KEEPER,
+        'self._asked("count", step)',
+        "pass",
+        OF_KEEPER,
     ),
     Mutant(
         "a stopped run tells fewer steps than its ledger counts",

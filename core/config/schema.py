@@ -12,7 +12,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
 
 from core.config.files import load_yaml
 from core.config.files import merge as merge
@@ -131,6 +138,16 @@ def default_ledger() -> str:
     return os.path.join(home, "feta-sweep", "ledger")
 
 
+def _local(folder: str, info: ValidationInfo) -> str:
+    """Refuses an address, which would become a folder of that name; `~` is the user's home."""
+    if "://" in folder:
+        raise ValueError(f"runtime.{info.field_name}={folder!r} is an address: name a folder")
+    return os.path.expanduser(folder)
+
+
+Folder = Annotated[str, AfterValidator(_local)]
+
+
 class RuntimeConfig(Section):
     """Where and how verbosely; what changes the result by more than rounding says so."""
 
@@ -151,9 +168,9 @@ class RuntimeConfig(Section):
     max_seconds: Positive | None = None
     """After so long a run leaves a checkpoint and stops; the same command goes on from it. A step,
     the frequency stage's generator, a chunk of images and the scoring are never cut."""
-    cache: str = "runs/cache"
+    cache: Folder = "runs/cache"
     """Folder of what depends on real images alone, such as FID's real side; not to be released."""
-    ledger: str = Field(default_factory=default_ledger)
+    ledger: Folder = Field(default_factory=default_ledger)
     """Folder of the privacy ledgers; one for all runs on the same data. If it is not given,
     `feta-sweep/ledger` in the user's data folder, ~/.local/share or $XDG_DATA_HOME."""
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import os
 import shutil
 import time
@@ -33,6 +32,8 @@ _NO_TRANSFORM = ("path", "num_examples", "public", "family")
 _FEW = 64
 """Up to so many files are known by their content, which is quickly read; more by the time of
 their last change."""
+_LOCK_TIMEOUT_S = 3600.0
+"""Seconds in which another process may be decoding the same."""
 _INTERVAL = 1.0
 """Seconds between two reports."""
 Item = TypeVar("Item")
@@ -66,6 +67,7 @@ def decoded_once(source: Source, config: DatasetConfig, cache: Path, report: Rep
 
     Raises:
         DataError: a file is missing or damaged, a split is empty, or the folder cannot be written.
+        ConfigError: another process holds the folder for longer than decoding takes.
 
     Privacy: the folder holds the private images unprotected, readable by their owner alone; it
         must not be released. Its name is a digest of the source, which is not shown.
@@ -73,7 +75,7 @@ def decoded_once(source: Source, config: DatasetConfig, cache: Path, report: Rep
     folder = cache / f"images-{_key(source, config, report)}"
     try:
         private_folder(cache)
-        with locked(cache / f"{folder.name}.lock", patience=math.inf):
+        with locked(cache / f"{folder.name}.lock", _LOCK_TIMEOUT_S):
             if (dataset := _mapped(folder, config)) is None:
                 _write(source, config, folder, report)
                 dataset = _mapped(folder, config)

@@ -1,9 +1,12 @@
-"""File systems on which locks hold between machines."""
+"""File systems: whether locks hold between machines, and whether the disk is another's."""
 
 import re
 from pathlib import Path
 
 _TABLE = Path("/proc/self/mountinfo")
+_NETWORK = re.compile(
+    r"nfs|cifs|smb|ceph|gluster|lustre|gpfs|beegfs|afs|fuse(?!blk|\.fuse-overlayfs)"
+)
 
 
 def passes_no_locks(folder: Path, table: Path = _TABLE) -> str:
@@ -24,6 +27,12 @@ def passes_no_locks(folder: Path, table: Path = _TABLE) -> str:
     ):
         return "it is mounted without locks between machines (nolock, local_lock)"
     return ""
+
+
+def network_file_system(folder: Path, table: Path = _TABLE) -> str:
+    """Type of the file system of a folder, if its disk may be another machine's; else empty."""
+    kind = _mount_of(folder.resolve(), table.read_text())[0] if table.exists() else ""
+    return kind if _NETWORK.match(kind) else ""
 
 
 def _mount_of(folder: Path, table: str) -> tuple[str, list[str]]:

@@ -13,7 +13,7 @@ from core.config import Config
 from core.device import config_device
 from core.io.terminal import Report, report_line
 from core.privacy.keys import KeyedStream, MasterSecret
-from core.privacy.ledger.account import Spending
+from core.privacy.ledger.account import Account, Spending
 from core.privacy.ledger.ledger import Reservation
 from core.privacy.plan.plan import PrivacyPlan
 from core.record.folder import MetricsLog, Result, RunFolder
@@ -29,6 +29,7 @@ class SweepLink:
 
     Attributes:
         lease: token of the driver that started this; the ledger refuses older ones of a sweep.
+        account: passes what the run asks of its account on to whoever keeps the sweep's ledgers.
         charged: folder in which the trials note that their data set's ledger was begun.
         shared: folder of a sweep whose trials with the same central images have them from one
             release, which is charged once, and share one warm-up; None: the run has its own.
@@ -41,6 +42,7 @@ class SweepLink:
     """
 
     lease: int | None = None
+    account: Callable[[Spending], Account] = lambda own: own
     charged: Path | None = None
     shared: Path | None = None
     should_continue: Callable[[float], bool] = lambda _: True
@@ -105,7 +107,7 @@ class Run:
     plan: PrivacyPlan
     folder: RunFolder
     identity: Identity
-    account: Spending
+    account: Account
     fingerprint: str
     master: MasterSecret
     name: str

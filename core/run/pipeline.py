@@ -166,7 +166,7 @@ def _planned(
         distributed.on_rank_0(lambda: folder.claim(config, plan, _environment(config)))
     distributed.on_rank_0(storage_errors(folder.path)(lambda: private_folder(folder.checkpoints)))
     ledger, charged = Path(config.runtime.ledger), link.charged or folder.charged
-    account = Spending(config, plan, ledger, name, folder.path, charged, link.lease)
+    account = link.account(Spending(config, plan, ledger, name, folder.path, charged, link.lease))
     dataset = None
     if (fingerprint := distributed.on_rank_0(account.known_fingerprint)) is None:
         dataset = _read(config, report)

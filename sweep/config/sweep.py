@@ -250,7 +250,7 @@ class SweepConfig(Section):
             )
         here = Path(self.storage_path).parent  # Ray gives its workers another directory.
         leaves = flatten(config)
-        places = {key: str(here / Path(leaves[key]).expanduser()) for key in _FOLDERS}
+        places = {key: str(here / leaves[key]) for key in _FOLDERS}
         if not self.gpus_per_worker:  # Ray hides no GPU from those who asked for none.
             if config.runtime.device == "cuda":
                 raise ConfigError(
@@ -359,7 +359,7 @@ def load_sweep(path: str | Path, overrides: Mapping[str, Any]) -> SweepConfig:
     sweep = sweep.model_copy(update={"storage_path": str(storage)})
     _check_run(sweep, fixed)
     if os.environ.get("RAY_ADDRESS") and sweep.run.runtime.ledger == default_ledger():
-        # All machines of a cluster see the storage folder, not the one of the user's data.
+        # A head may vanish with the folder of the user's data; the storage folder stays.
         ledger = str(Path(sweep.storage_path) / "ledger")
         sweep = sweep.model_copy(update={"fixed": {**sweep.fixed, "runtime.ledger": ledger}})
     _check_places(sweep)

@@ -15,7 +15,7 @@ from core.errors import ConfigError, UserError
 from core.io.locks import is_free, locked
 from core.io.terminal import counted
 from sweep.config.sweep import SweepConfig
-from sweep.driver.cluster import check_folder, check_places, join_cluster
+from sweep.driver.cluster import check_places, join_cluster
 from sweep.driver.machines import grows, wait_for_room
 from sweep.driver.room import max_concurrent, most_trials, node_resources
 
@@ -132,7 +132,7 @@ def _node_checks(sweep: SweepConfig, mark: Path) -> Iterator[Check]:
     yield Check(f"{len(answers)} nodes answer" if len(answers) != 1 else "the node answers")
     for key, name, remedy in (
         ("versions", "same versions", "install constraints.txt on every node"),
-        ("storage", "storage and ledger shared and writable", "name folders that all nodes see"),
+        ("storage", "storage shared and writable", "name a folder that all nodes see"),
         ("secret", "same master secret", "put the same secret file on every node"),
         ("weights", "scoring weights", "put the file on every node or choose fid_extractor=cnn"),
         ("data", "data readable and the same", "put the same data at the same path everywhere"),
@@ -225,7 +225,6 @@ def examine(settings: dict[str, Any], mark: str, held: bool = False) -> dict[str
     def storage() -> str:
         path = Path(mark)
         path.with_name(f"{path.name}-{uuid.uuid4().hex}").write_text("")
-        check_folder("runtime.ledger", config.runtime.ledger, mode=0o700)
         if held and is_free(path.with_suffix(_LOCK)):
             raise ConfigError("it does not see the driver's lock: name a folder on NFS 4.1")
         return path.read_text()

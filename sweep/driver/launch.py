@@ -159,10 +159,13 @@ def _search(
     """Joins or starts a cluster, and lets it run the missing trials."""
     import ray
 
+    from sweep.trials.keeper import start_keeper
+
     sweep, meter = context.sweep, Meter(context.sweep)
     if meter.tick():
         return Outcome(rows, meter.reason, False, uri, limited=True)
     join_cluster()
+    context = replace(context, keeper=start_keeper())
     meter.machines = billed
     before = sum(_is_done(sweep, row) for row in rows)
     secret = sweep.run.privacy.covers.is_secret

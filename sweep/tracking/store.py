@@ -31,6 +31,7 @@ from mlflow.utils.uri import is_local_uri
 from sqlalchemy import create_engine, make_url
 
 from core.errors import ConfigError, UserError
+from core.io.mounts import network_file_system
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)
 logging.getLogger("alembic").setLevel(logging.WARNING)
@@ -149,12 +150,19 @@ def _connect(uri: str) -> None:
 
     Raises:
         Exception: what SQLAlchemy and the driver raise.
-        ConfigError: the data base would vanish with this process.
+        ConfigError: the data base would vanish with this process, or lies where SQLite's own
+            documentation warns of damage.
     """
     is_file = uri.startswith("sqlite")
     if is_file:
         if (path := file_of(uri)) is None:
             raise ConfigError(f"MLFLOW_TRACKING_URI={uri} keeps nothing: name a file in it")
+        if kind := network_file_system(path.parent):
+            raise ConfigError(
+                f"MLflow's SQLite '{path}' lies on a network file system ({kind}), where SQLite "
+                "can be damaged: set MLFLOW_TRACKING_URI=sqlite:////FOLDER-ON-A-LOCAL-DISK/mlflow."
+                "db, or to a server's address"
+            )
         path.parent.mkdir(parents=True, exist_ok=True)
     engine = create_engine(uri, connect_args={"timeout": _LOCKED} if is_file else {})
     try:

@@ -48,6 +48,7 @@ class Context:
 
     Attributes:
         launch: token of the driver that started this; the ledger refuses workers of an older one.
+        keeper: actor that writes the ledgers for all workers.
         is_final: whether this is the one run after the search.
         verdicts: where workers ask after each early score whether to go on; None without.
         train: what trains a trial and yields its reports; None: a group of Ray Train.
@@ -55,6 +56,7 @@ class Context:
 
     sweep: SweepConfig
     launch: int
+    keeper: Any = None
     is_final: bool = False
     verdicts: Any = None
     train: "Train | None" = None
@@ -181,6 +183,7 @@ def _trainer(context: Context, config: Config, digest: str, tell: Report) -> Any
             "folder": str(sweep.folder),
             "shares": shares_central_images(config, sweep.replicates),
             "launch": context.launch,
+            "keeper": context.keeper,
             "verdicts": context.verdicts,
             "trial": digest,
             "tell": tell,
@@ -246,6 +249,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     from core.privacy.keys import MasterSecret
     from core.run.context import SweepLink
     from core.run.pipeline import run
+    from sweep.trials.keeper import KeptAccount, asking
     from sweep.trials.machine import MachineUse
     from sweep.trials.ray_train import DrainNotice, use_own_device
 
@@ -274,6 +278,7 @@ def train_worker(settings: dict[str, Any]) -> None:
             report=report,
             link=SweepLink(
                 lease=launch,
+                account=lambda own: KeptAccount(own, asking(settings["keeper"])),
                 charged=folder / "charged",
                 shared=folder / "shared" if settings["shares"] else None,
                 should_continue=should_continue,

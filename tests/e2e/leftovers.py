@@ -12,6 +12,7 @@ OF_TRIALS = (
     "ray::PlacementGroupCleaner",
     "ray::SynchronizationActor",
     "ray::_QueueActor",
+    "ray::Keeper",
     "ray::Verdicts",
     "ray::execute",
 )

@@ -77,15 +77,15 @@ def test_places_that_cannot_be_used_are_a_line_each(tmp_path):
 
 def test_a_node_answers_every_question_whatever_happens(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
-    settings = {"dataset": {"path": str(tmp_path)}, "runtime": {"ledger": str(tmp_path / "file")}}
+    settings = {"dataset": {"path": str(tmp_path)}}
 
     def broken(*_):
         raise ValueError("of a kind\nthat nobody foresaw")
 
     monkeypatch.setattr("core.data.load_dataset", broken)
-    answers = examine(settings, str(tmp_path / "mark"))
+    answers = examine(settings, str(tmp_path / "file" / "mark"))
     assert answers["data"] == (False, "ValueError: of a kind that nobody foresaw")
     assert not answers["storage"][0]
-    assert f"runtime.ledger='{tmp_path}/file' is no folder" in answers["storage"][1]
+    assert f"{tmp_path}/file/mark" in answers["storage"][1]
     assert answers["versions"][0]
     assert _check("it works", broken).problem == "ValueError: of a kind that nobody foresaw"

@@ -44,6 +44,7 @@ def story(cluster: Lab) -> tuple[Sweep, list[str]]:
 
     sweep.submit("first")
     first = sweep.wait_for_trial()
+    kill("ray::Keeper")  # Of the ledgers; who asks waits for the next one.
     lose(lambda: os.kill(holder(first), signal.SIGKILL))
     lose(lambda: kill("ray::TrainController"))
     lose(lambda: kill("ray::ImplicitFunc"))  # The trial.

@@ -18,7 +18,13 @@ def test_overrides_may_stand_on_both_sides_of_flags(capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["account", *DIGITS, "--nope"], ["ledger", "show", "seed=1"], []]
+    "arguments",
+    [
+        ["account", *DIGITS, "--nope"],
+        ["ledger", "show", "seed=1"],
+        ["run", *DIGITS, "--run-dir", "s3://bucket/run"],
+        [],
+    ],
 )
 def test_unknown_arguments_are_refused(arguments, capsys):
     with pytest.raises(SystemExit) as caught:

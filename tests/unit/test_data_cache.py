@@ -18,7 +18,8 @@ from core.config import DatasetConfig
 from core.data import cache as data_cache
 from core.data import load_dataset
 from core.data.parallel import on_all_cores
-from core.errors import DataError
+from core.errors import ConfigError, DataError
+from core.io.locks import locked
 
 DIGITS = "9ae3f0999eff23cc78ebb41f524c2b8c527b93c46c09c0b823b34fbc4a932f4b"
 
@@ -66,6 +67,18 @@ def test_a_write_to_the_images_stays_in_its_process(tmp_path):
     first = load_dataset(config(tmp_path / "data"), tmp_path / "cache")
     first.train.images.zero_()
     assert load_dataset(config(tmp_path / "data"), tmp_path / "cache").train.images.sum() > 0
+
+
+def test_who_waits_for_the_cache_waits_so_long_and_says_for_whom(tmp_path, monkeypatch):
+    write_idx(tmp_path / "data")
+    load_dataset(config(tmp_path / "data"), tmp_path / "cache")
+    monkeypatch.setattr(data_cache, "_LOCK_TIMEOUT_S", 0.01)
+    (lock,) = (tmp_path / "cache").glob("*.lock")
+    with (
+        locked(lock),
+        pytest.raises(ConfigError, match=rf"is in use by process {os.getpid()} on "),
+    ):
+        load_dataset(config(tmp_path / "data"), tmp_path / "cache")
 
 
 def test_what_is_private_is_for_its_owner_alone(tmp_path):

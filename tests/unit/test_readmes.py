@@ -126,7 +126,7 @@ ANSWERS = (
     (r"python sweep/run.py$", UNIT + "init.py::test_without_any_argument_the_quickstart_runs"),
     (r"python sweep/run.py ", SWEEPS + "sweep.py::test_table_states_scores_and_all_epsilons"),
     (
-        r"(RAY_ADDRESS=auto |python clusters/local/cluster.py -- )python sweep/run.py ",
+        r"python clusters/local/cluster.py -- python sweep/run.py ",
         SWEEPS + "autoscaling.py::test_a_submitted_sweep_runs_on_workers_that_come_and_go",
     ),
     (

@@ -9,8 +9,9 @@ from pathlib import Path
 import pynvml
 import pytest
 
+from core.config import load
 from core.errors import ConfigError
-from core.io.mounts import passes_no_locks
+from core.io.mounts import network_file_system, passes_no_locks
 from sweep.config.sweep import load_sweep
 from sweep.driver import cluster
 from sweep.driver.cluster import check_storage, join_cluster
@@ -132,6 +133,7 @@ def test_a_cluster_that_cannot_be_joined_is_one_sentence(monkeypatch, address, t
 
 UNUSABLE = """
 import os, sys
+from core.config import load
 from core.errors import ConfigError
 from sweep.driver.cluster import join_cluster
 for name, value in (setting.split("=") for setting in sys.argv[1:]):
@@ -209,7 +211,38 @@ MOUNTS = """
 33 22 0:42 / /mnt/alone rw - nfs 10.0.0.3:/share rw,vers=4.0,local_lock=all
 34 22 0:43 / /mnt/my\\040bucket rw,nosuid - fuse.gcsfuse bucket rw,user_id=0
 35 34 0:44 / /mnt/my\\040bucket/disk rw - xfs /dev/sdb rw
+36 22 0:45 / /mnt/stick rw - fuseblk /dev/sdc1 rw
+37 22 0:46 / /layers rw - fuse.fuse-overlayfs fuse-overlayfs rw
+38 22 0:47 / /mnt/windows rw - cifs //server/share rw
 """
+
+
+@pytest.mark.parametrize(
+    ("folder", "kind"),
+    [
+        ("/home/me/runs", ""),
+        ("/mnt/nfs4/runs", "nfs4"),
+        ("/mnt/nfs3/runs", "nfs"),
+        ("/mnt/my bucket/runs", "fuse.gcsfuse"),
+        ("/mnt/my bucket/disk/runs", ""),
+        ("/mnt/stick", ""),
+        ("/layers/root", ""),
+        ("/mnt/windows", "cifs"),
+    ],
+)
+def test_disks_of_other_machines_are_known(tmp_path, folder, kind):
+    (tmp_path / "mounts").write_text(MOUNTS.lstrip())
+    assert network_file_system(Path(folder), tmp_path / "mounts") == kind
+    assert not network_file_system(Path(folder), tmp_path / "none")
+
+
+def test_mlflows_sqlite_is_refused_on_a_network_file_system(tmp_path, monkeypatch):
+    from sweep.tracking import store
+
+    monkeypatch.setattr(store, "network_file_system", lambda folder: "nfs4")
+    with pytest.raises(ConfigError, match=r"mlflow\.db' lies on a network file system \(nfs4\)"):
+        store.reachable(f"sqlite:///{tmp_path}/new/mlflow.db")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -240,3 +273,12 @@ def test_on_a_cluster_such_a_folder_is_refused_and_an_address_everywhere(tmp_pat
         check_storage(str(tmp_path))
     with pytest.raises(ConfigError, match=r"storage_path='s3://bucket/runs' is an address"):
         sweep(storage_path="s3://bucket/runs")
+    for key in ("runtime.ledger", "runtime.cache"):
+        with pytest.raises(ConfigError, match=rf"{key}='gs://bucket/x' is an address"):
+            load("core/configs/digits.yaml", {key: "gs://bucket/x"})
+
+
+def test_a_folder_below_the_users_home_is_found_there(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    config = load("core/configs/digits.yaml", {"runtime.ledger": "~/ledger"})
+    assert config.runtime.ledger == "/home/me/ledger"

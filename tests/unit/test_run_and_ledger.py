@@ -137,13 +137,29 @@ def test_a_count_older_than_that_in_the_runs_folder_does_not_make_steps_fewer(tm
     assert entry(tmp_path)["executed_steps"] == 175
 
 
-def test_what_the_original_of_a_copied_run_counts_outlives_what_its_copy_settles(tmp_path, plan):
-    original = Start(tmp_path, plan).train(110)
-    other = Start(tmp_path, plan)  # The copy: the same name and identity.
-    assert other.commit() == 125
-    original.train(160, since=110)  # And is killed.
-    shutil.rmtree(tmp_path / "run")
-    assert Start(tmp_path, plan).commit() == 175
+@pytest.mark.parametrize("settled", [False, True])
+def test_who_begins_a_trial_anew_ends_the_lease_of_those_before(tmp_path, plan, settled):
+    """As a worker that was given up, or the original of a copied run folder."""
+    earlier = Start(tmp_path, plan).train(110)
+    heir = Start(tmp_path, plan, resumed=100).train(180, since=100)
+    if settled:
+        assert heir.commit() == STEPS
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    earlier.train(125, since=110)  # Steps that it had noted.
+    with pytest.raises(LedgerError, match=r"another process has begun '.*/run' since"):
+        earlier.train(126, since=125)
+    with pytest.raises(LedgerError, match=r"must be in \[200, 200\]|another process has begun"):
+        earlier.commit()
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert heir.commit() == heir.commit() == STEPS
+    assert entry(tmp_path)["executed_steps"] == STEPS
+
+
+def test_steps_counted_by_a_version_that_names_no_holder_count(tmp_path, plan):
+    start = Start(tmp_path, plan).train(110)
+    for path in (counter(tmp_path), own_counter(tmp_path)):
+        path.write_text("125")
+    assert start.train(130, since=110).commit() == 150
 
 
 def lose_all_but_the_first_line(folder: Path) -> None:

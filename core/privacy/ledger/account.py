@@ -5,10 +5,11 @@ import hashlib
 import json
 import logging
 import os
+import secrets
 import socket
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from core.config import Config, flatten
 from core.errors import ConfigError, DataError, storage_errors
@@ -29,9 +30,43 @@ _BLOCK = 25
 """Steps that are noted together; a stopped run pays for at most so many too many."""
 
 
+class Account(Protocol):
+    """What one run asks of the ledger: `Spending`, or what passes the questions on to one.
+
+    Every answer has reached the disk before it is given. Used on rank 0 alone, but for
+    `begins_block`.
+    """
+
+    def known_fingerprint(self) -> str | None:
+        """Fingerprint that this source had when a run opened it last."""
+        ...
+
+    def reserve(
+        self, fingerprint: str, identity: str, central: str = "", resumed: int = 0
+    ) -> Reservation:
+        """Charges the whole plan, or finds that this run has done so before."""
+        ...
+
+    def begins_block(self, step: int) -> bool:
+        """Whether `count` must be called before this step: the same on all ranks."""
+        ...
+
+    def count(self, step: int) -> None:
+        """Notes that a step is about to begin."""
+        ...
+
+    def commit(self, fingerprint: str, reservation: Reservation) -> int:
+        """Settles all steps that ever began; returns how many."""
+        ...
+
+    def remember(self, fingerprint: str) -> None:
+        """Notes the source's fingerprint."""
+        ...
+
+
 @dataclass
 class Spending:
-    """What one run asks of the ledger; used on rank 0 alone.
+    """The account of a run in files that this process reads and writes.
 
     The ledger of a data set is known by the fingerprint of its content, which is known without
     opening the data from the second run on: the folder remembers which source had which content.
@@ -40,6 +75,9 @@ class Spending:
     and in the run's folder; before and after, the ledger itself knows them. The largest of all
     that is found counts, so that neither an emptied folder of a run nor an older copy of the
     ledger's makes them fewer; where the count beside the ledger is lost, all steps count.
+
+    Whoever reserves leases the trial until another does: the count names its holder. A worker that
+    was given up, or a call of it that comes late, can neither count nor settle beside its heir.
 
     Args:
         folder: of the ledgers, `runtime.ledger`.
@@ -59,6 +97,7 @@ class Spending:
     _counted: bool = field(default=False, init=False)
     _counters: tuple[Path, Path] = field(default=(Path(), Path()), init=False)
     _begun: int = field(default=0, init=False)
+    _holder: str = field(default_factory=lambda: secrets.token_hex(8), init=False)
 
     def known_fingerprint(self) -> str | None:
         """Fingerprint that this source had when a run opened it last."""
@@ -116,7 +155,12 @@ class Spending:
 
         Returns:
             How many they are.
+
+        Raises:
+            LedgerError: another process has begun the trial since.
         """
+        if self._counters[0].exists():  # Else settled: the ledger refuses fewer steps than that.
+            self._require_lease()
         self._ledger(fingerprint).commit(reservation, self._begun)
         self._counters[0].unlink(missing_ok=True)
         return self._begun
@@ -136,7 +180,9 @@ class Spending:
 
         Raises:
             StorageError: it cannot be noted, so the step must not run.
+            LedgerError: another process has begun the trial since.
         """
+        self._require_lease()
         # Where the run may be stopped, no later step is noted: it would be paid in vain.
         ends = [end for end in self._ends if end > step]
         end = min(step - step % _BLOCK + _BLOCK, self.plan.dp_sgd.num_steps, *ends)
@@ -146,8 +192,17 @@ class Spending:
     def _write_count(self, steps: int) -> None:
         for place in self._counters:
             with storage_errors(place.parent):
-                write_whole(place, str(steps).encode(), private=True)
+                write_whole(place, f"{steps} {self._holder}".encode(), private=True)
         self._begun = steps
+
+    def _require_lease(self) -> None:
+        path = self._counters[0]
+        text = path.read_text(errors="replace") if path.exists() else " nobody, as it is settled"
+        if text.partition(" ")[2] not in ("", self._holder):  # Earlier versions named none.
+            raise LedgerError(
+                f"another process has begun '{self.run_dir}' since, or a copy of it: this one "
+                "stops, and what it ran is counted there; run one of them at a time"
+            )
 
     def remember(self, fingerprint: str) -> None:
         """Notes the source's fingerprint, so that the next run is refused before it opens it."""
@@ -254,7 +309,7 @@ def _absolute(path: str | None) -> str | None:
 def _read_count(path: Path) -> int | None:
     """What the file counts; None where it says no number of steps."""
     try:
-        count = int(path.read_text())
+        count = int(path.read_text().partition(" ")[0])
     except ValueError:
         return None
     return count if count >= 0 else None
