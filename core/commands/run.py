@@ -19,6 +19,7 @@ from core.generation.generator import GENERATOR, load_denoiser, load_generator
 from core.generation.png import write_grid
 from core.io.files import to_json
 from core.io.terminal import Console
+from core.pipeline.run import run as run_pipeline
 from core.privacy.accounting.rounding import figure, upward
 from core.privacy.keys import MasterSecret
 from core.privacy.ledger.account import require_same_data
@@ -30,7 +31,6 @@ from core.publish.inspection import inspect_run
 from core.publish.release import release_card, verify_release, write_release
 from core.publish.review import review
 from core.record.folder import RunFolder
-from core.run.pipeline import run as run_pipeline
 
 
 def run(options: argparse.Namespace) -> None:
