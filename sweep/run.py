@@ -8,6 +8,7 @@ sweep/run.py ...` runs it on a cluster.
 
 import argparse
 import logging
+import os
 import signal
 import sys
 from pathlib import Path
@@ -122,6 +123,7 @@ def _run(options: argparse.Namespace) -> int:
     from sweep.tracking.client import how_to_compare
 
     outcome = run_sweep(sweep, options.verbosity)
+    os.chdir(sweep.folder)  # That of a submitted job vanishes while it is being stopped.
     ui = how_to_compare(outcome.uri, sweep.experiment, sweep.name)
     print_results(sweep, outcome.rows, len(pruned_points(sweep)), ui)  # Of earlier starts, too.
     if outcome.stopped == "interrupted":

@@ -793,7 +793,7 @@ MUTANTS = (
     ),
     Mutant(
         "a stopped run tells fewer steps than its ledger counts",
-        "core/run/pipeline.py",
+        "core/pipeline/run.py",
         "plan.epsilon_after(steps)",
         "plan.epsilon_after(stop.step - run.config.warm_up_steps)",
         EARLY,
@@ -926,7 +926,7 @@ MUTANTS = (
     ),
     Mutant(
         "a resumed run draws new noise",
-        "core/run/pipeline.py",
+        "core/pipeline/run.py",
         'noise=run.stream("private_training", "noise")',
         'noise=run.stream("private_training", f"noise {time.time()}")',
         ("tests/integration/test_replay.py",),
@@ -940,21 +940,21 @@ MUTANTS = (
     ),
     Mutant(
         "central images charged as shared, but drawn anew by each trial",
-        "core/run/context.py",
+        "core/pipeline/context.py",
         'self.identity.central if stage == "central_images" else self.identity.run',
         "self.identity.run",
         SHARED,
     ),
     Mutant(
         "other code draws the same noise",
-        "core/run/identity.py",
+        "core/pipeline/identity.py",
         "    run = digest_of(parts)\n",
         "    run = digest_of(parts | {'computed by': {}})\n",
         CHANGED,
     ),
     Mutant(
         "other code draws the same noise on a sweep's central images",
-        "core/run/identity.py",
+        "core/pipeline/identity.py",
         "        shared_central = digest_of(central)\n",
         "        shared_central = digest_of(central | {'computed by': {}})\n",
         CHANGED,

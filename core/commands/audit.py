@@ -13,11 +13,11 @@ from core.errors import ConfigError
 from core.evaluation.audit import CONFIDENCE, canary_images, canary_scores, closeness, coins
 from core.evaluation.audit import audit as one_run_audit
 from core.io.terminal import Console
+from core.pipeline.run import rehearse
 from core.privacy.keys import KeyedStream
 from core.privacy.plan.plan import PrivacyPlan
 from core.publish.proven import audit_failures, audit_lines, keep, require_same_code
 from core.record.folder import RunFolder
-from core.run.pipeline import rehearse
 
 
 def audit(options: argparse.Namespace) -> None:

@@ -14,14 +14,14 @@ import numpy as np
 from core.commands.probe import measure
 from core.commands.proposal import NUM_TRIALS, Proposal, propose
 from core.commands.survey import Survey, survey
-from core.config import DatasetConfig, load, nested, parse_overrides
+from core.config import Config, DatasetConfig, load, nested, parse_overrides
 from core.device import config_device
 from core.errors import ConfigError
 from core.generation.png import write_grid
 from core.io.files import private_folder, write_whole
-from core.io.terminal import Console
+from core.io.terminal import Console, counted
 from core.privacy.accounting.rounding import upward
-from core.privacy.plan.plan import composed_epsilon, make_plan
+from core.privacy.plan.plan import PrivacyPlan, composed_epsilon, make_plan
 from core.record.folder import RunFolder
 
 _PUBLIC = ("dataset.num_examples", "dataset.num_classes")
@@ -44,10 +44,15 @@ def name_of(folder: Path, epsilon: float | None) -> str:
     """Name of a sweep of a folder at an epsilon.
 
     Raises:
-        ConfigError: no epsilon is given.
+        ConfigError: no epsilon is given, or one that cannot be spent.
     """
     if epsilon is None:
         raise ConfigError("--epsilon is missing: say what a trial may spend, such as --epsilon 10")
+    if not 0 < epsilon < math.inf:
+        raise ConfigError(
+            f"--epsilon={epsilon:g} must be positive and finite: say what a trial may spend, such "
+            "as --epsilon 10"
+        )
     stem = re.sub(r"[^A-Za-z0-9_-]+", "-", folder.absolute().name).strip("-_") or "images"
     return f"{stem[:40]}-epsilon" + str(epsilon).removesuffix(".0")
 
@@ -173,6 +178,17 @@ def _published(
     return DatasetConfig(**facts)
 
 
+def _easy_stage(plan: PrivacyPlan, config: Config) -> str:
+    """What is released before DP-SGD, and spent on it."""
+    spent = f"which alone spend epsilon {upward(plan.epsilon_central)}"
+    if plan.moments is not None:
+        return f"moments of {counted(plan.moments.num_clusters, 'cluster')} a class, {spent}"
+    if plan.central is not None:
+        images = counted(plan.central.num_releases, "central image")
+        return f"{config.warm_up_steps} steps on {images} a class, {spent}"
+    return "no central images or moments"
+
+
 def _timed(proposal: Proposal, minutes: float, overrides: Mapping[str, Any]) -> Proposal:
     """The proposal with its steps; prints the plan."""
     config = proposal.config
@@ -188,7 +204,8 @@ def _timed(proposal: Proposal, minutes: float, overrides: Mapping[str, Any]) -> 
     print(
         f"\nnoise     DP-SGD noise multiplier {plan.noise_multiplier:.4g}, batch "
         f"{config.private_training.expected_batch_size} of {config.dataset.num_examples}, "
-        f"{config.private_steps} steps after {config.warm_up_steps} on central images\n"
+        f"{config.private_steps} steps\n"
+        f"easy      {_easy_stage(plan, config)}\n"
         f"epsilon   {upward(plan.epsilon)} for one trial, {upward(together)} for {NUM_TRIALS} and "
         f"the choice among them, at delta {upward(plan.delta)}\n"
         f"time      about {seconds / 60:.2g} minutes for a trial on this machine's {device}, "

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
-from core.commands.run import run_dir_of, train
+from core.commands.run import run_dir_of
 from core.config import Config, load, parse_overrides, short_digest
 from core.device import config_device
 from core.errors import ConfigError, StoppedError
 from core.io.files import read_json, write_json
+from core.pipeline.single import run
 from core.privacy.accounting.rounding import upward
 from core.record.folder import RunFolder
 
@@ -52,7 +53,7 @@ def reproduce(options: argparse.Namespace) -> None:
     before: list[float] = read_json(slots)["seconds"] if slots.exists() else []
     began = time.monotonic()
     try:
-        result = train(config, run_dir)
+        result = run(config, run_dir).report
     except StoppedError:
         print(f"{sum(before) + time.monotonic() - began:.0f} s so far, in {run_dir}")
         raise

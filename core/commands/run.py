@@ -15,10 +15,11 @@ from core.diffusion.posthoc_ema import reconstruct
 from core.errors import ConfigError
 from core.evaluation.scoring import score
 from core.generation.draw import generate as draw_images
-from core.generation.generator import GENERATOR, load_denoiser, load_generator
+from core.generation.generator import Generator, load_run
 from core.generation.png import write_grid
 from core.io.files import to_json
 from core.io.terminal import Console
+from core.pipeline.single import run as run_alone
 from core.privacy.accounting.rounding import figure, upward
 from core.privacy.keys import MasterSecret
 from core.privacy.ledger.account import require_same_data
@@ -27,20 +28,19 @@ from core.privacy.ledger.file import LedgerError, accept_loss
 from core.privacy.ledger.ledger import Ledger
 from core.privacy.ledger.sources import Sources
 from core.publish.inspection import inspect_run
-from core.publish.release import release_card, verify_release, write_release
+from core.publish.release import release_card, write_release
 from core.publish.review import review
+from core.record.bundle import verify_release
 from core.record.folder import RunFolder
-from core.run.pipeline import run as run_pipeline
 
 
 def run(options: argparse.Namespace) -> None:
     """Trains, generates and scores one model."""
     config = load(options.config, parse_overrides(options.overrides))
     run_dir = options.run_dir or run_dir_of(options.config, config)
-    result = train(config, run_dir, options.verbosity)
-    folder = RunFolder(run_dir)
-    print("\n".join(result_lines(folder, result)))
-    print(f"samples: {folder.grid}")
+    outcome = run_alone(config, run_dir, options.verbosity)
+    print("\n".join(result_lines(outcome.folder, outcome.report)))
+    print(f"samples: {outcome.folder.grid}")
 
 
 def result_lines(folder: RunFolder, result: Mapping[str, Any]) -> list[str]:
@@ -74,7 +74,7 @@ def compare(options: argparse.Namespace) -> None:
         run_dir = run_dir_of(options.config, each)
         run = f"method={each.method} stage_split={each.stage_split:g}"
         print(f"{run}: {run_dir}", file=sys.stderr, flush=True)
-        rows.append((each, run_dir, train(each, run_dir)))
+        rows.append((each, run_dir, run_alone(each, run_dir).report))
     print(RunFolder(rows[0][1]).plan().statement)
     print("Scores are computed from real images and are not private.")
     metric = next(name for name in rows[0][2] if name.startswith("fid"))
@@ -91,22 +91,6 @@ def compare(options: argparse.Namespace) -> None:
             f"{result['accuracy']:>9.4f} {result[metric]:>8.4g} {result['seconds']:>8.0f}  "
             f"{RunFolder(run_dir).grid}"
         )
-
-
-def train(config: Config, run_dir: Path, verbosity: int = 0) -> dict[str, Any]:
-    """Runs or continues one run in `run_dir`, with its progress on the terminal.
-
-    Raises:
-        ConfigError: the scope is that of a sweep's trials, which the sweep alone counts.
-    """
-    if config.privacy.covers.is_secret or config.privacy.covers.tunes_first:
-        raise ConfigError(
-            f"privacy.scope={config.privacy.scope!r}: one run alone is no search; run a sweep, or "
-            "choose another scope"
-        )
-    console = Console(config.training.num_steps, verbosity)
-    master = MasterSecret.load()
-    return run_pipeline(config, run_dir, master=master, name=run_dir.name, report=console)
 
 
 def run_dir_of(path: str, config: Config) -> Path:
@@ -158,7 +142,7 @@ def release(options: argparse.Namespace) -> None:
         print(f"{options.out}: {verify_release(options.out)} files as released")
         return
     run_dir = _named_run(options)
-    config, _ = _finished(run_dir, [])
+    config, _ = load_run(run_dir)
     card = release_card(config, run_dir)
     formats = options.formats.split(",")
     write_release(run_dir, options.out, config, card, formats, options.license)
@@ -175,7 +159,7 @@ def _named_run(options: argparse.Namespace) -> Path:
 
 
 def _check(run_dir: Path) -> None:
-    config, _ = _finished(run_dir, [])
+    config, _ = load_run(run_dir)
     text, against = review(config, RunFolder(run_dir))
     print(f"For the owner of the data alone.\n\n{text}")
     if against:
@@ -183,17 +167,12 @@ def _check(run_dir: Path) -> None:
 
 
 def _finished(
-    run_dir: Path, overrides: list[str], ema_length: float | None = None
+    run_dir: Path, overrides: Mapping[str, Any], ema_length: float | None = None
 ) -> tuple[Config, torch.nn.Module]:
-    folder = RunFolder(run_dir)
-    if not folder.model.exists():
-        raise ConfigError(
-            f"'{run_dir}' holds no finished run (no {folder.model.name}): finish it first"
-        )
-    config = folder.config(parse_overrides(overrides))
-    denoiser = load_denoiser(config, folder.model, config_device(config))
+    config, denoiser = load_run(run_dir, overrides)
     if ema_length is not None:
-        reconstruct(denoiser, folder.snapshots, config.training.num_steps, ema_length)
+        snapshots = RunFolder(run_dir).snapshots
+        reconstruct(denoiser, snapshots, config.training.num_steps, ema_length)
     return config, denoiser
 
 
@@ -204,17 +183,15 @@ def _read(config: Config) -> Dataset:
 
 def generate(options: argparse.Namespace) -> None:
     """Draws more images from a finished run or from the generator of a bundle."""
-    if options.num_images < 1:
-        raise ConfigError(f"--num-images={options.num_images} must be at least 1")
+    overrides = parse_overrides(options.overrides)
     if options.bundle is not None:
         if options.ema_length is not None:
             raise ConfigError("--ema-length needs a run's snapshots: name it with --run-dir")
-        verify_release(options.bundle)
-        overrides = parse_overrides(options.overrides)
-        config, denoiser = load_generator(options.bundle / GENERATOR, overrides)
+        generator = Generator.load(options.bundle, overrides)
     else:
-        config, denoiser = _finished(options.run_dir, options.overrides, options.ema_length)
-    images = draw_images(denoiser, config, options.num_images, config_device(config))
+        config, denoiser = _finished(options.run_dir, overrides, options.ema_length)
+        generator = Generator(denoiser, config)
+    images = generator.draw(options.num_images)
     images.write(options.out)
     write_grid(options.out.with_suffix(".png"), images.images, images.labels)
     print(f"{options.num_images} images: {options.out}, {options.out.with_suffix('.png')}")
@@ -224,7 +201,7 @@ def inspect(options: argparse.Namespace) -> None:
     """Writes what the owner of the data alone may see of a finished run."""
     if options.max_images < 4:
         raise ConfigError(f"--max-images={options.max_images} must be at least 4")
-    config, denoiser = _finished(options.run_dir, options.overrides)
+    config, denoiser = load_run(options.run_dir, parse_overrides(options.overrides))
     if config.method == "dp_merf":
         raise ConfigError(
             "method='dp_merf' trains no denoiser, whose losses the membership attack needs: "
@@ -246,7 +223,9 @@ def inspect(options: argparse.Namespace) -> None:
 
 def evaluate(options: argparse.Namespace) -> None:
     """Scores a finished run's images again, or those of its average of another length."""
-    config, denoiser = _finished(options.run_dir, options.overrides, options.ema_length)
+    config, denoiser = _finished(
+        options.run_dir, parse_overrides(options.overrides), options.ema_length
+    )
     dataset = _read(config)
     if options.ema_length is None:
         synthetic = Split.read(RunFolder(options.run_dir).images)

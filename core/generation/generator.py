@@ -15,13 +15,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from core.config import Config, load, merge, nested
+from core.data import Split
 from core.device import config_device
 from core.diffusion.denoiser import build_denoiser
 from core.diffusion.gaussians import Gaussians
 from core.errors import ConfigError, NotFiniteError
-from core.generation.draw import draw_images
+from core.generation.draw import draw_images, generate
 from core.io.files import read_json, write_json
-from core.record.folder import write_class_names
+from core.record.bundle import DIGESTS, verify_release
+from core.record.folder import RunFolder, write_class_names
 from core.training.feature_generator import AuxiliaryGenerator
 
 GENERATOR = "generator"
@@ -40,6 +42,44 @@ class Generator:
 
     def __init__(self, denoiser: nn.Module, config: Config) -> None:
         self._denoiser, self._config = denoiser, config
+
+    @classmethod
+    def load(cls, folder: str | Path, overrides: Mapping[str, Any] | None = None) -> "Generator":
+        """The generator of a released bundle, which is verified first, or of a finished run.
+
+        Args:
+            overrides: dotted keys, such as `seed`, `sampler.num_steps` or `runtime.device`.
+
+        Raises:
+            ConfigError: the folder holds none, or the bundle is not as it was released.
+            NotFiniteError: a weight is NaN or infinite.
+        """
+        path = Path(folder)
+        if (path / DIGESTS).exists():
+            verify_release(path)
+            config, denoiser = load_generator(path / GENERATOR, overrides)
+        else:
+            config, denoiser = load_run(path, overrides)
+        return cls(denoiser, config)
+
+    def draw(self, num_images: int) -> Split:
+        """Images of all classes in equal numbers, image i of class `i % num_classes`.
+
+        As many as the run was scored with are the very images that it was scored with.
+
+        Returns:
+            `images`, uint8 `[N, C, H, W]`, and `labels`, int64 `[N]`: tensors on the CPU.
+
+        Raises:
+            ConfigError: `num_images` is below 1.
+        """
+        if num_images < 1:
+            raise ConfigError(f"num_images={num_images} must be at least 1")
+        return generate(self._denoiser, self._config, num_images, self._device)
+
+    @property
+    def _device(self) -> str:
+        return next(iter(self._denoiser.state_dict().values())).device.type
 
     def predict(self, labels: np.ndarray, params: Mapping[str, Any] | None = None) -> np.ndarray:
         """One image for each label.
@@ -64,10 +104,9 @@ class Generator:
         seed = int((params or {}).get("seed", config.seed))
         if seed < 0:
             raise ConfigError(f"seed={seed} must be at least 0")
-        device = next(iter(self._denoiser.state_dict().values())).device.type
         parts = wanted.split(config.evaluation.batch_size)
         drawn = [
-            draw_images(self._denoiser, part, config, seed, number, device)
+            draw_images(self._denoiser, part, config, seed, number, self._device)
             for number, part in enumerate(parts)
         ]
         return torch.cat(drawn).numpy()
@@ -149,6 +188,22 @@ def load_generator(
         raise ConfigError(
             f"'{folder}' holds weights of another network ({reason}): leave out model.* overrides"
         ) from None
+
+
+def load_run(run_dir: Path, overrides: Mapping[str, Any] | None = None) -> tuple[Config, nn.Module]:
+    """Configuration and averaged model of a finished run.
+
+    Raises:
+        ConfigError: the folder holds no finished run.
+    """
+    folder = RunFolder(run_dir)
+    if not folder.model.exists():
+        raise ConfigError(
+            f"'{run_dir}' holds no finished run (no {folder.model.name}) and no released bundle "
+            f"(no {DIGESTS}): finish the run first, or name another folder"
+        )
+    config = folder.config(overrides)
+    return config, load_denoiser(config, folder.model, config_device(config))
 
 
 def _load_pyfunc(path: str) -> Generator:

@@ -11,6 +11,7 @@ SHOW_ALONE = (
     *("__main__.py", "commands/", "publish/", "generation/generator.py"),
     *("evaluation/membership.py", "evaluation/neighbors.py", "privacy/ledger/card.py"),
     *("io/completion.py", "io/mounts.py", "evaluation/audit.py", "privacy/plan/compare.py"),
+    *("record/bundle.py", "pipeline/single.py"),
 )
 """Rooms and modules that only fetch, show or publish; every other one decides, a new one too."""
 

@@ -1,9 +1,7 @@
 """Release bundle of a run: synthetic images, generator and privacy card, never real images."""
 
 import csv
-import hashlib
 import importlib.util
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,10 +17,10 @@ from core.privacy.ledger.account import ledger_of_run
 from core.privacy.ledger.card import card_markdown, make_card
 from core.publish.dataset_card import PARQUET, dataset_card, parquet_metadata
 from core.publish.proven import audit_failures, bundled_bounds
+from core.record.bundle import DIGESTS, digests
 from core.record.folder import GRID, IMAGES, NON_PRIVATE, RunFolder, class_names
 
 FORMATS = ("folder", "npz", "parquet", "generator")
-DIGESTS = "digests.json"
 
 
 def write_release(
@@ -91,7 +89,7 @@ def write_release(
         (folder / "privacy_card.md").write_text(card_markdown(card))
         text = dataset_card(card, len(synthetic.labels), classes, formats, license_id)
         (folder / "README.md").write_text(text, encoding="utf-8")
-        write_json(folder / DIGESTS, _digests(folder))
+        write_json(folder / DIGESTS, digests(folder))
     return out
 
 
@@ -143,25 +141,6 @@ def release_card(config: Config, run_dir: Path) -> dict[str, Any]:
     return {**card, "audit": bundled_bounds(run)}
 
 
-def verify_release(folder: Path) -> int:
-    """Checks every file of a bundle against its digest; returns the number of files.
-
-    Raises:
-        ConfigError: a file is missing, changed or was added.
-    """
-    try:
-        stated: dict[str, str] = json.loads((folder / DIGESTS).read_text())
-    except (OSError, ValueError):
-        raise ConfigError(f"'{folder}' is no release: it holds no {DIGESTS}") from None
-    found = _digests(folder)
-    for name in sorted(set(stated) | set(found)):
-        if stated.get(name) != found.get(name):
-            state = "missing" if name not in found else "not listed"
-            state = "changed" if name in stated and name in found else state
-            raise ConfigError(f"'{folder / name}' is {state}: this is not the bundle as released")
-    return len(found)
-
-
 def _write_folder(out: Path, synthetic: Split, classes: Sequence[str]) -> None:
     width = len(str(len(synthetic.labels) - 1))
     with _open_new(out / "images" / "labels.csv") as file:
@@ -197,21 +176,3 @@ def _write_parquet(out: Path, synthetic: Split, classes: Sequence[str]) -> None:
 def _open_new(path: Path) -> Any:
     path.parent.mkdir(parents=True)
     return path.open("w", newline="", encoding="utf-8")
-
-
-def _digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file but the list itself.
-
-    Raises:
-        ConfigError: something in the folder may not be published at all.
-    """
-    found: dict[str, str] = {}
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder)
-        if path.is_symlink():
-            raise ConfigError(f"'{path}' is a link: a bundle holds files alone")
-        if NON_PRIVATE in name.parts:
-            raise ConfigError(f"'{path}' is not private: remove it, and publish nothing of it")
-        if path.is_file() and name != Path(DIGESTS):
-            found[name.as_posix()] = hashlib.sha256(path.read_bytes()).hexdigest()
-    return found

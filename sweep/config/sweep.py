@@ -304,17 +304,27 @@ class SweepConfig(Section):
         return Path(self.storage_path) / self.name
 
 
-def load_sweep(path: str | Path, overrides: Mapping[str, Any]) -> SweepConfig:
-    """Reads a sweep's file; overrides that are not keys of a sweep go to every trial's run.
+def load_sweep(
+    source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None = None
+) -> SweepConfig:
+    """Builds the configuration of a sweep from a YAML file or mapping and dotted overrides.
+
+    Args:
+        source: path of a sweep's file, or its content, where `base` is the content of a run's file
+            or a path of one from the working directory.
+        overrides: flat mapping from key to value; wins over `source`. What is no key of a sweep
+            goes to every trial's run.
 
     Raises:
         ConfigError: names the key, its allowed range and the nearest valid name.
     """
-    content = load_yaml(path)
+    is_file = isinstance(source, (str, Path))
+    content = load_yaml(source) if is_file else dict(source)
     if not {"base", "search_space"} & set(content):
         raise ConfigError(
-            f"'{path}' is no sweep's file, as it has neither base nor search_space: name one such "
-            "as sweep/configs/quickstart.yaml, or train alone by python -m core run --config"
+            f"{repr(str(source)) if is_file else 'this mapping'} is no sweep, as it has neither "
+            "base nor search_space: name a file such as sweep/configs/quickstart.yaml, or train "
+            "alone by python -m core run --config"
         )
     for key in _SECTIONS:
         if not isinstance(content.get(key) or {}, Mapping):
@@ -322,30 +332,12 @@ def load_sweep(path: str | Path, overrides: Mapping[str, Any]) -> SweepConfig:
     content["fixed"] = flat(content.get("fixed") or {})
     content["final"] = flat(content.get("final") or {})
     content["search_space"] = _dimensions(content.get("search_space") or {})
-    fixed: dict[str, Any] = {}
-    own = {*known_keys(SweepConfig), *SweepConfig.model_fields}  # `sampler`, not `sampler.name`.
-    for key, value in overrides.items():
-        top, _, rest = key.partition(".")
-        if top == "search_space":
-            name, _, attribute = rest.rpartition(".")
-            if not name or attribute not in Dimension.model_fields:
-                raise ConfigError(
-                    f"{key}={value!r} is no part of a search space: give search_space.KEY.low and "
-                    "search_space.KEY.high, or search_space.KEY.choices, for a KEY of the run"
-                )
-            content[top].setdefault(name, {})[attribute] = value
-        elif key in _SECTIONS:
-            raise ConfigError(f"{key}={value!r} is a section: give its dotted keys one by one")
-        elif top == "final" and rest:
-            content["final"][rest] = value
-        elif key in own and top not in _SECTIONS:
-            content = merge(content, {key: value})
-        else:
-            fixed[key] = value
+    content, fixed = _overridden(content, overrides or {})
     content["fixed"] = {**content["fixed"], **fixed}
     if isinstance(content.get("base"), str):
         # Read at once: a submitted job's files may be gone when its last line is printed.
-        content["base"] = nested(load((Path(path).parent / content["base"]).resolve()))
+        folder = Path(source).parent if is_file else Path()
+        content["base"] = nested(load((folder / content["base"]).resolve()))
     if "gpus_per_worker" not in content:
         content["gpus_per_worker"] = _gpus_of_a_worker(content)
     sweep = validate(SweepConfig, content)
@@ -366,6 +358,33 @@ def load_sweep(path: str | Path, overrides: Mapping[str, Any]) -> SweepConfig:
     sweep = _scoped(sweep)
     _check_run(sweep, {})
     return sweep
+
+
+def _overridden(
+    content: dict[str, Any], overrides: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The content with the sweep's own overrides, and those that are keys of the run."""
+    fixed: dict[str, Any] = {}
+    own = {*known_keys(SweepConfig), *SweepConfig.model_fields}  # `sampler`, not `sampler.name`.
+    for key, value in overrides.items():
+        top, _, rest = key.partition(".")
+        if top == "search_space":
+            name, _, attribute = rest.rpartition(".")
+            if not name or attribute not in Dimension.model_fields:
+                raise ConfigError(
+                    f"{key}={value!r} is no part of a search space: give search_space.KEY.low and "
+                    "search_space.KEY.high, or search_space.KEY.choices, for a KEY of the run"
+                )
+            content[top].setdefault(name, {})[attribute] = value
+        elif key in _SECTIONS:
+            raise ConfigError(f"{key}={value!r} is a section: give its dotted keys one by one")
+        elif top == "final" and rest:
+            content["final"][rest] = value
+        elif key in own and top not in _SECTIONS:
+            content = merge(content, {key: value})
+        else:
+            fixed[key] = value
+    return content, fixed
 
 
 def _gpus_of_a_worker(content: Mapping[str, Any]) -> float:
@@ -457,6 +476,22 @@ def _scoped(sweep: SweepConfig) -> SweepConfig:
             "final": sweep.final | final,
         }
     )
+
+
+def require_as_loaded(sweep: SweepConfig) -> None:
+    """Refuses a configuration that was changed after `load_sweep`, which checks its scope.
+
+    Raises:
+        ConfigError: the claim of the scope would be false, or is not what was resolved.
+    """
+    covers = sweep.run.privacy.covers
+    space = {k: v for k, v in sweep.search_space.items() if not (k == SEED and covers.is_secret)}
+    final = {} if covers.tunes_first else sweep.final
+    if _scoped(sweep.model_copy(update={"search_space": space, "final": final})) != sweep:
+        raise ConfigError(
+            "the sweep was changed after it was loaded, so its scope is not checked: give all "
+            "settings to load_sweep"
+        )
 
 
 def _check_run(sweep: SweepConfig, overrides: Mapping[str, Any]) -> None:

@@ -86,7 +86,7 @@ def _print_prices(
     if not sweep.gpus_per_worker:
         print("cost: none known, as the price table holds machines with GPUs")
         return
-    from core.run.disk_space import needed_bytes
+    from core.pipeline.disk_space import needed_bytes
 
     stored = trials * needed_bytes(config) / 1e9
     for cloud in (sweep.cloud,) if sweep.cloud else CLOUDS:

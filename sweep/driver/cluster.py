@@ -89,6 +89,12 @@ def join_cluster() -> None:
     """
     import ray._private.worker
 
+    if ray.is_initialized():
+        raise ConfigError(
+            "this process uses a Ray cluster already: call ray.shutdown() first, and to have the "
+            "sweep join that cluster, set RAY_ADDRESS"
+        )
+
     def leave_submitted_files() -> None:
         # A submitted job's processes begin in Ray's copy of its files. When the agent of another
         # node on this machine unpacks the same files, the folder is a new one of the same name,

@@ -4,11 +4,12 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from core.config import flatten
 from core.errors import ConfigError
@@ -17,15 +18,19 @@ from core.io.terminal import counted, log_to
 from core.privacy.keys import MasterSecret
 from core.record.folder import RunFolder
 from sweep.config.scope import count_trials, final_point, settings_entropy
-from sweep.config.sweep import SweepConfig
+from sweep.config.sweep import SweepConfig, require_as_loaded
 from sweep.costs.usage import Meter
 from sweep.driver.cluster import DRIVER_RESOURCE, check_places, join_cluster
 from sweep.driver.machines import Patience, billed, grows, other_sweeps, wait_for_room
 from sweep.driver.progress import Progress
 from sweep.driver.room import max_concurrent, node_resources, unused_gpus
 from sweep.results.claim import claim, driver_lock, release_id
+from sweep.results.export import frame
 from sweep.results.table import (
+    CARD,
     Row,
+    best,
+    claimed_row,
     final_row,
     load_rows,
     num_left,
@@ -37,6 +42,9 @@ from sweep.results.table import (
 from sweep.search.feasible import with_num_trials
 from sweep.trials.trial import ENDS, Context, Train, run_trial
 
+if TYPE_CHECKING:
+    import pandas
+
 _MLFLOW_TIMEOUT_S = 10.0
 """Seconds that the end of a sweep waits for MLflow."""
 
@@ -46,32 +54,69 @@ class Outcome:
     """How a sweep ended.
 
     Attributes:
+        sweep: with its folder.
         rows: one for each trial, in the order in which they were tried.
         stopped: interrupted, or given up, with the reason.
-        limited: whether what stopped it is a limit of its configuration.
         complete: whether nothing is left to do.
+        uri: of MLflow's store.
+        limited: whether what stopped it is a limit of its configuration.
     """
 
+    sweep: SweepConfig
     rows: list[Row]
     stopped: str
     complete: bool
     uri: str
     limited: bool = False
 
+    @property
+    def trials(self) -> "pandas.DataFrame":
+        """One line a trial: `trial`, `state`, scores, epsilons, `seconds`, `error`, `run_dir` and
+        every key of the configuration.
+
+        Privacy: for the owner alone. Scores are not private, and under scope `selection` the
+            number of lines is secret.
+        """
+        return frame(self.sweep, self.rows)
+
+    @property
+    def best(self) -> Row | None:
+        """The trial with the best first objective; its `run_dir`, `config`, `plan` and `scores`."""
+        return best(self.sweep, self.rows)
+
+    @property
+    def released(self) -> Row | None:
+        """The trial that may be published: the best one, or the final run; None without a claim."""
+        return claimed_row(self.sweep, self.rows)[0]
+
+    @property
+    def card(self) -> str:
+        """The privacy card as Markdown; empty until the sweep claims anything."""
+        path = self.sweep.folder / CARD
+        return path.read_text() if path.exists() else ""
+
 
 def run_sweep(sweep: SweepConfig, verbosity: int = 0, train: Train | None = None) -> Outcome:
-    """Runs what is missing of a sweep.
+    """Runs what is missing of a sweep, as `python sweep/run.py` does; shows a complete one.
+
+    Ctrl-C ends it as `stopped`, and the same call goes on.
 
     Args:
+        sweep: as of `load_sweep`.
         verbosity: of the progress: -1 none, 0 a table or sparse lines, 1 a line for each report.
         train: what trains a trial, in place of a group of Ray Train; leaves the same files.
 
     Raises:
-        ConfigError: MLflow cannot be used, the folder holds another sweep of this name, another
-            driver runs it, the cluster cannot run it, or the folder would not last.
+        ConfigError: the configuration was changed after it was loaded, MLflow cannot be used, the
+            folder holds another sweep of this name, another driver runs it, the cluster cannot run
+            it, or the folder would not last.
+        LedgerError: the ledger is missing or damaged.
+
+    Privacy: each trial reserves its whole plan in the ledger before its data is opened.
     """
     from sweep.tracking import client
 
+    require_as_loaded(sweep)
     check_places(sweep)
     sweep = with_num_trials(sweep)
     master = MasterSecret.load()  # Created at the latest here: no two workers create their own.
@@ -81,13 +126,27 @@ def run_sweep(sweep: SweepConfig, verbosity: int = 0, train: Train | None = None
     client.open_experiment(
         uri, sweep.experiment, storage, create=not sweep.run.privacy.covers.is_secret
     )
-    with driver_lock(sweep.folder) as token, log_to("sweep", sweep.folder / "sweep.log"):
+    log = log_to("sweep", sweep.folder / "sweep.log")
+    with _left_as_found(), driver_lock(sweep.folder) as token, log:
         os.chdir(sweep.folder)  # That of a submitted job vanishes while it is being stopped.
         if claim(sweep):
             client.forget_runs(uri, sweep.experiment, sweep.name)
         total = count_trials(sweep.run, sweep.num_trials, master, release_id(sweep))
         context = Context(sweep, token, train=train)
         return _run(context, total, uri, verbosity)
+
+
+@contextmanager
+def _left_as_found() -> Iterator[None]:
+    """Gives a caller back the working directory, and what SIGTERM does, which Ray sets, too."""
+    folder, answer = os.getcwd(), signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # It may be gone.
+            os.chdir(folder)
+        if answer is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, answer)
 
 
 def _run(context: Context, total: int, uri: str, verbosity: int) -> Outcome:
@@ -111,9 +170,9 @@ def _run(context: Context, total: int, uri: str, verbosity: int) -> Outcome:
         if complete and not behind and not is_behind:
             if secret and released is not None:
                 write_card(sweep, rows, released, complete)  # Its ledger may be an earlier one's.
-            return Outcome(rows, "", True, uri)
+            return Outcome(sweep, rows, "", True, uri)
     mirror, status = Mirror(sweep, context.launch, uri, total), "KILLED"
-    outcome = Outcome(rows, "", True, uri)
+    outcome = Outcome(sweep, rows, "", True, uri)
     try:
         if not secret:
             mirror.begin(behind)
@@ -163,7 +222,7 @@ def _search(
 
     sweep, meter = context.sweep, Meter(context.sweep)
     if meter.tick():
-        return Outcome(rows, meter.reason, False, uri, limited=True)
+        return Outcome(sweep, rows, meter.reason, False, uri, limited=True)
     join_cluster()
     context = replace(context, keeper=start_keeper())
     meter.machines = billed
@@ -193,7 +252,7 @@ def _search(
     stopped = limit if limited else stopped
     rows = load_rows(sweep)
     complete = not stopped and _is_complete(sweep, rows, total)
-    return Outcome(rows, stopped, complete, uri, limited)
+    return Outcome(sweep, rows, stopped, complete, uri, limited)
 
 
 def _final_point(sweep: SweepConfig) -> dict[str, Any]:

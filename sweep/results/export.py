@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from core.config import flatten
 from core.config.metrics import DIRECTIONS
@@ -11,6 +11,9 @@ from core.io.files import to_json
 from sweep.config.sweep import SweepConfig
 from sweep.results.replicates import FIGURES
 from sweep.results.table import Row, setting_figures
+
+if TYPE_CHECKING:
+    import pandas
 
 FORMATS = (".csv", ".json", ".parquet")
 
@@ -39,6 +42,13 @@ def records(sweep: SweepConfig, rows: Sequence[Row]) -> list[dict[str, Any]]:
     return [{**record(row), **none, **figures.get(row.trial, {})} for row in rows]
 
 
+def frame(sweep: SweepConfig, rows: Sequence[Row]) -> "pandas.DataFrame":
+    """One line a trial, as of `records`."""
+    import pandas
+
+    return pandas.DataFrame(records(sweep, rows))
+
+
 def differences(first: Row, second: Row) -> dict[str, tuple[Any, Any]]:
     """What differs between two trials by key, but for where they lie."""
     a, b = record(first), record(second)
@@ -59,15 +69,10 @@ def export(sweep: SweepConfig, rows: Sequence[Row], path: Path) -> None:
     """
     if path.suffix not in FORMATS:
         raise ConfigError(f"--out {path} must end in one of {', '.join(FORMATS)}")
-    content = records(sweep, rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".json":
-        path.write_text(to_json(content, indent=2) + "\n")
-        return
-    import pandas
-
-    frame = pandas.DataFrame(content)
-    if path.suffix == ".csv":
-        frame.to_csv(path, index=False)
+        path.write_text(to_json(records(sweep, rows), indent=2) + "\n")
+    elif path.suffix == ".csv":
+        frame(sweep, rows).to_csv(path, index=False)
     else:
-        frame.to_parquet(path, index=False)
+        frame(sweep, rows).to_parquet(path, index=False)

@@ -60,7 +60,7 @@ def compared_figures(sweep: SweepConfig, result: Mapping[str, Any]) -> dict[str,
     """The figures of a trial that ended under the names that all trials share.
 
     Args:
-        result: as of `core.run.pipeline.run`.
+        result: as of `core.pipeline.run.run`.
 
     Returns:
         Scores; `epsilon_trial`; `epsilon_central_share`, the central images' epsilon over it;

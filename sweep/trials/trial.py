@@ -1,4 +1,4 @@
-"""One trial: a Tune function that runs a Ray Train group of `core.run.pipeline.run` workers."""
+"""One trial: a Tune function that runs a Ray Train group of `core.pipeline.run.run` workers."""
 
 import threading
 import traceback
@@ -246,9 +246,9 @@ def train_worker(settings: dict[str, Any]) -> None:
 
     from core import distributed
     from core.config import load
+    from core.pipeline.context import SweepLink
+    from core.pipeline.run import run
     from core.privacy.keys import MasterSecret
-    from core.run.context import SweepLink
-    from core.run.pipeline import run
     from sweep.trials.keeper import KeptAccount, asking
     from sweep.trials.machine import MachineUse
     from sweep.trials.ray_train import DrainNotice, use_own_device

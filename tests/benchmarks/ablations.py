@@ -23,7 +23,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from rows import ROOT, Row, Rows, digest_of
 
-from core.commands.run import train
 from core.commands.scale_down import scaled_down
 from core.config import Config, load, nested
 from core.data import load_dataset
@@ -31,6 +30,7 @@ from core.diffusion.posthoc_ema import reconstruct
 from core.evaluation.scoring import score
 from core.generation.draw import generate
 from core.generation.generator import load_denoiser
+from core.pipeline.single import run
 from core.privacy.accounting import renyi, solve
 from core.privacy.accounting.mechanism import FINE
 from core.privacy.keys import MasterSecret
@@ -114,7 +114,7 @@ def run_row(config: Config, folder: Path, length: float | None) -> Row:
         length: of the average of weights that is scored; None: the run's own.
     """
     run_dir = folder / digest_of(config)
-    result = train(config, run_dir)
+    result = run(config, run_dir).report
     if length is not None:
         began = time.monotonic()
         denoiser = load_denoiser(config, run_dir / "model.pt", "cpu")

@@ -34,8 +34,8 @@ from core.diffusion.denoiser import build_denoiser
 from core.evaluation.fid import Moments, frechet_distance
 from core.evaluation.metrics import distribution_metrics
 from core.generation.draw import generate
+from core.pipeline.run import run
 from core.privacy.keys import MasterSecret
-from core.run.pipeline import run
 
 SHAPES = ((8, 16), (16, 8))
 FEATURES = (64, 192, 2048)

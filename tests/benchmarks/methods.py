@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from rows import ROOT, Row, Rows, digest_of
 
-from core.commands.run import train
 from core.config import Config, load
+from core.pipeline.single import run
 from core.privacy.plan.plan import make_plan
 
 CONFIGS = ROOT / "core/configs"
@@ -142,7 +142,7 @@ def main() -> None:
         over = options.budget is not None and time.monotonic() - began > 60 * options.budget
         if row is None and not over:
             print(named, file=sys.stderr, flush=True)
-            result = train(config, folder / named["digest"])
+            result = run(config, folder / named["digest"]).report
             plan = make_plan(config)
             row = named | {
                 "steps": plan.dp_sgd.num_steps,

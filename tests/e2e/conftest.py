@@ -17,8 +17,8 @@ from core.config import short_digest
 from core.errors import UserError
 from core.io.files import write_json
 from core.io.locks import locked
+from core.pipeline.run import run
 from core.privacy.keys import SECRET_FILE_VARIABLE, MasterSecret
-from core.run.pipeline import run
 from sweep.config.sweep import SweepConfig, dump_sweep, load_sweep
 from sweep.driver.cluster import DRIVER_RESOURCE
 from sweep.search.study import distributions, open_storage

@@ -200,7 +200,7 @@ def test_settings_found_on_public_data_run_once_on_the_sensitive_data(
     (final,) = [row for row in load_rows(sweep) if not row.config.dataset.public]
     for change in ((final.run_dir / "evaluation.json").unlink, lambda: rmtree(final.run_dir)):
         change()
-        ended = Outcome(load_rows(sweep), "", False, f"sqlite:///{tmp_path}/runs/mlflow.db")
+        ended = Outcome(sweep, load_rows(sweep), "", False, f"sqlite:///{tmp_path}/runs/mlflow.db")
         monkeypatch.setattr("sweep.driver.launch.run_sweep", lambda *_, told=ended: told)
         assert run_main(["--config", "sweep.yaml", *overrides]) == 1
         told = capsys.readouterr().out

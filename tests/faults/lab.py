@@ -23,10 +23,10 @@ from ray.job_submission import JobSubmissionClient
 
 from clusters.local.ports import free_ports
 from core.config import load, nested, short_digest
+from core.pipeline.context import SweepLink
+from core.pipeline.run import run
 from core.privacy.keys import MasterSecret
 from core.privacy.ledger.ledger import Ledger
-from core.run.context import SweepLink
-from core.run.pipeline import run
 from sweep.config.sweep import SweepConfig, load_sweep
 
 ROOT = Path(__file__).resolve().parents[2]

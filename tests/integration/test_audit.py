@@ -25,13 +25,13 @@ from core.evaluation.audit import (
     p_value,
 )
 from core.io.files import write_json
+from core.pipeline import run as pipeline
 from core.privacy.accounting.mechanism import FINE
 from core.privacy.accounting.solve import epsilon_of_mechanisms
 from core.privacy.keys import KeyedStream
 from core.privacy.plan.releases import DpSgdPlan
 from core.publish.proven import audit_lines, bundled_bounds, keep
 from core.record.folder import RunFolder
-from core.run import pipeline
 
 DELTA, CANARIES = 1e-5, 20_000
 PLAN = DpSgdPlan(2, 1.0, noise_multiplier=2.0, max_grad_norm=0.1, expected_batch_size=40)

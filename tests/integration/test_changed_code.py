@@ -8,10 +8,11 @@ import torch
 from two_ranks import StopRunError, stop_at, tiny_run
 
 from core.errors import ConfigError
+from core.pipeline import identity
+from core.pipeline import run as pipeline
+from core.pipeline.identity import differences
 from core.privacy.ledger.ledger import Ledger
 from core.privacy.mechanisms.dp_sgd import DpSgdOptimizer
-from core.run import identity, pipeline
-from core.run.identity import differences
 
 SETTINGS = {"training.num_steps": 4, "runtime.log_every": 1, "runtime.checkpoint_every": 100}
 

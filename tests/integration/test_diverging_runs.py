@@ -16,9 +16,10 @@ from core.config import load
 from core.diffusion.ema import Ema
 from core.errors import NotFiniteError
 from core.evaluation import scoring
+from core.pipeline import early_scores
+from core.pipeline import run as pipeline
 from core.privacy.ledger.ledger import Ledger
 from core.privacy.mechanisms.per_example_gradients import PerExampleGradients
-from core.run import early_scores, pipeline
 from core.training import stages
 from core.training.checkpoint import Checkpoints
 from core.training.loop import Loop, Model, Stage

@@ -11,10 +11,10 @@ from two_ranks import tiny_run
 from core.config import load
 from core.errors import ConfigError
 from core.evaluation import metrics
+from core.pipeline import early_scores, identity
 from core.privacy.ledger.account import Spending
 from core.privacy.ledger.ledger import Ledger
 from core.privacy.plan.plan import make_plan
-from core.run import early_scores, identity
 
 EARLY = {
     "early_scores.at": [0.25, 0.5, 0.75],

@@ -9,10 +9,10 @@ from two_ranks import StopRunError, start_ranks, stop_at, tiny_run
 
 from core.config import load, nested
 from core.data import Split
+from core.pipeline import released
 from core.privacy.accounting.mechanism import FINE
 from core.privacy.accounting.solve import epsilon_of_mechanisms
 from core.privacy.ledger.ledger import Ledger
-from core.run import released
 from core.training.stages import WarmUpData, warm_up_stage
 from sweep.config.sweep import load_sweep
 

@@ -10,9 +10,9 @@ import pytest
 from two_ranks import tiny_run
 
 from core.__main__ import main
+from core.pipeline import identity
 from core.privacy.keys import KeyedStream, MasterSecret
 from core.privacy.ledger.ledger import Ledger
-from core.run import identity
 
 FILES = {
     "central_images/grid.png",

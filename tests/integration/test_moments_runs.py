@@ -11,9 +11,10 @@ from two_ranks import StopRunError, start_ranks, stop_at, tiny_run
 
 from core.__main__ import main
 from core.config import load, nested
+from core.pipeline import released
+from core.pipeline import run as pipeline
 from core.privacy.ledger.ledger import Ledger
 from core.privacy.mechanisms.moments import Moments
-from core.run import pipeline, released
 from sweep.config.sweep import load_sweep
 
 STARTED = {

@@ -27,12 +27,13 @@ from core.diffusion.loss import Draws
 from core.errors import ConfigError
 from core.generation import draw
 from core.generation.png import write_grid
+from core.pipeline import identity
+from core.pipeline import run as pipeline
 from core.privacy.keys import KeyedStream
 from core.privacy.mechanisms import convolution_gradients, dp_sgd, kernels, per_example_gradients
 from core.privacy.mechanisms.dp_sgd import DpSgdOptimizer
 from core.privacy.mechanisms.per_example_gradients import PerExampleGradients
 from core.privacy.plan.releases import DpSgdPlan
-from core.run import identity, pipeline
 from core.training import stages
 from core.training.physical_batch import PhysicalBatches
 from sweep.driver.doctor import usable_gpus

@@ -13,8 +13,9 @@ from two_ranks import TINY
 
 from core.__main__ import main
 from core.config import load
+from core.pipeline import released
+from core.pipeline import run as pipeline
 from core.privacy.mechanisms import central_images
-from core.run import pipeline, released
 
 CONFIG = "core/configs/digits.yaml"
 

@@ -11,9 +11,9 @@ from two_ranks import TINY, StopRunError
 from core.config import load
 from core.errors import ConfigError, DataError
 from core.io.files import write_json
+from core.pipeline.run import run
 from core.privacy.keys import MasterSecret
 from core.record.folder import RunFolder
-from core.run.pipeline import run
 from sweep.config.sweep import SweepConfig, load_sweep
 from sweep.results.claim import claim
 

@@ -9,9 +9,9 @@ import torch
 from two_ranks import StopRunError, in_processes, stop_at, tiny_run
 
 from core.errors import ConfigError
+from core.pipeline import run as pipeline
 from core.privacy.keys import MasterSecret
 from core.privacy.ledger.ledger import Ledger
-from core.run import pipeline
 
 SETTINGS = {
     "training.num_steps": 16,

@@ -14,13 +14,13 @@ from core.data import Dataset, Split
 from core.evaluation import metrics, private_scores
 from core.evaluation.classifiers import count_correct
 from core.evaluation.networks import Classifier
+from core.pipeline import run as pipeline
 from core.privacy.keys import KeyedStream
 from core.privacy.ledger.admission import BudgetExceededError
 from core.privacy.ledger.file import Event, Key, LedgerError
 from core.privacy.ledger.ledger import Ledger
 from core.privacy.plan.plan import ScorePlan, sweep_reference
 from core.privacy.plan.scopes import run_budget
-from core.run import pipeline
 
 
 def ledger_of(folder: Path) -> Ledger:

@@ -9,11 +9,11 @@ import torch
 from two_ranks import tiny_run
 
 from core.errors import ConfigError
+from core.pipeline import released
+from core.pipeline.released import Trajectory
 from core.privacy.accounting.mechanism import FINE
 from core.privacy.accounting.solve import epsilon_of_mechanisms
 from core.privacy.ledger.ledger import Ledger
-from core.run import released
-from core.run.released import Trajectory
 from core.training.checkpoint import Checkpoints
 from sweep.config.scope import shares_central_images
 from sweep.config.sweep import load_sweep

@@ -16,10 +16,10 @@ from core.__main__ import main
 from core.config import load
 from core.data import Dataset, load_dataset
 from core.errors import DataError, InfeasibleError
+from core.pipeline import run as pipeline
 from core.privacy.ledger.account import Spending
 from core.privacy.ledger.file import LedgerError
 from core.privacy.ledger.ledger import Ledger
-from core.run import pipeline
 
 
 def summary_of(folder: Path) -> dict:

@@ -10,11 +10,11 @@ import torch.distributed as dist
 
 from core import distributed
 from core.config import load
+from core.pipeline.context import SweepLink
+from core.pipeline.run import run
 from core.privacy.keys import KeyedStream, MasterSecret
 from core.privacy.mechanisms.dp_sgd import DpSgdOptimizer
 from core.privacy.plan.plan import DpSgdPlan
-from core.run.context import SweepLink
-from core.run.pipeline import run
 
 TINY = {
     "privacy.target_epsilon": 1.0,  # Ten takes thrice as long to solve.
@@ -96,7 +96,7 @@ def released_noise() -> torch.Tensor:
 
 # Processes begin as copies of one that has all loaded: an import takes longer than a tiny run.
 _PROCESSES = multiprocessing.get_context("forkserver")
-_PROCESSES.set_forkserver_preload(["core.run.pipeline", "torch._dynamo"])  # Which optimizers load.
+_PROCESSES.set_forkserver_preload(["core.pipeline.run", "torch._dynamo"])  # Which optimizers load.
 _PATIENCE_S = 120
 """Seconds in which each process must end."""
 

@@ -8,9 +8,9 @@ import torch
 from idx_files import write_idx
 
 from core.config import load
+from core.pipeline import identity
+from core.pipeline.run import run
 from core.privacy.keys import KeyedStream, MasterSecret
-from core.run import identity
-from core.run.pipeline import run
 
 SETTINGS = {
     "dataset.name": "idx",

@@ -8,7 +8,7 @@ import torch
 from checks import is_normal
 from two_ranks import start_ranks, tiny_run
 
-from core.run import identity
+from core.pipeline import identity
 
 TWO_LEVELS = {"model.channel_multipliers": [1, 2]}
 """A network with all that networks here consist of, but for attention."""

@@ -20,9 +20,16 @@ FILES = {module_of(path): path for path in CORE.rglob("*.py")}
 
 
 def imported(path: Path) -> set[str]:
-    """Modules of the project that a file imports, anywhere in it, and the packages around them."""
+    """Modules of the project that a file imports, anywhere in it, and the packages around them.
+
+    But for type checkers alone, as the public names of `core`, which a run asks for none of.
+    """
     names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    tree.body = [
+        node for node in tree.body if not ast.unparse(node).startswith("if TYPE_CHECKING:")
+    ]
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -43,7 +50,7 @@ def closure(root: str) -> set[str]:
 
 
 def test_all_that_a_run_imports_is_in_the_digest():
-    needed = {FILES[name] for name in closure("core.run.pipeline")}
+    needed = {FILES[name] for name in closure("core.pipeline.run")}
     names = {path.relative_to(CORE).as_posix() for path in needed}
     # Also what is imported within functions, and packages themselves.
     assert {

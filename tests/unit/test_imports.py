@@ -163,7 +163,7 @@ def test_a_run_needs_no_package_but_the_required_ones(tmp_path):
         (("sweep.trials.trial",), {"torch", "mlflow"}),
         (("core.io.code_digest",), {"torch", "numpy"}),
         # Workers whose plan another rank solves.
-        (("sweep.trials.trial", "core.run.pipeline"), {"dp_accounting"}),
+        (("sweep.trials.trial", "core.pipeline.run"), {"dp_accounting"}),
     ],
 )
 def test_a_process_loads_only_what_it_uses(modules, unneeded):

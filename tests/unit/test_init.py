@@ -17,6 +17,7 @@ from core.commands.proposal import propose
 from core.commands.survey import Survey, survey
 from core.config import DatasetConfig, load
 from core.errors import DataError
+from core.privacy.accounting.rounding import upward
 from core.privacy.plan.plan import estimated_noise_multiplier, make_plan
 from sweep.config.sweep import load_sweep
 from sweep.run import main as run_main
@@ -126,6 +127,9 @@ def test_nothing_is_written_until_the_owner_publishes_the_counts(tmp_path, monke
     typed = ["seed=3", "model.attention_sizes=[8]"]
     assert main([*command, "--publish-counts", "--out", "my.yaml", *typed]) == 0
     told = capsys.readouterr().out
+    assert re.search(
+        r"^easy +\d+ steps on 2 central images a class, .* epsilon [\d.]+$", told, re.M
+    )
     for word in ("noise ", "epsilon ", "time ", "memory ", "too small"):
         assert re.search(rf"^{word}", told, re.M), word
     config = load("my.yaml")
@@ -155,6 +159,23 @@ def test_one_command_plans_a_sweep_and_goes_on_with_what_it_wrote(tmp_path, monk
     assert "--epsilon is missing" in capsys.readouterr().err
     assert run_main(["--epsilon", "10", "--plan"]) == 2
     assert "need --data FOLDER" in capsys.readouterr().err
+
+
+def test_the_plan_tells_what_is_spent_on_moments(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    random = np.random.default_rng(0)
+    labels = {"train_labels": np.arange(240) % 2, "test_labels": np.arange(20) % 2}
+    images = {"train_images": random.integers(0, 256, (240, 8, 8))}
+    images["test_images"] = images["train_images"][:20]
+    write_idx(tmp_path / "grey", **images, **labels)
+    command = ["init", "grey", "--epsilon", "10", "--minutes", "0.05", "--publish-counts"]
+    assert main(command) == 0
+    plan, told = make_plan(load("grey-epsilon10.yaml")), capsys.readouterr().out
+    assert (
+        f"moments of 1 cluster a class, which alone spend epsilon {upward(plan.epsilon_central)}"
+        in told
+    )
+    assert "central image" not in told
 
 
 def test_without_any_argument_the_quickstart_runs(monkeypatch):
@@ -210,13 +231,21 @@ def test_it_starts_from_moments_where_these_were_measured(changes, kind, cluster
     [
         (["--minutes", "0"], "--minutes=0 must be positive"),
         (["--gpu-hours", "4", "runtime.device=cpu"], "--gpu-hours=4, but there is no GPU here"),
+        (["--epsilon", "0"], "--epsilon=0 must be positive and finite"),
+        (["--epsilon=-1"], "--epsilon=-1 must be positive and finite"),
+        (["--epsilon", "nan"], "--epsilon=nan must be positive and finite"),
+        ([], "no folder at dataset.path="),
     ],
 )
-def test_a_time_that_nothing_can_be_made_of_is_refused_before_anything_is_read(
-    flags, message, capsys
+def test_what_nothing_can_be_made_of_is_refused_in_one_line_before_anything_is_read(
+    flags, message, tmp_path, monkeypatch, capsys
 ):
+    monkeypatch.chdir(tmp_path)
     assert main(["init", "nowhere", "--epsilon", "10", *flags]) == 2
-    assert message in capsys.readouterr().err
+    assert run_main(["--data", "nowhere", "--epsilon", "10", *flags]) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert [line.count(message) for line in told.err.splitlines()] == [1, 1]
 
 
 def test_what_is_too_small_is_said_with_the_reason_and_what_is_large_is_not():

@@ -141,6 +141,14 @@ ANSWERS = (
         r"mlflow.pyfunc.load_model",
         WHOLE + "generator.py::test_the_registered_model_is_the_same_and_registered_once",
     ),
+    (
+        r"(from core import|config = load|plan = make_plan|outcome = run\(|drawn = Generator)",
+        WHOLE + "api.py::test_a_run_and_its_bundle_draw_what_it_was_scored_with",
+    ),
+    (
+        r"(from sweep import|outcome = run_sweep|outcome\.trials)",
+        SWEEPS + "python.py::test_python_charges_what_the_command_does_and_tells_the_same",
+    ),
     (r"ray start ", "needs several machines, and changes which ports are open on this one"),
     (
         r"bash clusters/secrets.sh$",

@@ -8,9 +8,9 @@ from core.commands.run import result_lines
 from core.config import load
 from core.errors import ConfigError
 from core.io.files import write_json
+from core.pipeline.context import Reporter
 from core.privacy.plan.plan import make_plan
 from core.record.folder import MetricsLog, Result, RunFolder
-from core.run.context import Reporter
 
 CONFIG = load({}, {"method": "non_private"})
 

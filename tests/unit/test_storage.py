@@ -10,7 +10,7 @@ from core.config import load
 from core.diffusion.denoiser import build_denoiser
 from core.diffusion.ema import Ema
 from core.errors import StorageError
-from core.run.disk_space import needed_bytes, require_space
+from core.pipeline.disk_space import needed_bytes, require_space
 from core.training.checkpoint import Checkpoints
 
 CONFIG = load("core/configs/digits.yaml")

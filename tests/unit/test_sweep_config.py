@@ -366,7 +366,7 @@ def test_files_of_other_kinds_are_refused(tmp_path):
     path = tmp_path / "sweep.yaml"
     space = "search_space:\n  stage_split:\n    low: 0\n    high: 0.5\n"
     for content, message in {
-        b"": r"is no sweep's file, as it has neither base nor search_space",
+        b"": r"is no sweep, as it has neither base nor search_space",
         Path("core/configs/digits.yaml").read_bytes(): r"train alone by python -m core run",
         "name: \u00e4".encode("latin-1"): r"is not text in UTF-8 .*: save it as such",
         f"name: t\nbase: x\nfixed: [1]\n{space}".encode(): r"fixed=\[1\] must be a section",

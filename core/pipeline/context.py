@@ -12,12 +12,12 @@ from core import distributed
 from core.config import Config
 from core.device import config_device
 from core.io.terminal import Report, report_line
+from core.pipeline.identity import Identity
 from core.privacy.keys import KeyedStream, MasterSecret
 from core.privacy.ledger.account import Account, Spending
 from core.privacy.ledger.ledger import Reservation
 from core.privacy.plan.plan import PrivacyPlan
 from core.record.folder import MetricsLog, Result, RunFolder
-from core.run.identity import Identity
 from core.training.checkpoint import Checkpoints
 
 _LOG = logging.getLogger("core")

@@ -31,16 +31,16 @@ from core.generation.png import write_grid
 from core.io.files import private_folder, write_whole
 from core.io.locks import locked
 from core.io.terminal import Report, log_to
+from core.pipeline.context import ALONE, Reporter, Run, SweepLink
+from core.pipeline.disk_space import require_space
+from core.pipeline.early_scores import EarlyScores
+from core.pipeline.identity import SHOWN, identify
+from core.pipeline.released import kept_gaussians, released_data, released_model, warm_up
 from core.privacy.keys import MasterSecret
 from core.privacy.ledger.account import Spending, require_same_data
 from core.privacy.plan.plan import PrivacyPlan
 from core.record.early import ENDED_EARLY, StoppedEarlyError
 from core.record.folder import Result, RunFolder, write_class_names
-from core.run.context import ALONE, Reporter, Run, SweepLink
-from core.run.disk_space import require_space
-from core.run.early_scores import EarlyScores
-from core.run.identity import SHOWN, identify
-from core.run.released import kept_gaussians, released_data, released_model, warm_up
 from core.training.loop import Loop, Model, Observer, Stage
 from core.training.stages import non_private_stage, private_stage
 
@@ -63,7 +63,7 @@ def run(
     A finished run returns its stored result, one that failed for good raises its error again; an
     interrupted one goes on from its checkpoint, replaying the same masks and noise, so it releases
     nothing new. What must be the same for that, and what a replay may differ in, see
-    `core.run.identity`.
+    `core.pipeline.identity`.
 
     Args:
         run_dir: folder that all ranks see; receives everything the run writes.

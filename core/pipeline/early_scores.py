@@ -16,8 +16,8 @@ from core.evaluation.metrics import (
 )
 from core.evaluation.scoring import require_finite
 from core.generation.draw import generate
+from core.pipeline.context import Run
 from core.record.early import PROGRESS, STAGE, StoppedEarlyError
-from core.run.context import Run
 from core.training.loop import Model
 
 

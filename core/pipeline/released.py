@@ -21,11 +21,11 @@ from core.data import Split, to_float
 from core.diffusion.gaussians import Gaussians
 from core.generation.png import write_grid
 from core.io.locks import locked
+from core.pipeline.context import Run
 from core.privacy.mechanisms.central_images import CentralImages, release_central_images
 from core.privacy.mechanisms.frequency import FourierFeatures, release_features
 from core.privacy.mechanisms.moments import Moments, release_moments
 from core.privacy.plan.releases import CentralPlan, FrequencyPlan, MomentsPlan
-from core.run.context import Run
 from core.training.checkpoint import Checkpoints
 from core.training.class_gaussians import drawn_images, gaussians_of, pictures_of
 from core.training.feature_generator import AuxiliaryGenerator, fitted_images
