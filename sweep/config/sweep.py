@@ -32,6 +32,7 @@ from sweep.config.grid import PublishedGrid, check_grid, default_num_trials
 from sweep.config.prices import Cloud
 from sweep.config.scope import (
     SEED,
+    STEPS,
     Search,
     check_limits,
     check_searched,
@@ -486,8 +487,11 @@ def require_as_loaded(sweep: SweepConfig) -> None:
     """
     covers = sweep.run.privacy.covers
     space = {k: v for k, v in sweep.search_space.items() if not (k == SEED and covers.is_secret)}
-    final = {} if covers.tunes_first else sweep.final
-    if _scoped(sweep.model_copy(update={"search_space": space, "final": final})) != sweep:
+    as_given = {"search_space": space}
+    if covers.tunes_first:  # Tuning trials have a part of the steps that the final run has.
+        steps = {key: value for key, value in sweep.final.items() if key == STEPS}
+        as_given |= {"final": {}, "fixed": {**sweep.fixed, **steps}}
+    if _scoped(sweep.model_copy(update=as_given)) != sweep:
         raise ConfigError(
             "the sweep was changed after it was loaded, so its scope is not checked: give all "
             "settings to load_sweep"

@@ -195,17 +195,18 @@ def test_settings_found_on_public_data_run_once_on_the_sensitive_data(
     assert [len(ledger.summary()["entries"]) for ledger in ledgers] == [1, 1]
 
     # As it is where the final run failed, then where it was refused before it began.
-    monkeypatch.chdir(tmp_path)
     sweep = open_sweep(tmp_path / "runs", "tiny")
     (final,) = [row for row in load_rows(sweep) if not row.config.dataset.public]
     for change in ((final.run_dir / "evaluation.json").unlink, lambda: rmtree(final.run_dir)):
         change()
+        monkeypatch.chdir(tmp_path)  # A sweep's driver leaves it.
         ended = Outcome(sweep, load_rows(sweep), "", False, f"sqlite:///{tmp_path}/runs/mlflow.db")
         monkeypatch.setattr("sweep.driver.launch.run_sweep", lambda *_, told=ended: told)
         assert run_main(["--config", "sweep.yaml", *overrides]) == 1
         told = capsys.readouterr().out
         assert "final run: not finished, so nothing is claimed yet" in told
         assert "privacy:" not in told
+        monkeypatch.chdir(tmp_path)
         assert sweep_main(["report", "--name", "tiny", "--storage", "runs", "--out", "page"]) == 0
         assert (
             "Final run: not finished, so nothing is claimed yet." in (tmp_path / "page").read_text()

@@ -175,6 +175,7 @@ def test_a_sweep_is_read_from_a_mapping_as_from_its_file(tmp_path, monkeypatch):
     [
         ("sweep", {"objective": Objective(metric="accuracy")}, "objective.metric='accuracy'"),
         ("selection", {"sampler": "tpe"}, "sampler='tpe'"),
+        ("tune_then_train", {"final": {}}, "was changed after it was loaded"),
     ],
 )
 def test_a_sweep_that_was_changed_by_hand_is_refused_before_anything_is_claimed(
@@ -186,6 +187,10 @@ def test_a_sweep_that_was_changed_by_hand_is_refused_before_anything_is_claimed(
     more |= {"storage_path": str(tmp_path / "runs"), "num_trials": 2}
     if scope == "selection":
         more |= {"num_trials": None, "privacy.selection_law": "geometric"}
+    if scope == "tune_then_train":
+        more |= {"privacy.tuning_epsilon": 0.2, "privacy.tuning_steps": 0.5, "dataset.public": True}
+        more |= {"central_images.noise_multiplier": 60, "privacy.dp_accuracy_stddev": None}
+        content["objective"] = "accuracy"
     config = sweep.load_sweep(content, more)
     require_as_loaded(config)
     with pytest.raises(ConfigError, match=message):

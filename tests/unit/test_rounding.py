@@ -75,5 +75,6 @@ def test_no_epsilon_or_delta_is_rounded_to_the_nearest():
         "privacy.target_delta={self.privacy.target_delta:g} must lie",
         "at least {found['epsilon_lower_bound']:.4g}",
         "EPSILON={epsilon:g}",
+        "--epsilon={epsilon:g} must be positive",
     )
     assert [line for line in found if not any(text in line for text in allowed)] == []
