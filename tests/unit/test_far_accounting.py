@@ -10,13 +10,16 @@ import pytest
 from scipy import optimize, special
 from test_plan import reference
 
+from core.config import load
 from core.errors import InfeasibleError
 from core.privacy.accounting import renyi, solve
 from core.privacy.accounting.mechanism import FINE, LARGEST, Mechanism, least_delta, quick_grid
+from core.privacy.accounting.quick import composed, composed_losses, quick_epsilon
 from core.privacy.accounting.rounding import odds
 from core.privacy.ledger.card import card_markdown, make_card
 from core.privacy.ledger.file import Key, Terms
 from core.privacy.ledger.ledger import Ledger, events_of
+from core.privacy.plan.compare import final_noise
 from core.privacy.plan.plan import (
     PrivacyPlan,
     composed_epsilon,
@@ -25,6 +28,7 @@ from core.privacy.plan.plan import (
     resumed_plan,
 )
 
+DIGITS = "core/configs/digits.yaml"
 RENYI = "Renyi DP (Mironov 2017), as PLD ends at epsilon 600 and, for so many releases, delta "
 
 
@@ -259,3 +263,18 @@ def test_a_refusal_of_a_method_without_training_speaks_of_what_it_releases(scope
         match=rf"leave too little of .* for {title}, .*: raise privacy\.dp_accuracy_stddev \(1\)$",
     ):
         make_plan(reference(privacy__target_epsilon=2.5, **settings, **score))
+
+
+@pytest.mark.parametrize("relation", ["zero_out", "replace_one"])
+def test_what_has_no_loss_that_the_grid_holds_stays_infinite_composed_again(relation):
+    for one_way in composed_losses([(1.0, 0.02, 2)], relation, 0.1):
+        assert one_way.infinite == 1
+        assert composed([one_way, one_way], [1, 3], 0.1).infinite == 1
+    assert quick_epsilon([(1.0, 0.02, 2)], 1e-5, relation, 0.1) == math.inf
+
+
+@pytest.mark.parametrize(("scope", "least"), [("sweep", 0.5), ("selection", 0.2)])
+def test_other_scopes_answer_for_a_target_beyond_pld(scope, least):
+    shares = {"num_shares": 16, "adaptive": True} if scope == "sweep" else {}
+    config = load(DIGITS, {"privacy.target_epsilon": 1100})
+    assert least < final_noise(config, scope, **shares) < 2 * least

@@ -115,6 +115,10 @@ class Losses(NamedTuple):
     infinite: float
 
 
+_ALL_INFINITE = Losses(0, np.zeros(1), 1.0)
+"""Of what has no loss that the grid holds."""
+
+
 def composed_losses(
     mechanisms: Sequence[Mechanism], relation: str, discretization: float
 ) -> tuple[Losses, Losses]:
@@ -152,6 +156,8 @@ def quick_epsilon(
 
 def composed(releases: Sequence[Losses], counts: Sequence[int], discretization: float) -> Losses:
     """The losses of `counts` copies of each of `releases` together, in one direction."""
+    if any(each.infinite >= 1 for each in releases):
+        return _ALL_INFINITE
     parts = [each.probabilities for each in releases]
     first, last = _range(parts, counts)
     size = cast(int, fft.next_fast_len(max(last - first + 1, *map(len, parts)), real=True))
@@ -163,6 +169,8 @@ def composed(releases: Sequence[Losses], counts: Sequence[int], discretization: 
     probabilities = np.roll(np.fft.irfft(spectrum, size), -first)[: last - first + 1]
     finite = max(0, math.floor(_LARGEST / discretization) - least - first + 1)
     infinite = _TAIL - math.expm1(log_finite) + float(probabilities[finite:].sum())
+    if not finite:
+        return _ALL_INFINITE
     return Losses(least + first, probabilities[:finite], infinite)
 
 
