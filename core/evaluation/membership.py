@@ -51,13 +51,13 @@ def denoising_losses(
     generator = torch.Generator().manual_seed(seed)
     shape = (LEVELS, _DRAWS, *split.images.shape[1:])
     noise = torch.randn(shape, generator=generator).to(device)
-    parts: list[torch.Tensor] = []
+    sigmas, parts = noise_levels(config), list[torch.Tensor]()
     for images, labels in zip(
         split.images.split(batch_size), split.labels.to(device).split(batch_size), strict=True
     ):
         clean = to_model_range(to_float(images.to(device)))
         losses: list[torch.Tensor] = []
-        for sigma, draws in zip(noise_levels(config), noise, strict=True):
+        for sigma, draws in zip(sigmas, noise, strict=True):
             level = torch.full((len(images),), sigma, device=device)
             weight = (level**2 + config.sigma_data**2) / (level * config.sigma_data) ** 2
             if isinstance(denoiser, MomentsDenoiser):

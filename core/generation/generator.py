@@ -65,7 +65,8 @@ class Generator:
     def draw(self, num_images: int) -> Split:
         """Images of all classes in equal numbers, image i of class `i % num_classes`.
 
-        As many as the run was scored with are the very images that it was scored with.
+        As many as the run was scored with, with its settings and on its kind of machine, are the
+        very images that it was scored with.
 
         Returns:
             `images`, uint8 `[N, C, H, W]`, and `labels`, int64 `[N]`: tensors on the CPU.

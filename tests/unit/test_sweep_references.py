@@ -7,13 +7,13 @@ from functools import cache
 import numpy as np
 import pytest
 from scipy.stats import norm
-from test_best_of_trials import DELTA, RATE, STEPS, stick
+from test_best_of_trials import DELTA, RATE, STEPS
 from test_ledger import CENTRAL as CENTRAL_EVENT
 from test_ledger import DP_SGD, TERMS, counted
 from test_plan import reference
 from test_selection_shares import each_delta_decides, stays_below
 from test_sweep_config import QUICKSTART, SWEEP
-from test_tuning_shares import deltas_of, garbled_tree, toy
+from test_tuning_shares import garbled_tree, nearest_below, toy
 
 from core.config import Config, load, nested
 from core.config.privacy import mechanisms_of
@@ -108,11 +108,7 @@ def test_trials_of_one_reference_that_are_chosen_by_results_stay_below_its_copie
         one = toy(rng, step)
         whole = composed([one[2]], [3], step)
         q, p = garbled_tree(rng, [one] * 3)
-        for place in range(0, 25, 4):
-            bound = deltas_of(whole, step, np.array([place * step]))[0]
-            exact = stick(q, p, place * step)
-            assert exact <= bound + 1e-12
-            nearest = max(nearest, exact / bound)
+        nearest = max(nearest, nearest_below(whole, step, q, p))
     assert nearest > 0.5
 
 

@@ -7,6 +7,7 @@ so that both stages together spend the target epsilon. It touches no data.
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import lru_cache
 from itertools import chain
 from typing import Any
 
@@ -464,6 +465,7 @@ def sweep_reference(smoothest: Config, others: Iterable[Config]) -> dict[str, tu
     return {"privacy.tuning_reference": flat(bound.reference)}
 
 
+@lru_cache(maxsize=64)  # A sweep is scoped when it is loaded, and again before it runs.
 def _least_noise(share: Share, problem: solve.Problem) -> float | None:
     try:
         return share.solve_noise_multiplier(problem)

@@ -152,7 +152,7 @@ class ProfileShare(Share):
     @property
     def largest(self) -> tuple[Mechanism, ...]:
         """What each trial that has this share releases at most: a reference of `delta_of_all`."""
-        raise NotImplementedError
+        return self.reference
 
     def delta_of_all(self, alike: tuple[Mechanism, ...], epsilon: float) -> float:
         """Delta at `epsilon`, at most, if each trial that has this share releases `alike`."""
@@ -210,11 +210,6 @@ class SelectionShare(ProfileShare):
     def tail(self) -> float:
         """As of `ProfileShare`."""
         return _SLACK * self.delta / self.mean
-
-    @property
-    def largest(self) -> tuple[Mechanism, ...]:
-        """As of `ProfileShare`."""
-        return self.reference
 
     def delta_of_all(self, alike: tuple[Mechanism, ...], epsilon: float) -> float:
         """As of `ProfileShare`."""
@@ -289,11 +284,6 @@ class SweepShare(ComposedShare):
         if not self.reference:
             return f"epsilon {upward(self.epsilon)} of {self.trials} trials"
         return "the privacy profile that bounds every trial of the sweep"
-
-    @property
-    def largest(self) -> tuple[Mechanism, ...]:
-        """As of `ProfileShare`."""
-        return self.reference
 
     def references(self, largest: tuple[Mechanism, ...]) -> tuple["Reference", ...]:
         """As of `ComposedShare`."""
