@@ -562,8 +562,22 @@ MUTANTS = (
     Mutant(
         "tuning: one tuning trial composed for all",
         PAIRS,
-        "composed([pair], [n], finest)",
-        "composed([pair], [1], finest)",
+        "composed([each], [count], step)",
+        "composed([each], [1], step)",
+        TUNED,
+    ),
+    Mutant(
+        "tuning: the final run at what tuning trials add instead of what they leave",
+        PAIRS,
+        "left = epsilon - apart *",
+        "left = epsilon + apart *",
+        TUNED,
+    ),
+    Mutant(
+        "tuning: a final run's own tail left out",
+        PAIRS,
+        "return losses.infinite + upper[above]",
+        "return upper[above]",
         TUNED,
     ),
     Mutant(

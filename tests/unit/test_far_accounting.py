@@ -10,6 +10,7 @@ import pytest
 from scipy import optimize, special
 from test_plan import reference
 
+from core.__main__ import main
 from core.config import load
 from core.errors import InfeasibleError
 from core.privacy.accounting import renyi, solve
@@ -278,3 +279,11 @@ def test_other_scopes_answer_for_a_target_beyond_pld(scope, least):
     shares = {"num_shares": 16, "adaptive": True} if scope == "sweep" else {}
     config = load(DIGITS, {"privacy.target_epsilon": 1100})
     assert least < final_noise(config, scope, **shares) < 2 * least
+
+
+@pytest.mark.parametrize("target", [300.0, 700.0])
+def test_all_scopes_are_compared_far_out_in_seconds(target, capsys):
+    began = time.process_time()
+    main(["account", "--config", "core/configs/digits.yaml", f"privacy.target_epsilon={target}"])
+    assert time.process_time() - began < 15
+    assert "tune_then_train" in capsys.readouterr().out

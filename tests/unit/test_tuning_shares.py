@@ -255,12 +255,27 @@ def test_a_tuning_trial_without_the_final_reference_is_refused():
         make_plan(alone)
 
 
-def test_a_final_run_alone_leaves_the_grid_within_memory():
-    """Its DP-SGD without central images needs a grid far finer than that of tuning trials."""
-    tuning, final = ((1.0, 4.0, 1),), ((RATE, 10_000.0, STEPS),)
-    own = [references.profile_step(each) for each in (tuning, final)]
-    assert max(own) / min(own) > references._FARTHEST
-    assert min(references.steps(((tuning, 16), (final, 1)))) >= max(own) / references._FARTHEST
+def test_references_keep_their_own_grids():
+    """A final run without central images needs a grid far finer than that of tuning trials."""
+    tuning, final = (((1.0, 4.0, 1),), 16), (((RATE, 10_000.0, STEPS),), 1)
+    coarse, fine = references.grids((tuning, final))
+    assert coarse > 50 * fine
+    assert max(len(way.probabilities) for way in references._copies(final, "zero_out", fine)) < 2e6
+    # The tuning trials are one Gaussian mechanism of noise 1; the final run adds hardly any.
+    exact = norm.cdf(-3.5) - math.exp(4) * norm.cdf(-4.5)
+    assert exact < references.composed_delta((tuning, final), "zero_out", 4.0) < 1.01 * exact
+
+
+def test_the_delta_of_one_direction_is_known_between_the_points_of_its_grid():
+    """Randomized response with probability 3/4 of the truth: its loss is log 3, either way."""
+    step = math.log(3)
+    losses = references.Losses(-1, np.array([0.25, 0.0, 0.75]), 0.0)
+    epsilons = np.array([-5.0, -1.5, -step, -0.3, 0.0, 0.4, step, 2.0])
+    exact = [
+        max(0.75 - math.exp(each) * 0.25, 0) + max(0.25 - math.exp(each) * 0.75, 0)
+        for each in epsilons
+    ]
+    assert references._deltas(losses, step, epsilons) == pytest.approx(exact, abs=1e-15)
 
 
 def test_what_is_not_proven_is_refused():

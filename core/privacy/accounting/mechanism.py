@@ -36,12 +36,12 @@ def least_delta(mechanisms: Iterable[Mechanism]) -> float:
     return 1e-12 + 1e-14 * sum(count for *_, count in mechanisms)
 
 
-def quick_grid(mechanisms: Iterable[Mechanism]) -> float:
+def quick_grid(mechanisms: Iterable[Mechanism], coarsest: float = _COARSEST) -> float:
     """A grid on which epsilon is at most about 0.1 % too large, and fast: to search and to show.
 
     Connecting the dots adds to the variance of each release's privacy loss a part of the grid's
     square; so the grid is a fifteenth of that loss's deviation, sqrt(chi^2), over all releases,
-    but not so fine that the largest loss of one of them is out of reach.
+    but not so fine that the largest loss of one of them is out of reach, and at most `coarsest`.
     """
     variance = total = largest = 0.0
     for sample_rate, noise_multiplier, count in mechanisms:
@@ -49,7 +49,7 @@ def quick_grid(mechanisms: Iterable[Mechanism]) -> float:
         total += count
         far = min(0.5 * noise_multiplier**-2 + 10 / noise_multiplier, _COARSEST * _POINTS)
         largest = max(largest, math.log1p(sample_rate * math.expm1(far)))
-    return min(max(math.sqrt(variance / total) / 15, largest / _POINTS, _FINEST), _COARSEST)
+    return min(max(math.sqrt(variance / total) / 15, largest / _POINTS, _FINEST), coarsest)
 
 
 def fitting_grid(mechanisms: Sequence[Mechanism], discretization: float, scale: float) -> float:

@@ -35,6 +35,7 @@ _LARGEST = 700.0
 """Larger losses count as infinite: their exponentials are, nearly."""
 _NEAR = 2.0 ** np.arange(-3, 3.5, 0.5)
 """Orders of Chernoff's bound, over the best one of a normal law."""
+_BLOCK = 16
 
 
 class _SampledGaussian(GaussianPrivacyLoss):
@@ -202,15 +203,32 @@ def _range(parts: Sequence[NDArray[np.float64]], counts: Sequence[int]) -> tuple
         variance += count * float(part @ (points - mean) ** 2)
     normal = math.sqrt(2 * math.log(2 / _TAIL) / max(variance, 1e-12)) * _NEAR
     rare = np.arange(1, 21) / max(map(len, parts))  # For a large loss that is improbable.
-    order = np.concatenate([normal, rare])
-    bounds: list[NDArray[np.float64]] = []
+    orders = np.concatenate([normal, rare])
     with np.errstate(divide="ignore"):
-        logs = [np.log(part) for part in parts]
-    for sign in (1.0, -1.0):
-        total = np.zeros_like(order)
-        for log, count in zip(logs, counts, strict=True):
-            exponent = sign * order[:, None] * np.arange(len(log)) + log
-            largest = exponent.max(axis=1)
-            total += count * (largest + np.log(np.exp(exponent - largest[:, None]).sum(axis=1)))
-        bounds.append((total + math.log(2 / _TAIL)) / order)
-    return max(0, math.floor(-bounds[1].min())), min(most, math.ceil(bounds[0].min()))
+        fine = [np.log(part.clip(min=0)) for part in parts]
+        coarse = [np.log(_in_blocks(part.clip(min=0))) for part in parts]
+
+    def most_likely(sign: float) -> float:
+        # Every order gives a bound; which of them gives the least is known from blocks of points.
+        best = orders[[(_chernoff(coarse, counts, sign * _BLOCK * orders) / orders).argmin()]]
+        return float((_chernoff(fine, counts, sign * best) / best).item())
+
+    return max(0, math.floor(-most_likely(-1.0))), min(most, math.ceil(most_likely(1.0)))
+
+
+def _in_blocks(part: NDArray[np.float64]) -> NDArray[np.float64]:
+    whole = np.zeros(-(-len(part) // _BLOCK) * _BLOCK)
+    whole[: len(part)] = part
+    return whole.reshape(-1, _BLOCK).sum(axis=1)
+
+
+def _chernoff(
+    logs: Sequence[NDArray[np.float64]], counts: Sequence[int], orders: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """The exponents that the sum exceeds with probability `_TAIL` / 2 at most, at each order."""
+    total = np.full_like(orders, math.log(2 / _TAIL))
+    for log, count in zip(logs, counts, strict=True):
+        exponent = orders[:, None] * np.arange(len(log)) + log
+        largest = exponent.max(axis=1)
+        total += count * (largest + np.log(np.exp(exponent - largest[:, None]).sum(axis=1)))
+    return total

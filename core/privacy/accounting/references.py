@@ -25,8 +25,9 @@ compared at epsilon >= 0 with both (`core.privacy.accounting.profile`). One pair
 neither direction below them has the positive losses of the first, and as negative losses those of
 the second, seen from the other side: where that law has mass p at loss x, this one has
 p exp(-x) at -x. What is left of both laws has loss 0, rounded up if less is left without the
-record. It is this pair that is composed, on the same grid, or one whose steps are parts of its: so
-no error of a grid is left out.
+record. It is this pair that is composed, on the same grid. Two references keep their own grids: the
+delta of both is the mean, over the losses x of the first, of that of the second at epsilon - x,
+which is known between the points of its grid, too. So no error of a grid is left out.
 
 **The far tail.** With probability d a reference gives the record away. So a trial may be above its
 profile H by d (1 - H), and all together by at most the sum of d.
@@ -39,64 +40,69 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from core.privacy.accounting.mechanism import Mechanism
-from core.privacy.accounting.profile import profile_step, transform_error
+from core.privacy.accounting.mechanism import Mechanism, quick_grid
+from core.privacy.accounting.profile import transform_error
 from core.privacy.accounting.quick import Losses, composed, composed_losses
 
 Reference = tuple[tuple[Mechanism, ...], int]
 """What a trial may release at most, and how many trials may."""
-_FARTHEST = 64
-"""Most steps of the finest grid in one of the coarsest's own; a coarser grid rounds losses up."""
+_COARSEST = 2e-2
+"""Of little noise, where many losses are large; what it costs is in the noise that is solved."""
 _FINER = 4
-"""Parts of a profile's own step, where another needs it finer: the error falls with the square."""
-
-
-def steps(references: Sequence[Reference]) -> list[float]:
-    """The grid on which trials are compared with each reference: multiples of the finest."""
-    own = [profile_step(mechanisms) for mechanisms, _ in references]
-    finest = max(min(own), max(own) / _FARTHEST)
-    return [finest * max(1, math.floor(each / finest / _FINER)) for each in own]
+"""Parts of its own grid, where two references meet between its points: what is too much falls with
+the square.
+"""
+_NOTHING = Losses(0, np.ones(1), 0.0)
+"""Of no other trial."""
+_LEAST = 700.0
+"""Far below the loss minus this, the law without the record counts as 0 there: it only adds."""
 
 
 def composed_delta(references: tuple[Reference, ...], relation: str, epsilon: float) -> float:
-    """Delta at `epsilon` of trials that stay below the `references`, whatever chose them.
+    """Delta at `epsilon` of trials below the one or two `references`, whatever chose them.
 
     Returns:
         The larger one of both directions, without the far tails; never too small.
     """
-    together, finest = _together(references, relation)
+    *others, (last, step) = zip(references, grids(references), strict=True)
     deltas = list[float]()
-    for each in together:
-        losses = (each.first + np.arange(len(each.probabilities))) * finest
-        far = losses > epsilon
-        excess = each.probabilities[far] @ np.expm1(epsilon - losses[far])
-        deltas.append(each.infinite - float(excess))
+    for way, losses in enumerate(_copies(last, relation, step)):
+        given, apart = _NOTHING, 0.0
+        for other, apart in others:
+            given = _copies(other, relation, apart)[way]
+        left = epsilon - apart * (given.first + np.arange(len(given.probabilities), dtype=float))
+        deltas.append(given.infinite + float(given.probabilities @ _deltas(losses, step, left)))
     # In a trial's delta, in the reference's that it is compared with, and in what is composed. As a
     # composition is a mean over the rest, such a surplus at every epsilon adds up.
     error = sum(3 * count * transform_error(mechanisms) for mechanisms, count in references)
     return max(deltas) + error
 
 
-@lru_cache(maxsize=1)  # Megabytes.
-def _together(references: tuple[Reference, ...], relation: str) -> tuple[list[Losses], float]:
-    """Losses of all trials in both directions, and their grid."""
-    grids = steps(references)
-    finest, found = min(grids), list[Losses]()
-    pairs = [
-        [_spread(pair, round(step / finest)) for pair in _pairs(each, relation, step)]
-        for (each, _), step in zip(references, grids, strict=True)
-    ]
-    counts = [count for _, count in references]
-    for one_way in zip(*pairs, strict=True):
-        copies = [composed([pair], [n], finest) for pair, n in zip(one_way, counts, strict=True)]
-        found.append(composed(copies, [1] * len(copies), finest))
-    return found, finest
+def grids(references: Sequence[Reference]) -> list[float]:
+    """On which trials are compared with each of the references."""
+    parts = 2 if len(references) == 1 else 2 * _FINER
+    return [quick_grid(mechanisms, _COARSEST) / parts for mechanisms, _ in references]
 
 
-@lru_cache(maxsize=8)
-def _pairs(mechanisms: tuple[Mechanism, ...], relation: str, step: float) -> tuple[Losses, Losses]:
+def _deltas(losses: Losses, step: float, epsilons: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Of one direction, at any epsilon: of what is on the grid no rounding is left."""
+    own = (losses.first + np.arange(len(losses.probabilities))) * step
+    without = np.where(own < -_LEAST, 0.0, losses.probabilities * np.exp(-own.clip(-_LEAST)))
+    upper, lower = (
+        np.append(np.cumsum(masses[::-1])[::-1], 0.0) for masses in (losses.probabilities, without)
+    )
+    above = (np.floor(epsilons / step) + 1 - losses.first).clip(0, len(own)).astype(int)
+    return losses.infinite + upper[above] - np.exp(epsilons.clip(max=_LEAST)) * lower[above]
+
+
+@lru_cache(maxsize=4)  # Megabytes each.
+def _copies(reference: Reference, relation: str, step: float) -> tuple[Losses, Losses]:
+    """Losses of all trials that have this reference, in both directions."""
+    mechanisms, count = reference
     forth, back = composed_losses(mechanisms, relation, step)
-    return _pair(forth, back, step), _pair(back, forth, step)
+    pairs = _pair(forth, back, step), _pair(back, forth, step)
+    one, other = (each if count == 1 else composed([each], [count], step) for each in pairs)
+    return one, other
 
 
 def _pair(forth: Losses, back: Losses, step: float) -> Losses:
@@ -121,11 +127,3 @@ def _positive(way: Losses) -> NDArray[np.float64]:
     """Probabilities of 1, 2, ... steps; what the transforms left below 0 counts as 0."""
     nothing = np.zeros(max(0, way.first - 1))
     return np.concatenate([nothing, way.probabilities[max(0, 1 - way.first) :]]).clip(min=0)
-
-
-def _spread(losses: Losses, parts: int) -> Losses:
-    """The same on a grid with so many parts of each step."""
-    probabilities = np.zeros((len(losses.probabilities), parts))
-    probabilities[:, 0] = losses.probabilities
-    last = probabilities.size - parts + 1
-    return Losses(losses.first * parts, probabilities.ravel()[:last], losses.infinite)

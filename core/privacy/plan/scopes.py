@@ -10,7 +10,7 @@ own. `selection`: the best of a secret number of trials; all stay below one priv
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, ClassVar
 
 from core.config import Config, PrivacyConfig
@@ -92,13 +92,14 @@ class Share:
             InfeasibleError: none up to 10,000 is.
         """
 
+        @cache
         def excess(noise_multiplier: float) -> float:
             return math.log(min(self.used(problem.with_noise(noise_multiplier)), _MANY))
 
         self.check_room(problem)
         low, high = solve.bracket(excess, problem)
         found = renyi.find_root(excess, low, high, xtol=1e-9, rtol=1e-8)
-        noise_multiplier = solve.rounded_up(found)
+        noise_multiplier = solve.rounded_up(found * (1 - 1e-7))  # A reference may be just above it.
         while excess(noise_multiplier) > 0:
             noise_multiplier = solve.rounded_up(noise_multiplier * (1 + 1e-6))
         return noise_multiplier
@@ -253,7 +254,7 @@ class ComposedShare(ProfileShare):
         """As of `ProfileShare`."""
         from core.privacy.accounting import references
 
-        return references.steps(self.references(self.largest))[self.place]
+        return references.grids(self.references(self.largest))[self.place]
 
     def delta_of_all(self, alike: tuple[Mechanism, ...], epsilon: float) -> float:
         """As of `ProfileShare`."""
