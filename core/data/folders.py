@@ -5,6 +5,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,9 @@ def records(items: Items, where: Path, config: DatasetConfig, first: int = 0) ->
     """Records of single files; `first` is the lowest label."""
     labels = np.array([label for _, label in items], dtype=np.int64)
     files = [(path, None) for path, _ in items]
-    return Records(checked_labels(where, labels, config, first), lambda: decoded(files, config))
+    return Records(
+        checked_labels(where, labels, config, first), lambda: decoded(partial(iter, files), config)
+    )
 
 
 def _source(train: _Listing, test: _Listing, where: Path, config: DatasetConfig) -> Source:

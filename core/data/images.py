@@ -2,14 +2,15 @@
 
 import importlib.util
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from core.config import DatasetConfig
-from core.data.parallel import on_all_cores
+from core.data.parallel import by_processes
 from core.errors import DataError
 
 SUFFIXES = (
@@ -21,7 +22,7 @@ _REMEDY = "convert it to one frame of 8-bit grey or RGB without transparency"
 
 
 def decoded(
-    items: Iterable[tuple[str | Path, bytes | None]], config: DatasetConfig
+    items: Callable[[], Iterable[tuple[str | Path, bytes | None]]], config: DatasetConfig
 ) -> Iterator[np.ndarray]:
     """Yields each image as uint8 `[C, H, W]`, C as `dataset.channels` says.
 
@@ -31,7 +32,8 @@ def decoded(
     colour spaces are refused.
 
     Args:
-        items: name of each image, and its encoded bytes unless the name is a file's.
+        items: opens the names of all images, with their encoded bytes unless the name is a file's;
+            can be pickled.
 
     Raises:
         DataError: an image is damaged or refused, or grey and colour mix; names it.
@@ -39,7 +41,7 @@ def decoded(
     if importlib.util.find_spec("PIL") is None:
         raise DataError(f"dataset.name={config.name} needs Pillow: pip install pillow")
     kinds: dict[int, str | Path] = {}
-    for name, kind, array in on_all_cores(lambda item: _decode(*item, config.channels), items):
+    for name, kind, array in by_processes(partial(_decode, channels=config.channels), items):
         kinds.setdefault(kind, name)
         if len(kinds) > 1:
             raise DataError(
@@ -54,11 +56,12 @@ def decoded(
 
 
 def _decode(
-    name: str | Path, content: bytes | None, channels: int
+    item: tuple[str | Path, bytes | None], channels: int
 ) -> tuple[str | Path, int, np.ndarray]:
     """Name, true number of channels and values `[C, H, W]` at the number that is asked for."""
     from PIL import Image, ImageOps
 
+    name, content = item
     try:
         file: Any
         where = Path(name) if content is None else io.BytesIO(content)

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import re
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,8 @@ def parquet(config: DatasetConfig) -> Source:
 
         def records(files: Sequence[Path]) -> Records:
             parts = [checked_labels(path, labels[path], config, first) for path in files]
-            return Records(np.concatenate(parts), lambda: decoded(_encoded(files, config), config))
+            encoded = partial(_encoded, files, config)
+            return Records(np.concatenate(parts), lambda: decoded(encoded, config))
 
         return Parts(records(train), records(test), names_of(known, config, first))
 

@@ -6,6 +6,8 @@ import os
 import stat
 import threading
 import time
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,7 @@ from published_files import write_eurosat
 from core.config import DatasetConfig
 from core.data import cache as data_cache
 from core.data import load_dataset
-from core.data.parallel import on_all_cores
+from core.data.parallel import by_processes, on_all_cores
 from core.errors import ConfigError, DataError
 from core.io.locks import locked
 
@@ -213,3 +215,62 @@ def test_what_all_cores_compute_comes_in_order_and_raises_in_its_place():
         found.append(value)
     assert found == [*range(50)]
     assert torch.get_num_threads() == before
+
+
+def doubled(number: int) -> tuple[int, int]:
+    if number == 500:
+        raise DataError("500 is damaged")
+    return 2 * number, os.getpid()
+
+
+def broken_at(last: int) -> Iterator[int]:
+    yield from range(last)
+    raise DataError("the list is damaged")
+
+
+def test_what_processes_compute_comes_in_order_and_raises_in_its_place():
+    before = torch.random.get_rng_state()
+    found = [*by_processes(doubled, partial(range, 450))]
+    assert [value for value, _ in found] == [*range(0, 900, 2)]
+    assert len({process for _, process in found} - {os.getpid()}) == min(
+        8, len(os.sched_getaffinity(0))
+    )
+    assert torch.equal(torch.random.get_rng_state(), before)
+    seen = []
+    with pytest.raises(DataError, match=r"^500 is damaged$"):
+        seen.extend(by_processes(doubled, itertools.count))
+    assert 500 - 64 <= len(seen) <= 500
+    with pytest.raises(DataError, match=r"^the list is damaged$"):
+        [*by_processes(doubled, partial(broken_at, 300))]
+    assert not multiprocessing.active_children()
+
+
+def test_few_items_start_no_process():
+    assert {process for _, process in by_processes(doubled, partial(range, 63))} == {os.getpid()}
+    assert [*by_processes(doubled, partial(range, 0))] == []
+
+
+def large(number: int) -> bytes:
+    return bytes(2**20)
+
+
+def compute_until_killed(processes: "multiprocessing.Queue[int]") -> None:
+    for _ in by_processes(large, itertools.count):
+        for child in multiprocessing.active_children():
+            processes.put(child.pid or 0)
+
+
+def test_processes_end_with_a_parent_that_is_killed():
+    """Although each waits for room in the pipe that nobody reads any more."""
+    fork = multiprocessing.get_context("fork")
+    processes = fork.Queue()
+    parent = fork.Process(target=compute_until_killed, args=(processes,))
+    parent.start()
+    children = {processes.get(timeout=60) for _ in range(200)}
+    parent.kill()
+    parent.join()
+    assert children
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{child}").exists() for child in children):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)

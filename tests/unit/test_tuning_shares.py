@@ -267,12 +267,12 @@ def test_references_keep_their_own_grids():
 
 
 def test_the_delta_of_one_direction_is_known_between_the_points_of_its_grid():
-    """Randomized response with probability 3/4 of the truth: its loss is log 3, either way."""
+    """Randomized response that tells the truth or lies, 3 to 1, or names the record."""
     step = math.log(3)
-    losses = references.Losses(-1, np.array([0.25, 0.0, 0.75]), 0.0)
+    losses = references.Losses(-1, np.array([0.225, 0.0, 0.675]), 0.1)
     epsilons = np.array([-5.0, -1.5, -step, -0.3, 0.0, 0.4, step, 2.0])
     exact = [
-        max(0.75 - math.exp(each) * 0.25, 0) + max(0.25 - math.exp(each) * 0.75, 0)
+        0.1 + max(0.675 - math.exp(each) * 0.225, 0) + max(0.225 - math.exp(each) * 0.675, 0)
         for each in epsilons
     ]
     assert references._deltas(losses, step, epsilons) == pytest.approx(exact, abs=1e-15)
