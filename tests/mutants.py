@@ -31,6 +31,7 @@ REDUCE = """        if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(flat, op=dist.ReduceOp.SUM)
 """
 SCOPES = "core/privacy/plan/scopes.py"
+SHARES, BUDGET = "core/privacy/plan/shares.py", "core/privacy/plan/budget.py"
 SELECTED = "core/privacy/accounting/selection.py"
 BEST, BOUNDED = ("tests/unit/test_best_of_trials.py",), ("tests/unit/test_selection_shares.py",)
 TRADE_OFF, ATTACKS = "core/privacy/accounting/tradeoff.py", ("tests/unit/test_tradeoff.py",)
@@ -477,7 +478,7 @@ MUTANTS = (
     ),
     Mutant(
         "attack: what a scope proves at one epsilon taken for all",
-        SCOPES,
+        SHARES,
         "self.delta_of_all(self.largest, epsilon)",
         "self.delta_of_all(self.largest, self.epsilon)",
         ("tests/unit/test_tuning_shares.py",),
@@ -526,14 +527,14 @@ MUTANTS = (
     ),
     Mutant(
         "selection: a trial compared with the reference at one epsilon alone",
-        SCOPES,
+        SHARES,
         "(deltas / bound).max()",
         "(deltas / bound)[:, int(self.epsilon / step / 2)].max()",
         BOUNDED,
     ),
     Mutant(
         "selection: a trial compared with the reference in one direction alone",
-        SCOPES,
+        SHARES,
         "(deltas / bound).max()",
         "(deltas / bound)[0].max()",
         BOUNDED,
@@ -547,14 +548,14 @@ MUTANTS = (
     ),
     Mutant(
         "tuning: a trial compared with its reference at one epsilon alone",
-        SCOPES,
+        SHARES,
         "(deltas / bound).max()",
         "(deltas / bound)[:, 0].max()",
         TUNED,
     ),
     Mutant(
         "tuning: a trial compared with its reference in one direction alone",
-        SCOPES,
+        SHARES,
         "(deltas / bound).max()",
         "(deltas / bound)[1].max()",
         TUNED,
@@ -589,14 +590,14 @@ MUTANTS = (
     ),
     Mutant(
         "tuning: the tails of the references not kept back",
-        SCOPES,
+        SHARES,
         "return composed + (1 + _CUT) * _COMPOSED_SLACK * self.delta",
         "return composed",
         TUNED,
     ),
     Mutant(
         "tuning: a profile that ends above what is kept back",
-        SCOPES,
+        SHARES,
         "(deltas > _CUT * tail)",
         "(deltas > 8 * tail)",
         TUNED,
@@ -617,28 +618,28 @@ MUTANTS = (
     ),
     Mutant(
         "tuning: trials charged one by one",
-        SCOPES,
+        BUDGET,
         "bool(self.selection or self.tuning_trials)",
         "bool(self.selection)",
         TUNED_RUNS,
     ),
     Mutant(
         "sweep: a trial compared with the reference at one epsilon alone",
-        SCOPES,
+        SHARES,
         "(deltas / bound).max()",
         "(deltas / bound)[:, 0].max()",
         CAPPED,
     ),
     Mutant(
         "sweep: a trial compared with the reference in one direction alone",
-        SCOPES,
+        SHARES,
         "(deltas / bound).max()",
         "(deltas / bound)[0].max()",
         CAPPED,
     ),
     Mutant(
         "sweep: fewer references composed than there are trials",
-        SCOPES,
+        SHARES,
         "return ((largest, self.trials),)",
         "return ((largest, self.trials - 1),)",
         CAPPED,
@@ -659,7 +660,7 @@ MUTANTS = (
     ),
     Mutant(
         "sweep: trials below references charged by the filter",
-        SCOPES,
+        BUDGET,
         "if last or (privacy.has_shares and privacy.tuning_reference):",
         "if last:",
         CAPPED,

@@ -19,8 +19,8 @@ from core.privacy.keys import KeyedStream
 from core.privacy.ledger.admission import BudgetExceededError
 from core.privacy.ledger.file import Event, Key, LedgerError
 from core.privacy.ledger.ledger import Ledger
+from core.privacy.plan.budget import run_budget
 from core.privacy.plan.plan import ScorePlan, sweep_reference
-from core.privacy.plan.scopes import run_budget
 
 
 def ledger_of(folder: Path) -> Ledger:

@@ -21,8 +21,9 @@ from core.privacy.ledger.admission import BudgetExceededError
 from core.privacy.ledger.card import make_card
 from core.privacy.ledger.file import Key, LedgerError, Terms, locked
 from core.privacy.ledger.ledger import Ledger, events_of, ledger_path
+from core.privacy.plan.budget import run_budget
 from core.privacy.plan.plan import PrivacyPlan, make_plan
-from core.privacy.plan.scopes import STAYS_INSIDE, run_budget
+from core.privacy.plan.scopes import STAYS_INSIDE
 
 FINGERPRINT = "ab" * 32
 TARGET = 2.0

@@ -130,7 +130,7 @@ def test_a_kept_plan_is_taken_as_it_is_and_not_solved_again(changes, monkeypatch
         raise AssertionError("solved again")
 
     monkeypatch.setattr(solve, "solve_noise_multiplier", never)
-    monkeypatch.setattr("core.privacy.plan.scopes.Share.solve_noise_multiplier", never)
+    monkeypatch.setattr("core.privacy.plan.shares.Share.solve_noise_multiplier", never)
     assert resumed_plan(config, PrivacyPlan.restored(kept)) == plan
 
 

@@ -18,8 +18,10 @@ from core.errors import ConfigError, InfeasibleError
 from core.privacy.accounting import renyi, solve
 from core.privacy.accounting.mechanism import COARSE, grouped
 from core.privacy.accounting.quick import LIBRARY_RELATIONS
+from core.privacy.plan.budget import RunBudget, run_budget
 from core.privacy.plan.plan import estimated_noise_multiplier, make_plan
-from core.privacy.plan.scopes import RenyiShare, RunBudget, run_budget, share_of
+from core.privacy.plan.scopes import share_of
+from core.privacy.plan.shares import RenyiShare
 
 DELTA = 1e-5
 MECHANISMS = [(0.1, 5.0, 5), (0.07, 1.76, 2197), (1.0, 50.0, 1), (0.5, 0.5, 3), (0.001, 90.0, 9)]

@@ -14,7 +14,7 @@ from core.errors import InfeasibleError
 from core.privacy.accounting import profile, selection, solve
 from core.privacy.accounting.mechanism import Mechanism
 from core.privacy.accounting.quick import library_release
-from core.privacy.plan import scopes
+from core.privacy.plan import scopes, shares
 from core.privacy.plan.plan import make_plan
 from core.privacy.plan.plan import reference as reference_of
 from core.privacy.plan.scopes import share_of
@@ -37,7 +37,7 @@ def selecting(**settings: object):
 def test_selection_asks_for_the_golden_noise(total, law, golden):
     plan = make_plan(selecting(privacy__target_epsilon=total, privacy__selection_law=law))
     assert plan.noise_multiplier == pytest.approx(golden, rel=2e-3)
-    step, deltas = scopes._bound(tuple(plan.mechanisms), scopes._SLACK * DELTA / 16)
+    step, deltas = shares._bound(tuple(plan.mechanisms), shares._SLACK * DELTA / 16)
     assert 0.999 * total < epsilon_of(deltas, step, selection.derivative(law, 16.0)) <= total
 
 
@@ -63,11 +63,11 @@ def flat(mechanisms) -> tuple[float, ...]:
 
 
 @cache
-def capped() -> scopes.SelectionShare:
+def capped() -> shares.SelectionShare:
     """The share of a trial whose reference is the reference setting."""
     found = reference_of(selecting())
     share = share_of(selecting(privacy__selection_reference=flat(found)).privacy)
-    assert isinstance(share, scopes.SelectionShare)
+    assert isinstance(share, shares.SelectionShare)
     return share
 
 
@@ -80,14 +80,14 @@ POINTS = (
 )
 
 
-def stays_below(share: scopes.ProfileShare, mechanisms: tuple[Mechanism, ...], fine: float) -> None:
+def stays_below(share: shares.ProfileShare, mechanisms: tuple[Mechanism, ...], fine: float) -> None:
     """By the library's own distributions on a finer grid, between points and below 0, too.
 
     Where a release hardly ever has a loss, the library rounds its probabilities up, and the mass of
     a composition comes to some millionths above 1. Below 0 its deltas hold all of that, and so
     exceed what they bound.
     """
-    step, bound = scopes._bound(share.reference, share.tail, share.step)
+    step, bound = shares._bound(share.reference, share.tail, share.step)
     assert fine < step
     total = privacy_loss_distribution.identity(fine)
     for rate, sigma, count in mechanisms:
@@ -116,7 +116,7 @@ def test_a_trial_at_the_edge_stays_below_the_reference_at_every_epsilon(central,
     assert share.used(problem.with_noise(noise)) <= 1.0
     assert share.used(problem.with_noise(0.995 * noise)) > 1.0
     # What it may release at most is, selected, within the target.
-    alike = scopes.SelectionShare(10.0, DELTA, "logarithmic", 16.0)
+    alike = shares.SelectionShare(10.0, DELTA, "logarithmic", 16.0)
     assert alike.used(problem.with_noise(noise)) <= 1.0
 
 
@@ -125,8 +125,8 @@ def test_each_direction_and_every_epsilon_decide_alone():
     each_delta_decides(capped())
 
 
-def each_delta_decides(share: scopes.ProfileShare) -> None:
-    _, bound = scopes._bound(share.reference, share.tail, share.step)
+def each_delta_decides(share: shares.ProfileShare) -> None:
+    _, bound = shares._bound(share.reference, share.tail, share.step)
     for row, place in itertools.product((0, 1), (0, 100, bound.shape[1] // 2, -1)):
         deltas = bound.copy()
         deltas[row, place] *= 1.01

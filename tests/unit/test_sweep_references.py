@@ -25,9 +25,10 @@ from core.privacy.ledger.admission import BudgetExceededError
 from core.privacy.ledger.card import accountant_of
 from core.privacy.ledger.file import Key
 from core.privacy.ledger.ledger import Ledger
-from core.privacy.plan import scopes
+from core.privacy.plan import shares
+from core.privacy.plan.budget import RunBudget, run_budget
 from core.privacy.plan.plan import make_plan, sweep_reference
-from core.privacy.plan.scopes import RunBudget, run_budget, share_of
+from core.privacy.plan.scopes import share_of
 from sweep.config.sweep import load_sweep
 
 MNIST = "sweep/configs/mnist.yaml"
@@ -41,9 +42,9 @@ def capped(shares: int = 16, **settings: object) -> Config:
 
 
 @cache
-def share() -> scopes.SweepShare:
+def share() -> shares.SweepShare:
     found = share_of(capped().privacy)
-    assert isinstance(found, scopes.SweepShare)
+    assert isinstance(found, shares.SweepShare)
     return found
 
 
@@ -92,11 +93,11 @@ def test_each_direction_and_every_epsilon_decide_alone():
 
 
 def test_the_tails_of_all_trials_are_within_what_is_kept_back():
-    _, bound = scopes._bound(share().reference, share().tail, share().step)
-    assert bound[:, -1].max() <= (1 + scopes._CUT) * share().tail
-    tails = (1 + scopes._CUT) * 16 * share().tail
+    _, bound = shares._bound(share().reference, share().tail, share().step)
+    assert bound[:, -1].max() <= (1 + shares._CUT) * share().tail
+    tails = (1 + shares._CUT) * 16 * share().tail
     found = references.composed_delta(((share().reference, 16),), "zero_out", 10.0)
-    alike = scopes.SweepShare(10.0, DELTA, 16)
+    alike = shares.SweepShare(10.0, DELTA, 16)
     assert alike.delta_of_all(share().reference, 10.0) == pytest.approx(found + tails, rel=1e-9)
     assert found + tails <= DELTA
 
@@ -118,9 +119,9 @@ def test_the_worst_adversary_over_two_trials_stays_within_the_target():
     The reference and the first are a Gaussian mechanism, so that this is one integral.
     """
     target, delta, points = 2.0, 1e-3, 4000
-    alike = scopes.SweepShare(target, delta, 2)
+    alike = shares.SweepShare(target, delta, 2)
 
-    def edge(bound: scopes.SweepShare, rate: float, count: int) -> tuple[float, float, int]:
+    def edge(bound: shares.SweepShare, rate: float, count: int) -> tuple[float, float, int]:
         problem = solve.Problem((), rate, count, target, delta, "zero_out")
         return rate, bound.solve_noise_multiplier(problem), count
 

@@ -13,8 +13,8 @@ from core.errors import ConfigError, InfeasibleError
 from core.privacy.ledger.admission import BudgetExceededError
 from core.privacy.ledger.file import Key, LedgerError
 from core.privacy.ledger.ledger import Ledger
+from core.privacy.plan.budget import RunBudget, run_budget
 from core.privacy.plan.plan import make_plan
-from core.privacy.plan.scopes import RunBudget, run_budget
 from sweep.config.scope import final_point, tuning_settings
 from sweep.config.sweep import dump_sweep, load_sweep
 from sweep.search.feasible import infeasible_reason

@@ -15,7 +15,7 @@ from core.errors import ConfigError, InfeasibleError
 from core.privacy.accounting import profile, references, solve
 from core.privacy.accounting.mechanism import grouped
 from core.privacy.accounting.quick import Losses, composed, composed_losses, quick_epsilon
-from core.privacy.plan import scopes
+from core.privacy.plan import shares
 from core.privacy.plan.plan import (
     check_feasible,
     make_plan,
@@ -43,9 +43,9 @@ def fixed(is_final: bool, **settings: object):
 
 
 @cache
-def shares() -> list[scopes.ProfileShare]:
+def both_shares() -> list[shares.ProfileShare]:
     found = [share_of(fixed(is_final).privacy) for is_final in (False, True)]
-    assert all(isinstance(share, scopes.TuningShare) for share in found)
+    assert all(isinstance(share, shares.TuningShare) for share in found)
     return found
 
 
@@ -169,7 +169,7 @@ POINTS = (
 
 @pytest.mark.parametrize(("is_final", "central", "steps"), POINTS)
 def test_a_trial_at_the_edge_stays_below_its_reference_at_every_epsilon(is_final, central, steps):
-    share = shares()[is_final]
+    share = both_shares()[is_final]
     problem = solve.Problem((central,), RATE, steps, 10.0, DELTA, "zero_out")
     mechanisms = problem.with_noise(noise := share.solve_noise_multiplier(problem))
     stays_below(share, mechanisms, 0.7 * share.step)
@@ -179,18 +179,18 @@ def test_a_trial_at_the_edge_stays_below_its_reference_at_every_epsilon(is_final
 
 def test_each_direction_and_every_epsilon_decide_alone():
     """A trial that exceeds its reference in one row or at one epsilon alone is refused."""
-    for share in shares():
+    for share in both_shares():
         each_delta_decides(share)
 
 
 def test_the_tails_of_all_references_are_within_what_is_kept_back():
-    tuning, final = shares()
+    tuning, final = both_shares()
     # Each with what a trial may keep past the last point, where the profile itself ends.
     for share in (tuning, final):
-        _, bound = scopes._bound(share.reference, share.tail, share.step)
-        assert bound[:, -1].max() <= (1 + scopes._CUT) * share.tail
-    tails = (1 + scopes._CUT) * (16 * tuning.tail + final.tail)
-    alike = scopes.TuningShare(10.0, DELTA, 16, tuning.reference)
+        _, bound = shares._bound(share.reference, share.tail, share.step)
+        assert bound[:, -1].max() <= (1 + shares._CUT) * share.tail
+    tails = (1 + shares._CUT) * (16 * tuning.tail + final.tail)
+    alike = shares.TuningShare(10.0, DELTA, 16, tuning.reference)
     found = ((tuning.reference, 16), (final.reference, 1))
     composed_delta = references.composed_delta(found, "zero_out", 10.0)
     assert alike.delta_of_all(final.reference, 10.0) == pytest.approx(
@@ -203,17 +203,17 @@ def test_the_tails_of_all_references_are_within_what_is_kept_back():
 def test_what_an_attack_finds_is_that_of_both_references_together(alarms):
     """Of Gaussian mechanisms, which compose to one, it is known."""
     tuning, final = ((1.0, 20.0, 1),), ((1.0, 2.0, 1),)
-    share = scopes.TuningShare(10.0, DELTA, 16, tuning, final, reference=final)
+    share = shares.TuningShare(10.0, DELTA, 16, tuning, final, reference=final)
     together = math.sqrt(16 / 20.0**2 + 1 / 2.0**2)
     exact = norm.cdf(norm.ppf(alarms) + together)
     assert exact < share.members_found(alarms) < 1.05 * exact + DELTA
-    tried = scopes.TuningShare(10.0, DELTA, 16, tuning, final, False, tuning)
+    tried = shares.TuningShare(10.0, DELTA, 16, tuning, final, False, tuning)
     assert tried.members_found(alarms) == share.members_found(alarms)
 
 
 @pytest.mark.parametrize(("steps", "most"), [(1.6, 0.025), (0.3, 0.02)])
 def test_the_cap_costs_little_noise(steps, most):
-    for share in shares():
+    for share in both_shares():
         epsilon = solve.epsilon_of_mechanisms(share.reference, DELTA, "zero_out", 1e-4)
         settings = ((CENTRAL,), RATE, round(steps * STEPS), epsilon, DELTA, "zero_out")
         alone = solve.estimated_noise_multiplier(solve.Problem(*settings))

@@ -18,8 +18,8 @@ from core.privacy.ledger.file import Key, LedgerError, Terms, traces
 from core.privacy.ledger.ledger import Ledger, Reservation, events_of
 from core.privacy.ledger.names import charged_to, ledger_path
 from core.privacy.ledger.sources import Source, Sources
+from core.privacy.plan.budget import run_budget
 from core.privacy.plan.plan import PrivacyPlan
-from core.privacy.plan.scopes import run_budget
 from core.record.folder import STEPS_BEGUN
 
 RELEASE_ID = "release_id"

@@ -10,7 +10,7 @@ from core.privacy.accounting.rounding import upward
 from core.privacy.ledger.book import UNBOUNDED, Book, Charge, Reservation
 from core.privacy.ledger.file import LedgerError, require
 from core.privacy.ledger.totals import Totals
-from core.privacy.plan.scopes import RunBudget
+from core.privacy.plan.budget import RunBudget
 
 
 class BudgetExceededError(InfeasibleError):

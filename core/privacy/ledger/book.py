@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from core.privacy.ledger.file import Chain, Entry, Event, Key, LedgerError, Terms
-from core.privacy.plan.scopes import RunBudget
+from core.privacy.plan.budget import RunBudget
 
 UNBOUNDED = (
     " A selection of an earlier version is charged to this data set without its claim: it counts "

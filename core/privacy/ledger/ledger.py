@@ -23,8 +23,8 @@ from core.privacy.ledger.book import (
 from core.privacy.ledger.file import Chain, Event, Key, LedgerError, Terms, locked, require
 from core.privacy.ledger.names import ledger_path, shown_name
 from core.privacy.ledger.totals import Totals
+from core.privacy.plan.budget import RunBudget
 from core.privacy.plan.plan import PrivacyPlan
-from core.privacy.plan.scopes import RunBudget
 
 UNIT = "one image with its label"
 

@@ -20,7 +20,7 @@ from core.privacy.accounting.mechanism import (
 )
 from core.privacy.ledger.book import Book, Charge
 from core.privacy.ledger.file import Event, Terms
-from core.privacy.plan.scopes import RunBudget
+from core.privacy.plan.budget import RunBudget
 
 _QUICK_ERROR = 1e-5
 """More than what figures that are not of record may be too small by."""

@@ -35,7 +35,8 @@ from core.privacy.plan.releases import (
     planned,
     solved,
 )
-from core.privacy.plan.scopes import Share, alike_share, filter_share, share_of
+from core.privacy.plan.scopes import alike_share, filter_share, share_of
+from core.privacy.plan.shares import Share
 
 _MIXTURE = 1e-3
 _ROUNDING = 1e-6
