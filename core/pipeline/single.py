@@ -58,6 +58,8 @@ def run(config: Config, run_dir: str | Path | None = None, verbosity: int = 0) -
             f"privacy.scope={config.privacy.scope!r}: one run alone is no search; run a sweep, or "
             "choose another scope"
         )
+    if "://" in str(run_dir):
+        raise ConfigError(f"run_dir={str(run_dir)!r} is an address: name a folder")
     default = Path("runs") / f"{config.dataset.name}-{short_digest(config)}"
     folder = RunFolder(Path(run_dir or default))
     console, name = Console(config.training.num_steps, verbosity), folder.path.name

@@ -9,6 +9,7 @@ from pathlib import Path
 import pynvml
 import pytest
 
+from core import run
 from core.config import load
 from core.errors import ConfigError
 from core.io.mounts import network_file_system, passes_no_locks
@@ -134,6 +135,7 @@ def test_a_cluster_that_cannot_be_joined_is_one_sentence(monkeypatch, address, t
 
 UNUSABLE = """
 import os, sys
+from core import run
 from core.config import load
 from core.errors import ConfigError
 from sweep.driver.cluster import join_cluster
@@ -277,6 +279,8 @@ def test_on_a_cluster_such_a_folder_is_refused_and_an_address_everywhere(tmp_pat
     for key in ("runtime.ledger", "runtime.cache"):
         with pytest.raises(ConfigError, match=rf"{key}='gs://bucket/x' is an address"):
             load("core/configs/digits.yaml", {key: "gs://bucket/x"})
+    with pytest.raises(ConfigError, match="run_dir='s3://bucket/x' is an address"):
+        run(load("core/configs/digits.yaml"), "s3://bucket/x")
 
 
 def test_a_folder_below_the_users_home_is_found_there(monkeypatch):
