@@ -176,8 +176,10 @@ def _add_what_follows(add: Callable[..., argparse.ArgumentParser]) -> None:
     text = "also made-up images: trains anew on half of them and guesses which from synthetic ones"
     audit.add_argument("--black-box", type=int, metavar="COUNT", help=text)
     ledger = add("ledger", "what was spent on each data set")
-    ledger.add_argument("action", choices=("show", "verify", "accept-loss"))
+    ledger.add_argument("action", choices=("show", "verify", "restore", "accept-loss"))
     ledger.add_argument("--folder", type=Path, help="runtime.ledger; its default if not given")
+    text = "restore: runtime.ledger_copy, if the folder does not name it"
+    ledger.add_argument("--copy", metavar="s3://BUCKET/FOLDER", help=text)
     ledger.add_argument("--file", type=Path, help="accept-loss: the lost or damaged ledger")
     ledger.add_argument(
         "--reason", default="", help="accept-loss: one sentence, quoted by every later privacy card"

@@ -25,6 +25,10 @@ class InfeasibleError(UserError):
     """The privacy budget cannot pay for the configuration; nothing was read or spent."""
 
 
+class LedgerError(UserError):
+    """A ledger is missing, edited, truncated, of other terms, or used against its rules."""
+
+
 class StorageError(UserError):
     """The folder of a run is full, gone or cannot be written: nothing is trained unsaved."""
 

@@ -24,7 +24,8 @@ from core.privacy.accounting.rounding import figure, upward
 from core.privacy.keys import MasterSecret
 from core.privacy.ledger.account import require_same_data
 from core.privacy.ledger.card import ledger_text
-from core.privacy.ledger.file import LedgerError, accept_loss
+from core.privacy.ledger.durable_copy import DurableCopy
+from core.privacy.ledger.file import LedgerError, accept_loss, keep_copy
 from core.privacy.ledger.ledger import Ledger
 from core.privacy.ledger.sources import Sources
 from core.publish.inspection import inspect_run
@@ -99,7 +100,7 @@ def run_dir_of(path: str, config: Config) -> Path:
 
 
 def ledger(options: argparse.Namespace) -> None:
-    """Shows or verifies the ledgers of a folder, or accepts that lines of one are lost."""
+    """Shows, verifies or restores the ledgers of a folder, or accepts that lines are lost."""
     if options.action == "accept-loss":
         if options.file is None:
             raise ConfigError("name the lost or damaged ledger with --file")
@@ -108,6 +109,11 @@ def ledger(options: argparse.Namespace) -> None:
         print(f"{options.file}: what still verifies is kept; every card now states the loss")
         return
     folder = options.folder or Path(default_ledger())
+    if options.action == "restore":
+        if options.copy is None and DurableCopy.of(folder) is None:
+            raise ConfigError(f"'{folder}' names no durable copy: name it with --copy")
+        address = load({}, {"runtime.ledger_copy": options.copy}).runtime.ledger_copy
+        keep_copy(folder, address, anew=True)
     files = sorted(folder.glob("*.jsonl"))
     if not files:
         raise ConfigError(f"'{folder}' holds no ledger: name its folder with --folder")
@@ -115,7 +121,7 @@ def ledger(options: argparse.Namespace) -> None:
     for path in files:
         try:
             ledger = Ledger.at(path)
-            if options.action == "verify":
+            if options.action != "show":
                 ledger.verify()  # How many lines would tell of a selection's trials.
                 print(f"data set {ledger.name} in '{folder}': unbroken")
             else:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -148,6 +149,16 @@ def _local(folder: str, info: ValidationInfo) -> str:
 Folder = Annotated[str, AfterValidator(_local)]
 
 
+def _in_s3(address: str) -> str:
+    """Refuses what is no place in S3, or in a store that speaks its protocol."""
+    if not re.fullmatch(r"s3://[a-z0-9][a-z0-9.\-]+(/[^/\s]+)*/?", address):
+        raise ValueError(
+            f"runtime.ledger_copy={address!r} is refused: it must be s3://BUCKET/FOLDER, as no "
+            "other kind of store, such as gs:// or abfs://, is supported"
+        )
+    return address.rstrip("/")
+
+
 class RuntimeConfig(Section):
     """Where and how verbosely; what changes the result by more than rounding says so."""
 
@@ -173,6 +184,8 @@ class RuntimeConfig(Section):
     ledger: Folder = Field(default_factory=default_ledger)
     """Folder of the privacy ledgers; one for all runs on the same data. If it is not given,
     `feta-sweep/ledger` in the user's data folder, ~/.local/share or $XDG_DATA_HOME."""
+    ledger_copy: Annotated[str, AfterValidator(_in_s3)] | None = None
+    """`s3://BUCKET/FOLDER`, where every line of the ledgers is copied before it counts."""
 
 
 class Config(Section):

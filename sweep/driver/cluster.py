@@ -11,6 +11,7 @@ from typing import Any
 
 from core.errors import ConfigError
 from core.io.mounts import passes_no_locks
+from core.privacy.ledger.file import keep_copy
 from sweep.config.sweep import SweepConfig
 
 DRIVER_RESOURCE = "trial_driver"
@@ -36,9 +37,12 @@ def check_places(sweep: SweepConfig) -> None:
 
     Raises:
         ConfigError: names the key and the remedy.
+        LedgerError: `runtime.ledger_copy` cannot be used, or differs from the ledger.
     """
     check_storage(sweep.storage_path)
-    check_folder("runtime.ledger", sweep.trial_config({}).runtime.ledger, mode=0o700)
+    runtime = sweep.trial_config({}).runtime
+    check_folder("runtime.ledger", runtime.ledger, mode=0o700)
+    keep_copy(Path(runtime.ledger), runtime.ledger_copy)
 
 
 def check_storage(storage_path: str) -> None:

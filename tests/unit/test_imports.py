@@ -43,7 +43,7 @@ def test_core_imports_only_what_it_may(path):
     found = list(imports(path.read_text()))
     assert not {name for name, _ in found} & FORBIDDEN
     assert {name for name, at_once in found if at_once} <= own | needed
-    optional = {"PIL", "pyarrow", "pytorch_fid", "torchvision"}
+    optional = {"PIL", "boto3", "botocore", "pyarrow", "pytorch_fid", "torchvision"}
     assert {name for name, _ in found} <= own | needed | optional
 
 

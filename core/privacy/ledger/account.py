@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from core.config import Config, flatten
 from core.errors import ConfigError, DataError, storage_errors
 from core.io.files import write_whole
-from core.privacy.ledger.file import Key, LedgerError, Terms, traces
+from core.privacy.ledger.file import Key, LedgerError, Terms, keep_copy, traces
 from core.privacy.ledger.ledger import Ledger, Reservation, events_of
 from core.privacy.ledger.names import charged_to, ledger_path
 from core.privacy.ledger.sources import Source, Sources
@@ -216,6 +216,7 @@ class Spending:
         return Sources(self.folder)
 
     def _path(self, fingerprint: str) -> Path:
+        keep_copy(self.folder, self.config.runtime.ledger_copy)  # A lost folder is back after it.
         return ledger_path(self.folder, charged_to(fingerprint, self.config.dataset.family))
 
     def _ledger(self, fingerprint: str) -> Ledger:
@@ -288,8 +289,9 @@ def ledger_of_run(config: Config, run_dir: Path, fingerprint: str) -> Ledger:
     Raises:
         LedgerError: it is missing, damaged, or another than the run's folder or the owner noted.
     """
-    account = charged_to(fingerprint, config.dataset.family)
-    path = ledger_path(Path(config.runtime.ledger), account)
+    account, folder = charged_to(fingerprint, config.dataset.family), Path(config.runtime.ledger)
+    keep_copy(folder, config.runtime.ledger_copy)
+    path = ledger_path(folder, account)
     return Ledger.at(path, [run_dir / _CHARGED / path.stem])
 
 

@@ -27,9 +27,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from core.errors import UserError
+from core.errors import LedgerError
 from core.io.files import private_opener, sync_folder, write_and_sync, write_whole
 from core.privacy.accounting.mechanism import RELATIONS
+from core.privacy.ledger.durable_copy import PLACE, DurableCopy
 from core.privacy.ledger.notes import beside_secret, contradiction, copy_note, write_notes
 
 Entry = dict[str, Any]
@@ -38,10 +39,6 @@ _PATIENCE_S = 900.0
 """Seconds to wait for the lock: as long as many workers that come at once may take."""
 _HOLDER = 200
 """Bytes of the lock file that name its last holder."""
-
-
-class LedgerError(UserError):
-    """A ledger is missing, edited, truncated, of other terms, or used against its rules."""
 
 
 def require(condition: bool, name: str, value: object, allowed: str) -> None:
@@ -149,18 +146,26 @@ class Chain:
         entries: all lines, oldest first.
     """
 
-    def __init__(self, path: Path, entries: list[Entry], notes: Sequence[Path] = ()) -> None:
-        self._path, self._notes = path, notes
+    def __init__(
+        self,
+        path: Path,
+        entries: list[Entry],
+        notes: Sequence[Path] = (),
+        copy: DurableCopy | None = None,
+    ) -> None:
+        self._path, self._notes, self._copy = path, notes, copy
         self.entries = entries
+        self._num_copied = 0
 
     def append(self, kind: str, body: Mapping[str, Any]) -> None:
-        """Adds one line; when this returns, line, head and notes have reached the disk.
+        """Adds one line; when this returns, its copy is made; line, head and notes are on the disk.
 
         Args:
             kind: what the line is.
             body: plain JSON data; floats survive exactly.
 
         Raises:
+            LedgerError: the copy cannot be made, or another machine has made it of another line.
             ValueError: `body` holds NaN or infinity; nothing was written.
         """
         entry: Entry = {
@@ -171,12 +176,52 @@ class Chain:
             "previous": self.entries[-1]["hash"] if self.entries else _BEFORE_FIRST,
         }
         entry["hash"] = _digest(entry)
+        if self._copy and not self._copied(self._copy, entry):
+            raise LedgerError(
+                f"another machine went on with '{self._copy.of_ledger(self._path.stem)}', the copy "
+                f"of the ledger '{self._path}': this line was refused, so nothing was spent or "
+                "claimed here; the same command first takes over what was added there"
+            )
+        self._write(entry)
+        write_notes(self._path, self._notes, self.entries)
+
+    def take_over(self) -> None:
+        """Writes the lines that the copy holds beyond the file.
+
+        Raises:
+            LedgerError: they do not follow, or the copy is of another history.
+        """
+        if not self._copy:
+            return
+        name, known = self._path.stem, len(self.entries)
+        copied = self._copy.count(name, known)
+        last = min(known, copied) - 1  # It proves those before it.
+        if last >= 0 and self._copy.line(name, last) != _canonical(self.entries[last]):
+            raise _apart(self._path, self._copy)
+        for number in range(known, copied):
+            line = self._copy.line(name, number)
+            try:
+                entry = _verified(self._path, line, self.entries)
+            except LedgerError:
+                raise _apart(self._path, self._copy) from None
+            self._write(entry)
+        self._num_copied = copied
+
+    def copy_rest(self) -> None:
+        """Copies the lines that the copy lacks, after `take_over`."""
+        for entry in self.entries[self._num_copied :]:
+            if self._copy and not self._copied(self._copy, entry):
+                raise _apart(self._path, self._copy)
+
+    def _copied(self, copy: DurableCopy, entry: Entry) -> bool:
+        return copy.create(self._path.stem, entry["sequence"], _canonical(entry))
+
+    def _write(self, entry: Entry) -> None:
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
         write_and_sync(private_opener(str(self._path), flags), _canonical(entry) + b"\n")
         sync_folder(self._path)
         _write_head(self._path, entry)
         self.entries.append(entry)
-        write_notes(self._path, self._notes, self.entries)
 
 
 def traces(path: Path) -> list[Path]:
@@ -187,40 +232,83 @@ def traces(path: Path) -> list[Path]:
 
 @contextmanager
 def locked(
-    path: Path, create: bool = False, notes: Sequence[Path] = ()
+    path: Path,
+    create: bool = False,
+    notes: Sequence[Path] = (),
+    copy: DurableCopy | None = None,
 ) -> Generator[Chain, None, None]:
     """Holds the exclusive lock of the ledger at `path` and gives its verified lines.
+
+    Where there is a copy, lines that it holds beyond the file are taken over first: all of a file
+    that is gone with its head.
 
     Args:
         path: the `.jsonl` file; head and lock lie beside it.
         create: also where there is no ledger yet; its folder is made, the chain is empty.
         notes: files that note its last line, beside that of the master secret.
+        copy: that of its folder, if the folder does not name it yet.
 
     Raises:
         LedgerError: the file is missing though it is to be there or anything knows of it; it is
-            edited, truncated, or shorter or another than noted; or it cannot be read or written.
+            edited, truncated, or shorter or another than noted or copied; or it or its copy cannot
+            be read or written.
     """
+    copy = copy or DurableCopy.of(path.parent)
     known = [place for place in (beside_secret(path), *notes) if os.path.exists(place)]
     witnesses = [*known, *filter(Path.exists, [path.with_suffix(".lock")])]
     absent = not path.exists() and not _head(path).exists()
-    if absent and (witnesses or not create):
+    copied = copy is not None and not _head(path).exists() and copy.count(path.stem, 0) > 0
+    if absent and (witnesses or not create) and not copied:
         if witnesses and not traces(path):  # So that the loss can be accepted.
             copy_note(path, witnesses[0])
         raise _missing(path, witnesses)
     with _lock(path, create=absent) as descriptor:
         begun = os.fstat(descriptor).st_size > 0
-        if begun and not _head(path).exists():
+        if begun and not _head(path).exists() and not copied:
             raise _damaged(path, "its head is gone") if path.exists() else _missing(path, known)
-        entries = _read_and_repair(path)
+        chain = Chain(path, _read_and_repair(path), notes, copy)
+        chain.take_over()
+        entries = chain.entries
         if not entries and (known or not create):
             raise _missing(path, known)
         for finding in (contradiction(place, entries) for place in known):
             if finding:
                 raise _damaged(path, finding)
+        chain.copy_rest()
         if entries:
             holder = f"begun; held last by process {os.getpid()} on {socket.gethostname()}"
             os.pwrite(descriptor, f"{holder:<{_HOLDER}}\n".encode(), 0)
-        yield Chain(path, entries, notes)
+        yield chain
+
+
+def keep_copy(folder: Path, address: str | None, anew: bool = False) -> None:
+    """Gives the ledgers of a folder a durable copy, and the folder the ledgers that it holds.
+
+    From then on the folder names it, and nothing is left to do.
+
+    Args:
+        address: `s3://BUCKET/FOLDER`; None: what the folder names, if anything.
+        anew: also where the folder names it already.
+
+    Raises:
+        LedgerError: the folder has another copy, a ledger and its copy differ, or the store does
+            not answer or makes an object twice.
+    """
+    kept = DurableCopy.of(folder)
+    copy = DurableCopy(address) if address else kept
+    if copy is None or (copy == kept and not anew):
+        return
+    if kept not in (None, copy):
+        raise LedgerError(
+            f"runtime.ledger_copy='{address}', but the ledgers in '{folder}' are copied to "
+            f"'{kept.address}': name that, or delete '{folder / PLACE}' to have them copied anew"
+        )
+    copy.require_conditions()
+    names = {path.stem for path in folder.glob("*.jsonl")} | copy.names()
+    for name in sorted(name for name in names if len(name) == 16):
+        with locked(folder / f"{name}.jsonl", create=True, copy=copy):
+            pass
+    write_whole(folder / PLACE, copy.address, private=True, by_many=True)
 
 
 @contextmanager
@@ -300,8 +388,11 @@ def accept_loss(path: Path, reason: str, known: bool = False) -> int:
             _write_head(path, entries[-1])
         else:
             _head(path).unlink(missing_ok=True)
+        chain = Chain(path, entries, copy=DurableCopy.of(path.parent))
+        chain.take_over()
+        chain.copy_rest()
         kept = len(entries)
-        Chain(path, entries).append("loss", {"reason": reason, "kept": kept})
+        chain.append("loss", {"reason": reason, "kept": kept})
         return kept
 
 
@@ -396,6 +487,14 @@ def _canonical(value: Entry) -> bytes:
 def _digest(entry: Entry) -> str:
     content = {key: value for key, value in entry.items() if key != "hash"}
     return hashlib.sha256(_canonical(content)).hexdigest()
+
+
+def _apart(path: Path, copy: DurableCopy) -> LedgerError:
+    return LedgerError(
+        f"the ledger '{path}' and its copy '{copy.of_ledger(path.stem)}' hold different lines: "
+        f"where the copy is right, move '{path.stem}.*' away and it is restored; else name another "
+        f"place for the copy and delete '{path.with_name(PLACE)}'"
+    )
 
 
 _ACCEPT = "or accept the loss: python -m core ledger accept-loss --file '{}' --reason '...'"
