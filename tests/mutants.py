@@ -43,6 +43,7 @@ FAR = ("tests/unit/test_far_accounting.py",)
 KEPT = ("tests/unit/test_plan.py",)
 SPENDING_CODE, CHARGES = "core/privacy/ledger/account.py", ("tests/unit/test_run_and_ledger.py",)
 KEEPER, OF_KEEPER = "sweep/trials/keeper.py", ("tests/unit/test_keeper.py",)
+COPY, OF_COPY = "core/privacy/ledger/durable_copy.py", ("tests/integration/test_durable_copy.py",)
 LOSSES_OF_LEDGERS = ("tests/unit/test_ledger_losses.py",)
 SPENDING = ("tests/integration/test_scope_spending.py",)
 EARLY = ("tests/integration/test_early_scores.py",)
@@ -865,8 +866,8 @@ MUTANTS = (
     Mutant(
         "a lost ledger that its lock knows of is begun anew",
         "core/privacy/ledger/file.py",
-        "if absent and (witnesses or not create):",
-        "if absent and (known or not create):",
+        "if absent and (witnesses or not create) and not copied:",
+        "if absent and (known or not create) and not copied:",
         LOSSES_OF_LEDGERS,
     ),
     Mutant(
@@ -875,6 +876,59 @@ MUTANTS = (
         "begun = os.fstat(descriptor).st_size > 0",
         "begun = False",
         LOSSES_OF_LEDGERS,
+    ),
+    Mutant(
+        "two machines make the copy of one line",
+        COPY,
+        ', IfNoneMatch="*")',
+        ")",
+        OF_COPY,
+    ),
+    Mutant(
+        "a line is written although its copy is another machine's",
+        COPY,
+        "return self.line(name, number) == line",
+        "return bool(self.line(name, number))",
+        OF_COPY,
+    ),
+    Mutant(
+        "a store that overwrites is taken for the copy",
+        COPY,
+        """        if self._created(key, b""):
+""",
+        """        if not self._created(key, b""):
+            return
+        if not key:
+""",
+        OF_COPY,
+    ),
+    Mutant(
+        "a copy with a gap is restored up to it",
+        COPY,
+        "if numbers != [*range(first, first + len(numbers))]:",
+        "if numbers != sorted(numbers):",
+        OF_COPY,
+    ),
+    Mutant(
+        "a restored ledger lacks its last line",
+        "core/privacy/ledger/file.py",
+        "for number in range(known, copied):",
+        "for number in range(known, copied - 1):",
+        OF_COPY,
+    ),
+    Mutant(
+        "a ledger goes on beside the copy of another history",
+        "core/privacy/ledger/file.py",
+        "if last >= 0 and self._copy.line(name, last) !=",
+        "if last < 0 and self._copy.line(name, last) !=",
+        OF_COPY,
+    ),
+    Mutant(
+        "a run's key for the durable copy is not heeded",
+        SPENDING_CODE,
+        "keep_copy(self.folder, self.config.runtime.ledger_copy)",
+        "keep_copy(self.folder, None)",
+        OF_COPY,
     ),
     Mutant(
         "a lost ledger that the sources know of is begun anew",

@@ -81,6 +81,10 @@ ANSWERS = (
         r"python -m core ledger accept-loss",
         WHOLE + "spending.py::test_a_lost_ledger_is_accepted_by_command_and_every_card_states_it",
     ),
+    (
+        r"python -m core ledger restore",
+        WHOLE + "durable_copy.py::test_a_lost_disk_is_restored_by_one_command",
+    ),
     (r"python -m core ledger", WHOLE + "spending.py::test_the_ledger_is_shown_and_verified"),
     (
         r"python -m core prepare",
