@@ -11,6 +11,7 @@ from typing import Any
 
 from core.errors import ConfigError
 from core.io.mounts import passes_no_locks
+from core.privacy.ledger.durable_copy import DurableCopy
 from core.privacy.ledger.file import keep_copy
 from sweep.config.sweep import SweepConfig
 
@@ -43,6 +44,8 @@ def check_places(sweep: SweepConfig) -> None:
     runtime = sweep.trial_config({}).runtime
     check_folder("runtime.ledger", runtime.ledger, mode=0o700)
     keep_copy(Path(runtime.ledger), runtime.ledger_copy)
+    if copy := DurableCopy.of(Path(runtime.ledger)):
+        copy.require_conditions()  # It answers, or every trial would fail.
 
 
 def check_storage(storage_path: str) -> None:

@@ -23,6 +23,7 @@ from two_ranks import TINY
 from core.__main__ import main
 from core.config import load
 from core.errors import ConfigError
+from core.io.files import write_whole
 from core.privacy.ledger import durable_copy
 from core.privacy.ledger.account import Spending
 from core.privacy.ledger.durable_copy import PLACE, DurableCopy
@@ -501,11 +502,14 @@ def test_a_run_with_the_key_charges_the_copy_and_finds_its_charge_on_a_new_disk(
     assert again.commit("ab" * 32, reservation) == reservation.key.end_step
 
 
-def test_a_sweep_is_refused_before_it_claims_anything(tmp_path, silent):
+@pytest.mark.parametrize("known", [True, False])
+def test_a_sweep_is_refused_before_it_claims_anything(tmp_path, silent, known):
     keys = {"storage_path": str(tmp_path), "name": "swept", "runtime.ledger": str(tmp_path / "l")}
     keys |= {"runtime.ledger_copy": f"s3://{BUCKET}/swept"}
     sweep = load_sweep(ROOT / "sweep" / "configs" / "quickstart.yaml", keys)
+    if known:
+        write_whole(tmp_path / "l" / PLACE, keys["runtime.ledger_copy"])
     with pytest.raises(LedgerError, match="cannot be reached or written"):
         check_places(sweep)
     assert not sweep.folder.exists()
-    assert not [*(tmp_path / "l").iterdir()]
+    assert [path.name for path in (tmp_path / "l").iterdir()] == [PLACE] * known

@@ -13,6 +13,7 @@ the copy holds beyond the file.
   yet, and the same question finds it and adds no other.
 - Object and half a line: the half is dropped as without a copy, which makes it the state before.
 - Both, with a head or notes that lag behind: as without a copy.
+- An object under way that the store makes after that look: it is one of two writers of the line.
 
 A line alone is of a time before the folder had a copy, or the copy lost it: it is copied, once
 the notes agree with the ledger. In the other order a refused line would stand in the file already.
