@@ -2,8 +2,8 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup sweep test test-faults check mutants bench ablations methods fashion-mnist reproduce \
-	budget-grid clean
+.PHONY: setup sweep test test-faults check mutants bench ablations methods transfer search-pays \
+	fashion-mnist reproduce budget-grid clean
 
 setup: $(VENV)/.installed
 
@@ -52,6 +52,15 @@ ablations: setup
 methods: setup
 	@test -n "$(DATA)" || { echo "usage: make methods DATA=folder-with-the-four-idx-files [SET='--dataset mnist --epsilon 1']"; exit 2; }
 	@$(BIN)/python tests/benchmarks/methods.py --data "$(DATA)" $(SET)
+
+# Experiments on searches, of many hours; the same command goes on where it stopped.
+transfer: setup
+	@test -n "$(DATA)" || { echo "usage: make transfer DATA=folder-with-the-four-idx-files [SET='--dataset mnist --budget 60']"; exit 2; }
+	@$(BIN)/python tests/benchmarks/transfer.py --data "$(DATA)" $(SET)
+
+search-pays: setup
+	@test -n "$(DATA)" || { echo "usage: make search-pays DATA=folder-with-the-four-idx-files [SET='--dataset mnist --budget 60']"; exit 2; }
+	@$(BIN)/python tests/benchmarks/search_pays.py --data "$(DATA)" $(SET)
 
 fashion-mnist: setup
 	@test -n "$(DATA)" || { echo "usage: make fashion-mnist DATA=folder-with-the-four-idx-files"; exit 2; }

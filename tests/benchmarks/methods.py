@@ -10,7 +10,6 @@ scoring on this machine, without decoding: run nothing beside it where they shal
 """
 
 import argparse
-import statistics
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -18,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scipy.stats import t as student
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from rows import ROOT, Row, Rows, digest_of
+from rows import ROOT, Row, Rows, add_options, cell, digest_of, settings_of
 
 from core.config import Config, load
 from core.pipeline.single import run
@@ -74,20 +72,6 @@ def rows_of(options: argparse.Namespace, settings: dict[str, Any]) -> Iterator[t
                     yield named, config
 
 
-def interval(values: list[float]) -> float | None:
-    """Half the width of the 95 % interval of the mean; None for a single value."""
-    if len(values) < 2:
-        return None
-    error = statistics.stdev(values) / len(values) ** 0.5
-    return float(student.ppf(0.975, len(values) - 1)) * error
-
-
-def cell(values: list[float], scale: float, digits: int) -> str:
-    """Mean and interval."""
-    mean, half = scale * statistics.fmean(values), interval(values)
-    return f"{mean:.{digits}f}" + (f" ± {scale * half:.{digits}f}" if half is not None else "")
-
-
 def table(rows: Iterable[Row]) -> str:
     """Means and intervals over seeds, as Markdown; a line for each method and size."""
     lines = [
@@ -117,25 +101,16 @@ def table(rows: Iterable[Row]) -> str:
 def main() -> None:
     """Runs what is missing, and prints all."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", required=True, help="folder with the data set's IDX files")
-    parser.add_argument("--dataset", choices=("fashion_mnist", "mnist"), default="fashion_mnist")
+    add_options(parser, "methods.json")
     parser.add_argument("--epsilon", type=float, nargs="+", default=[10.0, 1.0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--sizes", type=float, nargs="+", default=[1.0], help="of the training")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--budget", type=float, help="minutes after which no row is begun")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "methods.json")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="for all rows")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     folder = options.out.with_suffix("")
-    settings = dict(item.split("=", 1) for item in options.set) | {
-        "dataset.path": options.data,
-        "runtime.cache": str(folder / f"cache-{options.dataset}"),
-        "runtime.ledger": str(folder / "ledger"),
-        "runtime.num_pictures": 0,
-    }
+    settings = settings_of(options)
     kept, shown, began = Rows(options.out), [], time.monotonic()
     for named, config in rows_of(options, settings):
         row = kept.find(named)

@@ -36,6 +36,14 @@ ANSWERS = (
     (r"make mutants$", "runs the tests once for each mutant"),
     (r"make bench$", "takes ten minutes, and other tests beside it would change what it measures"),
     (r"make (ablations|methods|fashion-mnist|budget-grid) DATA=", HOURS),
+    (
+        r"make transfer DATA=",
+        SWEEPS + "experiments.py::test_transfer_is_killed_and_runs_no_trial_twice",
+    ),
+    (
+        r"make search-pays DATA=",
+        SWEEPS + "experiments.py::test_search_pays_goes_on_after_its_slot_and_compares_all_ways",
+    ),
     (r"make reproduce ", WHOLE + "methods.py::test_reproduce_goes_on_in_slots_and_adds_one_row"),
     (
         r"python tests/benchmarks/gpu.py$",
