@@ -2,6 +2,7 @@
 
 import argparse
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -12,15 +13,18 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from methods import STARTED, config_of
-from rows import Row, Rows, add_options, digest_of, settings_of
+from rows import ROOT, Row, Rows, add_options, digest_of, settings_of
 
-from core.config import flatten, nested
-from sweep import load_sweep, run_sweep
+from core.config import flatten, nested, yaml_subset
+from core.io.files import write_whole
 from sweep.config.grid import grid_points
-from sweep.config.sweep import SweepConfig
-from sweep.driver.launch import Outcome
+from sweep.config.sweep import SweepConfig, load_sweep
+from sweep.results.driver import running_driver, stop_driver
 from sweep.results.table import load_rows
 
+COMMAND = [sys.executable, str(ROOT / "sweep" / "run.py")]
+"""Each sweep has a process of its own: Ray is not made to start and end many times in one."""
+INTERRUPTED = 130
 LEAST = 120.0
 """Seconds of a slot in which a sweep is still begun: it takes some to start."""
 
@@ -50,7 +54,8 @@ def parsed(document: str | None, out: str, size: float) -> argparse.Namespace:
         out: name of the file that keeps its rows.
         size: of the training, if it is not given.
     """
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # A script's background ignores it.
+    for number in (signal.SIGINT, signal.SIGTERM):  # A script's background ignores the first.
+        signal.signal(number, signal.default_int_handler)
     parser = argparse.ArgumentParser(description=document)
     add_options(parser, out)
     text = "number of steps, in those of the preset"
@@ -97,7 +102,7 @@ def run_cells(
     cells: Iterable[Cell],
     kept: Rows,
     end: float | None,
-    figures: Callable[[Outcome], Row] | None = None,
+    figures: Callable[[SweepConfig], Row] | None = None,
 ) -> bool:
     """Runs what is missing; whether nothing is left.
 
@@ -111,14 +116,13 @@ def run_cells(
             continue
         if end is not None and end - time.monotonic() < LEAST:
             return False
-        print(cell.content["name"], file=sys.stderr, flush=True)
+        code = _run_until(cell.content, end)
         sweep = load_sweep(cell.content)
-        outcome = _run_until(sweep, end)
         if figures is None:
-            _keep_trials(cell, kept, outcome)
-        elif outcome.complete:
-            kept.add(cell.asked[0] | figures(outcome))
-        if outcome.stopped == "interrupted":
+            _keep_trials(cell, kept, sweep)
+        elif code == 0:
+            kept.add(cell.asked[0] | figures(sweep))
+        if code == INTERRUPTED:
             return False
         if not cell.is_done(kept):
             print(f"{sweep.folder} lacks trials: see its table", file=sys.stderr)
@@ -126,25 +130,42 @@ def run_cells(
     return whole
 
 
-def _run_until(sweep: SweepConfig, end: float | None) -> Outcome:
-    """Runs a sweep or goes on with it, to its end or, as if by Ctrl-C, to that of the slot."""
-    signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
-    if end is not None:
-        signal.setitimer(signal.ITIMER_REAL, end - time.monotonic())
+def _run_until(content: dict[str, Any], end: float | None) -> int:
+    """Runs a sweep or goes on with it, until its end or that of the slot; its exit code."""
+    folder = Path(content["storage_path"])
+    _stop_orphan(folder / content["name"])
+    file = folder / f"{content['name']}.yaml"
+    write_whole(file, yaml_subset.dump(content))
+    print(content["name"], file=sys.stderr, flush=True)
+    # In a session of its own, so that Ctrl-C reaches it once, from here.
+    process = subprocess.Popen(
+        [*COMMAND, "--config", str(file)], stdout=sys.stderr, start_new_session=True
+    )
     try:
-        return run_sweep(sweep)
-    except KeyboardInterrupt:
-        return Outcome(sweep, load_rows(sweep), "interrupted", False, "")
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        code = process.wait(None if end is None else end - time.monotonic())
+    except (subprocess.TimeoutExpired, KeyboardInterrupt):
+        process.send_signal(signal.SIGINT)
+        process.wait()
+        code = INTERRUPTED
+    if code == 2:
+        raise SystemExit(code)  # It has said why.
+    return code
 
 
-def _keep_trials(cell: Cell, kept: Rows, outcome: Outcome) -> None:
-    finished = [row for row in outcome.rows if row.state == "finished"]
+def _stop_orphan(folder: Path) -> None:
+    """Stops the sweep if it still runs, as one does whose command was killed."""
+    if running_driver(folder) is not None:
+        stop_driver(folder)
+        while running_driver(folder) is not None:
+            time.sleep(0.5)
+
+
+def _keep_trials(cell: Cell, kept: Rows, sweep: SweepConfig) -> None:
+    finished = [row for row in load_rows(sweep) if row.state == "finished"]
     for asked in (row for row in cell.asked if kept.find(row) is None):
         for row in finished:
             values = flatten(row.config)
-            if all(asked[key] == values[key] for key in outcome.sweep.search_space):
+            if all(asked[key] == values[key] for key in sweep.search_space):
                 kept.add(asked | row.scores | {"seconds": row.seconds})
 
 

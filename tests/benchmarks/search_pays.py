@@ -23,8 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from cells import Cell, command, make_cell, parsed, run_cells
 from rows import Row, Rows, cell, half_width
 
+from sweep.config.sweep import SweepConfig
 from sweep.costs.usage import read_usage
-from sweep.driver.launch import Outcome
+from sweep.results.table import claimed_row, load_rows
 
 EPSILONS = (10.0, 1.0)
 NUM_TRIALS = 16
@@ -64,13 +65,13 @@ def cells_of(options: argparse.Namespace) -> Iterator[Cell]:
         yield make_cell(options, names, search, fixed, epsilon)
 
 
-def figures_of(outcome: Outcome) -> Row:
+def figures_of(sweep: SweepConfig) -> Row:
     """Scores of what a complete sweep releases, and the hours of all its trials."""
-    released = outcome.released
+    released, reason = claimed_row(sweep, load_rows(sweep))
     if released is None:
-        raise SystemExit(f"{outcome.sweep.folder} claims nothing: see its table")
+        raise SystemExit(f"{sweep.folder}: {reason}")
     scores = {name: released.scores[name] for name in SCORES}
-    return scores | {"seconds": read_usage(outcome.sweep.folder).device_seconds}
+    return scores | {"seconds": read_usage(sweep.folder).device_seconds}
 
 
 def difference(mine: list[float], preset: list[float], scale: float, digits: int) -> str:

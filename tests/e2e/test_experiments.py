@@ -23,10 +23,10 @@ evaluation.num_images=60 evaluation.classifier_epochs=1 evaluation.extractor_epo
 privacy.selection_mean=1.05
 """
 TRANSFER = """
-import functools, sys
+import sys
 import cells, transfer
-from stand_in import stand_in  # Whose scores rise with the learning rate.
-cells.run_sweep = functools.partial(cells.run_sweep, train=stand_in)
+from stand_in import DRIVE  # Whose scores rise with the learning rate.
+cells.COMMAND = [sys.executable, "-c", DRIVE]
 transfer.EPSILONS = (1.0, 10.0)
 transfer.SETTINGS = {"private_training.learning_rate": (1e-4, 1e-3, 1e-2), "stage_split": (0.4,)}
 sys.exit(transfer.main())
@@ -119,7 +119,7 @@ def test_search_pays_goes_on_after_its_slot_and_compares_all_ways(tmp_path, digi
     out = tmp_path / "pays.json"
     process = start(PAYS, digits, out, {}, "--budget", "60")
     wait_for(process, out, "trials/*/checkpoints/last.pt", 1)
-    process.send_signal(signal.SIGALRM)  # As the timer does when the slot is over.
+    process.send_signal(signal.SIGINT)  # Its sweep is told the same when the slot is over.
     assert "| epsilon in all |" in ended(process, 3)
     assert not out.exists()
     told = ended(start(PAYS, digits, out, joined))

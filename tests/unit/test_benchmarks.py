@@ -24,6 +24,8 @@ import search_pays
 import transfer
 import variants
 
+from sweep import load_sweep
+
 ALONE = """
 import runpy, sys
 from importlib.machinery import PathFinder
@@ -188,7 +190,7 @@ def test_the_smallest_epsilon_pays_for_every_setting_and_no_cell_is_named_twice(
     assert len({*asked}) == len(asked) == 3 * 3 * 18
     least = [cell for cell in found if cell.asked[0]["epsilon"] == min(transfer.EPSILONS)][:2]
     for cell in least:
-        sweep = cells.load_sweep(cell.content)
+        sweep = load_sweep(cell.content)
         for point in (cell.asked[0], cell.asked[-1]):  # With the clearest moments, and the others.
             parameters = {key: point[key] for key in sweep.search_space}
             plan = methods.make_plan(sweep.trial_config(parameters))
@@ -208,7 +210,7 @@ def test_searches_spend_what_the_preset_does(monkeypatch, tmp_path):
     assert len({cell.content["name"] for cell in found}) == len(found) == 6
     for cell in found:
         (named,) = cell.asked
-        sweep = cells.load_sweep(cell.content)
+        sweep = load_sweep(cell.content)
         privacy = sweep.run.privacy
         assert privacy.target_epsilon == named["epsilon"]
         assert (privacy.scope == "trial") == (named["way"] == search_pays.PRESET)
