@@ -23,7 +23,7 @@ from sweep.results.driver import running_driver, stop_driver
 from sweep.results.table import load_rows
 
 COMMAND = [sys.executable, str(ROOT / "sweep" / "run.py")]
-"""Each sweep has a process of its own: Ray is not made to start and end many times in one."""
+"""Each sweep has a process of its own, so that none can take the others down."""
 INTERRUPTED = 130
 LEAST = 120.0
 """Seconds of a slot in which a sweep is still begun: it takes some to start."""

@@ -53,7 +53,7 @@ def cells_of(options: argparse.Namespace) -> Iterator[Cell]:
         noise = {"central_images.noise_multiplier": {"low": low, "high": high, "log": True}}
         search: Row = {"search_space": SPACE | noise, "objective": "dp_accuracy"}
         if way == PRESET:
-            search = {"sampler": "grid", "search_space": {"seed": {"choices": [seed]}}}
+            search = {"search_space": {"seed": {"choices": [seed]}}, "num_trials": 1}
         elif way == SELECTION:  # Which draws the seeds, and how many trials there are.
             fixed |= {"privacy.scope": way, "privacy.selection_mean": NUM_TRIALS, **PRIVATE_SCORE}
             search |= {"sampler": "random"}
