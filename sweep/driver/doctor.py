@@ -15,7 +15,7 @@ from core.errors import ConfigError, UserError
 from core.io.locks import is_free, locked
 from core.io.terminal import counted
 from sweep.config.sweep import SweepConfig
-from sweep.driver.cluster import check_places, join_cluster
+from sweep.driver.cluster import check_places, join_cluster, leave_cluster
 from sweep.driver.machines import grows, wait_for_room
 from sweep.driver.room import max_concurrent, most_trials, node_resources
 
@@ -55,8 +55,6 @@ def checks(sweep: SweepConfig) -> Iterator[Check]:
     yield joined
     if joined.problem:
         return
-    import ray
-
     try:
         yield _check("room for one trial", lambda: wait_for_room(sweep, lambda _: None))
         yield _head_check(sweep)
@@ -64,7 +62,7 @@ def checks(sweep: SweepConfig) -> Iterator[Check]:
         if sweep.gpus_per_worker:
             yield _gpu_check(sweep)
     finally:
-        ray.shutdown()
+        leave_cluster()
 
 
 def _head_check(sweep: SweepConfig) -> Check:

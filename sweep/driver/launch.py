@@ -20,7 +20,7 @@ from core.record.folder import RunFolder
 from sweep.config.scope import count_trials, final_point, settings_entropy
 from sweep.config.sweep import SweepConfig, require_as_loaded
 from sweep.costs.usage import Meter
-from sweep.driver.cluster import DRIVER_RESOURCE, check_places, join_cluster
+from sweep.driver.cluster import DRIVER_RESOURCE, check_places, join_cluster, leave_cluster
 from sweep.driver.machines import Patience, billed, grows, other_sweeps, wait_for_room
 from sweep.driver.progress import Progress
 from sweep.driver.room import max_concurrent, node_resources, unused_gpus
@@ -216,8 +216,6 @@ def _search(
     verbosity: int,
 ) -> Outcome:
     """Joins or starts a cluster, and lets it run the missing trials."""
-    import ray
-
     from sweep.trials.keeper import start_keeper
 
     sweep, meter = context.sweep, Meter(context.sweep)
@@ -246,7 +244,7 @@ def _search(
     finally:
         progress.close()
         meter.note()
-        ray.shutdown()
+        leave_cluster()
     limit = meter.reason or patience.reason
     limited = bool(stopped and limit)
     stopped = limit if limited else stopped

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import urllib.request
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -145,6 +145,16 @@ def reachable(uri: str) -> None:
         MlflowClient(tracking_uri=uri).search_experiments(max_results=1)
 
 
+def _make(path: Path) -> None:
+    """Makes a data base whole or not at all, as MLflow does not go on with some of its tables."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".mlflow-", dir=path.parent) as folder:
+        uri = _sqlite(Path(folder), path.name)
+        MlflowClient(tracking_uri=uri).search_experiments(max_results=1)
+        with suppress(FileExistsError):  # Another process was quicker.
+            os.link(Path(folder, path.name), path)
+
+
 def _connect(uri: str) -> None:
     """Opens a data base, a file for writing: MLflow would try again for minutes.
 
@@ -163,7 +173,8 @@ def _connect(uri: str) -> None:
                 "can be damaged: set MLFLOW_TRACKING_URI=sqlite:////FOLDER-ON-A-LOCAL-DISK/mlflow."
                 "db, or to a server's address"
             )
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            _make(path)
     engine = create_engine(uri, connect_args={"timeout": _LOCKED} if is_file else {})
     try:
         with engine.connect() as connection:

@@ -341,3 +341,22 @@ def test_a_password_of_a_server_is_used_and_not_shown(tmp_path):
         server.shutdown()
     assert [path for path, _ in asked] == ["/health", asked[-1][0]]
     assert asked[-1][1].startswith("Basic ")
+
+
+def test_a_data_base_is_made_whole_or_not_at_all(tmp_path, monkeypatch):
+    """Of an interrupted start nothing stays, as MLflow does not go on with some of its tables."""
+    file = tmp_path / "new" / "mlflow.db"
+    uri = f"sqlite:///{file}"
+    with monkeypatch.context() as patch:
+
+        def interrupted(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        patch.setattr(store.os, "link", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            store.reachable(uri)
+    assert [*file.parent.iterdir()] == []
+    store.reachable(uri)
+    assert [each.name for each in file.parent.iterdir()] == ["mlflow.db"]
+    with sqlite3.connect(file) as tables:
+        assert tables.execute("SELECT count(*) FROM alembic_version").fetchone() == (1,)
