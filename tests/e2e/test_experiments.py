@@ -78,17 +78,6 @@ def ended(process: subprocess.Popen, code: int = 0) -> str:
     return out
 
 
-def whole(code: str, digits: Path, out: Path, joined: dict[str, str]) -> str:
-    """Types the command until nothing is left: Ray may end a driver that lets go of it."""
-    for _ in range(3):
-        process = start(code, digits, out, joined)
-        told, err = process.communicate(timeout=500)
-        if process.returncode != 3:
-            break
-    assert process.returncode == 0, err[-3000:]
-    return told
-
-
 def wait_for(process: subprocess.Popen, out: Path, pattern: str, count: int) -> None:
     """Until the sweeps have left so many files."""
     while len([*out.with_suffix("").glob(f"*/{pattern}")]) < count:
@@ -109,7 +98,7 @@ def test_transfer_is_killed_and_runs_no_trial_twice(tmp_path, digits, joined):
     process.send_signal(signal.SIGKILL)
     process.communicate()
     before = finished(out)
-    told = whole(TRANSFER, digits, out, joined)
+    told = ended(start(TRANSFER, digits, out, joined))
     after = finished(out)
     assert len(after) == 6
     assert before.items() <= after.items()
@@ -133,7 +122,7 @@ def test_search_pays_goes_on_after_its_slot_and_compares_all_ways(tmp_path, digi
     process.send_signal(signal.SIGINT)  # Its sweep is told the same when the slot is over.
     assert "| epsilon in all |" in ended(process, 3)
     assert not out.exists()
-    told = whole(PAYS, digits, out, joined)
+    told = ended(start(PAYS, digits, out, joined))
     rows = json.loads(out.read_text())
     assert [row["way"] for row in rows] == ["preset", "selection", "tune_then_train"]
     for row in rows:
