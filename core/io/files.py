@@ -44,13 +44,19 @@ def write_whole(path: Path, content: Content, private: bool = False, by_many: bo
         temporary.unlink(missing_ok=True)  # Half a file would keep the space.
 
 
-def write_first(path: Path, content: str) -> None:
-    """Gives a private file its content, unless it is there: whoever is first decides, for good."""
-    whole = path.with_name(_name(path))
-    private_folder(path.parent)
+def write_first(path: Path, content: str | bytes, private: bool = True) -> None:
+    """Gives a file its content, unless it is there: whoever is first decides, for good.
+
+    Args:
+        private: as of `write_whole`; else its folder is there.
+    """
+    whole, flags = path.with_name(_name(path)), os.O_WRONLY | os.O_CREAT | os.O_EXCL
+    if private:
+        private_folder(path.parent)
     try:
-        descriptor = private_opener(str(whole), os.O_WRONLY | os.O_CREAT | os.O_EXCL)
-        write_and_sync(descriptor, content.encode())
+        name = str(whole)
+        descriptor = private_opener(name, flags) if private else os.open(name, flags, 0o666)
+        write_and_sync(descriptor, content.encode() if isinstance(content, str) else content)
         with contextlib.suppress(FileExistsError):
             os.link(whole, path)
         sync_folder(path)

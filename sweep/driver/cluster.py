@@ -136,8 +136,8 @@ def join_cluster() -> None:
 def leave_cluster() -> None:
     """Leaves it, or ends a local one.
 
-    Ray ends this process if any thread collects a handle of an actor while it shuts down. So those
-    in cycles, of which Tune leaves many, are collected before, and none meanwhile.
+    Ray ends this process if any thread collects a reference to a result while it shuts down. So
+    those in cycles, of which Tune leaves many, are collected before, and none meanwhile.
     """
     import ray
 

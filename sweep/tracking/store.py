@@ -31,6 +31,7 @@ from mlflow.utils.uri import is_local_uri
 from sqlalchemy import create_engine, make_url
 
 from core.errors import ConfigError, UserError
+from core.io.files import write_first
 from core.io.mounts import network_file_system
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)
@@ -147,12 +148,12 @@ def reachable(uri: str) -> None:
 
 def _make(path: Path) -> None:
     """Makes a data base whole or not at all, as MLflow does not go on with some of its tables."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".mlflow-", dir=path.parent) as folder:
-        uri = _sqlite(Path(folder), path.name)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        uri = _sqlite(folder, path.name)
         MlflowClient(tracking_uri=uri).search_experiments(max_results=1)
-        with suppress(FileExistsError):  # Another process was quicker.
-            os.link(Path(folder, path.name), path)
+        with suppress(OSError):  # SQLite says better why it cannot be there.
+            write_first(path, (folder / path.name).read_bytes(), private=False)
 
 
 def _connect(uri: str) -> None:
@@ -173,6 +174,7 @@ def _connect(uri: str) -> None:
                 "can be damaged: set MLFLOW_TRACKING_URI=sqlite:////FOLDER-ON-A-LOCAL-DISK/mlflow."
                 "db, or to a server's address"
             )
+        path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():
             _make(path)
     engine = create_engine(uri, connect_args={"timeout": _LOCKED} if is_file else {})

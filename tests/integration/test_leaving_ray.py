@@ -1,4 +1,4 @@
-"""Ray would end a process that collects an actor's handle while it shuts down; ours goes on."""
+"""Ray would end a process that collects a reference while it shuts down; ours goes on."""
 
 import subprocess
 import sys
@@ -28,7 +28,8 @@ class Actor:
         return "an actor"
 
 cycle = [Actor.remote()]
-print(ray.get(cycle[0].name.remote()))
+cycle.append(cycle[0].name.remote())
+print(ray.get(cycle[1]))
 cycle.append(cycle)
 gc.disable()  # Only what is said here collects.
 del cycle

@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import os
 import re
 import shlex
 import shutil
@@ -352,7 +353,7 @@ def test_a_data_base_is_made_whole_or_not_at_all(tmp_path, monkeypatch):
         def interrupted(*_: object) -> None:
             raise KeyboardInterrupt
 
-        patch.setattr(store.os, "link", interrupted)
+        patch.setattr(os, "link", interrupted)
         with pytest.raises(KeyboardInterrupt):
             store.reachable(uri)
     assert [*file.parent.iterdir()] == []
