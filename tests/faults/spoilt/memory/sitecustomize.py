@@ -15,10 +15,10 @@ def spoil(training) -> None:
 
     loss = training._loss
 
-    def greedy_loss(config, network, images, *others):
+    def greedy_loss(config, network, weight_of, images, *others):
         if isinstance(network, training.PerExampleGradients) and len(images) > MOST_IMAGES:
             raise torch.OutOfMemoryError("simulated")
-        return loss(config, network, images, *others)
+        return loss(config, network, weight_of, images, *others)
 
     training._loss = greedy_loss
 
