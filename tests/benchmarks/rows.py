@@ -85,3 +85,8 @@ def cell(values: list[float], scale: float, digits: int) -> str:
     """Mean and interval."""
     mean, half = scale * statistics.fmean(values), half_width(values)
     return f"{mean:.{digits}f}" + (f" ± {scale * half:.{digits}f}" if half is not None else "")
+
+
+def effect(low: float, high: float) -> str:
+    """What is said beside an interval that holds zero; else nothing."""
+    return "" if low > 0 or high < 0 else ", no effect"

@@ -21,7 +21,7 @@ from scipy.stats import ttest_ind
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from cells import Cell, command, make_cell, parsed, run_cells
-from rows import Row, Rows, cell, half_width
+from rows import Row, Rows, cell, effect, half_width
 
 from sweep.config.sweep import SweepConfig
 from sweep.costs.usage import read_usage
@@ -83,9 +83,10 @@ def difference(mine: list[float], preset: list[float], scale: float, digits: int
         return ""
     low, high = ttest_ind(mine, preset, equal_var=False).confidence_interval(0.95)
     mean = sum(mine) / len(mine) - sum(preset) / len(preset)
-    effect = "" if low > 0 or high < 0 else ", no effect"
     low, high = scale * low, scale * high
-    return f"{scale * mean:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f}){effect}"
+    return (
+        f"{scale * mean:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f}){effect(low, high)}"
+    )
 
 
 def groups_of(kept: Rows, cells: list[Cell]) -> dict[tuple[float, str], list[Row]]:

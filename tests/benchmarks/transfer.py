@@ -22,7 +22,7 @@ from scipy.stats import rankdata
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from cells import Cell, command, make_cell, parsed, run_cells
-from rows import Row, Rows, half_width
+from rows import Row, Rows, effect, half_width
 
 EPSILONS = (0.6, 1.0, 10.0)
 """0.6 is what a tuning trial of scope `tune_then_train` spends."""
@@ -132,8 +132,7 @@ def told(found: tuple[float, float, float]) -> str:
     mean, low, high = found
     if np.isnan(mean):
         return "no ranks"
-    effect = "" if low > 0 or high < 0 else ", no effect"
-    return f"{mean:.2f} ({low:.2f} to {high:.2f}){effect}"
+    return f"{mean:.2f} ({low:.2f} to {high:.2f}){effect(low, high)}"
 
 
 def table(kept: Rows, cells: list[Cell]) -> str:

@@ -205,15 +205,16 @@ def _range(parts: Sequence[NDArray[np.float64]], counts: Sequence[int]) -> tuple
     rare = np.arange(1, 21) / max(map(len, parts))  # For a large loss that is improbable.
     orders = np.concatenate([normal, rare])
     with np.errstate(divide="ignore"):
-        fine = [np.log(part.clip(min=0)) for part in parts]
-        coarse = [np.log(_in_blocks(part.clip(min=0))) for part in parts]
+        positive = [part.clip(min=0) for part in parts]  # Transforms leave a little below 0.
+        fine = [np.log(part) for part in positive]
+        coarse = [np.log(_in_blocks(part)) for part in positive]
 
-    def most_likely(sign: float) -> float:
+    def farthest(sign: float) -> float:
         # Every order gives a bound; which of them gives the least is known from blocks of points.
         best = orders[[(_chernoff(coarse, counts, sign * _BLOCK * orders) / orders).argmin()]]
         return float((_chernoff(fine, counts, sign * best) / best).item())
 
-    return max(0, math.floor(-most_likely(-1.0))), min(most, math.ceil(most_likely(1.0)))
+    return max(0, math.floor(-farthest(-1.0))), min(most, math.ceil(farthest(1.0)))
 
 
 def _in_blocks(part: NDArray[np.float64]) -> NDArray[np.float64]:
