@@ -246,7 +246,7 @@ def test_sweeps_that_are_shown_load(command, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("make ")])
 def test_targets_and_variables_are_those_of_the_makefile(command):
-    _, target, *variables = command.split(" ")
+    _, target, *variables = shlex.split(command)
     makefile = (ROOT / "Makefile").read_text()
     assert re.search(rf"^{target}:", makefile, re.M)
     assert all(f"$({each.split('=')[0]})" in makefile for each in variables)
