@@ -316,6 +316,11 @@ class Config(Section):
             )
         if self.uses_moments:
             _few_enough_moments(self.central_images, self.dataset)
+        elif self.sampler.closed_form_share > 0 and self.central_images.kind != "moments":
+            raise ValueError(
+                f"sampler.closed_form_share={self.sampler.closed_form_share:g} needs moments to "
+                "draw from: set it to 0, or choose central_images.kind=moments"
+            )
         if self.method in ("feta_pro", "dp_merf"):
             _enough_for_each_class(self.frequency, self.dataset.num_classes)
 

@@ -29,7 +29,8 @@ def sample(
     Starts from pure noise, or at the same level from noisy draws of the mixtures of moments, where
     `sigma_max` may be small: no step is then spent on what the closed form knows.
     `ddim` is the first-order deterministic solver (Song et al. 2021, eta 0), `heun` the second
-    order one; `s_churn` > 0 makes either stochastic.
+    order one; `s_churn` > 0 makes either stochastic. Of a network that starts from moments,
+    `closed_form_share` of the images, chosen at random, are draws of the moments themselves.
 
     Args:
         labels: int64 `[B]` on the device of the denoiser.
@@ -40,6 +41,17 @@ def sample(
         Images `[B, C, H, W]`, nominally in [-1, 1], not clamped.
     """
     device = labels.device
+    if config.closed_form_share > 0 and isinstance(denoiser, MomentsDenoiser):
+        few = torch.rand((), generator=generator, device=device)
+        count = int(config.closed_form_share * len(labels) + few)  # One size for all whole chunks.
+        order = torch.randperm(len(labels), generator=generator, device=device)
+        closed, others = order[:count], order[count:]
+        images = torch.empty((len(labels), *shape), device=device)
+        images[closed] = denoiser.gaussians.draw(labels[closed], generator).view(-1, *shape)
+        if len(others):
+            rest = config.model_copy(update={"closed_form_share": 0.0})
+            images[others] = sample(denoiser, labels[others], shape, rest, num_classes, generator)
+        return images
 
     def noise() -> torch.Tensor:
         return torch.randn((len(labels), *shape), generator=generator, device=device)

@@ -30,7 +30,11 @@ GENERATOR = "generator"
 """Folder of a bundle that holds the weights."""
 WEIGHTS, SETTINGS = "weights.safetensors", "settings.json"
 _WHOLE = ("seed", "model", "diffusion", "sampler")
-_PARTS = {"dataset": ("image_size", "channels", "num_classes"), "evaluation": ("batch_size",)}
+_PARTS = {
+    "dataset": ("image_size", "channels", "num_classes"),
+    "central_images": ("kind", "image_size", "num_components"),
+    "evaluation": ("batch_size",),
+}
 """With the seed, the size of a batch gives the very images that the run was scored with."""
 
 
@@ -177,10 +181,9 @@ def load_generator(
     """
     if not (folder / WEIGHTS).exists():
         raise ConfigError(f"'{folder}' holds no generator: release it with --formats generator")
-    kept = read_json(folder / SETTINGS)
-    num_classes = kept["dataset"]["num_classes"]
+    kept = {"central_images": {"image_size": 2}} | read_json(folder / SETTINGS)
     # What a configuration must have, but drawing does not use.
-    unused = {"evaluation.num_images": max(4, 2 * num_classes), "central_images.image_size": 2}
+    unused = {"evaluation.num_images": max(4, 2 * kept["dataset"]["num_classes"])}
     config = load(merge(kept, unused), overrides or {})
     try:
         return config, load_denoiser(config, folder / WEIGHTS, config_device(config))

@@ -21,6 +21,7 @@ STARTED = {
     "central_images.kind": "moments",
     "central_images.noise_multiplier": 8.0,
     "central_images.num_components": 10,
+    "sampler.closed_form_share": 0.3,
     "runtime.checkpoint_every": 1,
     "runtime.log_every": 1,
 }

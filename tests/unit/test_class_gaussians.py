@@ -11,6 +11,7 @@ from core.diffusion.denoiser import Denoiser, MomentsDenoiser, build_denoiser
 from core.diffusion.gaussians import Gaussians
 from core.diffusion.loss import draw, edm_loss
 from core.diffusion.sampler import sample
+from core.errors import ConfigError
 from core.privacy.keys import KeyedStream
 from core.privacy.mechanisms import moments
 from core.privacy.mechanisms.moments import Moments, release_moments
@@ -252,6 +253,68 @@ def test_before_any_step_it_samples_the_class_gaussians(name, steps, sigma_max):
         assert difference.norm() < 0.08 * wide.norm()
     other = covariance(found, 0) - covariance(found, 1)
     assert other.norm() > 0.5 * wide.norm()  # The classes can be told apart.
+
+
+class Bright(torch.nn.Module):
+    """Adds to every image what tells it from a draw of the Gaussians."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[int] = []
+
+    def forward(self, x: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+        self.seen.append(len(x))
+        return torch.full_like(x[:, :1], 50.0)
+
+
+@pytest.mark.parametrize(
+    ("share", "counts"), [(0.0, {40}), (0.25, {30}), (0.26, {29, 30}), (1.0, {0})]
+)
+def test_a_share_of_the_images_are_draws_of_the_gaussians(share, counts):
+    found, labels = gaussians(16, 6).float(), torch.arange(40) % 2
+    bright = MomentsDenoiser(Bright(), 0.5, found)
+    sampler = SamplerConfig(num_steps=3, sigma_max=0.8, closed_form_share=share)
+
+    def drawn(seed: int, sampler: SamplerConfig = sampler) -> torch.Tensor:
+        noise = torch.Generator().manual_seed(seed)
+        return sample(bright, labels, (1, 4, 4), sampler, 2, noise).flatten(1)
+
+    sizes, rows = set(), torch.zeros(40)
+    for seed in range(100):
+        bright.network.seen.clear()
+        images = drawn(seed)
+        by_network = images.mean(1) > 5
+        assert set(bright.network.seen) <= {int(by_network.sum())}  # The others cost no evaluation.
+        sizes.add(int(by_network.sum()))
+        rows += ~by_network
+        assert images.isfinite().all()
+        assert torch.equal(images, drawn(seed))
+    assert sizes == counts
+    assert ((rows / 100 - share).abs() < 0.22).all()  # Whatever the place in the chunk.
+    if 0 < share < 1:
+        away = torch.cat([drawn(seed)[labels == 1] for seed in range(150)])
+        away = away[away.mean(1) < 5]
+        alone = found.draw(torch.ones(len(away)).long(), torch.Generator().manual_seed(1))
+        assert (away.mean(0) - alone.mean(0)).abs().max() < 0.2  # Of their own class.
+        assert (torch.cov(away.T) - torch.cov(alone.T)).norm() < 0.2 * torch.cov(alone.T).norm()
+
+
+def test_one_image_at_a_time_has_the_share_too():
+    bright = MomentsDenoiser(Bright(), 0.5, gaussians(16, 6).float())
+    sampler = SamplerConfig(num_steps=3, sigma_max=0.8, closed_form_share=0.75)
+    label = torch.zeros(1).long()
+    closed = [
+        sample(bright, label, (1, 4, 4), sampler, 2, torch.Generator().manual_seed(seed)).mean() < 5
+        for seed in range(400)
+    ]
+    assert 0.68 < sum(map(bool, closed)) / 400 < 0.82
+
+
+def test_a_share_without_moments_is_refused():
+    with pytest.raises(ConfigError, match=r"closed_form_share=0.5 needs moments"):
+        load({}, {"sampler.closed_form_share": 0.5})
+    for changes in ({"method": "dpdm"}, {"method": "moments"}, {}):  # Methods compare as they are.
+        load({}, SETTINGS | {"sampler.closed_form_share": 0.5} | changes)
 
 
 def test_plain_draws_have_the_moments_but_for_what_is_assumed_outside():
