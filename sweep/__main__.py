@@ -16,11 +16,10 @@ from rich import box
 from rich.table import Table
 
 from core.config import nested, yaml_subset
-from core.errors import ConfigError, UserError
+from core.errors import ConfigError, LedgerError, UserError
 from core.io.completion import answer_shell, completed, yaml_files
 from core.io.files import to_json
 from core.privacy.accounting.rounding import figure, upward
-from core.privacy.ledger.file import LedgerError
 from sweep.config.scope import inside
 from sweep.config.sweep import SweepConfig, load_sweep
 from sweep.results.driver import running_driver, stop_driver

@@ -12,7 +12,7 @@ from core.config import Config, default_ledger, load, nested, parse_overrides, s
 from core.data import Dataset, Split, load_dataset
 from core.device import config_device
 from core.diffusion.posthoc_ema import reconstruct
-from core.errors import ConfigError
+from core.errors import ConfigError, LedgerError
 from core.evaluation.scoring import score
 from core.generation.draw import generate as draw_images
 from core.generation.generator import Generator, load_run
@@ -25,7 +25,7 @@ from core.privacy.keys import MasterSecret
 from core.privacy.ledger.account import require_same_data
 from core.privacy.ledger.card import ledger_text
 from core.privacy.ledger.durable_copy import DurableCopy
-from core.privacy.ledger.file import LedgerError, accept_loss, keep_copy
+from core.privacy.ledger.file import accept_loss, keep_copy
 from core.privacy.ledger.ledger import Ledger
 from core.privacy.ledger.sources import Sources
 from core.publish.inspection import inspect_run

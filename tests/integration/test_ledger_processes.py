@@ -21,8 +21,8 @@ from by_library import epsilon_of, subsampled_gaussian
 from core.errors import UserError
 from core.privacy.ledger import file
 from core.privacy.ledger.admission import BudgetExceededError
-from core.privacy.ledger.file import Event, Key, Terms
 from core.privacy.ledger.ledger import Ledger
+from core.privacy.ledger.terms import Event, Key, Terms
 
 STEP = Event("dp_sgd", 0.05, 8.0, 10)
 TERMS = Terms("ab" * 32, 1_000, 1e-5, "zero_out", None)

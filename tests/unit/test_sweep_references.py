@@ -23,8 +23,8 @@ from core.privacy.accounting.mechanism import grouped
 from core.privacy.accounting.quick import composed, quick_epsilon
 from core.privacy.ledger.admission import BudgetExceededError
 from core.privacy.ledger.card import accountant_of
-from core.privacy.ledger.file import Key
 from core.privacy.ledger.ledger import Ledger
+from core.privacy.ledger.terms import Key
 from core.privacy.plan import shares
 from core.privacy.plan.budget import RunBudget, run_budget
 from core.privacy.plan.plan import make_plan, sweep_reference

@@ -9,10 +9,10 @@ from test_sweep_config import QUICKSTART, SELECTION
 
 from core.config import load, nested
 from core.config.scopes import SCOPES
-from core.errors import ConfigError, InfeasibleError
+from core.errors import ConfigError, InfeasibleError, LedgerError
 from core.privacy.ledger.admission import BudgetExceededError
-from core.privacy.ledger.file import Key, LedgerError
 from core.privacy.ledger.ledger import Ledger
+from core.privacy.ledger.terms import Key
 from core.privacy.plan.budget import RunBudget, run_budget
 from core.privacy.plan.plan import make_plan
 from sweep.config.scope import final_point, tuning_settings

@@ -45,7 +45,7 @@ def profile(
     ways = composed_losses(mechanisms, relation, step)
     if points is None:
         points = max(way.first + len(way.probabilities) for way in ways) + 1
-    epsilons = np.arange(max(2, points)) * step
+    epsilons = step * np.arange(max(2, points), dtype=float)
     deltas = np.stack([deltas_at(way, step, epsilons) for way in ways])
     return deltas + transform_error(mechanisms)
 
