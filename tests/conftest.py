@@ -1,5 +1,6 @@
-"""What every test shares: secret and cache lie in folders of their own, there is one thread."""
+"""What every test shares: folders of its own, one thread, and no waiting for the disk."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -46,4 +47,12 @@ def _private_folders(tmp_path_factory: pytest.TempPathFactory):
         patch.setenv("FETA_SWEEP_SECRET_FILE", str(folder / "secret" / "master.secret"))
         patch.setenv("XDG_DATA_HOME", str(folder / "data"))
         patch.setenv("FETA_SWEEP_TEST_CACHE", str(folder / "cache"))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_waiting_for_the_disk():
+    """In this process: no power fails, and files of tests need not outlast that."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
         yield

@@ -35,11 +35,6 @@ DP_SGD = Event("dp_sgd", 0.05, 8.0, 100)
 EVENTS = (CENTRAL, DP_SGD)
 
 
-@pytest.fixture(autouse=True)
-def _no_waiting_for_the_disk(monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-
-
 def to_dp_event(event: Event) -> dp_event.DpEvent:
     return subsampled_gaussian(event.sample_rate, event.noise_multiplier, event.count)
 

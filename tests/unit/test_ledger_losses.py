@@ -23,11 +23,6 @@ TERMS = Terms("ab" * 32, 1_000, 1e-5, "zero_out", None)
 DP_SGD = Event("dp_sgd", 0.05, 8.0, 100)
 
 
-@pytest.fixture(autouse=True)
-def _no_waiting_for_the_disk(monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-
-
 def key(trial: str) -> Key:
     return Key("sweep", trial, "all", 0, 100)
 

@@ -1,6 +1,5 @@
 """Scope `sweep` by references: brute force, the worst adversary, golden figures, refusals."""
 
-import os
 from dataclasses import replace
 from functools import cache
 
@@ -199,9 +198,8 @@ def test_samplers_that_do_not_learn_need_no_reference():
 
 
 def test_the_ledger_charges_the_whole_and_admits_no_trial_more_than_was_composed(
-    tmp_path, monkeypatch
+    tmp_path,
 ):
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     within = RunBudget(9.0, True, tuning_trials=2, references="each", has_final_run=False)
     ledger, events = Ledger.open(tmp_path, replace(TERMS, budget=10.0)), (CENTRAL_EVENT, DP_SGD)
 

@@ -1,6 +1,5 @@
 """Tuned runs: their settings in a sweep, and what the ledger takes of them."""
 
-import os
 from dataclasses import replace
 
 import pytest
@@ -27,11 +26,6 @@ TUNED = SELECTION | {
     "privacy.tuning_steps": 0.5,
 }
 WITHIN = RunBudget(9.0, adaptive=True, tuning_trials=2, references="both")
-
-
-@pytest.fixture(autouse=True)
-def _no_waiting_for_the_disk(monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 def key(trial: str, part: str = "tuning", run: str = "tuned") -> Key:
