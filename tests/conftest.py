@@ -18,6 +18,7 @@ torch.set_num_threads(1)
 # that also wait run beside others that do not.
 _LONGEST = (
     "test_sweep.py",
+    "test_experiments.py",
     "test_autoscaling.py",
     "test_killed_processes.py",
     "test_failing_trials.py",
@@ -26,6 +27,11 @@ _LONGEST = (
     "test_soak.py",
     "test_mlflow_ui.py",
     "test_scopes_in_sweeps.py",
+    "test_python.py",
+    "test_diverging_trials.py",
+    "test_own_images.py",
+    "test_autostop.py",
+    "test_stopped_trials.py",
     "test_feta_pro.py",
     "test_ranks.py",
     "test_scope_spending.py",
