@@ -21,9 +21,7 @@ from pydantic import (
     model_validator,
 )
 
-from core.config.files import load_yaml
-from core.config.files import merge as merge
-from core.config.files import parse_overrides as parse_overrides
+from core.config.files import load_yaml, merge
 from core.config.keys import explain
 from core.config.metrics import DISTRIBUTION_METRICS, SUFFIXES
 from core.config.network import (
