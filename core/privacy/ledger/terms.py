@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from core.errors import LedgerError
 from core.privacy.accounting.mechanism import RELATIONS
+from core.privacy.plan.releases import RELEASES
 
 
 def require(condition: bool, name: str, value: object, allowed: str) -> None:
@@ -55,8 +56,7 @@ class Event:
     """`count` releases of a Poisson-subsampled Gaussian mechanism, as plain data.
 
     Attributes:
-        kind: `central_images`, `moments`, `frequency`, `dp_sgd`, which alone can stop half-way,
-            or `dp_accuracy`.
+        kind: of `RELEASES`, of which `dp_sgd` alone can stop half-way.
         sample_rate: q in (0, 1].
         noise_multiplier: standard deviation over sensitivity, positive and finite.
         count: at least 1.
@@ -71,13 +71,13 @@ class Event:
     release: str = ""
 
     def __post_init__(self) -> None:
-        kinds = ("central_images", "moments", "frequency", "dp_sgd", "dp_accuracy")
+        kinds = {each.kind: each.is_shared for each in RELEASES.values()}
         sigma = self.noise_multiplier
         require(self.kind in kinds, "event kind", self.kind, f"one of {', '.join(kinds)}")
         require(0 < self.sample_rate <= 1, "sample_rate", self.sample_rate, "in (0, 1]")
         require(0 < sigma < math.inf, "noise_multiplier", sigma, "positive and finite")
         require(operator.index(self.count) >= 1, "count", self.count, "at least 1")
-        whole = not self.release or self.kind in ("central_images", "moments")
+        whole = not self.release or kinds[self.kind]
         allowed = "empty but for central images or moments, drawn as a whole"
         require(whole, "release", self.release, allowed)
 
