@@ -279,12 +279,9 @@ def _print_table(records: Sequence[Mapping[str, Any]], digits: int = 4) -> None:
         table.add_column(name, justify="left" if isinstance(value, str) else "right")
     for each in records:
         # A line about one key has its name in its first cell.
-        table.add_row(*(_cell(each.get("key", name), v, digits) for name, v in each.items()))
+        cells = ((each.get("key", name), value) for name, value in each.items())
+        table.add_row(*("-" if v is None else figure(key, v, digits) for key, v in cells))
     print_whole(table)
-
-
-def _cell(name: str, value: Any, digits: int) -> str:
-    return "-" if value is None else figure(name, value, digits)
 
 
 if __name__ == "__main__":
