@@ -2,8 +2,8 @@
 """Command line of one run and its folder, without Ray and MLflow: `python -m core`."""
 
 import argparse
-import importlib
 import logging
+import pkgutil
 import signal
 import sys
 from collections.abc import Callable
@@ -13,6 +13,7 @@ from core.config import Config
 from core.config.keys import known_keys
 from core.errors import StoppedError, UserError
 from core.io.completion import answer_shell, completed, yaml_files
+from core.io.files import local_folder
 
 EXAMPLES = {
     "init": "photos --epsilon 10 --publish-counts",
@@ -40,15 +41,14 @@ def main(arguments: list[str] | None = None) -> int:
     """
     parser = _parser()
     answer_shell(parser)
-    options, more = parser.parse_known_args(arguments)
-    if more:  # argparse takes key=value arguments on one side of the flags alone.
-        if "overrides" not in options or any(argument.startswith("-") for argument in more):
-            parser.error(f"unrecognized arguments: {' '.join(more)}")
-        options.overrides += more
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
-        module, _, function = options.command.partition(":")
-        getattr(importlib.import_module(module), function)(options)  # Some need torch, not all.
+        options, more = parser.parse_known_args(arguments)
+        if more:  # argparse takes key=value arguments on one side of the flags alone.
+            if "overrides" not in options or any(argument.startswith("-") for argument in more):
+                parser.error(f"unrecognized arguments: {' '.join(more)}")
+            options.overrides += more
+        pkgutil.resolve_name(options.command)(options)  # Some need torch, not all.
     except StoppedError as stop:
         print(stop, file=sys.stderr)
         return 3
@@ -97,9 +97,8 @@ def _parser() -> argparse.ArgumentParser:
             text = "YAML file, as in core/configs"
             yaml_files(command.add_argument("--config", required=True, help=text))
         if folder:
-            command.add_argument(
-                "--run-dir", type=_folder, required=not config, help="folder of the run"
-            )
+            text, place = "folder of the run", _folder("--run-dir")
+            command.add_argument("--run-dir", type=place, required=not config, help=text)
         return command
 
     _add_training(add)
@@ -107,11 +106,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _folder(text: str) -> Path:
-    """Refuses an address, which would become a folder of that name."""
-    if "://" in text:
-        raise argparse.ArgumentTypeError(f"{text!r} is an address: name a folder")
-    return Path(text).expanduser()
+def _folder(flag: str) -> Callable[[str], Path]:
+    return lambda text: Path(local_folder(flag, text))
 
 
 def _overridable(command: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -186,7 +182,7 @@ def _add_what_follows(add: Callable[..., argparse.ArgumentParser]) -> None:
     )
     release = add("release", "write, verify or check the bundle to publish")
     release.add_argument("--run-dir", type=Path, help="folder of a finished run")
-    release.add_argument("--out", type=_folder, help="new folder of the bundle")
+    release.add_argument("--out", type=_folder("--out"), help="new folder of the bundle")
     what = release.add_mutually_exclusive_group()
     what.add_argument("--verify", action="store_true", help="check the digests of --out")
     text = "what to see before signing: epsilons, history, audit, what is not covered; writes none"

@@ -16,11 +16,10 @@ from rich import box
 from rich.table import Table
 
 from core.config import nested, yaml_subset
-from core.errors import ConfigError, UserError
+from core.errors import ConfigError, LedgerError, UserError
 from core.io.completion import answer_shell, completed, yaml_files
 from core.io.files import to_json
 from core.privacy.accounting.rounding import figure, upward
-from core.privacy.ledger.file import LedgerError
 from sweep.config.scope import inside
 from sweep.config.sweep import SweepConfig, load_sweep
 from sweep.results.driver import running_driver, stop_driver
@@ -280,12 +279,9 @@ def _print_table(records: Sequence[Mapping[str, Any]], digits: int = 4) -> None:
         table.add_column(name, justify="left" if isinstance(value, str) else "right")
     for each in records:
         # A line about one key has its name in its first cell.
-        table.add_row(*(_cell(each.get("key", name), v, digits) for name, v in each.items()))
+        cells = ((each.get("key", name), value) for name, value in each.items())
+        table.add_row(*("-" if v is None else figure(key, v, digits) for key, v in cells))
     print_whole(table)
-
-
-def _cell(name: str, value: Any, digits: int) -> str:
-    return "-" if value is None else figure(name, value, digits)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""What every test shares: secret and cache lie in folders of their own, there is one thread."""
+"""What every test shares: folders of its own, one thread, and no waiting for the disk."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ torch.set_num_threads(1)
 # that also wait run beside others that do not.
 _LONGEST = (
     "test_sweep.py",
+    "test_experiments.py",
     "test_autoscaling.py",
     "test_killed_processes.py",
     "test_failing_trials.py",
@@ -25,6 +27,11 @@ _LONGEST = (
     "test_soak.py",
     "test_mlflow_ui.py",
     "test_scopes_in_sweeps.py",
+    "test_python.py",
+    "test_diverging_trials.py",
+    "test_own_images.py",
+    "test_autostop.py",
+    "test_stopped_trials.py",
     "test_feta_pro.py",
     "test_ranks.py",
     "test_scope_spending.py",
@@ -46,4 +53,12 @@ def _private_folders(tmp_path_factory: pytest.TempPathFactory):
         patch.setenv("FETA_SWEEP_SECRET_FILE", str(folder / "secret" / "master.secret"))
         patch.setenv("XDG_DATA_HOME", str(folder / "data"))
         patch.setenv("FETA_SWEEP_TEST_CACHE", str(folder / "cache"))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_waiting_for_the_disk():
+    """In this process: no power fails, and files of tests need not outlast that."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
         yield

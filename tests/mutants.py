@@ -577,9 +577,9 @@ MUTANTS = (
     ),
     Mutant(
         "tuning: a final run's own tail left out",
-        PAIRS,
-        "return losses.infinite + upper[above]",
-        "return upper[above]",
+        "core/privacy/accounting/profile.py",
+        "deltas = way.infinite + upper[above]",
+        "deltas = upper[above]",
         TUNED,
     ),
     Mutant(

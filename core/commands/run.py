@@ -12,10 +12,10 @@ from core.config import Config, default_ledger, load, nested, parse_overrides, s
 from core.data import Dataset, Split, load_dataset
 from core.device import config_device
 from core.diffusion.posthoc_ema import reconstruct
-from core.errors import ConfigError
+from core.errors import ConfigError, LedgerError
 from core.evaluation.scoring import score
 from core.generation.draw import generate as draw_images
-from core.generation.generator import Generator, load_run
+from core.generation.generator import Generator, finished_config, load_run
 from core.generation.png import write_grid
 from core.io.files import to_json
 from core.io.terminal import Console
@@ -25,7 +25,7 @@ from core.privacy.keys import MasterSecret
 from core.privacy.ledger.account import require_same_data
 from core.privacy.ledger.card import ledger_text
 from core.privacy.ledger.durable_copy import DurableCopy
-from core.privacy.ledger.file import LedgerError, accept_loss, keep_copy
+from core.privacy.ledger.file import accept_loss, keep_copy
 from core.privacy.ledger.ledger import Ledger
 from core.privacy.ledger.sources import Sources
 from core.publish.inspection import inspect_run
@@ -148,7 +148,7 @@ def release(options: argparse.Namespace) -> None:
         print(f"{options.out}: {verify_release(options.out)} files as released")
         return
     run_dir = _named_run(options)
-    config, _ = load_run(run_dir)
+    config = finished_config(run_dir)
     card = release_card(config, run_dir)
     formats = options.formats.split(",")
     write_release(run_dir, options.out, config, card, formats, options.license)
@@ -165,7 +165,7 @@ def _named_run(options: argparse.Namespace) -> Path:
 
 
 def _check(run_dir: Path) -> None:
-    config, _ = load_run(run_dir)
+    config = finished_config(run_dir)
     text, against = review(config, RunFolder(run_dir))
     print(f"For the owner of the data alone.\n\n{text}")
     if against:

@@ -18,13 +18,10 @@ from pydantic import (
     BaseModel,
     Field,
     ValidationError,
-    ValidationInfo,
     model_validator,
 )
 
-from core.config.files import load_yaml
-from core.config.files import merge as merge
-from core.config.files import parse_overrides as parse_overrides
+from core.config.files import load_yaml, merge
 from core.config.keys import explain
 from core.config.metrics import DISTRIBUTION_METRICS, SUFFIXES
 from core.config.network import (
@@ -44,6 +41,7 @@ from core.config.stages import (
     WarmUpConfig,
 )
 from core.errors import ConfigError
+from core.io.files import local_folder
 
 Model = TypeVar("Model", bound=BaseModel)
 MOST_CLASSES = 1000
@@ -139,14 +137,9 @@ def default_ledger() -> str:
     return os.path.join(home, "feta-sweep", "ledger")
 
 
-def _local(folder: str, info: ValidationInfo) -> str:
-    """Refuses an address, which would become a folder of that name; `~` is the user's home."""
-    if "://" in folder:
-        raise ValueError(f"runtime.{info.field_name}={folder!r} is an address: name a folder")
-    return os.path.expanduser(folder)
-
-
-Folder = Annotated[str, AfterValidator(_local)]
+Folder = Annotated[
+    str, AfterValidator(lambda text, info: local_folder(f"runtime.{info.field_name}", text))
+]
 
 
 def _in_s3(address: str) -> str:

@@ -13,19 +13,11 @@ from core.data.folders import eurosat, image_folder
 from core.data.idx import idx
 from core.data.parquet import parquet
 from core.data.published import cifar
-from core.data.records import Dataset, Source, Split, check_counts
+from core.data.records import Dataset, Source, check_counts
+from core.data.records import Split as Split
 from core.data.tables import camelyon17, celeba
 from core.errors import DataError
 from core.io.terminal import Report
-
-__all__ = [
-    "Dataset",
-    "Split",
-    "from_model_range",
-    "load_dataset",
-    "to_float",
-    "to_model_range",
-]
 
 _LOG = logging.getLogger("core")
 READERS: dict[str, Callable[[DatasetConfig], Source]] = {

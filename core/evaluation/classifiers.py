@@ -18,19 +18,16 @@ _WARM_UP = 0.2
 """Share of the steps in which the learning rate rises."""
 
 
-def synthetic_split(
-    images: torch.Tensor, labels: torch.Tensor, fraction: float = 1 / 12
-) -> tuple[Split, Split]:
+def synthetic_split(images: torch.Tensor, labels: torch.Tensor) -> tuple[Split, Split]:
     """Divides images into training and validation, class by class, without chance.
 
-    Validation takes evenly spaced images of each class: `fraction` of them, rounded, at least
-    one and never all; a class of one image is left to training. The default is that of
-    DPImageBench (Gong et al. 2025): 55,000 of 60,000 images train, 5,000 validate.
+    Validation takes evenly spaced images of each class: a twelfth of them, rounded, at least one
+    and never all; a class of one image is left to training. So it is in DPImageBench (Gong et al.
+    2025): 55,000 of 60,000 images train, 5,000 validate.
 
     Args:
         images: uint8 `[N, C, H, W]`.
         labels: int64 `[N]`.
-        fraction: share of validation, in (0, 1).
 
     Returns:
         Training and validation split, both in the original order.
@@ -38,12 +35,10 @@ def synthetic_split(
     Raises:
         ConfigError: no class has two images.
     """
-    if not 0 < fraction < 1:
-        raise ValueError(f"fraction={fraction} must lie in (0, 1)")
     held_out = torch.zeros(len(labels), dtype=torch.bool)
     for label in labels.unique():
         members = (labels == label).nonzero().flatten().cpu()
-        count = min(max(1, round(fraction * len(members))), len(members) - 1)
+        count = min(max(1, round(len(members) / 12)), len(members) - 1)
         spaced = (torch.arange(count, dtype=torch.float64) + 0.5) * (len(members) / max(count, 1))
         held_out[members[spaced.long()]] = True
     if not held_out.any():
@@ -63,7 +58,6 @@ def train_classifier(
     batch_size: int,
     seed: int,
     device: torch.device | str,
-    progress: Callable[[int, float], None] | None = None,
     network: str = "cnn",
 ) -> nn.Module:
     """Trains a classifier and returns it as it was after its best epoch, in evaluation mode.
@@ -80,7 +74,6 @@ def train_classifier(
         epochs: passes over `train`, >= 1.
         batch_size: >= 1.
         seed: of weights and order, in [0, 2**63).
-        progress: called after each epoch with its number, from 1, and the validation accuracy.
         network: a key of `NETWORKS`.
 
     Raises:
@@ -123,8 +116,6 @@ def train_classifier(
         if score >= best:
             best = score
             best_state = {key: value.clone() for key, value in model.state_dict().items()}
-        if progress is not None:
-            progress(epoch, score)
     model.load_state_dict(best_state)
     return model.eval()
 

@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -19,8 +20,6 @@ from core.evaluation.residual import (
 
 FEATURES = 64
 """Width of the convolutional classifier's penultimate layer."""
-_HIDDEN = 100
-"""Width of the hidden layer of `mlp`, as scikit-learn's default."""
 
 
 class Classifier(nn.Module):
@@ -69,13 +68,19 @@ class Flat(nn.Module):
     """Dense layers on the pixels in [-1, 1]; with no hidden layer, logistic regression.
 
     Args:
-        hidden: width of the hidden layer; 0 for none.
+        hidden: width of the hidden layer; 0 for none. The rest is as of `Classifier`.
     """
 
     def __init__(
-        self, inputs: int, hidden: int, num_classes: int, generator: torch.Generator
+        self,
+        hidden: int,
+        channels: int,
+        size: tuple[int, int],
+        num_classes: int,
+        generator: torch.Generator,
     ) -> None:
         super().__init__()
+        inputs = channels * size[0] * size[1]
         widths = [inputs, *([hidden] if hidden else []), num_classes]
         layers: list[nn.Module] = [nn.Flatten()]
         for before, after in itertools.pairwise(widths):
@@ -106,39 +111,21 @@ class Network:
 NETWORKS = {
     "cnn": Network(Classifier, 3e-3, "small convolutional network, 64 features"),
     "resnet": Network(
-        lambda channels, _, classes, generator: ResidualNetwork(
-            BasicBlock, 18, (16, 32, 64), channels, classes, generator
-        ),
+        partial(ResidualNetwork, BasicBlock, 18, (16, 32, 64)),
         1e-3,
         "ResNet-110 (He et al. 2016)",
     ),
     "wrn": Network(
-        lambda channels, _, classes, generator: ResidualNetwork(
-            PreActivationBlock, 4, (160, 320, 640), channels, classes, generator
-        ),
+        partial(ResidualNetwork, PreActivationBlock, 4, (160, 320, 640)),
         1e-3,
         "WRN-28-10 without dropout (Zagoruyko and Komodakis 2016)",
     ),
     "resnext": Network(
-        lambda channels, _, classes, generator: ResidualNetwork(
-            GroupedBottleneck, 3, (256, 512, 1024), channels, classes, generator
-        ),
+        partial(ResidualNetwork, GroupedBottleneck, 3, (256, 512, 1024)),
         1e-3,
         "ResNeXt-29, 8x64d (Xie et al. 2017)",
     ),
-    "mlp": Network(
-        lambda channels, size, classes, generator: Flat(
-            channels * size[0] * size[1], _HIDDEN, classes, generator
-        ),
-        3e-3,
-        "one hidden layer of 100",
-    ),
-    "logistic": Network(
-        lambda channels, size, classes, generator: Flat(
-            channels * size[0] * size[1], 0, classes, generator
-        ),
-        1e-2,
-        "multinomial logistic regression",
-    ),
+    "mlp": Network(partial(Flat, 100), 3e-3, "one hidden layer of 100"),
+    "logistic": Network(partial(Flat, 0), 1e-2, "multinomial logistic regression"),
 }
 """Every classifier that `evaluation.classifiers` may name."""

@@ -15,6 +15,7 @@ class ResidualNetwork(nn.Module):
         blocks: in each stage.
         widths: of the three stages.
         channels: of the images.
+        size: any `(H, W)`.
         num_classes: number of classes, >= 1.
         generator: CPU generator from which all weights are drawn.
     """
@@ -25,6 +26,7 @@ class ResidualNetwork(nn.Module):
         blocks: int,
         widths: Sequence[int],
         channels: int,
+        size: tuple[int, int],
         num_classes: int,
         generator: torch.Generator,
     ) -> None:

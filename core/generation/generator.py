@@ -195,7 +195,13 @@ def load_generator(
 
 
 def load_run(run_dir: Path, overrides: Mapping[str, Any] | None = None) -> tuple[Config, nn.Module]:
-    """Configuration and averaged model of a finished run.
+    """Configuration and averaged model of a finished run, as of `finished_config`."""
+    config = finished_config(run_dir, overrides)
+    return config, load_denoiser(config, RunFolder(run_dir).model, config_device(config))
+
+
+def finished_config(run_dir: Path, overrides: Mapping[str, Any] | None = None) -> Config:
+    """Configuration of a finished run, whose weights are not read.
 
     Raises:
         ConfigError: the folder holds no finished run.
@@ -206,8 +212,7 @@ def load_run(run_dir: Path, overrides: Mapping[str, Any] | None = None) -> tuple
             f"'{run_dir}' holds no finished run (no {folder.model.name}) and no released bundle "
             f"(no {DIGESTS}): finish the run first, or name another folder"
         )
-    config = folder.config(overrides)
-    return config, load_denoiser(config, folder.model, config_device(config))
+    return folder.config(overrides)
 
 
 def _load_pyfunc(path: str) -> Generator:

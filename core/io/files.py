@@ -17,6 +17,17 @@ Content = bytes | str | Callable[[BinaryIO], object]
 """Of a file: as it is, as text, or what writes it into the open file."""
 
 
+def local_folder(name: str, folder: str) -> str:
+    """A folder as a person names it; `~` is the home.
+
+    Raises:
+        ConfigError: it is an address, which would become a folder of that name.
+    """
+    if "://" in folder:
+        raise ConfigError(f"{name}={folder!r} is an address: name a folder")
+    return os.path.expanduser(folder)
+
+
 def write_whole(path: Path, content: Content, private: bool = False, by_many: bool = False) -> None:
     """Gives a file new content, all of it or none, also after a power cut; makes its folder.
 

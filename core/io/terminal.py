@@ -48,12 +48,11 @@ class ProgressLine:
 
     Args:
         verbosity: -1 shows nothing, 0 as above, 1 every line, each on its own.
-        interval: seconds between lines that are not on a terminal.
     """
 
-    def __init__(self, verbosity: int = 0, interval: float = 10.0) -> None:
+    def __init__(self, verbosity: int = 0) -> None:
         self._verbosity = verbosity
-        self._interval = 0.0 if verbosity > 0 else interval
+        self._interval = 0.0 if verbosity > 0 else 10.0  # Seconds.
         self._printed = -math.inf
         self._over = sys.stderr.isatty() and verbosity == 0
 

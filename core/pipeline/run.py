@@ -79,11 +79,17 @@ def run(
     Raises:
         InfeasibleError: the budget of the trial or of the data set cannot pay; nothing ran.
         ConfigError: the folder holds a run of another configuration, a checkpoint of other code or
-            packages, or another process runs it.
+            packages, or another process runs it; the scope is that of a sweep's trials, which the
+            sweep alone counts, and there is no `link`.
         DataError: the data set is missing, malformed or not what the configuration states.
         NotFiniteError: the training diverged, or its images or scores are not finite; what ran is
             settled, and nothing of it is a result.
     """
+    if link is ALONE and (config.privacy.covers.is_secret or config.privacy.covers.tunes_first):
+        raise ConfigError(
+            f"privacy.scope={config.privacy.scope!r}: one run alone is no search; run a sweep, or "
+            "choose another scope"
+        )
     folder = RunFolder(run_dir)
     with _opened(folder, link):
         reporter = Reporter(report, config.training.num_steps, link)

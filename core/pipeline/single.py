@@ -6,7 +6,7 @@ from typing import Any
 
 from core.config import Config, load, nested, short_digest
 from core.config.metrics import DIRECTIONS
-from core.errors import ConfigError
+from core.io.files import local_folder
 from core.io.terminal import Console
 from core.pipeline.run import run as run_pipeline
 from core.privacy.keys import MasterSecret
@@ -46,22 +46,14 @@ def run(config: Config, run_dir: str | Path | None = None, verbosity: int = 0) -
         verbosity: of the progress on the terminal: -1 none, 0 a line, 1 a line for each report.
 
     Raises:
-        ConfigError: a value is out of range; the scope is that of a sweep's trials, which the
-            sweep alone counts; or as of `core.pipeline.run.run`.
+        ConfigError: a value is out of range; or as of `core.pipeline.run.run`.
         UserError: as of `core.pipeline.run.run`.
 
     Privacy: the ledger reserves the whole plan before the data is opened.
     """
     config = load(nested(config))  # A copy with other values is checked as a file is.
-    if config.privacy.covers.is_secret or config.privacy.covers.tunes_first:
-        raise ConfigError(
-            f"privacy.scope={config.privacy.scope!r}: one run alone is no search; run a sweep, or "
-            "choose another scope"
-        )
-    if "://" in str(run_dir):
-        raise ConfigError(f"run_dir={str(run_dir)!r} is an address: name a folder")
-    default = Path("runs") / f"{config.dataset.name}-{short_digest(config)}"
-    folder = RunFolder(Path(run_dir or default))
+    default = f"runs/{config.dataset.name}-{short_digest(config)}"
+    folder = RunFolder(Path(local_folder("run_dir", str(run_dir or default))))
     console, name = Console(config.training.num_steps, verbosity), folder.path.name
     master = MasterSecret.load()
     report = run_pipeline(config, folder.path, master=master, name=name, report=console)

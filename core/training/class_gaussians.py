@@ -12,10 +12,6 @@ from core.privacy.mechanisms.moments import Moments
 from core.privacy.plan.releases import MomentsPlan
 from core.seeds import public_seed
 
-_AXES = 4
-"""Of each class that are shown."""
-
-
 _SHOWN = 5
 """Pictures of each class: at most so many means of clusters, the largest first, and draws."""
 _NEVER = -1e30

@@ -90,13 +90,12 @@ class PhysicalBatches:
                 give_up()
                 if self._path is None or len(part) == 1:
                     raise
-                result = None
-            if result is None:  # Not in the handler, where the traceback still holds tensors.
-                torch.cuda.empty_cache()
-                self.size, self._steps = max(1, self.size // 2), -1
+            else:
+                yield result
+                start, largest = start + len(part), max(largest, len(part))
                 continue
-            yield result
-            start, largest = start + len(part), max(largest, len(part))
+            torch.cuda.empty_cache()  # Not in the handler, whose traceback still holds tensors.
+            self.size, self._steps = max(1, self.size // 2), -1
         self._count(largest)
 
     def _count(self, largest: int) -> None:

@@ -118,9 +118,7 @@ def private_stage(
         share = rank_share(chosen, distributed.rank(), distributed.world_size())
 
         def compute(part: torch.Tensor) -> torch.Tensor:
-            loss = _loss_of_part(
-                config, per_example, weight_of, train_split, part, stream, number
-            ).sum()
+            loss = _loss_of_part(config, per_example, weight_of, train_split, part, stream, number)
             loss.backward()
             optimizer.accumulate()  # Last: a part whose gradients count is not computed again.
             return loss.detach()
@@ -166,9 +164,7 @@ def non_private_stage(
         sums = [torch.zeros_like(parameter) for parameter in parameters]
 
         def compute(part: torch.Tensor) -> torch.Tensor:
-            loss = _loss_of_part(
-                config, denoiser, weight_of, train_split, part, stream, number
-            ).sum()
+            loss = _loss_of_part(config, denoiser, weight_of, train_split, part, stream, number)
             for total, gradient in zip(sums, torch.autograd.grad(loss, parameters), strict=True):
                 total += gradient
             return loss.detach()
@@ -199,12 +195,12 @@ def _loss_of_part(
     stream: str,
     number: int,
 ) -> torch.Tensor:
-    """Of each image of a part of the batch of step `number`: `[len(part)]`."""
+    """Summed over a part of the batch of step `number`."""
     device, copies = config_device(config), config.private_training.noise_multiplicity
     images, labels = chosen_records(split, part, device)
     fused = fused_kernels(config)
     draws = draw(stream, number, part, copies, images.shape[1:], device, fused)
-    return _loss(config, network, weight_of, images, labels, draws)
+    return _loss(config, network, weight_of, images, labels, draws).sum()
 
 
 def resident(split: Split, device: str) -> Split:

@@ -1,5 +1,3 @@
 """Report of a sweep: one HTML file that opens without a server and fetches nothing."""
 
-from sweep.report.page import write_report
-
-__all__ = ["write_report"]
+from sweep.report.page import write_report as write_report

@@ -12,13 +12,13 @@ from rich.table import Table
 from core.config import Config, flatten
 from core.config.keys import CLUSTERS, COUNT, NOISE
 from core.config.metrics import DIRECTIONS, HEADLINES
+from core.errors import LedgerError
 from core.io.code_digest import code_digest
 from core.io.files import write_json
 from core.io.terminal import counted
 from core.privacy.accounting.rounding import figure, upward
 from core.privacy.ledger.account import ledger_of_run
 from core.privacy.ledger.card import all_on_this_data_set, card_markdown, make_card, three_epsilons
-from core.privacy.ledger.file import LedgerError
 from core.privacy.ledger.ledger import Ledger
 from core.privacy.plan.plan import PrivacyPlan, composed_epsilon
 from core.record.folder import Result, RunFolder

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from core.config.scopes import SAMPLERS, SCOPES
@@ -14,6 +13,7 @@ from sweep.config.scope import DEFAULT_NUM_TRIALS, NON_ADAPTIVE, final_point
 from sweep.config.sweep import SweepConfig
 from sweep.costs.estimate import stored_speed
 from sweep.costs.usage import devices_per_trial
+from sweep.results.table import print_whole
 
 
 def print_which_scope(sweep: SweepConfig, point: Mapping[str, Any]) -> None:
@@ -44,8 +44,7 @@ def print_which_scope(sweep: SweepConfig, point: Mapping[str, Any]) -> None:
             scope.published,
         )
     print("\nwhich scope? for a search like this one, in the middle of the space:")
-    natural = Console(width=1000).measure(table).maximum
-    Console(width=max(Console().width, natural)).print(table)
+    print_whole(table)
     for row in rows:
         if SCOPES[row.scope].tunes_first and row.noise_multiplier is None:
             key = "tuning_epsilon" if config.privacy.tuning_noise is None else "tuning_noise"

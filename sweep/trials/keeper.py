@@ -12,9 +12,8 @@ import ray
 from ray.exceptions import GetTimeoutError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from core.errors import UserError
+from core.errors import LedgerError, UserError
 from core.privacy.ledger.account import Spending
-from core.privacy.ledger.file import LedgerError
 from core.privacy.ledger.ledger import Reservation
 
 Answer = tuple[Any, Spending, list[str]]

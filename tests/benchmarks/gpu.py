@@ -178,7 +178,7 @@ def private_step(config: Config, sizes: Sizes) -> Figures:
     batches = PhysicalBatches(config, device)
 
     def accumulate(part: torch.Tensor) -> torch.Tensor:
-        loss = stages._loss_of_part(config, per_example, None, split, part, "gpu", 0).sum()
+        loss = stages._loss_of_part(config, per_example, None, split, part, "gpu", 0)
         loss.backward()
         optimizer.accumulate()
         return loss.detach()

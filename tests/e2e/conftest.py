@@ -137,6 +137,7 @@ def joined(_private_folders, tmp_path_factory) -> Iterator[dict[str, str]]:
             resources={DRIVER_RESOURCE: 2},
             include_dashboard=False,
             log_to_driver=False,
+            _system_config={"prestart_worker_first_driver": False},  # As a sweep's own.
         )
     address = ray.get_runtime_context().gcs_address
     # The secret is that of the cluster's processes.

@@ -25,6 +25,13 @@ VIEWS = {
 }
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _few_resamples():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sweep.report.effects.RESAMPLES", 10)  # Of 100, which take ten seconds.
+        yield
+
+
 @pytest.fixture(scope="module")
 def report(storage) -> Path:
     assert main(["report", "--name", "small", "--storage", str(storage)]) == 0

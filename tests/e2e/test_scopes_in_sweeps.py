@@ -15,9 +15,9 @@ from test_sweep import HEAD, start
 from tiny_sweep import sweep_text
 
 from core.__main__ import main
+from core.errors import LedgerError
 from core.privacy.keys import MasterSecret
 from core.privacy.ledger.account import RELEASE_ID
-from core.privacy.ledger.file import LedgerError
 from core.privacy.ledger.ledger import Ledger
 from core.privacy.plan.scopes import STAYS_INSIDE
 from sweep.__main__ import main as sweep_main

@@ -10,9 +10,10 @@ from typing import Any
 
 from test_ledger_processes import ACTS, STEP, TERMS, begin, die_before_call, in_child, key
 
+from core.errors import LedgerError
 from core.privacy.ledger import durable_copy
 from core.privacy.ledger.durable_copy import DurableCopy
-from core.privacy.ledger.file import Chain, LedgerError, keep_copy
+from core.privacy.ledger.file import Chain, keep_copy
 from core.privacy.ledger.ledger import Ledger
 
 

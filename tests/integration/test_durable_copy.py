@@ -22,12 +22,12 @@ from two_ranks import TINY
 
 from core.__main__ import main
 from core.config import load
-from core.errors import ConfigError
+from core.errors import ConfigError, LedgerError
 from core.io.files import write_whole
 from core.privacy.ledger import durable_copy
 from core.privacy.ledger.account import Spending
 from core.privacy.ledger.durable_copy import PLACE, DurableCopy
-from core.privacy.ledger.file import LedgerError, accept_loss, keep_copy
+from core.privacy.ledger.file import accept_loss, keep_copy
 from core.privacy.ledger.ledger import Ledger
 from core.privacy.ledger.names import ledger_path
 from core.privacy.ledger.notes import beside_secret

@@ -21,7 +21,7 @@ from sweep.tracking.client import Tracker, open_experiment
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("generator") / "run"
-    tiny_run(folder, seed=5)
+    tiny_run(folder, **{"seed": 5, "runtime.num_pictures": 4})
     return folder
 
 

@@ -19,10 +19,9 @@ import pytest
 from by_library import epsilon_of, subsampled_gaussian
 
 from core.errors import UserError
-from core.privacy.ledger import file
 from core.privacy.ledger.admission import BudgetExceededError
-from core.privacy.ledger.file import Event, Key, Terms
 from core.privacy.ledger.ledger import Ledger
+from core.privacy.ledger.terms import Event, Key, Terms
 
 STEP = Event("dp_sgd", 0.05, 8.0, 10)
 TERMS = Terms("ab" * 32, 1_000, 1e-5, "zero_out", None)
@@ -233,7 +232,6 @@ def test_a_driver_that_was_replaced_is_refused(tmp_path):
 
 def test_a_hundred_earlier_trials_do_not_delay_the_next(tmp_path, monkeypatch):
     importlib.import_module("core.privacy.accounting.exact")  # A second, once in a process.
-    monkeypatch.setattr(file.os, "fsync", lambda descriptor: None)
     with monkeypatch.context() as free:  # To write the hundred down is not what is measured.
         unbounded = {"epsilon_after": None, "accountant": None}
         free.setattr("core.privacy.ledger.ledger.admit", lambda *_: unbounded)

@@ -11,14 +11,15 @@ from two_ranks import TINY, StopRunError, stop_at, tiny_run
 
 from core.config import EvaluationConfig, load
 from core.data import Dataset, Split
+from core.errors import LedgerError
 from core.evaluation import metrics, private_scores
 from core.evaluation.classifiers import count_correct
 from core.evaluation.networks import Classifier
 from core.pipeline import run as pipeline
 from core.privacy.keys import KeyedStream
 from core.privacy.ledger.admission import BudgetExceededError
-from core.privacy.ledger.file import Event, Key, LedgerError
 from core.privacy.ledger.ledger import Ledger
+from core.privacy.ledger.terms import Event, Key
 from core.privacy.plan.budget import run_budget
 from core.privacy.plan.plan import ScorePlan, sweep_reference
 

@@ -13,14 +13,15 @@ from dp_accounting.pld import common, privacy_loss_distribution
 from core.__main__ import main
 from core.config import Config, load, nested, yaml_subset
 from core.diffusion.denoiser import build_denoiser
-from core.errors import ConfigError
+from core.errors import ConfigError, LedgerError
 from core.io.files import write_json
 from core.privacy.accounting.mechanism import COARSE
 from core.privacy.ledger.account import RELEASE_ID, Spending
 from core.privacy.ledger.admission import BudgetExceededError
 from core.privacy.ledger.card import make_card
-from core.privacy.ledger.file import Key, LedgerError, Terms, locked
+from core.privacy.ledger.file import locked
 from core.privacy.ledger.ledger import Ledger, events_of, ledger_path
+from core.privacy.ledger.terms import Key, Terms
 from core.privacy.plan.budget import run_budget
 from core.privacy.plan.plan import PrivacyPlan, make_plan
 from core.privacy.plan.scopes import STAYS_INSIDE

@@ -15,10 +15,9 @@ from two_ranks import StopRunError, stop_at, tiny_run
 from core.__main__ import main
 from core.config import load
 from core.data import Dataset, load_dataset
-from core.errors import DataError, InfeasibleError
+from core.errors import DataError, InfeasibleError, LedgerError
 from core.pipeline import run as pipeline
 from core.privacy.ledger.account import Spending
-from core.privacy.ledger.file import LedgerError
 from core.privacy.ledger.ledger import Ledger
 
 

@@ -31,6 +31,7 @@ TINY = {
     "evaluation.extractor_epochs": 1,
     "evaluation.fid_extractor": "cnn",
     "runtime.log_every": 2,
+    "runtime.num_pictures": 1,
 }
 
 

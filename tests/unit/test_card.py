@@ -6,8 +6,8 @@ import pytest
 
 from core.config import load
 from core.privacy.ledger.card import card_markdown, make_card
-from core.privacy.ledger.file import Key, Terms
 from core.privacy.ledger.ledger import Ledger, events_of
+from core.privacy.ledger.terms import Key, Terms
 from core.privacy.plan.plan import make_plan
 
 CONFIG = load("core/configs/digits.yaml")

@@ -11,8 +11,8 @@ from test_trials_of_other_code import sweep_of, trial
 from core.io.files import write_json
 from core.io.locks import locked
 from core.privacy.accounting.rounding import upward
-from core.privacy.ledger.file import Key, Terms
 from core.privacy.ledger.ledger import Ledger, events_of
+from core.privacy.ledger.terms import Key, Terms
 from core.publish.release import release_card
 from sweep.__main__ import main
 from sweep.config.sweep import SweepConfig, dump_sweep

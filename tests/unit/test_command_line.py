@@ -22,7 +22,6 @@ def test_overrides_may_stand_on_both_sides_of_flags(capsys):
     [
         ["account", *DIGITS, "--nope"],
         ["ledger", "show", "seed=1"],
-        ["run", *DIGITS, "--run-dir", "s3://bucket/run"],
         [],
     ],
 )
@@ -37,5 +36,8 @@ def test_a_user_error_is_one_sentence(capsys):
     assert main(["account", *DIGITS, "stage_spilt=0.3"]) == 2
     error = capsys.readouterr().err
     assert error == "error: unknown key 'stage_spilt'; did you mean 'stage_split'?\n"
+    assert main(["run", *DIGITS, "--run-dir", "s3://bucket/run"]) == 2
+    error = capsys.readouterr().err
+    assert error == "error: --run-dir='s3://bucket/run' is an address: name a folder\n"
     assert main(["account", "--config", "nowhere.yaml"]) == 2
     assert "no configuration file at 'nowhere.yaml'" in capsys.readouterr().err

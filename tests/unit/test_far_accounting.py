@@ -18,8 +18,8 @@ from core.privacy.accounting.mechanism import FINE, LARGEST, Mechanism, least_de
 from core.privacy.accounting.quick import composed, composed_losses, quick_epsilon
 from core.privacy.accounting.rounding import odds
 from core.privacy.ledger.card import card_markdown, make_card
-from core.privacy.ledger.file import Key, Terms
 from core.privacy.ledger.ledger import Ledger, events_of
+from core.privacy.ledger.terms import Key, Terms
 from core.privacy.plan.compare import final_noise
 from core.privacy.plan.plan import (
     PrivacyPlan,

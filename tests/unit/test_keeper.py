@@ -8,9 +8,9 @@ import pytest
 from two_ranks import TINY
 
 from core.config import load
+from core.errors import LedgerError
 from core.privacy.ledger.account import Spending
 from core.privacy.ledger.admission import BudgetExceededError
-from core.privacy.ledger.file import LedgerError
 from core.privacy.ledger.ledger import Ledger
 from core.privacy.plan.plan import PrivacyPlan, make_plan
 from sweep.trials.keeper import Answer, Keeper, KeptAccount

@@ -16,8 +16,8 @@ from core.privacy.accounting.mechanism import COARSE, grouped
 from core.privacy.keys import MasterSecret
 from core.privacy.ledger import book, file
 from core.privacy.ledger.admission import BudgetExceededError
-from core.privacy.ledger.file import Event, Key, Terms
 from core.privacy.ledger.ledger import Ledger, Reservation
+from core.privacy.ledger.terms import Event, Key, Terms
 
 TERMS = Terms("ab" * 32, 10_000, 1e-5, "zero_out", budget=60.0)
 STEPS = 64

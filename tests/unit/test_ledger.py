@@ -15,28 +15,24 @@ from dp_accounting import dp_event
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.errors import InfeasibleError, UserError
+from core.errors import InfeasibleError, LedgerError, UserError
 from core.privacy.accounting.mechanism import FINE
 from core.privacy.accounting.rounding import upward
 from core.privacy.ledger import file
 from core.privacy.ledger.admission import BudgetExceededError
 from core.privacy.ledger.book import Reservation
 from core.privacy.ledger.card import ledger_text
-from core.privacy.ledger.file import Event, Key, LedgerError, Terms, _canonical, _digest, locked
+from core.privacy.ledger.file import _canonical, _digest, locked
 from core.privacy.ledger.ledger import Ledger, events_of
 from core.privacy.ledger.names import ledger_path
 from core.privacy.ledger.notes import beside_secret
+from core.privacy.ledger.terms import Event, Key, Terms
 from core.privacy.plan.plan import CentralPlan, DpSgdPlan, PrivacyPlan, ScorePlan
 
 TERMS = Terms("ab" * 32, 1_000, 1e-5, "zero_out", None)
 CENTRAL = Event("central_images", 0.1, 5.0, 5)
 DP_SGD = Event("dp_sgd", 0.05, 8.0, 100)
 EVENTS = (CENTRAL, DP_SGD)
-
-
-@pytest.fixture(autouse=True)
-def _no_waiting_for_the_disk(monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 def to_dp_event(event: Event) -> dp_event.DpEvent:

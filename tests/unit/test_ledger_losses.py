@@ -12,18 +12,15 @@ from pathlib import Path
 import pytest
 
 from core.__main__ import main
-from core.privacy.ledger.file import Event, Key, LedgerError, Terms, accept_loss
+from core.errors import LedgerError
+from core.privacy.ledger.file import accept_loss
 from core.privacy.ledger.ledger import Ledger
 from core.privacy.ledger.names import charged_to, ledger_path
 from core.privacy.ledger.notes import beside_secret
+from core.privacy.ledger.terms import Event, Key, Terms
 
 TERMS = Terms("ab" * 32, 1_000, 1e-5, "zero_out", None)
 DP_SGD = Event("dp_sgd", 0.05, 8.0, 100)
-
-
-@pytest.fixture(autouse=True)
-def _no_waiting_for_the_disk(monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 def key(trial: str) -> Key:

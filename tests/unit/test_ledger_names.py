@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 from core.__main__ import main
+from core.errors import LedgerError
 from core.privacy.keys import SECRET_FILE_VARIABLE
-from core.privacy.ledger.file import Event, Key, LedgerError, Terms
 from core.privacy.ledger.ledger import Ledger
 from core.privacy.ledger.names import ledger_path, shown_name
+from core.privacy.ledger.terms import Event, Key, Terms
 
 FINGERPRINT = "3b" * 32
 TERMS = Terms(FINGERPRINT, 1_000, 1e-5, "zero_out", None)

@@ -146,6 +146,13 @@ def test_a_damaged_memory_is_found_anew(tmp_path):
         assert device.attempts == [64, 36]
 
 
+def test_what_returns_nothing_is_computed_once_a_part(tmp_path):
+    parts = PhysicalBatches(config_of(tmp_path, 3), "cpu").run(
+        lambda part: None, torch.arange(7), lambda: pytest.fail("given up")
+    )
+    assert [*parts] == [None] * 3
+
+
 def test_a_given_size_is_kept_and_one_image_too_many_is_an_error(tmp_path):
     with pytest.raises(torch.OutOfMemoryError):
         run(config_of(tmp_path, 32), Device(10))

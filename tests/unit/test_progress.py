@@ -24,6 +24,7 @@ from core.io.terminal import log_to
 from sweep.config.sweep import load_sweep
 from sweep.driver.progress import Progress
 from pathlib import Path
+pause = 0.7 * (sys.stderr.isatty() and sys.argv[2] == "0")  # For the table alone, to be drawn.
 sweep = load_sweep("tests/data/sweep.yaml", {{}})
 with log_to("sweep", Path(sys.argv[1])):
     progress = Progress(sweep, 4, 1, False, int(sys.argv[2]))
@@ -32,15 +33,15 @@ with log_to("sweep", Path(sys.argv[1])):
     progress.started("0a", first)
     for step in (0, 300):
         progress.reported("0a", {{"stage": "decoding", "step": step, "total": 900}})
-        time.sleep(0.7)
+        time.sleep(pause)
     for step in (10, 20, 30):
         progress.reported("0a", {{"stage": "warm_up", "step": step}})
-        time.sleep(0.7)
+        time.sleep(pause)
     progress.ended("0a", {{"stage": "done", "step": 200, "accuracy": 0.75, "seconds": 3}})
     progress.started("0b", second)
     report = {{"stage": "private_training", "step": 120, "note": "code changed"}}
     progress.reported("0b", report)
-    time.sleep(0.7)
+    time.sleep(pause)
     progress.close()
 print("the end")
 """

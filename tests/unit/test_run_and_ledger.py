@@ -10,9 +10,10 @@ from two_ranks import TINY
 
 from core.__main__ import main
 from core.config import Config, load
+from core.errors import LedgerError
 from core.privacy.ledger.account import Spending, ledger_of_run
 from core.privacy.ledger.card import ledger_text
-from core.privacy.ledger.file import LedgerError, accept_loss, locked
+from core.privacy.ledger.file import accept_loss, locked
 from core.privacy.ledger.ledger import Ledger
 from core.privacy.ledger.notes import beside_secret
 from core.privacy.plan.plan import PrivacyPlan, make_plan

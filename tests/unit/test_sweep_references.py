@@ -1,6 +1,5 @@
 """Scope `sweep` by references: brute force, the worst adversary, golden figures, refusals."""
 
-import os
 from dataclasses import replace
 from functools import cache
 
@@ -23,8 +22,8 @@ from core.privacy.accounting.mechanism import grouped
 from core.privacy.accounting.quick import composed, quick_epsilon
 from core.privacy.ledger.admission import BudgetExceededError
 from core.privacy.ledger.card import accountant_of
-from core.privacy.ledger.file import Key
 from core.privacy.ledger.ledger import Ledger
+from core.privacy.ledger.terms import Key
 from core.privacy.plan import shares
 from core.privacy.plan.budget import RunBudget, run_budget
 from core.privacy.plan.plan import make_plan, sweep_reference
@@ -199,9 +198,8 @@ def test_samplers_that_do_not_learn_need_no_reference():
 
 
 def test_the_ledger_charges_the_whole_and_admits_no_trial_more_than_was_composed(
-    tmp_path, monkeypatch
+    tmp_path,
 ):
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     within = RunBudget(9.0, True, tuning_trials=2, references="each", has_final_run=False)
     ledger, events = Ledger.open(tmp_path, replace(TERMS, budget=10.0)), (CENTRAL_EVENT, DP_SGD)
 

@@ -14,8 +14,8 @@ from core.privacy.accounting.rounding import attack, upward
 from core.privacy.accounting.solve import epsilon_of_mechanisms
 from core.privacy.accounting.tradeoff import members_found
 from core.privacy.ledger.card import make_card
-from core.privacy.ledger.file import Event, Key, Terms
 from core.privacy.ledger.ledger import Ledger, events_of
+from core.privacy.ledger.terms import Event, Key, Terms
 from core.privacy.plan.budget import RunBudget
 from core.privacy.plan.plan import make_plan
 from core.privacy.plan.scopes import members_found as of_scope

@@ -1,6 +1,5 @@
 """Tuned runs: their settings in a sweep, and what the ledger takes of them."""
 
-import os
 from dataclasses import replace
 
 import pytest
@@ -9,10 +8,10 @@ from test_sweep_config import QUICKSTART, SELECTION
 
 from core.config import load, nested
 from core.config.scopes import SCOPES
-from core.errors import ConfigError, InfeasibleError
+from core.errors import ConfigError, InfeasibleError, LedgerError
 from core.privacy.ledger.admission import BudgetExceededError
-from core.privacy.ledger.file import Key, LedgerError
 from core.privacy.ledger.ledger import Ledger
+from core.privacy.ledger.terms import Key
 from core.privacy.plan.budget import RunBudget, run_budget
 from core.privacy.plan.plan import make_plan
 from sweep.config.scope import final_point, tuning_settings
@@ -27,11 +26,6 @@ TUNED = SELECTION | {
     "privacy.tuning_steps": 0.5,
 }
 WITHIN = RunBudget(9.0, adaptive=True, tuning_trials=2, references="both")
-
-
-@pytest.fixture(autouse=True)
-def _no_waiting_for_the_disk(monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 def key(trial: str, part: str = "tuning", run: str = "tuned") -> Key:

@@ -275,7 +275,7 @@ def test_the_delta_of_one_direction_is_known_between_the_points_of_its_grid():
         0.1 + max(0.675 - math.exp(each) * 0.225, 0) + max(0.225 - math.exp(each) * 0.675, 0)
         for each in epsilons
     ]
-    assert references._deltas(losses, step, epsilons) == pytest.approx(exact, abs=1e-15)
+    assert profile.deltas_at(losses, step, epsilons) == pytest.approx(exact, abs=1e-15)
 
 
 def test_what_is_not_proven_is_refused():

@@ -21,6 +21,8 @@ Profile = NDArray[np.float64]
 Deltas = NDArray[np.float64]
 _EXACT = 1e-2
 """Part of the delta that PLD resolves to 0.1 %, ten times the error of its transforms."""
+_LEAST = 700.0
+"""Far below the loss minus this, the law without the record counts as 0 there: it only adds."""
 
 
 def profile_step(mechanisms: tuple[Mechanism, ...]) -> float:
@@ -43,7 +45,8 @@ def profile(
     ways = composed_losses(mechanisms, relation, step)
     if points is None:
         points = max(way.first + len(way.probabilities) for way in ways) + 1
-    deltas = np.stack([_deltas(way, step, max(2, points)) for way in ways])
+    epsilons = step * np.arange(max(2, points), dtype=float)
+    deltas = np.stack([deltas_at(way, step, epsilons) for way in ways])
     return deltas + transform_error(mechanisms)
 
 
@@ -65,13 +68,13 @@ def hockey_sticks(forth: Deltas, back: Deltas, step: float) -> tuple[Deltas, Del
     return ratios, np.minimum(np.concatenate([negative, forth]), 1.0)
 
 
-def _deltas(way: Losses, step: float, points: int) -> NDArray[np.float64]:
-    """At epsilon = 0, `step`, and so on; sums run from the far end, where the terms are small."""
-    probabilities = np.zeros(max(points, way.first + len(way.probabilities)))
-    place, least = max(way.first, 0), max(-way.first, 0)  # Losses below 0 add nothing.
-    inside = way.probabilities[least:]
-    probabilities[place : place + len(inside)] = inside
-    losses = np.arange(len(probabilities)) * step
-    upper = way.infinite + np.cumsum(probabilities[::-1])[::-1]
-    lower = np.cumsum((probabilities * np.exp(-losses))[::-1])[::-1]
-    return np.clip(upper - np.exp(losses) * lower, way.infinite, 1.0)[:points]
+def deltas_at(way: Losses, step: float, epsilons: Deltas) -> Deltas:
+    """Of one direction, at any epsilon: of what is on the grid no rounding is left."""
+    losses = (way.first + np.arange(len(way.probabilities))) * step
+    without = np.where(losses < -_LEAST, 0.0, way.probabilities * np.exp(-losses.clip(-_LEAST)))
+    upper, lower = (  # From the far end, where the terms are small.
+        np.append(np.cumsum(masses[::-1])[::-1], 0.0) for masses in (way.probabilities, without)
+    )
+    above = (np.floor(epsilons / step) + 1 - way.first).clip(0, len(losses)).astype(int)
+    deltas = way.infinite + upper[above] - np.exp(epsilons.clip(max=_LEAST)) * lower[above]
+    return deltas.clip(way.infinite, 1.0)

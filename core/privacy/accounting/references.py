@@ -41,7 +41,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.privacy.accounting.mechanism import Mechanism, quick_grid
-from core.privacy.accounting.profile import transform_error
+from core.privacy.accounting.profile import deltas_at, transform_error
 from core.privacy.accounting.quick import Losses, composed, composed_losses
 
 Reference = tuple[tuple[Mechanism, ...], int]
@@ -54,8 +54,6 @@ the square.
 """
 _NOTHING = Losses(0, np.ones(1), 0.0)
 """Of no other trial."""
-_LEAST = 700.0
-"""Far below the loss minus this, the law without the record counts as 0 there: it only adds."""
 
 
 def composed_delta(references: tuple[Reference, ...], relation: str, epsilon: float) -> float:
@@ -71,7 +69,7 @@ def composed_delta(references: tuple[Reference, ...], relation: str, epsilon: fl
         for other, apart in others:
             given = _copies(other, relation, apart)[way]
         left = epsilon - apart * (given.first + np.arange(len(given.probabilities), dtype=float))
-        deltas.append(given.infinite + float(given.probabilities @ _deltas(losses, step, left)))
+        deltas.append(given.infinite + float(given.probabilities @ deltas_at(losses, step, left)))
     # In a trial's delta, in the reference's that it is compared with, and in what is composed. As a
     # composition is a mean over the rest, such a surplus at every epsilon adds up.
     error = sum(3 * count * transform_error(mechanisms) for mechanisms, count in references)
@@ -82,17 +80,6 @@ def grids(references: Sequence[Reference]) -> list[float]:
     """On which trials are compared with each of the references."""
     parts = 2 if len(references) == 1 else 2 * _FINER
     return [quick_grid(mechanisms, _COARSEST) / parts for mechanisms, _ in references]
-
-
-def _deltas(losses: Losses, step: float, epsilons: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Of one direction, at any epsilon: of what is on the grid no rounding is left."""
-    own = (losses.first + np.arange(len(losses.probabilities))) * step
-    without = np.where(own < -_LEAST, 0.0, losses.probabilities * np.exp(-own.clip(-_LEAST)))
-    upper, lower = (
-        np.append(np.cumsum(masses[::-1])[::-1], 0.0) for masses in (losses.probabilities, without)
-    )
-    above = (np.floor(epsilons / step) + 1 - losses.first).clip(0, len(own)).astype(int)
-    return losses.infinite + upper[above] - np.exp(epsilons.clip(max=_LEAST)) * lower[above]
 
 
 @lru_cache(maxsize=4)  # Megabytes each.

@@ -173,10 +173,10 @@ class Problem:
             f"multiplier would exceed {MAX_NOISE_MULTIPLIER:g}: {self.remedy}"
         )
 
-    def refuse_too_much(self, budget: str = "") -> NoReturn:
+    def refuse_too_much(self) -> NoReturn:
         """Raises `InfeasibleError`: the target is too much for it."""
         raise InfeasibleError(
-            f"{budget or f'epsilon {upward(self.target_epsilon)}'} is so large that the noise "
+            f"epsilon {upward(self.target_epsilon)} is so large that the noise "
             f"multiplier of {self.sought} would fall below {MIN_NOISE_MULTIPLIER:g}, the least "
             "that is solved for: lower privacy.target_epsilon"
         )

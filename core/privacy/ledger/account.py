@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from core.config import Config, flatten
-from core.errors import ConfigError, DataError, storage_errors
+from core.errors import ConfigError, DataError, LedgerError, storage_errors
 from core.io.files import write_whole
-from core.privacy.ledger.file import Key, LedgerError, Terms, keep_copy, traces
+from core.privacy.ledger.file import keep_copy, traces
 from core.privacy.ledger.ledger import Ledger, Reservation, events_of
 from core.privacy.ledger.names import charged_to, ledger_path
 from core.privacy.ledger.sources import Source, Sources
+from core.privacy.ledger.terms import Key, Terms
 from core.privacy.plan.budget import run_budget
 from core.privacy.plan.plan import PrivacyPlan
 from core.record.folder import STEPS_BEGUN

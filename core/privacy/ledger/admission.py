@@ -5,10 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from core.errors import InfeasibleError
+from core.errors import InfeasibleError, LedgerError
 from core.privacy.accounting.rounding import upward
 from core.privacy.ledger.book import UNBOUNDED, Book, Charge, Reservation
-from core.privacy.ledger.file import LedgerError, require
+from core.privacy.ledger.terms import require
 from core.privacy.ledger.totals import Totals
 from core.privacy.plan.budget import RunBudget
 

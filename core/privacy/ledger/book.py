@@ -5,7 +5,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from core.privacy.ledger.file import Chain, Entry, Event, Key, LedgerError, Terms
+from core.errors import LedgerError
+from core.privacy.ledger.file import Chain, Entry
+from core.privacy.ledger.terms import Event, Key, Terms
 from core.privacy.plan.budget import RunBudget
 
 UNBOUNDED = (

@@ -6,9 +6,9 @@ from typing import Any
 
 from core.config import PrivacyConfig
 from core.config.scopes import Scope
+from core.errors import LedgerError
 from core.privacy.accounting.rounding import attack, odds, upward
 from core.privacy.ledger.book import UNBOUNDED
-from core.privacy.ledger.file import LedgerError
 from core.privacy.ledger.ledger import Ledger
 from core.privacy.plan.plan import PrivacyPlan
 from core.privacy.plan.scopes import STAYS_INSIDE, members_found, share_of

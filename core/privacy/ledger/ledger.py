@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from core.errors import LedgerError
 from core.privacy.ledger.admission import admit, check_request, check_run, selected_before
 from core.privacy.ledger.book import (
     Book,
@@ -20,8 +21,9 @@ from core.privacy.ledger.book import (
     dp_sgd_steps,
     stated_terms,
 )
-from core.privacy.ledger.file import Chain, Event, Key, LedgerError, Terms, locked, require
+from core.privacy.ledger.file import Chain, locked
 from core.privacy.ledger.names import ledger_path, shown_name
+from core.privacy.ledger.terms import Event, Key, Terms, require
 from core.privacy.ledger.totals import Totals
 from core.privacy.plan.budget import RunBudget
 from core.privacy.plan.plan import PrivacyPlan

@@ -4,8 +4,9 @@ import hashlib
 import json
 from pathlib import Path
 
+from core.errors import LedgerError
 from core.privacy.keys import MasterSecret
-from core.privacy.ledger.file import LedgerError, traces
+from core.privacy.ledger.file import traces
 
 
 def ledger_path(folder: Path, account: str) -> Path:

@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from core.errors import LedgerError
 from core.io.files import write_whole
 from core.io.locks import locked
-from core.privacy.ledger.file import LedgerError
 from core.privacy.ledger.names import charged_to, ledger_path
 
 _LOCK_TIMEOUT_S = 60.0

@@ -19,7 +19,7 @@ from core.privacy.accounting.mechanism import (
     least_delta,
 )
 from core.privacy.ledger.book import Book, Charge
-from core.privacy.ledger.file import Event, Terms
+from core.privacy.ledger.terms import Event, Terms
 from core.privacy.plan.budget import RunBudget
 
 _QUICK_ERROR = 1e-5

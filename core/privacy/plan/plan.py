@@ -246,7 +246,7 @@ def make_plan(config: Config) -> PrivacyPlan:
     if config.method == "non_private":
         noise_multiplier, total = 0.0, math.inf
     elif (share := share_of(privacy)) is not None:
-        noise_multiplier = _solve_within(share, config)
+        noise_multiplier = share.solve_noise_multiplier(_problem(config, trials=1))
     else:
         noise_multiplier, of_all = solve.solve_noise_multiplier(_problem(config))
         total = None if privacy.covers.splits_target else of_all
@@ -276,10 +276,7 @@ def _disagreements(config: Config, plan: PrivacyPlan) -> list[str]:
     terms = _terms(config, plan.noise_multiplier)
     if changed := [name for name, value in terms.items() if getattr(plan, name) != value]:
         return changed
-    if private:
-        if not 0 < plan.noise_multiplier < math.inf:
-            return ["noise_multiplier"]
-    elif plan.noise_multiplier:
+    if not (0 < plan.noise_multiplier < math.inf if private else plan.noise_multiplier == 0):
         return ["noise_multiplier"]
     found = _plan_with(config, plan.noise_multiplier, None if private else math.inf)
     if private and found.epsilon > 3 * privacy.target_epsilon:  # Whatever epsilon it states.
@@ -327,7 +324,7 @@ def estimated_noise_multiplier(config: Config) -> float:
     """
     check_stages(config, exact=False)
     if (share := share_of(config.privacy)) is not None:
-        return _solve_within(share, config)
+        return share.solve_noise_multiplier(_problem(config, trials=1))
     return solve.estimated_noise_multiplier(_problem(config))
 
 
@@ -478,10 +475,6 @@ def smoothness(config: Config) -> tuple[int, float]:
     """The larger, the nearer to normal is the privacy loss: steps of DP-SGD, and little else."""
     problem = _problem(config)
     return problem.num_steps, -renyi.divergence(problem.spent, 2)
-
-
-def _solve_within(share: Share, config: Config) -> float:
-    return share.solve_noise_multiplier(_problem(config, trials=1))
 
 
 def _copies(privacy: PrivacyConfig) -> int:

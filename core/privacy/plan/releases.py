@@ -56,6 +56,11 @@ class Aggregate(Release):
         """Absolute noise standard deviation on every entry of a sum."""
         return self.noise_multiplier * self.sensitivity
 
+    @property
+    def mechanism(self) -> Mechanism:
+        """As of `Release`: of all images at once, and once."""
+        return NO_SAMPLING, self.noise_multiplier, 1
+
 
 @dataclass(frozen=True)
 class CentralPlan(Aggregate):
@@ -165,11 +170,6 @@ class MomentsPlan(Aggregate):
         """Number of images below which the noise hides the mean of a cluster."""
         return max(5 * self.stddev(self.cluster_norm, self.round_share) / self.count_norm, 1.0)
 
-    @property
-    def mechanism(self) -> Mechanism:
-        """As of `Release`."""
-        return NO_SAMPLING, self.noise_multiplier, 1
-
     @classmethod
     def of(cls, config: Config) -> Self | None:
         """The plan; None where the configuration asks for none."""
@@ -214,11 +214,6 @@ class FrequencyPlan(Aggregate):
     noise_multiplier: float
     expected_class_count: float
     sensitivity: float = 1.0
-
-    @property
-    def mechanism(self) -> Mechanism:
-        """As of `Release`."""
-        return NO_SAMPLING, self.noise_multiplier, 1
 
     @classmethod
     def of(cls, config: Config) -> Self | None:

@@ -1,5 +1,6 @@
 """Ray would end a process that collects a reference while it shuts down; ours goes on."""
 
+import os
 import subprocess
 import sys
 
@@ -40,9 +41,12 @@ print("went on")
 
 
 @pytest.mark.parametrize(("leave", "code"), [("ray.shutdown", 1), ("leave_cluster", 0)])
-def test_what_tune_leaves_behind_does_not_end_the_process(leave, code):
+def test_what_tune_leaves_behind_does_not_end_the_process(joined, leave, code):
     ended = subprocess.run(
-        [sys.executable, "-c", PROGRAM.replace("{leave}", leave)], capture_output=True, text=True
+        [sys.executable, "-c", PROGRAM.replace("{leave}", leave)],
+        env={**os.environ, **joined},
+        capture_output=True,
+        text=True,
     )
     assert ended.returncode == code, ended.stderr
     assert ("went on" in ended.stdout) == (code == 0)
