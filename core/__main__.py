@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     except StoppedError as stop:
         print(stop, file=sys.stderr)
         return 3
-    except UserError as error:
+    except (UserError, OSError) as error:  # OSError: names the path.
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -75,8 +75,7 @@ def add_folder_options(parser: argparse.ArgumentParser) -> None:
     """Adds what a configuration for a folder of images depends on."""
     parser.add_argument("--epsilon", type=float, help="what one trial may spend, such as 10")
     time = parser.add_mutually_exclusive_group()
-    text = "time of one trial on this machine; 10"
-    time.add_argument("--minutes", type=float, default=10.0, help=text)
+    time.add_argument("--minutes", type=float, help="time of one trial on this machine; 10")
     time.add_argument("--gpu-hours", type=float, help="time of all four trials on its GPU")
     text = "N, class names, image size and colour may become public, as a release makes them"
     parser.add_argument("--publish-counts", action="store_true", help=text)

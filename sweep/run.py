@@ -84,15 +84,22 @@ def main(arguments: list[str] | None = None) -> int:
 def _configuration(options: argparse.Namespace, overrides: dict[str, Any]) -> Path:
     """The sweep's file: the one that is named, or that of a folder, written unless it is there."""
     if options.data is None:
-        if options.epsilon is not None or options.publish_counts:
-            raise ConfigError("--epsilon and --publish-counts need --data FOLDER: name the images")
+        of_data = (options.epsilon, options.minutes, options.gpu_hours)
+        if options.publish_counts or of_data != (None, None, None):
+            raise ConfigError(
+                "--epsilon, --minutes, --gpu-hours and --publish-counts need --data FOLDER: name "
+                "the images"
+            )
         return options.config
-    from core.commands.init import name_of, write_configuration
+    from core.commands.init import name_of, require_of, write_configuration
 
     name = name_of(options.data, options.epsilon)
+    own = {key: overrides[key] for key in ("storage_path", "name") if key in overrides}
+    load_sweep(QUICKSTART, own)  # Refused here, they cost no reading of images.
     out = Path(overrides.get("storage_path", "runs")).expanduser() / "init" / f"{name}.yaml"
     sweep = out.with_name(f"{name}_sweep.yaml")
     if sweep.exists():
+        require_of(options.data, out)
         print(f"goes on with {sweep}; remove it and {out} to choose anew")
         return sweep
     of_run = {key: value for key, value in overrides.items() if key in known_keys(Config)}

@@ -25,6 +25,9 @@ from core.privacy.plan.plan import PrivacyPlan, composed_epsilon, make_plan
 from core.record.folder import RunFolder
 
 _PUBLIC = ("dataset.num_examples", "dataset.num_classes")
+_STATED = {"dataset.path": "the folder", "privacy.target_epsilon": "--epsilon"}
+"""Keys that another argument gives."""
+_MINUTES = 10.0
 _SIDE = 32
 _SHOWN = 20
 
@@ -79,6 +82,8 @@ def write_configuration(
     if there := [path for path in (out, sweep) if path.exists()]:
         raise ConfigError(f"'{there[0]}' is there already: name another file, or remove it")
     name = name_of(folder, options.epsilon)
+    if twice := [key for key in _STATED if key in overrides]:
+        raise ConfigError(f"{twice[0]} is what {_STATED[twice[0]]} says: leave the key out")
     first = load({}, {"runtime.device": overrides.get("runtime.device", "auto")})
     device = config_device(first)
     minutes = _minutes(options, device)
@@ -98,17 +103,31 @@ def write_configuration(
     return sweep
 
 
+def require_of(folder: Path, out: Path) -> None:
+    """Refuses to go on with the run's file of another folder of the same name.
+
+    Raises:
+        ConfigError: names both folders.
+    """
+    known, asked = Path(load(out).dataset.path or "").resolve(), folder.expanduser().resolve()
+    if asked not in (known, *known.parents):  # Its images may lie in the only folder in it.
+        raise ConfigError(
+            f"'{out}' was written for '{known}', not for '{asked}', whose name gives the same "
+            "file: rename one of these folders, or name another storage_path"
+        )
+
+
 def _minutes(options: argparse.Namespace, device: str) -> float:
     """Time of one trial.
 
     Raises:
         ConfigError: it is not positive, or that of a GPU where there is none.
     """
-    hours = options.gpu_hours
-    stated = f"--minutes={options.minutes:g}" if hours is None else f"--gpu-hours={hours:g}"
+    hours, asked = options.gpu_hours, _MINUTES if options.minutes is None else options.minutes
+    stated = f"--minutes={asked:g}" if hours is None else f"--gpu-hours={hours:g}"
     if hours is not None and device != "cuda":
         raise ConfigError(f"{stated}, but there is no GPU here: give --minutes of one trial")
-    minutes = options.minutes if hours is None else 60 * hours / NUM_TRIALS
+    minutes = asked if hours is None else 60 * hours / NUM_TRIALS
     if not 0 < minutes < math.inf:
         raise ConfigError(f"{stated} must be positive and finite")
     return minutes

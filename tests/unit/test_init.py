@@ -158,8 +158,25 @@ def test_one_command_plans_a_sweep_and_goes_on_with_what_it_wrote(tmp_path, monk
     assert "goes on with runs/init/photos-epsilon10_sweep.yaml" in capsys.readouterr().out
     assert run_main(["--data", "photos", "--plan"]) == 2
     assert "--epsilon is missing" in capsys.readouterr().err
-    assert run_main(["--epsilon", "10", "--plan"]) == 2
-    assert "need --data FOLDER" in capsys.readouterr().err
+    for flags in (["--epsilon", "10"], ["--minutes", "5"], ["--gpu-hours", "1"]):
+        assert run_main([*flags, "--plan"]) == 2
+        assert "need --data FOLDER" in capsys.readouterr().err
+
+
+def test_another_folder_of_the_same_name_is_not_taken_for_the_first(tmp_path, monkeypatch, capsys):
+    """Nor is one whose name differs in what a sweep's name cannot hold."""
+    monkeypatch.chdir(tmp_path)
+    write_photos(tmp_path / "one" / "my photos" / "photos")
+    write_photos(tmp_path / "two" / "my+photos")
+    command = ["--epsilon", "10", "--minutes", "0.05", "--publish-counts", "--plan"]
+    command += ["dataset.image_size=8", "--data"]
+    for _ in range(2):  # Its images lie in a folder within it.
+        assert run_main([*command, "one/my photos"]) == 0
+    capsys.readouterr()
+    assert run_main([*command, "two/my+photos"]) == 2
+    told = capsys.readouterr()
+    assert "goes on with" not in told.out
+    assert f"written for '{tmp_path}/one/my photos/photos', not for '{tmp_path}/two/my+" in told.err
 
 
 def test_the_plan_tells_what_is_spent_on_moments(tmp_path, monkeypatch, capsys):
@@ -235,6 +252,8 @@ def test_it_starts_from_moments_where_these_were_measured(changes, kind, cluster
         (["--epsilon", "0"], "--epsilon=0 must be positive and finite"),
         (["--epsilon=-1"], "--epsilon=-1 must be positive and finite"),
         (["--epsilon", "nan"], "--epsilon=nan must be positive and finite"),
+        (["privacy.target_epsilon=1"], "privacy.target_epsilon is what --epsilon says"),
+        (["dataset.path=x"], "dataset.path is what the folder says"),
         ([], "no folder at dataset.path="),
     ],
 )
@@ -247,6 +266,17 @@ def test_what_nothing_can_be_made_of_is_refused_in_one_line_before_anything_is_r
     told = capsys.readouterr()
     assert told.out == ""
     assert [line.count(message) for line in told.err.splitlines()] == [1, 1]
+
+
+@pytest.mark.parametrize("key", ["storage_path=3", "storage_path=s3://a/b", "name=my sweep"])
+def test_a_sweeps_key_is_refused_before_an_image_is_read(key, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_photos(tmp_path / "photos", each=2)
+    assert run_main(["--data", "photos", "--epsilon", "10", "--publish-counts", key]) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err.startswith(f"error: {key.partition('=')[0]}=")
+    assert [*tmp_path.iterdir()] == [tmp_path / "photos"]
 
 
 def test_what_is_too_small_is_said_with_the_reason_and_what_is_large_is_not():
