@@ -40,7 +40,8 @@ def audit(options: argparse.Namespace) -> None:
         device = config_device(config)
         scores = canary_scores(plan.dp_sgd, options.canaries, masks, noise, device)
         bound = one_run_audit(*scores, plan.delta)
-        found["white_box"] = {**bound, "epsilon": plan.epsilon_dp_sgd}
+        # Whatever noise the plan holds: what it states is what is claimed.
+        found["white_box"] = {**bound, "epsilon": min(plan.epsilon, plan.epsilon_dp_sgd)}
     if options.black_box is not None:
         with tempfile.TemporaryDirectory(dir=folder.path, prefix="audit-") as place:
             found["black_box"] = black_box(config, plan, options.black_box, Path(place))

@@ -21,10 +21,15 @@ NOT_AUDITED = "not audited"
 def keep(run: RunFolder, found: Mapping[str, Mapping[str, Any]]) -> None:
     """Keeps what an audit found, beside what it found earlier in another form.
 
+    What once proved too much stays, as another audit may miss it by chance.
+
     Args:
         found: by form, as of `core.evaluation.audit.audit`, with the `epsilon` that is claimed.
     """
-    write_json(run.audit, {**_about(run), "confidence": CONFIDENCE, **_forms(run), **found})
+    before = _forms(run)
+    stays = {form: each for form, each in before.items() if _proves_too_much(each)}
+    content = {**_about(run), "confidence": CONFIDENCE, **before, **found, **stays}
+    write_json(run.audit, content)
 
 
 def require_same_code(run: RunFolder) -> None:
@@ -78,8 +83,12 @@ def audit_failures(run: RunFolder) -> list[str]:
     return [
         f"the audit of the {_FORMS[form]} proves more than epsilon"
         for form, each in _forms(run).items()
-        if each["epsilon_lower_bound"] > each["epsilon"]
+        if _proves_too_much(each)
     ]
+
+
+def _proves_too_much(each: Mapping[str, Any]) -> bool:
+    return each["epsilon_lower_bound"] > each["epsilon"]
 
 
 def bundled_bounds(run: RunFolder) -> dict[str, Any] | str:

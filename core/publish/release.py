@@ -15,6 +15,7 @@ from core.io.files import read_json, whole_folder, write_json
 from core.privacy.accounting.rounding import upward
 from core.privacy.ledger.account import ledger_of_run
 from core.privacy.ledger.card import card_markdown, make_card
+from core.privacy.plan.plan import resumed_plan
 from core.publish.dataset_card import PARQUET, dataset_card, parquet_metadata
 from core.publish.proven import audit_failures, bundled_bounds
 from core.record.bundle import DIGESTS, digests
@@ -107,7 +108,8 @@ def release_card(config: Config, run_dir: Path) -> dict[str, Any]:
     """The privacy card of a finished run, from its ledger, and the bounds that its audit proved.
 
     Raises:
-        ConfigError: the run is not finished, or scope `selection` did not select it.
+        ConfigError: the run is not finished, scope `selection` did not select it, or its plan is
+            not that of its configuration, or states another epsilon than it spends.
         LedgerError: its ledger is missing or damaged.
     """
     if config.method == "non_private":
@@ -132,7 +134,7 @@ def release_card(config: Config, run_dir: Path) -> dict[str, Any]:
     card = make_card(
         ledger_of_run(config, run_dir, result.fingerprint),
         result.name,
-        run.plan(),
+        resumed_plan(config, run.plan()),
         config.privacy,
         result.identity,
         objective,

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from two_ranks import tiny_run
+from two_ranks import TINY, tiny_run
 
 from core.__main__ import main
-from core.config import DatasetConfig
+from core.config import DatasetConfig, load
 from core.data import Dataset, Split
 from core.evaluation.audit import (
     audit,
@@ -29,6 +29,7 @@ from core.pipeline import run as pipeline
 from core.privacy.accounting.mechanism import FINE
 from core.privacy.accounting.solve import epsilon_of_mechanisms
 from core.privacy.keys import KeyedStream
+from core.privacy.plan.plan import make_plan
 from core.privacy.plan.releases import DpSgdPlan
 from core.publish.proven import audit_lines, bundled_bounds, keep
 from core.record.folder import RunFolder
@@ -153,6 +154,28 @@ def test_the_command_keeps_its_bounds_and_a_bundle_holds_nothing_else(
         r"\(white box\), [\d.]+ by synthetic images \(black box\), with confidence 0\.95 \|",
         line,
     )
+
+
+def test_half_the_noise_in_a_runs_plan_is_caught_by_the_command_for_good(tmp_path, capsys):
+    """Epsilon follows from another noise than the plan holds, as a wrong accountant would have it.
+
+    What is audited needs no training.
+    """
+    settings = {"method": "dpdm", "training.num_steps": 2, "privacy.target_epsilon": 2.9}
+    config = load({}, TINY | settings | {"private_training.expected_batch_size": 1437})
+    folder, plan = RunFolder(tmp_path), make_plan(config)
+    folder.claim(config, plan, {})
+    command = ["audit", "--run-dir", str(tmp_path), "--canaries"]
+    assert main([*command, "20000"]) == 0
+    half = replace(plan.dp_sgd, noise_multiplier=plan.dp_sgd.noise_multiplier / 2)
+    write_json(folder.plan_file, replace(plan, dp_sgd=half).summary())
+    assert main([*command, "20000"]) == 2
+    assert "the audit of the noisy updates of DP-SGD (white box) proves more" in (
+        capsys.readouterr().err
+    )
+    caught = folder.audit.read_bytes()
+    assert main([*command, "100"]) == 2  # Too few to prove it again.
+    assert folder.audit.read_bytes() == caught
 
 
 def test_an_audit_that_proves_too_much_or_is_of_something_else_is_told(tmp_path, capsys):

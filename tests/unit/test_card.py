@@ -1,10 +1,12 @@
 """Whose choice the card tells: that of a sweep among its trials, or of one among all runs."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from core.config import load
+from core.errors import LedgerError
 from core.privacy.ledger.card import card_markdown, make_card
 from core.privacy.ledger.ledger import Ledger, events_of
 from core.privacy.ledger.terms import Key, Terms
@@ -40,6 +42,16 @@ def test_a_sweep_counts_its_trials_and_a_single_run_all_that_ran(
     paid = ledger.epsilon_of_run("sweep") if run == "sweep" else everything
     assert card["epsilon_released_with_selection"] == paid > plan.epsilon
     assert ledger.epsilon_of_run("sweep") < everything
+
+
+def test_nothing_is_stated_of_a_plan_that_was_not_charged(plan, tmp_path: Path):
+    terms = Terms("0" * 64, plan.num_examples, plan.delta, plan.neighboring_relation, None)
+    ledger = Ledger.open(tmp_path, terms)
+    ledger.reserve(Key("run", "a", "all", 0, plan.dp_sgd.num_steps), events_of(plan))
+    noisier = replace(plan.dp_sgd, noise_multiplier=2 * plan.dp_sgd.noise_multiplier)
+    for other in (replace(plan, dp_sgd=noisier), replace(plan, central=None)):
+        with pytest.raises(LedgerError, match=r"other releases than those of its privacy\.json"):
+            make_card(ledger, "run", other, CONFIG.privacy, "a", "accuracy", searched=False)
 
 
 @pytest.mark.parametrize("searched", [True, False])

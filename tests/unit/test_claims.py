@@ -1,18 +1,20 @@
 """What a sweep claims, and when: nothing of its choice while trials of it are still to come."""
 
 import hashlib
+import json
 import re
 from pathlib import Path
 
 import pytest
-from test_report_parts import PLAN
 from test_trials_of_other_code import sweep_of, trial
 
+from core.errors import ConfigError
 from core.io.files import write_json
 from core.io.locks import locked
 from core.privacy.accounting.rounding import upward
 from core.privacy.ledger.ledger import Ledger, events_of
 from core.privacy.ledger.terms import Key, Terms
+from core.privacy.plan.plan import make_plan
 from core.publish.release import release_card
 from sweep.__main__ import main
 from sweep.config.sweep import SweepConfig, dump_sweep
@@ -35,14 +37,16 @@ def sweep_with(folder: Path, finished: int, **overrides: object) -> SweepConfig:
     ledger = {"runtime.ledger": str(folder / "ledger")}
     sweep = sweep_of(folder, num_trials=4, **ledger, **overrides)
     write_json(sweep.folder / "sweep.json", dump_sweep(sweep))
-    terms = Terms(DATA, PLAN.num_examples, PLAN.delta, PLAN.neighboring_relation, None)
+    plan = make_plan(sweep.run)
+    terms = Terms(DATA, plan.num_examples, plan.delta, plan.neighboring_relation, None)
     book = Ledger.open(folder / "ledger", terms)
     book.take_over(sweep.name, "driver", 1)
     for number in range(finished):
         name = f"trial{number}"
         run_dir, _ = trial(sweep, name, "this")
-        key = Key(sweep.name, name, "all", 0, PLAN.dp_sgd.num_steps)
-        book.commit(book.reserve(key, events_of(PLAN)), PLAN.dp_sgd.num_steps)
+        write_json(run_dir / "privacy.json", plan.summary())
+        key = Key(sweep.name, name, "all", 0, plan.dp_sgd.num_steps)
+        book.commit(book.reserve(key, events_of(plan)), plan.dp_sgd.num_steps)
         scores = {"accuracy": 0.5 + number / 10, "fid_cnn": 9.0, "seconds": 1.0}
         origin = {"identity": name, "fingerprint": DATA, "name": sweep.name}
         write_json(run_dir / "evaluation.json", {**scores, **origin})
@@ -109,6 +113,14 @@ def test_the_only_trial_of_a_sweep_was_never_given_beforehand(tmp_path):
     for card in (of_trial, of_sweep):
         assert "It is so far the only one of its sweep" in card["statement"]
         assert card["hyperparameters_chosen_by"] == "by a sweep, so far in its only trial"
+
+
+def test_a_file_that_states_less_than_the_plan_spends_is_not_released(tmp_path):
+    (row,) = load_rows(sweep_with(tmp_path, finished=1))
+    plan = json.loads(row.folder.plan_file.read_text())
+    write_json(row.folder.plan_file, {**plan, "epsilon": plan["epsilon"] / 2})
+    with pytest.raises(ConfigError, match=r"does not agree with the configuration in epsilon:"):
+        release_card(row.config, row.run_dir)
 
 
 def test_a_trial_of_a_covered_search_was_not_chosen_by_scores_that_are_not_private(tmp_path):

@@ -96,11 +96,12 @@ def make_card(
     Privacy: the same whatever the number of trials of a selection is, of this run or of others.
 
     Raises:
-        LedgerError: it has no entry of this trial, as after a loss, so there is nothing to state;
-            or of its selection another trial leaves, or none yet.
+        LedgerError: it has no entry of this trial, as after a loss, so there is nothing to state,
+            or one of other releases than those of the plan; or of its selection another trial
+            leaves, or none yet.
     """
     summary, secret = ledger.summary(), privacy.covers.is_secret
-    entries = _entries_of(ledger, summary["entries"], run, identity, secret)
+    entries = _entries_of(ledger, summary["entries"], run, identity, plan, secret)
     trials, others = len(entries), summary["num_releases"] - len(entries)
     in_sweep = searched or run in summary["sweeps"]
     everything = summary["epsilon_committed_and_reserved"]
@@ -171,7 +172,12 @@ def _attacks(
 
 
 def _entries_of(
-    ledger: Ledger, entries: list[dict[str, Any]], run: str, identity: str, secret: bool
+    ledger: Ledger,
+    entries: list[dict[str, Any]],
+    run: str,
+    identity: str,
+    plan: PrivacyPlan,
+    secret: bool,
 ) -> list[dict[str, Any]]:
     """The entries that the card is about: of a selection that of the trial that leaves."""
     of_run = [entry for entry in entries if entry["run"] == run]
@@ -181,6 +187,14 @@ def _entries_of(
             f"the ledger '{ledger.path}' holds no entry of trial {identity[:16]} of {run}: restore "
             "the ledger that it was charged to, as nothing can be stated without it"
         )
+    planned = [(each.kind, *each.mechanism) for each in plan.releases]
+    names = ("kind", "sample_rate", "noise_multiplier", "count")
+    for entry in of_trial:
+        if [tuple(event[name] for name in names) for event in entry["events"]] != planned:
+            raise LedgerError(
+                f"the ledger '{ledger.path}' charged trial {identity[:16]} of {run} for other "
+                "releases than those of its privacy.json: restore the file that the run wrote"
+            )
     if secret and ledger.selected(run) != identity:
         raise LedgerError(
             f"trial {identity[:16]} is not the one that selection {run} ended with, so nothing "
