@@ -32,6 +32,8 @@ _SIGNS = (
 """What lies, all of it, below the folder of a published data set."""
 _SHOWN, _SHOWN_CLASSES = 8, 20
 """Images of a class, and classes, that are kept to look at."""
+_LARGEST = 512
+"""Side to which they are scaled: 160 photographs as they are stored fill a memory."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,8 @@ class Survey:
         class_names: of label 0, 1, ...
         train, test: labels, int64 `[N]`.
         sizes: images by width and height as stored.
-        samples: some training images with their labels, uint8 `[C, H, W]` each.
+        samples: some training images with their labels, uint8 `[C, H, W]` each, of photographs the
+            central square at the largest size of a run.
         source: where it lies.
     """
 
@@ -96,13 +99,20 @@ def survey(path: Path, settings: Mapping[str, Any], report: Report) -> Survey:
         ):
             sizes[(image.shape[-1], image.shape[-2])] += 1
             if records is parts.train and label < _SHOWN_CLASSES and shown[label] < _SHOWN:
-                samples.append((image.reshape(channels, *image.shape[-2:]), label))
+                samples.append((_small(image.reshape(channels, *image.shape[-2:])), label))
                 shown[label] += 1
         done += len(records.labels)
     facts |= {"channels": channels, "num_examples": len(parts.train.labels)}
     config = validate(DatasetConfig, facts)
     names, (train, test) = parts.class_names, (parts.train.labels, parts.test.labels)
     return Survey(config, names, train, test, sizes, samples, source)
+
+
+def _small(image: np.ndarray) -> np.ndarray:
+    if max(image.shape[-2:]) <= _LARGEST:
+        return image
+    side = min(_LARGEST, *image.shape[-2:])
+    return fit(torch.from_numpy(image.copy()), side).numpy()
 
 
 def layout_of(folder: Path) -> str:

@@ -1,6 +1,7 @@
 """Maps over the cores of this machine that keep the order and let few results wait."""
 
 import os
+import pickle
 import threading
 import time
 from collections import deque
@@ -17,8 +18,8 @@ Item = TypeVar("Item")
 Value = TypeVar("Value")
 _WAITING = 2
 """Results for each core that are computed ahead; bounds the memory."""
-_CHUNK = 64
-"""Items that a process works on at once."""
+_CHUNK, _CHUNK_BYTES = 64, 2**25
+"""Items that a process works on at once: fewer where results are large, as of photographs."""
 _MOST_PROCESSES = 8
 """More would wait for the one that takes their results."""
 
@@ -57,12 +58,14 @@ def by_processes(
         function: can be pickled, as `items` can.
         items: opens the items anew in each process.
     """
-    first = list(islice(items(), _CHUNK))
-    yield from map(function, first)
+    first, largest = list(islice(items(), _CHUNK)), 1
+    for value in map(function, first):
+        largest = max(largest, len(pickle.dumps(value)))
+        yield value
     if len(first) < _CHUNK:
         return
     loader = DataLoader(
-        _Computed(function, items),
+        _Computed(function, items, max(1, min(_CHUNK, _CHUNK_BYTES // largest))),
         batch_size=None,
         num_workers=min(_cores(), _MOST_PROCESSES),
         collate_fn=list,
@@ -80,18 +83,20 @@ def by_processes(
 class _Computed(IterableDataset[Any]):
     """Chunks of results, of which the loader's processes take turns, and an error as a chunk."""
 
-    def __init__(self, function: Callable[[Any], Any], items: Callable[[], Iterable[Any]]) -> None:
-        self.function, self.items = function, items
+    def __init__(
+        self, function: Callable[[Any], Any], items: Callable[[], Iterable[Any]], chunk: int
+    ) -> None:
+        self.function, self.items, self.chunk = function, items, chunk
 
     def __iter__(self) -> Iterator[list[Any]]:
         process = get_worker_info()
         assert process is not None
         try:
-            left = iter(self.items())
-            for turn in count(-1):  # The first chunk has been computed.
-                if not (chunk := list(islice(left, _CHUNK))):
+            left = islice(self.items(), _CHUNK, None)  # The first ones have been computed.
+            for turn in count():
+                if not (chunk := list(islice(left, self.chunk))):
                     return
-                if turn >= 0 and turn % process.num_workers == process.id:
+                if turn % process.num_workers == process.id:
                     yield [*map(self.function, chunk)]
         except Exception as error:  # As a value: the loader would raise it with other words.
             yield [error]

@@ -24,7 +24,8 @@ from core.data.records import (
 )
 from core.errors import DataError
 
-_BATCH = 256
+_BATCH = 32
+"""Rows with encoded images in memory at once, in each process that decodes."""
 
 
 def parquet(config: DatasetConfig) -> Source:

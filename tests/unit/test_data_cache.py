@@ -250,6 +250,21 @@ def test_few_items_start_no_process():
     assert [*by_processes(doubled, partial(range, 0))] == []
 
 
+def noted(number: int, folder: Path) -> np.ndarray:
+    (folder / str(number)).touch()
+    return np.zeros(2**24, np.uint8)
+
+
+def test_few_large_results_wait_in_each_process(tmp_path):
+    """Two chunks of 64 photographs of a dozen megapixels would be 4.6 GB in each."""
+    results = by_processes(partial(noted, folder=tmp_path), itertools.count)
+    for _ in range(65):
+        next(results)
+    time.sleep(2)  # In which the processes go on as far as they may.
+    assert 64 < len([*tmp_path.iterdir()]) <= 64 + 3 * 2 * min(8, len(os.sched_getaffinity(0)))
+    results.close()
+
+
 def large(number: int) -> bytes:
     return bytes(2**20)
 

@@ -57,6 +57,17 @@ def test_photographs_in_folders_of_classes(tmp_path):
     assert told[0] == {"stage": "reading", "step": 0, "total": 120}
 
 
+def test_of_large_photographs_no_more_is_kept_than_a_run_sees(tmp_path):
+    for number in range(4):
+        pixels = np.full((700, 900, 3), 250 * (number % 2))
+        picture(tmp_path / "train" / "a" / f"{number}.png", pixels)
+        picture(tmp_path / "test" / "a" / f"{number}.png", pixels)
+    found = surveyed(tmp_path)
+    assert {image.shape for image, _ in found.samples} == {(3, 512, 512)}
+    assert found.sizes == {(900, 700): 8}
+    assert found.picture(32).images.float().mean((1, 2, 3)).tolist() == [0, 250, 0, 250]
+
+
 def test_an_archive_unpacked_into_a_folder_with_splits_of_other_names(tmp_path):
     for split in ("Training_set", "Valid"):
         write_folder(tmp_path / "download" / "pets" / split, classes=3)
