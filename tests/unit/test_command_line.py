@@ -41,3 +41,14 @@ def test_a_user_error_is_one_sentence(capsys):
     assert error == "error: --run-dir='s3://bucket/run' is an address: name a folder\n"
     assert main(["account", "--config", "nowhere.yaml"]) == 2
     assert "no configuration file at 'nowhere.yaml'" in capsys.readouterr().err
+
+
+def test_what_cannot_be_written_is_one_sentence(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / "smaller.yaml"
+    command = ["scale-down", *DIGITS, "--factor", "4", "dataset.public=true"]
+    assert main([*command, "--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert str(out.parent) in error
+    assert error.count("\n") == 1
