@@ -163,7 +163,7 @@ def _show(found: Survey, side: int, folder: RunFolder) -> None:
         print(f"{name:<24} {counts[0]:>9} {counts[1]:>7}")
     picture, path = found.picture(side), folder.non_private / "real_images.png"
     private_folder(path.parent)
-    write_grid(path, picture.images, picture.labels, columns=8)
+    write_grid(path, picture.images, picture.labels, columns=8, private=True)
     print(f"\nfor your eyes alone, as a run sees them at {side}x{side}: {path}")
 
 

@@ -6,9 +6,16 @@ from pathlib import Path
 
 import torch
 
+from core.io.files import write_whole
+
 
 def write_grid(
-    path: Path, images: torch.Tensor, labels: torch.Tensor, columns: int = 10, side: int = 56
+    path: Path,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    columns: int = 10,
+    side: int = 56,
+    private: bool = False,
 ) -> None:
     """Writes a PNG with a row for each class and up to `columns` images in it.
 
@@ -16,6 +23,7 @@ def write_grid(
         images: uint8 `[N, C, H, W]`, C 1 or 3.
         labels: int64 `[N]`.
         side: images are enlarged by a whole factor to about this many pixels.
+        private: whether the file is its owner's alone.
     """
     _, channels, height, width = images.shape
     factor = max(1, side // max(height, width))
@@ -28,8 +36,7 @@ def write_grid(
         big = torch.cat((chosen, padding)).repeat_interleave(factor, 2).repeat_interleave(factor, 3)
         framed = torch.nn.functional.pad(big, (1, 1, 1, 1), value=64)
         rows.append(torch.cat(list(framed), dim=2))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(encode_png(torch.cat(rows, dim=1)))
+    write_whole(path, encode_png(torch.cat(rows, dim=1)), private)
 
 
 def encode_png(image: torch.Tensor) -> bytes:

@@ -1,12 +1,15 @@
-"""From a folder of photographs to a verified bundle, by the commands of the first page."""
+"""From a folder of images to a verified bundle, by the commands of the first page."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from leftovers import MARK, assert_none_left
-from test_init import write_photos
+from picture_files import write_folder
+from published_files import write_parquet
+from test_init import NAMES, write_photos
 
 from core.__main__ import main
 from sweep.results.find import open_sweep
@@ -27,8 +30,22 @@ SMALL = (
 )
 
 
-def test_a_folder_of_photographs_becomes_a_bundle(tmp_path, capsys):
-    write_photos(tmp_path / "photos")
+def write_hub(folder: Path) -> None:
+    for split, number in (("train", 60), ("test", 20)):
+        labels = [n % 4 for n in range(number)]
+        write_parquet(folder / "default" / split / "0000.parquet", labels, names=list(NAMES))
+
+
+def write_archive(folder: Path) -> None:
+    """As somebody else names and packs it: a folder too many, other splits, traces of a Mac."""
+    for split in ("Training_set", "Valid"):
+        write_folder(folder / "pets" / split, classes=3)
+    (folder / "__MACOSX").mkdir()
+
+
+@pytest.mark.parametrize("write", [write_photos, write_hub, write_archive])
+def test_a_folder_becomes_a_bundle(tmp_path, capsys, write):
+    write(tmp_path / "photos")
     command = [sys.executable, str(ROOT / "sweep" / "run.py"), "--data", "photos"]
     command += ["--epsilon", "10", "--publish-counts", "--minutes", "0.05", *SMALL]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -131,7 +131,8 @@ def test_nothing_is_written_until_the_owner_publishes_the_counts(tmp_path, monke
     assert "give --publish-counts, or type dataset.num_examples=NUMBER" in told.err
     assert not [*tmp_path.glob("*.yaml")]
     grid = tmp_path / "runs" / "init" / "photos-epsilon10" / "non_private" / "real_images.png"
-    assert stat.S_IMODE(grid.parent.stat().st_mode) == 0o700
+    modes = [stat.S_IMODE(path.stat().st_mode) for path in (grid.parent, grid)]
+    assert modes == [0o700, 0o600]
     typed = ["dataset.num_classes=4", "dataset.num_examples=7"]
     assert main([*command, *typed]) == 2
     assert re.search(r"dataset\.num_examples=7, but .* holds \d+ training", capsys.readouterr().err)
