@@ -162,10 +162,12 @@ def _readable(facts: Mapping[str, Any]) -> tuple[Source, Parts, int]:
         source = READERS[config.name](config)
         parts = source.read()
         try:
-            first = next(iter(parts.train.images()))
+            first = next(iter(parts.train.images()), None)
         except DataError as error:
             problem = problem or error
             continue
-        if (1 if first.ndim == 2 else len(first)) == channels:
+        if first is not None and (1 if first.ndim == 2 else len(first)) == channels:
             return source, parts, channels
-    raise problem or DataError(f"'{facts['path']}' holds no image of 1 or 3 channels: convert them")
+    raise problem or DataError(
+        f"'{facts['path']}' holds no training image of 1 or 3 channels: add some, or convert them"
+    )

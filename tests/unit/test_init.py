@@ -121,6 +121,12 @@ def test_what_cannot_be_read_is_named_before_anything_is_planned(tmp_path, conte
         surveyed(tmp_path)
 
 
+def test_images_that_are_all_held_out_for_testing_are_too_few(tmp_path):
+    picture(tmp_path / "a" / "1.png", np.zeros((6, 6)))  # Which falls into the fifth.
+    with pytest.raises(DataError, match="holds no training image of 1 or 3 channels"):
+        surveyed(tmp_path)
+
+
 def test_nothing_is_written_until_the_owner_publishes_the_counts(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_photos(tmp_path / "photos")
