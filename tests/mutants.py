@@ -871,6 +871,13 @@ MUTANTS = (
         KEPT_TESTS,
     ),
     Mutant(
+        "a lost ledger of which a note tells is not shown",
+        "core/privacy/ledger/sources.py",
+        "            names.add(name)",
+        "            pass",
+        LOSSES_OF_LEDGERS,
+    ),
+    Mutant(
         "a ledger shorter than noted is accepted",
         "core/privacy/ledger/notes.py",
         "if 0 <= number < len(entries) and",

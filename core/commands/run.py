@@ -27,7 +27,7 @@ from core.privacy.ledger.card import ledger_text
 from core.privacy.ledger.durable_copy import DurableCopy
 from core.privacy.ledger.file import accept_loss, keep_copy
 from core.privacy.ledger.ledger import Ledger
-from core.privacy.ledger.sources import Sources
+from core.privacy.ledger.sources import Sources, known_ledgers
 from core.publish.inspection import inspect_run
 from core.publish.release import release_card, write_release
 from core.publish.review import review
@@ -104,7 +104,7 @@ def ledger(options: argparse.Namespace) -> None:
     if options.action == "accept-loss":
         if options.file is None:
             raise ConfigError("name the lost or damaged ledger with --file")
-        known = Sources(options.file.parent).know_of(options.file)
+        known = options.file in Sources(options.file.parent).ledgers
         accept_loss(options.file, options.reason, known)
         print(f"{options.file}: what still verifies is kept; every card now states the loss")
         return
@@ -114,7 +114,7 @@ def ledger(options: argparse.Namespace) -> None:
             raise ConfigError(f"'{folder}' names no durable copy: name it with --copy")
         address = load({}, {"runtime.ledger_copy": options.copy}).runtime.ledger_copy
         keep_copy(folder, address, anew=True)
-    files = sorted(folder.glob("*.jsonl"))
+    files = known_ledgers(folder)
     if not files:
         raise ConfigError(f"'{folder}' holds no ledger: name its folder with --folder")
     problems: list[str] = []

@@ -17,6 +17,7 @@ from core.privacy.ledger.file import accept_loss
 from core.privacy.ledger.ledger import Ledger
 from core.privacy.ledger.names import charged_to, ledger_path
 from core.privacy.ledger.notes import beside_secret
+from core.privacy.ledger.sources import Source, Sources
 from core.privacy.ledger.terms import Event, Key, Terms
 
 TERMS = Terms("ab" * 32, 1_000, 1e-5, "zero_out", None)
@@ -62,6 +63,22 @@ def test_whatever_knows_of_a_lost_ledger_keeps_it_from_being_begun_anew(tmp_path
         Ledger.open(tmp_path / "ledger", TERMS, notes=[note])
     assert f"accept-loss --file '{ledger.path}'" in str(refused.value)
     assert not ledger.path.exists()
+
+
+@pytest.mark.parametrize("witness", ["note beside the secret", "lock", "head", "sources.json"])
+@pytest.mark.parametrize("action", ["show", "verify"])
+def test_the_command_tells_of_a_lost_ledger_beside_another(tmp_path, capsys, witness, action):
+    folder, note = tmp_path / "ledger", tmp_path / "run" / "note"
+    Ledger.open(folder, replace(TERMS, fingerprint="cd" * 32))
+    ledger = begun(folder, note)
+    Sources(folder).remember("a", Source(TERMS.fingerprint, charged=witness == "sources.json"))
+    forget_all_but(ledger, note, witness)
+    command = ["ledger", action, "--folder", str(folder)]
+    assert main(command) == 2
+    told = capsys.readouterr()
+    assert len(re.findall(r"^data set ", told.out, re.M)) == 1
+    assert re.match(r"error: (no ledger at|the ledger) ", told.err)
+    assert f"accept-loss --file '{ledger.path}'" in told.err
 
 
 def test_a_folder_that_is_gone_is_known_by_the_notes_and_not_made_again(tmp_path):

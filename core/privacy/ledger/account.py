@@ -261,7 +261,7 @@ class Spending:
                 f"runtime.ledger='{other.parent}', or {remedy}"
             )
         # A run or sweep that has begun must find the ledger that it was charged to, not a new one.
-        known = self._sources.know_of(path)
+        known = path in self._sources.ledgers
         return Ledger.open(self.folder, terms, self.lease, [*notes], known)
 
     def _selection(self) -> str:

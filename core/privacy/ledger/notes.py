@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,17 @@ def beside_secret(path: Path) -> Path:
     """Where the owner's note of the ledger at `path` lies."""
     place = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
     return secret_path().parent / "ledgers" / f"{place}.json"
+
+
+def noted_in(folder: Path) -> dict[str, str]:
+    """Ledgers in a folder of which notes beside the master secret tell: name and last hash."""
+    noted: dict[str, str] = {}
+    for place in beside_secret(folder).parent.glob("*.json"):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            note = json.loads(place.read_bytes())
+            if (path := Path(note["ledger"])).parent == folder.resolve():
+                noted[path.stem] = str(note["hash"])
+    return noted
 
 
 def write_notes(path: Path, places: Sequence[Path], entries: Sequence[dict[str, Any]]) -> None:

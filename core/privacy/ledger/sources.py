@@ -10,8 +10,11 @@ from core.errors import LedgerError
 from core.io.files import write_whole
 from core.io.locks import locked
 from core.privacy.ledger.names import charged_to, ledger_path
+from core.privacy.ledger.notes import noted_in
 
 _LOCK_TIMEOUT_S = 60.0
+_KINDS = ("jsonl", "head", "lock")
+"""Endings of a ledger's files."""
 
 
 @dataclass(frozen=True)
@@ -74,11 +77,12 @@ class Sources:
             source = replace(source, charged=True, family=family)
         return sources | {key: source}
 
-    def know_of(self, path: Path) -> bool:
-        """Whether anything was charged to the ledger at `path`."""
+    @property
+    def ledgers(self) -> set[Path]:
+        """Those to which anything was charged."""
         charged = [source for source in self.read().values() if source.charged]
         accounts = {charged_to(source.fingerprint, source.family) for source in charged}
-        return path in {ledger_path(self.folder, account) for account in accounts}
+        return {ledger_path(self.folder, account) for account in accounts}
 
     def shared_paths(self) -> list[str]:
         """Paths that were read as several data sets, each with a ledger of its own."""
@@ -88,6 +92,19 @@ class Sources:
                 account = source.family or source.fingerprint
                 accounts.setdefault(source.path, set()).add(account)
         return sorted(path for path, found in accounts.items() if len(found) > 1)
+
+
+def known_ledgers(folder: Path) -> list[Path]:
+    """All that were begun in a folder, also those that are lost, as far as anything tells of them
+    there or beside the master secret.
+    """
+    beside = {each for kind in _KINDS for each in folder.glob(f"{'?' * 16}.{kind}")}
+    names = {path.stem for path in beside}
+    contents = [path.read_bytes() for path in beside if path.suffix == ".jsonl"]
+    for name, last in noted_in(folder).items():
+        if not any(last.encode() in content for content in contents):  # Else it was renamed.
+            names.add(name)
+    return sorted({folder / f"{name}.jsonl" for name in names} | Sources(folder).ledgers)
 
 
 def _source(value: str | Mapping[str, Any]) -> Source:
