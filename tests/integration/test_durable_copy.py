@@ -373,6 +373,8 @@ def test_a_folder_has_one_copy(tmp_path, address):
     head(tmp_path, address)
     with pytest.raises(LedgerError, match=f"are copied to '{address}': name that, or delete"):
         keep_copy(tmp_path, f"{address}/other")
+    (tmp_path / PLACE).write_text(f"{address}\n")  # As an editor ends it.
+    keep_copy(tmp_path, address)
     (tmp_path / PLACE).unlink()
     (tmp_path / PLACE).mkdir()  # As little to be read as what belongs to another user.
     with pytest.raises(LedgerError, match="cannot be read"):

@@ -53,7 +53,7 @@ class DurableCopy:
     def of(cls, folder: Path) -> "DurableCopy | None":
         """The copy that the ledgers of a folder have; None where they have none."""
         try:
-            return cls((folder / PLACE).read_text())
+            return cls((folder / PLACE).read_text().strip())  # Also where an editor wrote it.
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
