@@ -133,7 +133,7 @@ ANSWERS = (
     ),
     (
         r"python sweep/run.py --data",
-        SWEEPS + "own_images.py::test_a_folder_of_photographs_becomes_a_bundle",
+        SWEEPS + "own_images.py::test_a_folder_becomes_a_bundle",
     ),
     (r"python sweep/run.py$", UNIT + "init.py::test_without_any_argument_the_quickstart_runs"),
     (r"python sweep/run.py ", SWEEPS + "sweep.py::test_table_states_scores_and_all_epsilons"),
