@@ -12,11 +12,12 @@ import torch
 from core.config import DatasetConfig, validate
 from core.config.schema import MOST_CLASSES
 from core.data import READERS
-from core.data.cache import told
+from core.data.cache import checked_parts, told
 from core.data.folders import INDEX, num_class_folders
 from core.data.idx import found_files
+from core.data.images import SUFFIXES
 from core.data.layout import is_hidden, listing
-from core.data.parquet import likely_columns
+from core.data.parquet import likely_columns, split_files
 from core.data.records import Parts, Source, Split, fit
 from core.errors import DataError
 from core.io.terminal import Report
@@ -87,6 +88,9 @@ def survey(path: Path, settings: Mapping[str, Any], report: Report) -> Survey:
         facts = {**likely_columns(folder), **facts}
     facts["num_classes"] = _num_classes(facts)
     source, parts, channels = _readable(facts)
+    facts |= {"channels": channels, "num_examples": len(parts.train.labels)}
+    config = validate(DatasetConfig, facts)
+    parts = checked_parts(source, config)
     sizes: Counter[tuple[int, int]] = Counter()
     samples: list[tuple[np.ndarray, int]] = []
     shown: Counter[int] = Counter()
@@ -102,8 +106,6 @@ def survey(path: Path, settings: Mapping[str, Any], report: Report) -> Survey:
                 samples.append((_small(image.reshape(channels, *image.shape[-2:])), label))
                 shown[label] += 1
         done += len(records.labels)
-    facts |= {"channels": channels, "num_examples": len(parts.train.labels)}
-    config = validate(DatasetConfig, facts)
     names, (train, test) = parts.class_names, (parts.train.labels, parts.test.labels)
     return Survey(config, names, train, test, sizes, samples, source)
 
@@ -122,8 +124,14 @@ def layout_of(folder: Path) -> str:
             return name
     if found_files(folder):
         return "idx"
-    inside = (path.relative_to(folder).parts for path in folder.rglob("*.parquet"))
-    return "image_folder" if all(any(map(is_hidden, parts)) for parts in inside) else "parquet"
+    inside = {
+        path.suffix.lower()
+        for path in folder.rglob("*")
+        if not any(map(is_hidden, path.relative_to(folder).parts))
+    }
+    if ".parquet" in inside and ("train" in split_files(folder) or inside.isdisjoint(SUFFIXES)):
+        return "parquet"  # Else it tells of the pictures.
+    return "image_folder"
 
 
 def _unwrapped(folder: Path) -> Path:

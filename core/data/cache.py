@@ -45,7 +45,7 @@ def decoded(source: Source, config: DatasetConfig, report: Report) -> Dataset:
     Raises:
         DataError: a file is missing or damaged, or a split is empty.
     """
-    parts = _read(source, config)
+    parts = checked_parts(source, config)
     train, test = parts.train, parts.test
     digest = fingerprint_of_labels(train.labels)
     number, total = len(train.labels), len(train.labels) + len(test.labels)
@@ -107,7 +107,12 @@ def _key(source: Source, config: DatasetConfig, report: Report) -> str:
     return digest.hexdigest()[:32]
 
 
-def _read(source: Source, config: DatasetConfig) -> Parts:
+def checked_parts(source: Source, config: DatasetConfig) -> Parts:
+    """The records, of which no image is opened.
+
+    Raises:
+        DataError: a split is empty, or the labels differ from the public facts.
+    """
     parts = source.read()
     for records, split in ((parts.train, "training"), (parts.test, "test")):
         if len(records.labels) == 0:
@@ -120,7 +125,7 @@ def _read(source: Source, config: DatasetConfig) -> Parts:
 
 
 def _write(source: Source, config: DatasetConfig, folder: Path, report: Report) -> None:
-    parts = _read(source, config)
+    parts = checked_parts(source, config)
     train, test = parts.train, parts.test
     shutil.rmtree(folder, ignore_errors=True)  # Of which something is damaged.
     with whole_folder(folder, private=True) as temporary:

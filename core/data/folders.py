@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,10 @@ def image_folder(config: DatasetConfig) -> Source:
                 f"class '{odd[0]}' of '{folder}' is not in both {splits[0].name} and "
                 f"{splits[1].name}: give both the same classes"
             )
+        folders, files = listing(folder)
+        beside = suffixes(file for file in files if file.suffix.lower() in SUFFIXES)
+        beside[FOLDER] += len(folders) - len(splits)
+        train = replace(train, unread=train.unread + beside)
     return _source(train, test, folder, config)
 
 

@@ -28,8 +28,9 @@ def decoded(
 
     One rule for all data sets of encoded images: turned as its EXIF orientation says; bits and
     palettes become the grey or the colours they stand for (a palette without colours is either);
-    colour profiles are not applied; several frames, more than 8 bits, transparency and other
-    colour spaces are refused.
+    colour profiles are not applied; of a camera's JPEG with previews behind the photograph that is
+    read; other files of several frames, more than 8 bits, transparency and other colour spaces are
+    refused.
 
     Args:
         items: opens the names of all images, with their encoded bytes unless the name is a file's;
@@ -66,7 +67,9 @@ def _decode(
         file: Any
         where = Path(name) if content is None else io.BytesIO(content)
         with Image.open(where, formats=_FORMATS) as file:
-            frames, deep = getattr(file, "n_frames", 1), _is_deep(file)
+            # What follows a camera's photograph in its file (MPO) are previews and maps of it.
+            frames = 1 if file.format == "MPO" else getattr(file, "n_frames", 1)
+            deep = _is_deep(file)
             file.load()
             # All of GIF's are palettes, of which Pillow calls some grey.
             has_palette = file.mode == "P" or file.format == "GIF"

@@ -38,7 +38,7 @@ def parquet(config: DatasetConfig) -> Source:
     if importlib.util.find_spec("pyarrow") is None:
         raise DataError("dataset.name=parquet needs pyarrow: pip install pyarrow")
     folder = folder_of(config)
-    splits = _splits(folder)
+    splits = split_files(folder)
     train = splits.get("train", [])
     held_out = [splits[name] for name in ("test", "validation") if name in splits]
     for files, name in ((train, "train*.parquet"), (held_out, "test*.parquet or valid*.parquet")):
@@ -74,7 +74,7 @@ def likely_columns(folder: Path) -> dict[str, str]:
     """Keys of the two columns that are the only ones of encoded images or of integers."""
     from pyarrow import types
 
-    files = [path for split in _splits(folder).values() for path in split]
+    files = [path for split in split_files(folder).values() for path in split]
     if not files:
         return {}
     schema = _opened(files[0]).schema_arrow
@@ -91,7 +91,7 @@ def likely_columns(folder: Path) -> dict[str, str]:
     return {key: names[0] for key, names in found.items() if len(names) == 1}
 
 
-def _splits(folder: Path) -> dict[str, list[Path]]:
+def split_files(folder: Path) -> dict[str, list[Path]]:
     """The files of each split, by the first word of their names or of a folder around them.
 
     Raises:

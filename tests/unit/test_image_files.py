@@ -109,12 +109,18 @@ def frames(kind: str) -> bytes:
     return encoded(images[0], kind, save_all=True, append_images=images[1:])
 
 
-@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF", "MPO"])
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
 def test_several_frames_are_refused(tmp_path, kind):
-    suffix = {"MPO": "jpg"}.get(kind, kind.lower())
-    path = place(tmp_path, frames(kind), suffix)
+    path = place(tmp_path, frames(kind), kind.lower())
     settings = folder_config(tmp_path, channels=3, num_examples=40)
     refuses(settings, path, "has 2 frames", "convert it to one frame")
+
+
+def test_of_a_cameras_file_with_previews_the_photograph_is_read(tmp_path):
+    path = place(tmp_path, frames("MPO"), "jpg")
+    train = load_dataset(folder_config(tmp_path, channels=3, num_examples=40)).train
+    kept = sorted(path.parent.iterdir()).index(path)
+    assert (train.images[kept, 0].float() - 10).abs().max() <= 3
 
 
 def png16() -> bytes:

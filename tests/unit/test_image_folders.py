@@ -253,6 +253,15 @@ def test_files_that_are_not_read_are_counted_and_named(tmp_path, caplog):
     refuses(folder_config(tmp_path), folder, "holds no image", "(in it: 20 files of suffix .avif")
 
 
+def test_what_lies_beside_the_splits_is_counted(tmp_path):
+    for name in ("train", "test", "val", "unlabeled"):
+        write_folder(tmp_path / name)
+    picture(tmp_path / "lost.png", np.zeros((6, 6)))
+    (tmp_path / "README.md").touch()
+    told = "40 training images (1 file of suffix .png and 2 folders left out)"
+    refuses(folder_config(tmp_path, num_examples=60), told)
+
+
 @pytest.mark.parametrize("kind", ["GIF", "PPM", "JPEG", "BMP", "WEBP", "TIFF"])
 def test_all_usual_suffixes_are_read(tmp_path, kind):
     suffixes = {"GIF": ".gif", "PPM": ".PGM", "JPEG": ".jfif", "TIFF": ".TIF"}

@@ -121,6 +121,22 @@ def test_what_cannot_be_read_is_named_before_anything_is_planned(tmp_path, conte
         surveyed(tmp_path)
 
 
+def test_a_class_without_images_is_told_before_any_is_read(tmp_path):
+    for split in ("train", "test"):
+        write_parquet(tmp_path / f"{split}.parquet", [0, 3] * 4)
+    with pytest.raises(DataError, match=r"class 1, 2 of .* has no training image"):
+        survey(tmp_path, {}, lambda _: pytest.fail("images are read"))
+
+
+def test_a_table_beside_pictures_does_not_make_them_parquet_files(tmp_path):
+    write_folder(tmp_path)
+    write_parquet(tmp_path / "metadata.parquet", [0, 1])
+    assert surveyed(tmp_path).config.name == "image_folder"
+    write_parquet(tmp_path / "data" / "train.parquet", [0, 1] * 4)
+    write_parquet(tmp_path / "data" / "test.parquet", [0, 1] * 4)
+    assert surveyed(tmp_path).config.name == "parquet"
+
+
 def test_images_that_are_all_held_out_for_testing_are_too_few(tmp_path):
     picture(tmp_path / "a" / "1.png", np.zeros((6, 6)))  # Which falls into the fifth.
     with pytest.raises(DataError, match="holds no training image of 1 or 3 channels"):
