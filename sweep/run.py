@@ -26,6 +26,8 @@ from core.io.completion import answer_shell, completed, yaml_files
 from sweep.config.sweep import SweepConfig, load_sweep
 
 QUICKSTART = Path(__file__).resolve().parent / "configs" / "quickstart.yaml"
+_OF_RUN = ("objective", "search_space", "final")
+"""Keys of a sweep that depend on its run."""
 LIMITS = {
     "max_hours": "device hours (GPUs, or CPU cores without any)",
     "max_gpu_hours": "GPU hours",
@@ -94,15 +96,19 @@ def _configuration(options: argparse.Namespace, overrides: dict[str, Any]) -> Pa
     from core.commands.init import name_of, require_of, write_configuration
 
     name = name_of(options.data, options.epsilon)
-    own = {key: overrides[key] for key in ("storage_path", "name") if key in overrides}
-    load_sweep(QUICKSTART, own)  # Refused here, they cost no reading of images.
+    known, of_run, alone = known_keys(Config), dict[str, Any](), dict[str, Any]()
+    for key, value in overrides.items():
+        if key in known:
+            of_run[key] = value
+        elif not key.startswith(_OF_RUN):
+            alone[key] = value
+    load_sweep(QUICKSTART, alone)  # What is refused here costs no reading of images.
     out = Path(overrides.get("storage_path", "runs")).expanduser() / "init" / f"{name}.yaml"
     sweep = out.with_name(f"{name}_sweep.yaml")
     if sweep.exists():
         require_of(options.data, out)
         print(f"goes on with {sweep}; remove it and {out} to choose anew")
         return sweep
-    of_run = {key: value for key, value in overrides.items() if key in known_keys(Config)}
     return write_configuration(options, options.data, of_run, out)
 
 

@@ -15,6 +15,7 @@ from core.commands.probe import measure
 from core.commands.proposal import NUM_TRIALS, Proposal, propose
 from core.commands.survey import Survey, survey
 from core.config import Config, DatasetConfig, load, nested, parse_overrides
+from core.config.keys import known_keys, nearest_key
 from core.device import config_device
 from core.errors import ConfigError
 from core.generation.png import write_grid
@@ -82,8 +83,12 @@ def write_configuration(
     if there := [path for path in (out, sweep) if path.exists()]:
         raise ConfigError(f"'{there[0]}' is there already: name another file, or remove it")
     name = name_of(folder, options.epsilon)
-    if twice := [key for key in _STATED if key in overrides]:
-        raise ConfigError(f"{twice[0]} is what {_STATED[twice[0]]} says: leave the key out")
+    keys = known_keys(Config)
+    for key in overrides:
+        if key not in keys:
+            raise ConfigError(f"unknown key '{key}'{nearest_key(keys, key)}")
+        if key in _STATED:
+            raise ConfigError(f"{key} is what {_STATED[key]} says: leave the key out")
     first = load({}, {"runtime.device": overrides.get("runtime.device", "auto")})
     device = config_device(first)
     minutes = _minutes(options, device)

@@ -288,6 +288,7 @@ def test_it_starts_from_moments_where_these_were_measured(changes, kind, cluster
         (["--epsilon", "nan"], "--epsilon=nan must be positive and finite"),
         (["privacy.target_epsilon=1"], "privacy.target_epsilon is what --epsilon says"),
         (["dataset.path=x"], "dataset.path is what the folder says"),
+        (["stage_spilt=0.3"], "unknown key 'stage_spilt'; did you mean 'stage_split'?"),
         ([], "no folder at dataset.path="),
     ],
 )
@@ -302,14 +303,21 @@ def test_what_nothing_can_be_made_of_is_refused_in_one_line_before_anything_is_r
     assert [line.count(message) for line in told.err.splitlines()] == [1, 1]
 
 
-@pytest.mark.parametrize("key", ["storage_path=3", "storage_path=s3://a/b", "name=my sweep"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("storage_path=3", "storage_path=s3://a/b", "name=my sweep", "num_trials=0"),
+        "search_spice.low=1",
+    ],
+)
 def test_a_sweeps_key_is_refused_before_an_image_is_read(key, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_photos(tmp_path / "photos", each=2)
     assert run_main(["--data", "photos", "--epsilon", "10", "--publish-counts", key]) == 2
     told = capsys.readouterr()
     assert told.out == ""
-    assert told.err.startswith(f"error: {key.partition('=')[0]}=")
+    named = key.partition("=")[0]
+    assert re.match(f"error: ({named}=|unknown key '{named}')", told.err)
     assert [*tmp_path.iterdir()] == [tmp_path / "photos"]
 
 
