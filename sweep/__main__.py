@@ -196,6 +196,7 @@ def _best(options: argparse.Namespace) -> None:
     winner = best(sweep, rows, options.by)
     if winner is None:
         raise ConfigError(f"no trial of sweep '{sweep.name}' has finished: there is no best one")
+    _warn(options, sweep)  # The best one so far of a selection is not the one that leaves.
     if sweep.further_objectives and options.by is None:
         front = [record(row) for row in winners(sweep, rows)]
         if options.json:

@@ -140,7 +140,7 @@ def test_mlflow_is_told_of_one_trial_and_all_else_says_that_it_stays_inside(
     assert not [trial for trial in others if trial in told]
 
     trials = [f"tiny/{row.trial}" for row in load_rows(sweep)[:2]]
-    for command in (["ls"], ["show", "tiny"], ["diff", *trials]):
+    for command in (["ls"], ["show", "tiny"], ["best", "tiny"], ["diff", *trials]):
         where = [*command, "--storage", str(tmp_path / "runs")]
         capsys.readouterr()
         assert sweep_main(where) == 0
