@@ -61,6 +61,7 @@ def camelyon17(config: DatasetConfig) -> Source:
     columns = ("patient", "node", "x_coord", "y_coord", "tumor", "center", "split")
     train: Items = []
     test: Items = []
+    seen: set[Path] = set()
     for number, row in enumerate(_rows(table, columns), start=2):
         try:
             # Spreadsheets take the zeros from 004.
@@ -72,6 +73,9 @@ def camelyon17(config: DatasetConfig) -> Source:
             raise DataError(
                 f"line {number} of '{table}' cannot be read ({error!r}): fetch it again"
             ) from None
+        if item[0] in seen:  # One record would count as two.
+            raise DataError(f"line {number} of '{table}' names '{name}' again: fetch it again")
+        seen.add(item[0])
         if center == _CAMELYON_TEST_CENTER:
             test.append(item)
         elif center != _CAMELYON_VALIDATION_CENTER and split == 0:

@@ -51,7 +51,10 @@ def test_damaged_camelyon17_files_are_named(tmp_path):
     settings = config("camelyon17", tmp_path, num_examples=5)
     refuses(settings, patch, "repair or remove it")
     table = tmp_path / "metadata.csv"
-    table.write_text(table.read_text().replace("tumor", "tumour", 1))
+    lines = table.read_text().splitlines()
+    table.write_text("\n".join([*lines, lines[1]]))  # One record would count as two.
+    refuses(settings, f"line {len(lines) + 1} of", table, "again")
+    table.write_text("\n".join(lines).replace("tumor", "tumour", 1))
     refuses(settings, table, "no column 'tumor'", "commas, or fetch it again")
     table.unlink()
     refuses(settings, table, "is missing", "prepare --dataset camelyon17")
