@@ -309,7 +309,7 @@ class Config(Section):
             )
         if self.uses_moments:
             _few_enough_moments(self.central_images, self.dataset)
-        elif self.sampler.closed_form_share > 0 and self.central_images.kind != "moments":
+        if self.sampler.closed_form_share > 0 and self.central_images.kind != "moments":
             raise ValueError(
                 f"sampler.closed_form_share={self.sampler.closed_form_share:g} needs moments to "
                 "draw from: set it to 0, or choose central_images.kind=moments"

@@ -311,8 +311,9 @@ def test_one_image_at_a_time_has_the_share_too():
 
 
 def test_a_share_without_moments_is_refused():
-    with pytest.raises(ConfigError, match=r"closed_form_share=0.5 needs moments"):
-        load({}, {"sampler.closed_form_share": 0.5})
+    for method in ("dp_feta", "moments"):  # Whose bundle keeps the kind, not the method.
+        with pytest.raises(ConfigError, match=r"closed_form_share=0.5 needs moments"):
+            load({}, {"method": method, "sampler.closed_form_share": 0.5})
     for changes in ({"method": "dpdm"}, {"method": "moments"}, {}):  # Methods compare as they are.
         load({}, SETTINGS | {"sampler.closed_form_share": 0.5} | changes)
 
