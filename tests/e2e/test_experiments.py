@@ -117,7 +117,7 @@ def test_transfer_is_killed_and_runs_no_trial_twice(tmp_path, digits, joined):
 
 def test_search_pays_goes_on_after_its_slot_and_compares_all_ways(tmp_path, digits, joined):
     out = tmp_path / "pays.json"
-    process = start(PAYS, digits, out, joined, "--budget", "60")
+    process = start(PAYS, digits, out, {}, "--budget", "60")
     wait_for(process, out, "trials/*/checkpoints/last.pt", 1)
     process.send_signal(signal.SIGINT)  # Its sweep is told the same when the slot is over.
     assert "| epsilon in all |" in ended(process, 3)
