@@ -23,6 +23,7 @@ from core.config import Config, parse_overrides
 from core.config.keys import known_keys
 from core.errors import ConfigError, UserError
 from core.io.completion import answer_shell, completed, yaml_files
+from sweep.config.address import storage_folder
 from sweep.config.sweep import SweepConfig, load_sweep
 
 QUICKSTART = Path(__file__).resolve().parent / "configs" / "quickstart.yaml"
@@ -90,7 +91,7 @@ def _configuration(options: argparse.Namespace, overrides: dict[str, Any]) -> Pa
     from core.commands.init import name_of, write_configuration
 
     name = name_of(options.data, options.epsilon)
-    out = Path(overrides.get("storage_path", "runs")).expanduser() / "init" / f"{name}.yaml"
+    out = storage_folder(overrides.get("storage_path", "runs")) / "init" / f"{name}.yaml"
     sweep = out.with_name(f"{name}_sweep.yaml")
     if sweep.exists():
         print(f"goes on with {sweep}; remove it and {out} to choose anew")
