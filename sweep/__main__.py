@@ -20,6 +20,7 @@ from core.errors import ConfigError, LedgerError, UserError
 from core.io.completion import answer_shell, completed, yaml_files
 from core.io.files import to_json
 from core.privacy.accounting.rounding import figure, upward
+from sweep.config.address import storage_folder
 from sweep.config.scope import inside
 from sweep.config.sweep import SweepConfig, load_sweep
 from sweep.results.driver import running_driver, stop_driver
@@ -72,9 +73,8 @@ def _parser() -> argparse.ArgumentParser:
         example = f"example: python -m sweep {name} {EXAMPLES[name]}"
         command = commands.add_parser(name, help=text, description=text, epilog=example)
         command.set_defaults(command=function)
-        command.add_argument(
-            "--storage", type=Path, default=Path("runs"), help="folder of sweeps; default: runs"
-        )
+        text = "folder of sweeps, or the address that storage_path was; default: runs"
+        command.add_argument("--storage", type=storage_folder, default=Path("runs"), help=text)
         if as_json:
             command.add_argument("--json", action="store_true", help="for scripts")
         return command

@@ -23,6 +23,7 @@ from core.config import Config, parse_overrides
 from core.config.keys import known_keys
 from core.errors import ConfigError, UserError
 from core.io.completion import answer_shell, completed, yaml_files
+from sweep.config.address import storage_folder
 from sweep.config.sweep import SweepConfig, load_sweep
 
 QUICKSTART = Path(__file__).resolve().parent / "configs" / "quickstart.yaml"
@@ -103,7 +104,7 @@ def _configuration(options: argparse.Namespace, overrides: dict[str, Any]) -> Pa
         elif not key.startswith(_OF_RUN):
             alone[key] = value
     load_sweep(QUICKSTART, alone)  # What is refused here costs no reading of images.
-    out = Path(overrides.get("storage_path", "runs")).expanduser() / "init" / f"{name}.yaml"
+    out = storage_folder(overrides.get("storage_path", "runs")) / "init" / f"{name}.yaml"
     sweep = out.with_name(f"{name}_sweep.yaml")
     if sweep.exists():
         require_of(options.data, out)

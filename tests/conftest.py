@@ -23,6 +23,7 @@ _LONGEST = (
     "test_killed_processes.py",
     "test_failing_trials.py",
     "test_lost_node.py",
+    "test_no_shared_folder.py",
     "test_mlflow_away.py",
     "test_soak.py",
     "test_mlflow_ui.py",

@@ -44,6 +44,7 @@ KEPT = ("tests/unit/test_plan.py",)
 SPENDING_CODE, CHARGES = "core/privacy/ledger/account.py", ("tests/unit/test_run_and_ledger.py",)
 KEEPER, OF_KEEPER = "sweep/trials/keeper.py", ("tests/unit/test_keeper.py",)
 COPY, OF_COPY = "core/privacy/ledger/durable_copy.py", ("tests/integration/test_durable_copy.py",)
+COPIES, OF_COPIES = "sweep/results/folder_copy.py", ("tests/integration/test_folder_copy.py",)
 LOSSES_OF_LEDGERS = ("tests/unit/test_ledger_losses.py",)
 SPENDING = ("tests/integration/test_scope_spending.py",)
 EARLY = ("tests/integration/test_early_scores.py",)
@@ -732,8 +733,8 @@ MUTANTS = (
     Mutant(
         "MLflow told of all trials of a selection",
         "sweep/driver/launch.py",
-        "context, [] if secret else [mirror], rows",
-        "context, [mirror], rows",
+        "[*observers, *([] if secret else [mirror])]",
+        "[*observers, mirror]",
         ("tests/e2e/test_scopes_in_sweeps.py",),
     ),
     Mutant(
@@ -964,6 +965,55 @@ MUTANTS = (
         "keep_copy(self.folder, self.config.runtime.ledger_copy)",
         "keep_copy(self.folder, None)",
         OF_COPY,
+    ),
+    Mutant(
+        "a run is charged whose origin may be lost with its machine",
+        "core/pipeline/run.py",
+        "distributed.on_rank_0(run.link.keep)  # Its",
+        "pass  # Its",
+        OF_COPIES,
+    ),
+    Mutant(
+        "released images are used that may be summed again elsewhere",
+        "core/training/checkpoint.py",
+        "        self.keep()\n",
+        "",
+        OF_COPIES,
+    ),
+    Mutant(
+        "a private early score is told that may be drawn again elsewhere",
+        "core/pipeline/early_scores.py",
+        "        self._run.link.keep()\n",
+        "",
+        OF_COPIES,
+    ),
+    Mutant(
+        "a private score is told that may be drawn again elsewhere",
+        "core/evaluation/private_scores.py",
+        "        self.keep()\n",
+        "",
+        OF_COPIES,
+    ),
+    Mutant(
+        "a copy keeps an older state of a file of the same size",
+        COPIES,
+        "(known.size, known.mtime) == (state.st_size, state.st_mtime_ns)",
+        "known.size == state.st_size",
+        OF_COPIES,
+    ),
+    Mutant(
+        "a worker that was given up writes over its heir's copy",
+        COPIES,
+        "if last > self.session:",
+        "if last < self.session:",
+        OF_COPIES,
+    ),
+    Mutant(
+        "the private inspection of a run goes to its copy",
+        "sweep/trials/own_folder.py",
+        "never = RunFolder(self.path).non_private.name",
+        "never = None",
+        OF_COPIES,
     ),
     Mutant(
         "a lost ledger that the sources know of is begun anew",

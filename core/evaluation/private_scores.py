@@ -1,5 +1,6 @@
 """Private scores of a run: each is drawn once, and stored before it is used."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ class PrivateScores:
         noise: secret stream; every score has a place in it.
         folder: where each is kept. On any rank: no two ranks ask for the same one.
         identity: of the run.
+        keep: called once a score lies on the disk.
 
     Privacy: the same noise on what another classifier gets right would give both away, so a score
         that was ever drawn is read from its file, whatever model is given.
@@ -34,6 +36,7 @@ class PrivateScores:
     noise: KeyedStream
     folder: Path
     identity: str
+    keep: Callable[[], None] = lambda: None
 
     @property
     def choose_epochs(self) -> bool:
@@ -60,4 +63,5 @@ class PrivateScores:
         settings, score = self.config.evaluation, self.plan.score
         value = dp_accuracy(model, self.dataset, settings, score, self.noise, place)
         write_json(path, {"identity": self.identity, "dp_accuracy": value})
+        self.keep()
         return value

@@ -39,6 +39,8 @@ class SweepLink:
             about to be taken away, so that its state is kept at once; None: nobody knows.
         measure: gives what each line of `metrics.jsonl` holds beside the report.
         reading: told how far the data are read, by the one rank that does; None: the run's report.
+        keep: called on rank 0 before the run is charged, and whenever its folder holds something
+            that must outlast its machine, as it may not be drawn twice or is gone on from.
     """
 
     lease: int | None = None
@@ -49,6 +51,7 @@ class SweepLink:
     in_danger: Callable[[], bool] | None = None
     measure: Callable[[], dict[str, float]] = dict
     reading: Report | None = None
+    keep: Callable[[], None] = lambda: None
 
 
 ALONE = SweepLink()
@@ -135,8 +138,10 @@ class Run:
     @property
     def checkpoints(self) -> Checkpoints:
         """Its latest state."""
-        identity = self.identity
-        return Checkpoints(self.folder.checkpoints, identity.run, changed=identity.changed)
+        identity, keep = self.identity, self.link.keep
+        return Checkpoints(
+            self.folder.checkpoints, identity.run, changed=identity.changed, keep=keep
+        )
 
     def stream(self, stage: str, purpose: str) -> KeyedStream:
         """Secret random numbers, to be asked for only where they are used."""

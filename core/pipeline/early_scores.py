@@ -73,6 +73,7 @@ class EarlyScores:
         steps, kept = self._steps.items(), self._kept
         scores = {share: kept[point] for point, share in steps if point in kept}
         self._run.folder.keep_early_scores(self._run.identity.run, self._name, scores)
+        self._run.link.keep()
 
     def _score(self, place: int) -> float:
         """The score of a small sample by `early_scores.metric`, the same on all ranks.

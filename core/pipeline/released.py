@@ -117,7 +117,7 @@ def _kept_release(run: Run, draw: Callable[[], CentralImages | Moments]) -> dict
         summed a second time, which on another machine could differ in its last digits.
     """
     folder = (run.link.shared or run.folder.checkpoints) / "central_images"
-    store = _store(folder, run.identity.central)
+    store = _store(run, folder, run.identity.central)
     with locked(store.path.with_suffix(".lock"), _LOCK_TIMEOUT_S):
         kept = store.load()
         if kept is None:
@@ -138,7 +138,7 @@ def kept_frequency_images(
         are post-processing of it.
     """
     config = run.config
-    store = _store(run.folder.checkpoints / "frequency", run.identity.run)
+    store = _store(run, run.folder.checkpoints / "frequency", run.identity.run)
 
     def keep() -> tuple[Split, dict[str, torch.Tensor]]:
         kept: dict[str, Any] = store.load() or {}
@@ -160,9 +160,9 @@ def kept_frequency_images(
     return distributed.on_rank_0(keep)
 
 
-def _store(folder: Path, identity: str) -> Checkpoints:
+def _store(run: Run, folder: Path, identity: str) -> Checkpoints:
     """Where a release is kept, each identity in a file of its own."""
-    return Checkpoints(folder, identity, f"{identity[:16]}.pt")
+    return Checkpoints(folder, identity, f"{identity[:16]}.pt", keep=run.link.keep)
 
 
 def warm_up(run: Run, loop: Loop, data: Sequence[WarmUpData]) -> None:

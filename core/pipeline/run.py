@@ -229,6 +229,7 @@ def _charged(run: Run) -> Run:
         return replace(run, reached=reached)
     resumed = step if stage == "private_training" else 0
     identity = run.identity
+    distributed.on_rank_0(run.link.keep)  # Its origin: another one would be charged again.
     reservation = distributed.on_rank_0(
         lambda: run.account.reserve(run.fingerprint, identity.run, identity.shared_central, resumed)
     )
@@ -344,7 +345,7 @@ def _published(run: Run, dataset: Dataset, model: nn.Module) -> dict[str, Any]:
     private = None
     if plan.score is not None:
         noise, kept = run.stream("evaluation", "noise"), folder.private_scores
-        private = PrivateScores(config, plan, dataset, noise, kept, run.identity.run)
+        private = PrivateScores(config, plan, dataset, noise, kept, run.identity.run, run.link.keep)
     scores = score(config, synthetic, dataset, run.device, run.master, private)
     result = {
         "step": config.training.num_steps,

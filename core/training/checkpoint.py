@@ -1,6 +1,6 @@
 """Atomic checkpoints of one run; they hold no key and no generator state."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,12 +20,14 @@ class Checkpoints:
         folder: `run_dir/checkpoints`.
         identity: of the run; another identity is refused.
         changed: what differs from how the folder was begun, in words, for that refusal.
+        keep: called once a state lies on the disk.
     """
 
     folder: Path
     identity: str
     name: str = "last.pt"
     changed: Sequence[str] = ()
+    keep: Callable[[], None] = lambda: None
 
     @property
     def path(self) -> Path:
@@ -41,6 +43,7 @@ class Checkpoints:
         content = {**state, "identity": self.identity}
         with storage_errors(self.folder):
             write_whole(self.path, partial(torch.save, content), private=True)
+        self.keep()
 
     def reached(self) -> tuple[str, int]:
         """Stage and step of the latest state; an empty name and 0 when there is none.

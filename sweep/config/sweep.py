@@ -27,6 +27,7 @@ from core.config import (
 from core.config.keys import CLUSTERS, COUNT, known_keys, nearest_key
 from core.config.metrics import DIRECTIONS
 from core.errors import ConfigError
+from sweep.config.address import known_address, own_folder
 from sweep.config.dimension import Dimension
 from sweep.config.grid import PublishedGrid, check_grid, default_num_trials
 from sweep.config.prices import Cloud
@@ -169,7 +170,10 @@ class SweepConfig(Section):
     experiment: Annotated[str, Field(pattern=r"^.{1,500}$")] = "feta-sweep"
     """MLflow experiment."""
     storage_path: str = "runs"
-    """Folder that the driver and all workers see."""
+    """Folder that the driver and all workers see. An address, `s3://BUCKET/FOLDER`, `gs://` or
+    `abfs://`, becomes `storage_address`, and the path then is a folder of the driver's machine."""
+    storage_address: str | None = None
+    """Where folders of each machine's own are kept; an address as `storage_path` sets it."""
 
     @model_validator(mode="before")
     @classmethod
@@ -252,6 +256,8 @@ class SweepConfig(Section):
         here = Path(self.storage_path).parent  # Ray gives its workers another directory.
         leaves = flatten(config)
         places = {key: str(here / leaves[key]) for key in _FOLDERS}
+        if self.storage_address:  # Each machine has its own.
+            del places["runtime.cache"]
         if not self.gpus_per_worker:  # Ray hides no GPU from those who asked for none.
             if config.runtime.device == "cuda":
                 raise ConfigError(
@@ -342,23 +348,51 @@ def load_sweep(
     if "gpus_per_worker" not in content:
         content["gpus_per_worker"] = _gpus_of_a_worker(content)
     sweep = validate(SweepConfig, content)
+    if sweep.storage_address is not None:
+        raise ConfigError("storage_address is no key of a file: give it as storage_path")
     if "://" in sweep.storage_path:
-        raise ConfigError(
-            f"storage_path={sweep.storage_path!r} is an address, and runs and the ledger need a "
-            "folder: name one that all machines see, such as /mnt/shared/runs"
-        )
+        address = known_address(sweep.storage_path)
+        places = {"storage_path": str(own_folder(address)), "storage_address": address}
+        sweep = sweep.model_copy(update=places)
     # Absolute, as Ray gives trials and workers another working directory.
     storage = Path(sweep.storage_path).expanduser().absolute()
     sweep = sweep.model_copy(update={"storage_path": str(storage)})
     _check_run(sweep, fixed)
-    if os.environ.get("RAY_ADDRESS") and sweep.run.runtime.ledger == default_ledger():
-        # A head may vanish with the folder of the user's data; the storage folder stays.
-        ledger = str(Path(sweep.storage_path) / "ledger")
-        sweep = sweep.model_copy(update={"fixed": {**sweep.fixed, "runtime.ledger": ledger}})
+    sweep = sweep.model_copy(update={"fixed": {**sweep.fixed, **_ledger_places(sweep)}})
     _check_places(sweep)
     sweep = _scoped(sweep)
     _check_run(sweep, {})
     return sweep
+
+
+def _ledger_places(sweep: SweepConfig) -> dict[str, str]:
+    """Where the ledgers lie, if nothing is said: where they outlast a head.
+
+    Raises:
+        ConfigError: they would not, or something else that must be would not be kept.
+    """
+    runtime, address, places = sweep.run.runtime, sweep.storage_address, dict[str, str]()
+    is_default = runtime.ledger == default_ledger()
+    if os.environ.get("RAY_ADDRESS") and is_default:
+        places["runtime.ledger"] = str(Path(sweep.storage_path) / "ledger")
+    if address is None:
+        return places
+    if sweep.run.evaluation.epoch_chosen_on == "dp" and sweep.workers_per_trial > 1:
+        raise ConfigError(
+            f"storage_path={address!r} keeps what the first worker draws, but with "
+            "evaluation.epoch_chosen_on='dp' every worker draws private scores: set "
+            "workers_per_trial=1, or name a folder that all machines see"
+        )
+    if runtime.ledger_copy is None:
+        if address.startswith("s3://"):
+            places["runtime.ledger_copy"] = f"{address}/ledger"
+        elif is_default:
+            raise ConfigError(
+                f"storage_path={address!r} cannot hold the copy of the ledgers, which takes S3: "
+                "set runtime.ledger_copy=s3://BUCKET/FOLDER, or runtime.ledger to a folder on a "
+                "disk that outlasts the head"
+            )
+    return places
 
 
 def _overridden(

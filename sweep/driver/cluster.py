@@ -15,6 +15,7 @@ from core.io.mounts import passes_no_locks
 from core.privacy.ledger.durable_copy import DurableCopy
 from core.privacy.ledger.file import keep_copy
 from sweep.config.sweep import SweepConfig
+from sweep.results.folder_copy import require_store
 
 DRIVER_RESOURCE = "trial_driver"
 """Trials hold this and no CPU: a trial that held CPUs could keep its own workers from starting."""
@@ -39,9 +40,12 @@ def check_places(sweep: SweepConfig) -> None:
 
     Raises:
         ConfigError: names the key and the remedy.
+        StorageError: an address as `storage_path` cannot be written.
         LedgerError: `runtime.ledger_copy` cannot be used, or differs from the ledger.
     """
     check_storage(sweep.storage_path)
+    if sweep.storage_address is not None:
+        require_store(sweep.storage_address)
     runtime = sweep.trial_config({}).runtime
     check_folder("runtime.ledger", runtime.ledger, mode=0o700)
     keep_copy(Path(runtime.ledger), runtime.ledger_copy)

@@ -14,10 +14,12 @@ from core.config import nested
 from core.errors import ConfigError, UserError
 from core.io.locks import is_free, locked
 from core.io.terminal import counted
+from sweep.config.address import on_this_machine
 from sweep.config.sweep import SweepConfig
 from sweep.driver.cluster import check_places, join_cluster, leave_cluster
 from sweep.driver.machines import grows, wait_for_room
 from sweep.driver.room import max_concurrent, most_trials, node_resources
+from sweep.results.folder_copy import require_store
 
 _PACKAGES = ("ray", "torch", "opacus", "dp-accounting")
 _LOCK = ".lock"
@@ -76,7 +78,10 @@ def _head_check(sweep: SweepConfig) -> Check:
 
 
 def _checks_of_nodes(sweep: SweepConfig, storage: Path) -> Iterator[Check]:
-    """Asks the nodes, who see a file that the driver has written, or not."""
+    """Asks the nodes, who see a file that the driver has written, or not; or write to a store."""
+    if sweep.storage_address is not None:
+        yield from _node_checks(sweep, sweep.storage_address)
+        return
     mark = storage / f".doctor-{uuid.uuid4().hex}"
     try:
         with ExitStack() as stack:
@@ -111,7 +116,7 @@ def _open_tracking(sweep: SweepConfig, storage: Path) -> None:
     open_experiment(tracking_uri(storage), sweep.experiment, storage, create)
 
 
-def _node_checks(sweep: SweepConfig, mark: Path) -> Iterator[Check]:
+def _node_checks(sweep: SweepConfig, mark: Path | str) -> Iterator[Check]:
     """Asks every node the same questions and compares the answers with the driver's."""
     import ray
 
@@ -206,7 +211,7 @@ def examine(settings: dict[str, Any], mark: str, held: bool = False) -> dict[str
 
     Args:
         settings: of a trial, as nested data.
-        mark: file that the driver wrote into the storage folder.
+        mark: file that the driver wrote into the storage folder; or the address of a store.
         held: whether another process holds the lock beside it.
     """
     from core.config import load
@@ -214,13 +219,16 @@ def examine(settings: dict[str, Any], mark: str, held: bool = False) -> dict[str
     from core.evaluation.features import find_weights
     from core.privacy.keys import MasterSecret
 
-    config = load(settings)
+    config = on_this_machine(settings, mark) if "://" in mark else load(settings)
 
     def versions() -> str:
         packages = [f"{name} {metadata.version(name)}" for name in _PACKAGES]
         return ", ".join([f"Python {platform.python_version()}", *packages])
 
     def storage() -> str:
+        if "://" in mark:
+            require_store(mark)
+            return ""
         path = Path(mark)
         path.with_name(f"{path.name}-{uuid.uuid4().hex}").write_text("")
         if held and is_free(path.with_suffix(_LOCK)):

@@ -21,11 +21,14 @@ from sweep.config.scope import count_trials, final_point, settings_entropy
 from sweep.config.sweep import SweepConfig, require_as_loaded
 from sweep.costs.usage import Meter
 from sweep.driver.cluster import DRIVER_RESOURCE, check_places, join_cluster, leave_cluster
+from sweep.driver.kept_folder import bring, kept
 from sweep.driver.machines import Patience, billed, grows, other_sweeps, wait_for_room
+from sweep.driver.observers import TrialObserver
 from sweep.driver.progress import Progress
 from sweep.driver.room import max_concurrent, node_resources, unused_gpus
 from sweep.results.claim import claim, driver_lock, release_id
 from sweep.results.export import frame
+from sweep.results.folder_copy import forget_trials
 from sweep.results.table import (
     CARD,
     Row,
@@ -111,6 +114,7 @@ def run_sweep(sweep: SweepConfig, verbosity: int = 0, train: Train | None = None
             folder holds another sweep of this name, another driver runs it, the cluster cannot run
             it, or the folder would not last.
         LedgerError: the ledger is missing or damaged.
+        StorageError: the store of `storage_path` does not answer.
 
     Privacy: each trial reserves its whole plan in the ledger before its data is opened.
     """
@@ -118,6 +122,7 @@ def run_sweep(sweep: SweepConfig, verbosity: int = 0, train: Train | None = None
 
     require_as_loaded(sweep)
     check_places(sweep)
+    bring(sweep)
     sweep = with_num_trials(sweep)
     master = MasterSecret.load()  # Created at the latest here: no two workers create their own.
     storage = Path(sweep.storage_path)
@@ -131,9 +136,12 @@ def run_sweep(sweep: SweepConfig, verbosity: int = 0, train: Train | None = None
         os.chdir(sweep.folder)  # That of a submitted job vanishes while it is being stopped.
         if claim(sweep):
             client.forget_runs(uri, sweep.experiment, sweep.name)
+            if sweep.storage_address:
+                forget_trials(sweep)
         total = count_trials(sweep.run, sweep.num_trials, master, release_id(sweep))
         context = Context(sweep, token, train=train)
-        return _run(context, total, uri, verbosity)
+        with kept(sweep, token) as observers:
+            return _run(context, observers, total, uri, verbosity)
 
 
 @contextmanager
@@ -149,7 +157,9 @@ def _left_as_found() -> Iterator[None]:
             signal.signal(signal.SIGTERM, answer)
 
 
-def _run(context: Context, total: int, uri: str, verbosity: int) -> Outcome:
+def _run(
+    context: Context, observers: Sequence[TrialObserver], total: int, uri: str, verbosity: int
+) -> Outcome:
     """Runs what is missing.
 
     Privacy: of a selection MLflow is told once it is complete, of the one trial that leaves, as if
@@ -178,7 +188,8 @@ def _run(context: Context, total: int, uri: str, verbosity: int) -> Outcome:
             mirror.begin(behind)
         if not complete:
             withdraw_card(sweep, rows)
-            outcome = _search(context, [] if secret else [mirror], rows, total, uri, verbosity)
+            observers = [*observers, *([] if secret else [mirror])]
+            outcome = _search(context, observers, rows, total, uri, verbosity)
         if outcome.complete or not secret:
             _summarize(mirror, sweep, outcome)
         status = "KILLED" if outcome.stopped else "FINISHED"
@@ -209,7 +220,7 @@ def _summarize(mirror: Any, sweep: SweepConfig, outcome: Outcome) -> None:
 
 def _search(
     context: Context,
-    mirrors: list[Any],
+    observers: Sequence[TrialObserver],
     rows: list[Row],
     total: int,
     uri: str,
@@ -233,7 +244,7 @@ def _search(
         tune = partial(
             _fit,
             over=lambda: meter.tick() or patience.tick(),
-            observers=[progress, *mirrors, meter, patience],
+            observers=[progress, *observers, meter, patience],
         )
         stopped = _search_trials(context, tune, rows, total - before, progress, meter.tick)
         if (point := _final_point(sweep)) and not stopped:
@@ -316,7 +327,7 @@ def _fit(
     context: Context,
     *,
     over: Callable[[], bool],
-    observers: Sequence[Any],
+    observers: Sequence[TrialObserver],
     num_samples: int,
     search_alg: Any = None,
     param_space: dict[str, Any] | None = None,
@@ -373,7 +384,9 @@ def _require_same_code(sweep: SweepConfig, rows: Sequence[Row]) -> None:
         ConfigError: a trial has a checkpoint of other code.
     """
     for row in rows if sweep.run.privacy.covers.is_secret else ():
-        begun = row.state == "unfinished" and any(row.folder.checkpoints.glob("*.pt"))
+        # A checkpoint at an address is not fetched, so any beginning there may have one.
+        may_have_one = sweep.storage_address or any(row.folder.checkpoints.glob("*.pt"))
+        begun = row.state == "unfinished" and may_have_one
         if begun and row.folder.begun_with()[1] not in ("", code_digest()):
             raise ConfigError(
                 f"the checkpoint of trial {row.trial} in '{row.run_dir}' is of other code of core: "

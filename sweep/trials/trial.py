@@ -4,13 +4,14 @@ import threading
 import traceback
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, cast
 
 from core.config import Config, nested, short_digest
-from core.errors import UserError
+from core.errors import StorageError, UserError
 from core.io.terminal import Report
 from core.record.early import ENDED_EARLY
 from core.record.folder import RunFolder
@@ -18,10 +19,14 @@ from sweep.config.scope import shares_central_images
 from sweep.config.sweep import SweepConfig
 from sweep.costs.usage import WAITING
 from sweep.results.claim import newest_launch, require_newest_launch
+from sweep.results.folder_copy import copy_of_trial, fetch_trial
 
 Train = Callable[["Context", Config, str], Iterator[dict[str, Any]]]
 IN_DANGER = "about to lose a machine"
 """Stage of the report that a notice of that was given."""
+_NOTICE = "the cloud takes a machine of it away: its state is kept"
+KEPT = "kept"
+"""Stage of the report that there is more of a trial at the sweep's address."""
 ENDS = ("done", ENDED_EARLY)
 """Stages of a trial's last report, which holds its result."""
 
@@ -148,10 +153,18 @@ def _train(context: Context, config: Config, digest: str) -> Iterator[dict[str, 
                 if sender == attempt:  # Else of a controller that died since.
                     refused = metrics.get("refused", "")
                     noticed |= metrics.get("stage") == IN_DANGER
-                    if not refused:
+                    if metrics.get("stage") == KEPT:
+                        with suppress(StorageError):  # At the end it must be there.
+                            fetch_trial(context.sweep, digest, patience=0)
+                    elif not refused:
                         yield metrics
         except Empty:
             pass
+    if context.sweep.storage_address and not failure:
+        try:
+            fetch_trial(context.sweep, digest)
+        except StorageError as error:
+            refused = refused or str(error)
     # Only now: else the supervisor is killed before it has given back what it had asked the cluster
     # for, which then counts as in use for minutes. How the workers ended then does not matter.
     if refused:
@@ -170,7 +183,7 @@ def _trainer(context: Context, config: Config, digest: str, tell: Report) -> Any
 
     from sweep.trials.ray_train import Presence, Trainer
 
-    sweep = context.sweep
+    sweep, address = context.sweep, context.sweep.storage_address
     resources = {"CPU": sweep.cpus_per_worker}
     if sweep.gpus_per_worker:
         resources["GPU"] = sweep.gpus_per_worker
@@ -181,7 +194,10 @@ def _trainer(context: Context, config: Config, digest: str, tell: Report) -> Any
             "run_dir": str(context.run_dir(digest)),
             "name": sweep.name,
             "folder": str(sweep.folder),
-            "shares": shares_central_images(config, sweep.replicates),
+            # Only a folder that all see says which trial was first to draw them.
+            "shares": not address and shares_central_images(config, sweep.replicates),
+            "address": address,
+            "copy": copy_of_trial(sweep, digest, context.launch) if address else None,
             "launch": context.launch,
             "keeper": context.keeper,
             "verdicts": context.verdicts,
@@ -245,48 +261,58 @@ def train_worker(settings: dict[str, Any]) -> None:
     import torch
 
     from core import distributed
-    from core.config import load
     from core.pipeline.context import SweepLink
     from core.pipeline.run import run
     from core.privacy.keys import MasterSecret
+    from core.privacy.ledger.account import Spending
     from sweep.trials.keeper import KeptAccount, asking
     from sweep.trials.machine import MachineUse
+    from sweep.trials.own_folder import own_folder_of
     from sweep.trials.ray_train import DrainNotice, use_own_device
 
     torch.set_num_threads(settings["threads"])
     folder, launch = Path(settings["folder"]), settings["launch"]
+    nodes = distributed.all_gather_object(ray.get_runtime_context().get_node_id())
+    tell = partial(settings["tell"], {"stage": IN_DANGER, "step": 0, "note": _NOTICE})
 
-    def report(metrics: dict[str, Any]) -> None:
-        distributed.on_rank_0(lambda: require_newest_launch(folder, launch))
-        ray.train.report(metrics)
+    def account(own: Spending) -> KeptAccount:  # Its notes lie beside the ledger's keeper.
+        return KeptAccount(
+            replace(own, run_dir=Path(settings["run_dir"])), asking(settings["keeper"])
+        )
 
     def should_continue(progress: float) -> bool:
         verdicts = settings["verdicts"]
         return verdicts is None or ray.get(verdicts.ask.remote(settings["trial"], progress))
 
-    nodes = distributed.all_gather_object(ray.get_runtime_context().get_node_id())
-    note = "the cloud takes a machine of it away: its state is kept"
-    tell = partial(settings["tell"], {"stage": IN_DANGER, "step": 0, "note": note})
+    def report(metrics: dict[str, Any]) -> None:
+        if own.copy is None:  # Else it finds out where it keeps its folder.
+            distributed.on_rank_0(lambda: require_newest_launch(folder, launch))
+        elif metrics["stage"] in ENDS:
+            distributed.on_rank_0(own.keep)
+        ray.train.report(metrics)
 
+    kept = partial(settings["tell"], {"stage": KEPT, "step": 0})
     try:
-        distributed.on_all_ranks(lambda: use_own_device(settings["gpus"]))
-        run(
-            load(settings["config"]),
-            Path(settings["run_dir"]),
-            master=distributed.on_all_ranks(lambda: MasterSecret.load(create=False)),
-            name=settings["name"],
-            report=report,
-            link=SweepLink(
-                lease=launch,
-                account=lambda own: KeptAccount(own, asking(settings["keeper"])),
-                charged=folder / "charged",
-                shared=folder / "shared" if settings["shares"] else None,
-                should_continue=should_continue,
-                in_danger=DrainNotice(nodes, tell),
-                measure=MachineUse(),
-                reading=settings["tell"],  # Ray's own reports wait for all ranks.
-            ),
-        )
+        with own_folder_of(settings, ray.train.get_context().get_local_rank() == 0, kept) as own:
+            distributed.on_all_ranks(lambda: use_own_device(settings["gpus"]))
+            run(
+                own.config,
+                own.path,
+                master=distributed.on_all_ranks(lambda: MasterSecret.load(create=False)),
+                name=settings["name"],
+                report=report,
+                link=SweepLink(
+                    lease=launch,
+                    account=account,
+                    charged=folder / "charged",
+                    shared=folder / "shared" if settings["shares"] else None,
+                    should_continue=should_continue,
+                    in_danger=DrainNotice(nodes, tell),
+                    measure=MachineUse(),
+                    reading=settings["tell"],  # Ray's own reports wait for all ranks.
+                    keep=own.keep,
+                ),
+            )
     except UserError as error:
         ray.train.report({"refused": str(error), "stage": "refused", "step": 0})
     distributed.leave()

@@ -94,6 +94,11 @@ class Lab:
         return [pid for pid, command in found if command.startswith(title)]
 
     def start_nodes(self) -> None:
+        """Starts the head and one more node."""
+        self.start_head()
+        self.start_node(f"--address={self.environment['RAY_ADDRESS']}")
+
+    def start_head(self, cpus: int = 1, home: Path | None = None) -> None:
         gcs, dashboard, client = free_ports(3)
         address = f"127.0.0.1:{gcs}"
         self.environment["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{dashboard}"
@@ -101,16 +106,19 @@ class Lab:
             *("--head", f"--port={gcs}", f"--dashboard-port={dashboard}"),
             *(f"--ray-client-server-port={client}", "--resources", '{"trial_driver": 8}'),
         )
-        self.start_node(*head)
+        self.start_node(*head, cpus=cpus, home=home)
         self.environment["RAY_ADDRESS"] = address
-        self.start_node(f"--address={address}")
 
-    def start_node(self, *arguments: str) -> None:
-        """Starts the head, or one more node, and waits until it is there."""
+    def start_node(self, *arguments: str, cpus: int = 1, home: Path | None = None) -> None:
+        """Starts the head, or one more node, and waits until it is there.
+
+        Args:
+            home: where its processes hold their data; that of all, if not given.
+        """
         number, before = len(self.nodes), self.alive_nodes()
         listen, grpc = free_ports(2)
         command = (
-            *("ray", "start", *arguments, "--block", "--num-cpus=1"),
+            *("ray", "start", *arguments, "--block", f"--num-cpus={cpus}"),
             *("--min-worker-port=0", "--max-worker-port=0"),
             f"--dashboard-agent-listen-port={listen}",
             f"--dashboard-agent-grpc-port={grpc}",
@@ -118,13 +126,14 @@ class Lab:
             f"--temp-dir={self.folder}/ray{number}",
         )
         environment = {k: v for k, v in self.environment.items() if k != "RAY_ADDRESS"}
+        environment |= {"XDG_DATA_HOME": str(home)} if home else {}
         with (self.folder / f"node {number}.log").open("w") as log:
             self.nodes.append(
                 subprocess.Popen(
                     command, env=environment, stdout=log, stderr=log, start_new_session=True
                 )
             )
-        wait_for(lambda: self.alive_nodes() > before, f"node {number}", 120, 1)
+        wait_for(lambda: self.alive_nodes() > before, f"node {number}", 300, 1)
 
     def lose_node(self) -> None:
         """The node that came last vanishes, with its raylet and agents."""
@@ -187,11 +196,16 @@ class Lab:
                     os.kill(pid, signal.SIGKILL)
             time.sleep(0.2)
 
-    def sweep(self, name: str, rates: list[float], head: str = "", steps: int = STEPS) -> "Sweep":
-        """Writes a sweep's file; its trials draw the noise of `undisturbed` ones."""
+    def sweep_file(self, name: str, rates: list[float], head: str = "", steps: int = STEPS) -> Path:
+        """Writes a sweep's file."""
         file = self.folder / f"{name}.yaml"
         content = {"name": name, "root": ROOT, "head": f"num_trials: {len(rates)}\n{head}"}
         file.write_text(_SWEEP.format(**content, steps=steps, rate=RATE, rates=rates))
+        return file
+
+    def sweep(self, name: str, rates: list[float], head: str = "", steps: int = STEPS) -> "Sweep":
+        """Writes a sweep's file; its trials draw the noise of `undisturbed` ones."""
+        file = self.sweep_file(name, rates, head, steps)
         config = load_sweep(file, {"storage_path": str(self.folder / name / "runs")})
         sweep = Sweep(self, file, config)
         (config.folder / "shared").mkdir(parents=True)
@@ -217,7 +231,7 @@ class Sweep:
         return self.config.folder / "trials"
 
     def command(self, *overrides: str) -> list[str]:
-        storage = f"storage_path={self.config.storage_path}"
+        storage = f"storage_path={self.config.storage_address or self.config.storage_path}"
         return ["sweep/run.py", "--config", str(self.file), storage, *overrides]
 
     def start(self, *overrides: str, spoilt: str = "") -> subprocess.Popen:

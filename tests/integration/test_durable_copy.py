@@ -1,7 +1,6 @@
 """The durable copy of the ledgers, in a store that speaks S3's protocol: moto's server."""
 
 import os
-import re
 import shutil
 import signal
 import socket
@@ -13,10 +12,9 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from itertools import count
 from pathlib import Path
-from typing import Any
 
-import boto3
 import pytest
+from s3_store import SECRET, s3, s3_store
 from test_ledger_processes import ACTS, STEP, TERMS, begin, die_before_call, in_child, key, states
 from two_ranks import TINY
 
@@ -36,38 +34,17 @@ from sweep.config.sweep import load_sweep
 from sweep.driver.cluster import check_places
 
 ROOT, BUCKET = Path(__file__).parents[2], "ledgers"
-SECRET = "kept-from-all-messages"
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _store() -> Iterator[None]:
-    command = [sys.executable, "-m", "moto.server", "--host", "127.0.0.1", "--port", "0"]
-    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    assert server.stderr is not None
-    found = (re.search(r"Running on (http://\S+)", line) for line in server.stderr)
-    endpoint = next(match[1] for match in found if match)
-    # Else its pipe fills up.
-    threading.Thread(target=server.stderr.read, daemon=True).start()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", endpoint)
-        patch.setenv("AWS_ACCESS_KEY_ID", "somebody")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        durable_copy._client.cache_clear()
-        s3().create_bucket(Bucket=BUCKET)
+    with s3_store(BUCKET):
         yield
-    server.kill()
-    server.wait()
-    durable_copy._client.cache_clear()
 
 
 @pytest.fixture
 def address(tmp_path) -> str:
     return f"s3://{BUCKET}/{tmp_path.name}"
-
-
-def s3() -> Any:
-    return boto3.client("s3")
 
 
 def objects(address: str, name: str) -> dict[str, bytes]:
