@@ -22,6 +22,8 @@ from sweep.results.claim import newest_launch, require_newest_launch
 Train = Callable[["Context", Config, str], Iterator[dict[str, Any]]]
 IN_DANGER = "about to lose a machine"
 """Stage of the report that a notice of that was given."""
+_KEPT = "kept"
+"""Stage of the report that its state was kept for a stop."""
 ENDS = ("done", ENDED_EARLY)
 """Stages of a trial's last report, which holds its result."""
 
@@ -251,7 +253,8 @@ def train_worker(settings: dict[str, Any]) -> None:
     from core.privacy.keys import MasterSecret
     from sweep.trials.keeper import KeptAccount, asking
     from sweep.trials.machine import MachineUse
-    from sweep.trials.ray_train import DrainNotice, use_own_device
+    from sweep.trials.notice import Notice
+    from sweep.trials.ray_train import use_own_device
 
     torch.set_num_threads(settings["threads"])
     folder, launch = Path(settings["folder"]), settings["launch"]
@@ -266,7 +269,8 @@ def train_worker(settings: dict[str, Any]) -> None:
 
     nodes = distributed.all_gather_object(ray.get_runtime_context().get_node_id())
     note = "the cloud takes a machine of it away: its state is kept"
-    tell = partial(settings["tell"], {"stage": IN_DANGER, "step": 0, "note": note})
+    lost = partial(settings["tell"], {"stage": IN_DANGER, "step": 0, "note": note})
+    kept = partial(settings["tell"], {"stage": _KEPT, "step": 0})
 
     try:
         distributed.on_all_ranks(lambda: use_own_device(settings["gpus"]))
@@ -282,7 +286,7 @@ def train_worker(settings: dict[str, Any]) -> None:
                 charged=folder / "charged",
                 shared=folder / "shared" if settings["shares"] else None,
                 should_continue=should_continue,
-                in_danger=DrainNotice(nodes, tell),
+                in_danger=Notice(settings["name"], launch, nodes, lost, kept),
                 measure=MachineUse(),
                 reading=settings["tell"],  # Ray's own reports wait for all ranks.
             ),

@@ -15,6 +15,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -93,7 +94,17 @@ class Lab:
         found = marked_processes(self.environment[MARK]).items()
         return [pid for pid, command in found if command.startswith(title)]
 
-    def start_nodes(self) -> None:
+    def make_whole(self) -> None:
+        """Starts what is not there of the server and the nodes."""
+        if self.server is None:
+            self.start_server()
+        if not self.nodes:
+            self._start_head()
+        while len(self.nodes) < 2:
+            self.add_node()
+        assert self.alive_nodes() == 2, "an earlier test has left other nodes than it says"
+
+    def _start_head(self) -> None:
         gcs, dashboard, client = free_ports(3)
         address = f"127.0.0.1:{gcs}"
         self.environment["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{dashboard}"
@@ -101,13 +112,31 @@ class Lab:
             *("--head", f"--port={gcs}", f"--dashboard-port={dashboard}"),
             *(f"--ray-client-server-port={client}", "--resources", '{"trial_driver": 8}'),
         )
-        self.start_node(*head)
+        self._start_node(*head)
         self.environment["RAY_ADDRESS"] = address
-        self.start_node(f"--address={address}")
 
-    def start_node(self, *arguments: str) -> None:
-        """Starts the head, or one more node, and waits until it is there."""
+    def add_node(self) -> None:
+        """Starts one more node beside the head, and waits until it is there."""
+        self._start_node(f"--address={self.environment['RAY_ADDRESS']}")
+
+    def _start_node(self, *arguments: str) -> None:
         number, before = len(self.nodes), self.alive_nodes()
+        log = self.folder / f"node {number}.log"
+
+        def is_up_or_gone(node: subprocess.Popen) -> bool:
+            return node.poll() is not None or self.alive_nodes() > before
+
+        for _ in range(3):  # Ray gives it half a minute, which a busy machine may exceed.
+            node = self._begin_node(log, *arguments)
+            wait_for(partial(is_up_or_gone, node), f"node {number}", 120, 1)
+            if node.poll() is None:
+                self.nodes.append(node)
+                return
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(node.pid, signal.SIGKILL)
+        raise AssertionError(log.read_text())
+
+    def _begin_node(self, log: Path, *arguments: str) -> subprocess.Popen:
         listen, grpc = free_ports(2)
         command = (
             *("ray", "start", *arguments, "--block", "--num-cpus=1"),
@@ -115,16 +144,13 @@ class Lab:
             f"--dashboard-agent-listen-port={listen}",
             f"--dashboard-agent-grpc-port={grpc}",
             # In one folder each would unpack submitted code over that of the other, in use.
-            f"--temp-dir={self.folder}/ray{number}",
+            f"--temp-dir={self.folder}/ray{len(self.nodes)}",
         )
         environment = {k: v for k, v in self.environment.items() if k != "RAY_ADDRESS"}
-        with (self.folder / f"node {number}.log").open("w") as log:
-            self.nodes.append(
-                subprocess.Popen(
-                    command, env=environment, stdout=log, stderr=log, start_new_session=True
-                )
+        with log.open("w") as file:
+            return subprocess.Popen(
+                command, env=environment, stdout=file, stderr=file, start_new_session=True
             )
-        wait_for(lambda: self.alive_nodes() > before, f"node {number}", 120, 1)
 
     def lose_node(self) -> None:
         """The node that came last vanishes, with its raylet and agents."""
