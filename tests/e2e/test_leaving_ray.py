@@ -43,16 +43,20 @@ print("went on")
 """
 
 
-@pytest.mark.parametrize(("leave", "code"), [("ray.shutdown", 1), ("leave_cluster", 0)])
-def test_what_tune_leaves_behind_does_not_end_the_process(joined, leave, code):
-    ended = subprocess.run(
-        [sys.executable, "-c", PROGRAM.replace("{leave}", leave)],
+def ended(program: str, joined: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", program],
         env={**os.environ, **joined},
         capture_output=True,
         text=True,
     )
-    assert ended.returncode == code, ended.stderr
-    assert ("went on" in ended.stdout) == (code == 0)
+
+
+@pytest.mark.parametrize(("leave", "code"), [("ray.shutdown", 1), ("leave_cluster", 0)])
+def test_what_tune_leaves_behind_does_not_end_the_process(joined, leave, code):
+    done = ended(PROGRAM.replace("{leave}", leave), joined)
+    assert done.returncode == code, done.stderr
+    assert ("went on" in done.stdout) == (code == 0)
 
 
 ORPHANS = """
@@ -61,10 +65,10 @@ from sweep.driver.cluster import join_cluster, leave_cluster
 from sweep.driver.machines import free_orphans
 join_cluster()
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table
+from ray.util.placement_group import placement_group, placement_group_table
 
 def asked():
-    group = placement_group([{"trial_driver": 1}])
+    group = placement_group([{"trial_driver": 0.5}])
     assert group.wait(60)
     return group
 
@@ -93,8 +97,8 @@ leave_cluster()
 """
 
 
-def test_what_a_supervisor_that_died_had_asked_for_is_given_back():
-    ended = subprocess.run([sys.executable, "-c", ORPHANS], capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr
+def test_what_a_supervisor_that_died_had_asked_for_is_given_back(joined):
+    done = ended(ORPHANS, joined)
+    assert done.returncode == 0, done.stderr
     there = "CREATED CREATED CREATED"
-    assert ended.stdout.splitlines() == [there, there, "CREATED CREATED REMOVED"]
+    assert done.stdout.splitlines() == [there, there, "CREATED CREATED REMOVED"]
