@@ -2,7 +2,7 @@
 # Starts the MLflow server on the head: artifacts in the bucket, runs in a database on the head's own
 # disk, as SQLite and network file systems do not go together. A copy of it goes to the shared folder
 # every five minutes, and the next head starts from that. The server listens to this machine alone;
-# `ray attach -p 5000` brings it to yours.
+# `ray attach -p 5000` brings it to yours. One process of it, as one file takes one writer at a time.
 set -euo pipefail
 cd "$HOME"
 copy="$FETA_SWEEP_MOUNT/mlflow.db"
@@ -12,7 +12,7 @@ healthy() { curl -sf http://127.0.0.1:5000/health >/dev/null; }
 healthy && exit 0
 [ -e mlflow.db ] || [ ! -e "$copy" ] || cp "$copy" mlflow.db
 MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false nohup setsid mlflow server \
-    --host 127.0.0.1 --port 5000 \
+    --host 127.0.0.1 --port 5000 --workers 1 \
     --backend-store-uri "sqlite:///$HOME/mlflow.db" \
     --artifacts-destination "$FETA_SWEEP_BUCKET" \
     >mlflow.log 2>&1 </dev/null &

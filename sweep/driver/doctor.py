@@ -18,7 +18,7 @@ from sweep.config.address import on_this_machine
 from sweep.config.sweep import SweepConfig
 from sweep.driver.cluster import check_places, join_cluster, leave_cluster
 from sweep.driver.machines import grows, wait_for_room
-from sweep.driver.room import max_concurrent, most_trials, node_resources
+from sweep.driver.room import TRIAL_BYTES, max_concurrent, most_trials, node_resources
 from sweep.results.folder_copy import require_store
 
 _PACKAGES = ("ray", "torch", "opacus", "dp-accounting")
@@ -70,7 +70,8 @@ def checks(sweep: SweepConfig) -> Iterator[Check]:
 def _head_check(sweep: SweepConfig) -> Check:
     nodes = node_resources()
     held, wanted = most_trials(nodes), max_concurrent(sweep, nodes, grows())
-    remedy = "lower max_concurrent_trials, or give the head a trial_driver and 0.52 GB for each"
+    each = f"a trial_driver and {TRIAL_BYTES / 1e9:g} GB for each"
+    remedy = f"lower max_concurrent_trials, or give the head {each}"
     return Check(
         f"the head holds {counted(held, 'trial')} at a time, this sweep runs {wanted}",
         remedy if wanted > held else "",

@@ -26,6 +26,7 @@ from sweep.driver.machines import Patience, billed, grows, other_sweeps, wait_fo
 from sweep.driver.observers import TrialObserver
 from sweep.driver.progress import Progress
 from sweep.driver.room import max_concurrent, node_resources, unused_gpus
+from sweep.driver.stop import Stop
 from sweep.results.claim import claim, driver_lock, release_id
 from sweep.results.export import frame
 from sweep.results.folder_copy import forget_trials
@@ -43,6 +44,7 @@ from sweep.results.table import (
     write_card,
 )
 from sweep.search.feasible import with_num_trials
+from sweep.trials.notice import ask_to_keep
 from sweep.trials.trial import ENDS, Context, Train, run_trial
 
 if TYPE_CHECKING:
@@ -239,17 +241,16 @@ def _search(
     secret = sweep.run.privacy.covers.is_secret
     progress = Progress(sweep, total, before, secret, verbosity)
     patience = Patience(sweep, progress.note)
+    ask = partial(ask_to_keep, sweep.name, context.launch)
+    stop = Stop(lambda: meter.tick() or patience.tick(), ask, progress.note)
     try:
-        _stop_on_sigterm()
-        tune = partial(
-            _fit,
-            over=lambda: meter.tick() or patience.tick(),
-            observers=[progress, *observers, meter, patience],
-        )
-        stopped = _search_trials(context, tune, rows, total - before, progress, meter.tick)
-        if (point := _final_point(sweep)) and not stopped:
-            whole = tune(replace(context, is_final=True), num_samples=1, param_space=point)
-            stopped = "" if whole else "interrupted"
+        with stop.at_signals():
+            watching = [progress, *observers, meter, patience, stop]
+            tune = partial(_fit, stop=stop, observers=watching)
+            stopped = _search_trials(context, tune, rows, total - before, progress, stop)
+            if (point := _final_point(sweep)) and not stopped:
+                whole = tune(replace(context, is_final=True), num_samples=1, param_space=point)
+                stopped = "" if whole else "interrupted"
     except KeyboardInterrupt:
         stopped = "interrupted"
     finally:
@@ -269,7 +270,7 @@ def _final_point(sweep: SweepConfig) -> dict[str, Any]:
 
     Empty where there is to be none, or no trial has a score.
     """
-    rows = load_rows(sweep)
+    rows = load_rows(sweep) if sweep.final else []
     if not sweep.final or (winner := final_row(sweep, rows) or recommended(sweep, rows)) is None:
         return {}
     point = {key: flatten(winner.config)[key] for key in sweep.search_space}
@@ -282,13 +283,9 @@ def _search_trials(
     rows: Sequence[Row],
     missing: int,
     progress: Progress,
-    over: Callable[[], bool],
+    stop: Stop,
 ) -> str:
-    """Runs the missing trials of the search; returns why it ended before them, or nothing.
-
-    Args:
-        over: whether a limit is reached.
-    """
+    """Runs the missing trials of the search; returns why it ended before them, or nothing."""
     from sweep.search.search import FeasibleSearch
 
     sweep = context.sweep
@@ -297,7 +294,8 @@ def _search_trials(
         sweep.run, sweep.search_seed, MasterSecret.load(create=False), release_id(sweep)
     )
     ended = {row.trial: _values(sweep, row) for row in done}
-    search, scheduler = FeasibleSearch(sweep, ended, progress.pruned, entropy), None
+    search = FeasibleSearch(sweep, ended, progress.pruned, entropy, stop.is_asked)
+    scheduler = None
     if sweep.scheduler == "asha":
         from sweep.search.asha import Asha, start_verdicts
 
@@ -305,7 +303,7 @@ def _search_trials(
         scheduler = Asha(sweep, context.verdicts, done)
     for command in other_sweeps():
         progress.note(f"another sweep shares this cluster's machines and head: {command}")
-    wait_for_room(sweep, progress.note, over)
+    wait_for_room(sweep, progress.note, stop.is_asked)
     if unused := unused_gpus(sweep, node_resources()):
         progress.note(unused)
     if missing <= 0:
@@ -326,7 +324,7 @@ def _search_trials(
 def _fit(
     context: Context,
     *,
-    over: Callable[[], bool],
+    stop: Stop,
     observers: Sequence[TrialObserver],
     num_samples: int,
     search_alg: Any = None,
@@ -356,25 +354,19 @@ def _fit(
             name=f"{context.launch}{'-final' if context.is_final else ''}",
             storage_path=str(sweep.folder / "ray" / "tune"),
             callbacks=[Relay(sweep, observers)],
-            stop=Stopper(over),
+            stop=Stopper(stop.is_due),
             # A trial whose process died; its own failures it reports instead.
             failure_config=tune.FailureConfig(max_failures=sweep.max_failures),
             verbose=0,
         ),
     )
     results = tuner.fit()
-    # A signal makes fit() return as if all were done: trials without score or error were cut off.
+    # It returns as if all were done, also when stopped: trials without score or error were cut off.
     whole = all(
         r.error or "failure" in (r.metrics or {}) or (r.metrics or {}).get("stage") in ENDS
         for r in results
     )
     return whole and len(results) >= num_samples
-
-
-def _stop_on_sigterm() -> None:
-    """What systems send to end a process stops a sweep as Ctrl-C does; Ray has set its own."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
 
 
 def _require_same_code(sweep: SweepConfig, rows: Sequence[Row]) -> None:

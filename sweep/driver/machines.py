@@ -125,6 +125,24 @@ def other_sweeps() -> list[str]:
     return [job["Entrypoint"] for job in alive if "sweep/run.py" in job["Entrypoint"]]
 
 
+def free_orphans() -> None:
+    """Gives back what supervisors that died had asked this sweep's cluster for.
+
+    Ray keeps it until the driver ends, and the trial that begins again may wait for just that.
+    """
+    import ray
+    from ray._private.state import state
+    from ray.core.generated.gcs_pb2 import PlacementGroupTableData as Group  # type: ignore
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+    job = bytes.fromhex(ray.get_runtime_context().get_job_id())
+    for text in state._connect_and_get_accessor().get_placement_group_table():
+        group = Group.FromString(text)
+        alone = group.creator_actor_dead and group.creator_actor_id.strip(b"\xff")
+        if group.creator_job_id == job and alone and group.state != Group.REMOVED:
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
+
+
 class Patience:
     """Tells why trials wait for workers, and ends the search when all have for `max_wait`.
 
@@ -133,6 +151,7 @@ class Patience:
     Args:
         note: shows a line.
         look: what the autoscaler does now.
+        free: gives back what trials that died had asked for.
 
     Attributes:
         reason: why the search must end, and what helps; empty while it need not.
@@ -143,9 +162,10 @@ class Patience:
         sweep: SweepConfig,
         note: Callable[[str], None],
         look: Callable[[], Launches | None] = launches,
+        free: Callable[[], None] = free_orphans,
     ) -> None:
         self.reason = ""
-        self._most, self._note, self._look = sweep.max_wait, note, look
+        self._most, self._note, self._look, self._free = sweep.max_wait, note, look, free
         self._waits: dict[str, bool] = {}
         self._began = time.time()
         self._looked = self._some_since = self._all_since = time.monotonic()
@@ -169,7 +189,9 @@ class Patience:
     def tick(self) -> bool:
         """Looks now and then; whether the search must end."""
         if time.monotonic() - self._looked >= _INTERVAL:
-            self.look(sum(self._waits.values()), len(self._waits))
+            if waiting := sum(self._waits.values()):
+                self._free()
+            self.look(waiting, len(self._waits))
         return bool(self.reason)
 
     def look(self, waiting: int, running: int) -> Launches:

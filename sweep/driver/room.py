@@ -8,7 +8,7 @@ from core.errors import ConfigError
 from sweep.config.sweep import SweepConfig
 from sweep.driver.cluster import DRIVER_RESOURCE
 
-_TRIAL_BYTES = 0.52e9
+TRIAL_BYTES = 0.45e9
 """Memory of the head that a trial and its supervisor take, as measured on Ray 2.60."""
 
 
@@ -55,7 +55,7 @@ def _room(sweep: SweepConfig, nodes: Sequence[Mapping[str, float]]) -> int:
 def most_trials(nodes: Sequence[Mapping[str, float]]) -> int:
     """Trials that the head holds at a time: it has a driver, and memory, for each."""
     return sum(
-        int(min(node.get(DRIVER_RESOURCE, 0), node.get("memory", math.inf) / _TRIAL_BYTES))
+        int(min(node.get(DRIVER_RESOURCE, 0), node.get("memory", math.inf) / TRIAL_BYTES))
         for node in nodes
     )
 

@@ -33,6 +33,7 @@ class FeasibleSearch(OptunaSearch):
         ended: by trial id of the trials that are not tried again their objectives, or None.
         on_pruned: called with the point and the reason.
         entropy: of a random search, see `settings_entropy`.
+        over: whether no further trial is to begin.
     """
 
     def __init__(
@@ -41,8 +42,9 @@ class FeasibleSearch(OptunaSearch):
         ended: Mapping[str, Sequence[float] | None],
         on_pruned: Callable[[dict[str, Any], str], None],
         entropy: int = 0,
+        over: Callable[[], bool] = lambda: False,
     ) -> None:
-        self._sweep = sweep
+        self._sweep, self._over = sweep, over
         self._known = {digest: "tried earlier" for digest in ended}
         self._on_pruned = on_pruned
         self._asked: dict[str, str] = {}
@@ -77,7 +79,7 @@ class FeasibleSearch(OptunaSearch):
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str:
         """The next affordable, new point, or FINISHED when none was found or all fail alike."""
-        if self.same_error:
+        if self.same_error or self._over():
             return OptunaSearch.FINISHED
         reason = ""
         for attempt in range(self._attempts):

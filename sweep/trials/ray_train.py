@@ -6,8 +6,6 @@ on the head of a cluster: seconds and most of a gigabyte each.
 
 import os
 import socket
-import time
-from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import Any
 
@@ -15,6 +13,7 @@ import ray
 from ray.train._internal.utils import get_address_and_port
 from ray.train.backend import Backend, BackendConfig
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.controller.state import TrainControllerStateType as State
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
@@ -24,21 +23,24 @@ from core.io.terminal import Report
 
 _TIMEOUT = timedelta(minutes=30)
 """How long workers wait for each other: one evaluates while the others wait."""
-_NOTICE_S = 2.0
-"""Seconds between two questions whether a machine is about to go."""
 _CONTEXT = 2**30
 """Bytes of a GPU that each process on it needs beside what torch allocates, at most."""
 
 
 class Trainer(DataParallelTrainer):
-    """Also without Ray Data, which would start a process of its own in each trial, for nothing."""
+    """Also without two processes that Ray would start for each trial on the head.
+
+    That of Ray Data would do nothing. The other frees what a supervisor that died had asked for;
+    the driver does so (`free_orphans`), with or without Ray's dashboard, and leaves nothing behind.
+    """
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, backend_config=TorchGroup(), **settings)
 
     def _create_default_callbacks(self) -> list[Any]:  # Ray's own, and Ray is pinned.
         every = super()._create_default_callbacks()
-        return [each for each in every if not isinstance(each, DatasetsCallback)]
+        unused = DatasetsCallback | PlacementGroupCleanerCallback
+        return [each for each in every if not isinstance(each, unused)]
 
 
 class Presence(ControllerCallback):
@@ -60,36 +62,6 @@ class Presence(ControllerCallback):
         ):
             self._waits = not self._waits
             self._tell({"stage": self._waiting if self._waits else "starting", "step": 0})
-
-
-class DrainNotice:
-    """Whether the cluster was told that it will lose a machine; true once for each.
-
-    Training goes on until the machine is gone.
-
-    Args:
-        nodes: Ray's ids of the machines that matter.
-        tell: told of it first.
-    """
-
-    def __init__(self, nodes: Iterable[str], tell: Callable[[], None]) -> None:
-        self._nodes, self._tell, self._asked = {*nodes}, tell, 0.0
-
-    def __call__(self) -> bool:
-        """Asks the cluster now and then."""
-        from ray._private.state import state
-
-        if (now := time.monotonic()) - self._asked < _NOTICE_S:
-            return False
-        self._asked = now
-        try:
-            lost = self._nodes & {*state.get_draining_nodes()}
-        except Exception:  # A busy cluster: the next call asks again.
-            return False
-        self._nodes -= lost
-        if lost:
-            self._tell()
-        return bool(lost)
 
 
 class TorchGroup(BackendConfig):

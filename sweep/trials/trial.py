@@ -24,9 +24,10 @@ from sweep.results.folder_copy import copy_of_trial, fetch_trial
 Train = Callable[["Context", Config, str], Iterator[dict[str, Any]]]
 IN_DANGER = "about to lose a machine"
 """Stage of the report that a notice of that was given."""
-_NOTICE = "the cloud takes a machine of it away: its state is kept"
 KEPT = "kept"
 """Stage of the report that there is more of a trial at the sweep's address."""
+_KEPT_FOR_STOP = "kept for a stop"
+"""Stage of the report that its state was kept for a stop."""
 ENDS = ("done", ENDED_EARLY)
 """Stages of a trial's last report, which holds its result."""
 
@@ -267,13 +268,12 @@ def train_worker(settings: dict[str, Any]) -> None:
     from core.privacy.ledger.account import Spending
     from sweep.trials.keeper import KeptAccount, asking
     from sweep.trials.machine import MachineUse
+    from sweep.trials.notice import Notice
     from sweep.trials.own_folder import own_folder_of
-    from sweep.trials.ray_train import DrainNotice, use_own_device
+    from sweep.trials.ray_train import use_own_device
 
     torch.set_num_threads(settings["threads"])
     folder, launch = Path(settings["folder"]), settings["launch"]
-    nodes = distributed.all_gather_object(ray.get_runtime_context().get_node_id())
-    tell = partial(settings["tell"], {"stage": IN_DANGER, "step": 0, "note": _NOTICE})
 
     def account(own: Spending) -> KeptAccount:  # Its notes lie beside the ledger's keeper.
         return KeptAccount(
@@ -291,6 +291,10 @@ def train_worker(settings: dict[str, Any]) -> None:
             distributed.on_rank_0(own.keep)
         ray.train.report(metrics)
 
+    nodes = distributed.all_gather_object(ray.get_runtime_context().get_node_id())
+    note = "the cloud takes a machine of it away: its state is kept"
+    lost = partial(settings["tell"], {"stage": IN_DANGER, "step": 0, "note": note})
+    for_stop = partial(settings["tell"], {"stage": _KEPT_FOR_STOP, "step": 0})
     kept = partial(settings["tell"], {"stage": KEPT, "step": 0})
     try:
         with own_folder_of(settings, ray.train.get_context().get_local_rank() == 0, kept) as own:
@@ -307,7 +311,7 @@ def train_worker(settings: dict[str, Any]) -> None:
                     charged=folder / "charged",
                     shared=folder / "shared" if settings["shares"] else None,
                     should_continue=should_continue,
-                    in_danger=DrainNotice(nodes, tell),
+                    in_danger=Notice(settings["name"], launch, nodes, lost, for_stop),
                     measure=MachineUse(),
                     reading=settings["tell"],  # Ray's own reports wait for all ranks.
                     keep=own.keep,

@@ -57,16 +57,19 @@ def stand_in(context: Any, config: Config, trial_id: str) -> Iterator[dict[str, 
     import psutil
     import ray
 
+    from sweep.trials.keeper import KeptAccount, asking
+
     run_dir, plan = context.run_dir(trial_id), make_plan(config)
     folder = Path(config.runtime.ledger)
     charged = context.sweep.folder / "charged"
-    spending = Spending(config, plan, folder, context.sweep.name, run_dir, charged, context.launch)
+    own = Spending(config, plan, folder, context.sweep.name, run_dir, charged, context.launch)
+    account = KeptAccount(own, asking(context.keeper)) if context.keeper else own
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "config.yaml").write_text(yaml_subset.dump(nested(config)))
     write_json(run_dir / "privacy.json", plan.summary())
     data = json.dumps([config.dataset.name, config.dataset.path])
     fingerprint = hashlib.sha256(data.encode()).hexdigest()
-    reservation = spending.reserve(fingerprint, trial_id)
+    reservation = account.reserve(fingerprint, trial_id)
 
     def logged(report: dict[str, Any]) -> dict[str, Any]:
         with (run_dir / "metrics.jsonl").open("a") as file:
@@ -74,7 +77,7 @@ def stand_in(context: Any, config: Config, trial_id: str) -> Iterator[dict[str, 
         return report
 
     for step in (2, 4):
-        spending.count(step - 1)
+        account.count(step - 1)
         report = {"step": step, "stage": "private_training", "loss": 1.0, "seconds_per_step": 0.1}
         yield logged(report)
         if (share := config.early_steps.get(step)) is not None:
@@ -83,7 +86,7 @@ def stand_in(context: Any, config: Config, trial_id: str) -> Iterator[dict[str, 
             write_json(run_dir / "early_scores.json", kept)
             yield logged({"step": step, "stage": "early_score", "progress": share, **score})
             if not ray.get(context.verdicts.ask.remote(trial_id, share)):
-                spending.commit(fingerprint, reservation)
+                account.commit(fingerprint, reservation)
                 spent = {"epsilon": plan.epsilon_after(step), "seconds": 0.1}
                 spent["noise_multiplier"] = plan.noise_multiplier
                 result = {"step": step, "stage": "stopped", **score, **spent}
@@ -91,7 +94,7 @@ def stand_in(context: Any, config: Config, trial_id: str) -> Iterator[dict[str, 
                 write_json(run_dir / "stopped.json", {**result, **origin})
                 yield result
                 return
-    spending.commit(fingerprint, reservation)
+    account.commit(fingerprint, reservation)
     rate = config.private_training.learning_rate
     scores = {"accuracy": min(1.0, rate), "fid_cnn": 10 + 100 * rate}
     spent = {"epsilon": plan.epsilon, "noise_multiplier": plan.noise_multiplier}

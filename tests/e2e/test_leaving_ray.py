@@ -1,4 +1,7 @@
-"""Ray would end a process that collects a reference while it shuts down; ours goes on."""
+"""Ray would end a process that collects a reference while it shuts down; ours goes on.
+
+It would also keep what an actor that died had asked the cluster for.
+"""
 
 import os
 import subprocess
@@ -40,13 +43,62 @@ print("went on")
 """
 
 
-@pytest.mark.parametrize(("leave", "code"), [("ray.shutdown", 1), ("leave_cluster", 0)])
-def test_what_tune_leaves_behind_does_not_end_the_process(joined, leave, code):
-    ended = subprocess.run(
-        [sys.executable, "-c", PROGRAM.replace("{leave}", leave)],
+def ended(program: str, joined: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", program],
         env={**os.environ, **joined},
         capture_output=True,
         text=True,
     )
-    assert ended.returncode == code, ended.stderr
-    assert ("went on" in ended.stdout) == (code == 0)
+
+
+@pytest.mark.parametrize(("leave", "code"), [("ray.shutdown", 1), ("leave_cluster", 0)])
+def test_what_tune_leaves_behind_does_not_end_the_process(joined, leave, code):
+    done = ended(PROGRAM.replace("{leave}", leave), joined)
+    assert done.returncode == code, done.stderr
+    assert ("went on" in done.stdout) == (code == 0)
+
+
+ORPHANS = """
+import time
+from sweep.driver.cluster import join_cluster, leave_cluster
+from sweep.driver.machines import free_orphans
+join_cluster()
+import ray
+from ray.util.placement_group import placement_group, placement_group_table
+
+def asked():
+    group = placement_group([{"trial_driver": 0.5}])
+    assert group.wait(60)
+    return group
+
+@ray.remote(num_cpus=0)
+class Supervisor:
+    def ask(self):
+        self.group = asked()
+        return self.group
+
+own, alive, dead = asked(), Supervisor.remote(), Supervisor.remote()
+groups = [own, *ray.get([each.ask.remote() for each in (alive, dead)])]
+
+def states():
+    return [placement_group_table(group)["state"] for group in groups]
+
+print(*states())
+free_orphans()
+print(*states())
+ray.kill(dead)
+deadline = time.monotonic() + 60
+while states()[-1] != "REMOVED" and time.monotonic() < deadline:
+    free_orphans()
+    time.sleep(0.2)
+print(*states())
+leave_cluster()
+"""
+
+
+def test_what_a_supervisor_that_died_had_asked_for_is_given_back(joined):
+    done = ended(ORPHANS, joined)
+    assert done.returncode == 0, done.stderr
+    there = "CREATED CREATED CREATED"
+    assert done.stdout.splitlines() == [there, there, "CREATED CREATED REMOVED"]

@@ -25,11 +25,10 @@ def lab():
         yield lab
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def cluster(lab: Lab) -> Iterator[Lab]:
-    if lab.server is None:
-        lab.start_server()
-    lab.start_nodes()
+    """Each file has two nodes and the server, whatever the one before has lost."""
+    lab.make_whole()
     yield lab
     # All sweeps have ended, in whatever way.
     assert_none_left(lab.environment[MARK], 180, OF_TRIALS)

@@ -15,6 +15,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -93,10 +94,15 @@ class Lab:
         found = marked_processes(self.environment[MARK]).items()
         return [pid for pid, command in found if command.startswith(title)]
 
-    def start_nodes(self) -> None:
-        """Starts the head and one more node."""
-        self.start_head()
-        self.start_node(f"--address={self.environment['RAY_ADDRESS']}")
+    def make_whole(self) -> None:
+        """Starts what is not there of the server and the nodes."""
+        if self.server is None:
+            self.start_server()
+        if not self.nodes:
+            self.start_head()
+        while len(self.nodes) < 2:
+            self.add_node()
+        assert self.alive_nodes() == 2, "an earlier test has left other nodes than it says"
 
     def start_head(self, cpus: int = 1, home: Path | None = None) -> None:
         gcs, dashboard, client = free_ports(3)
@@ -109,6 +115,10 @@ class Lab:
         self.start_node(*head, cpus=cpus, home=home)
         self.environment["RAY_ADDRESS"] = address
 
+    def add_node(self) -> None:
+        """Starts one more node beside the head."""
+        self.start_node(f"--address={self.environment['RAY_ADDRESS']}")
+
     def start_node(self, *arguments: str, cpus: int = 1, home: Path | None = None) -> None:
         """Starts the head, or one more node, and waits until it is there.
 
@@ -116,6 +126,24 @@ class Lab:
             home: where its processes hold their data; that of all, if not given.
         """
         number, before = len(self.nodes), self.alive_nodes()
+        log = self.folder / f"node {number}.log"
+
+        def is_up_or_gone(node: subprocess.Popen) -> bool:
+            return node.poll() is not None or self.alive_nodes() > before
+
+        for _ in range(3):  # Ray gives it half a minute, which a busy machine may exceed.
+            node = self._begin_node(log, arguments, cpus, home)
+            wait_for(partial(is_up_or_gone, node), f"node {number}", 120, 1)
+            if node.poll() is None:
+                self.nodes.append(node)
+                return
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(node.pid, signal.SIGKILL)
+        raise AssertionError(log.read_text())
+
+    def _begin_node(
+        self, log: Path, arguments: tuple[str, ...], cpus: int, home: Path | None
+    ) -> subprocess.Popen:
         listen, grpc = free_ports(2)
         command = (
             *("ray", "start", *arguments, "--block", f"--num-cpus={cpus}"),
@@ -123,17 +151,14 @@ class Lab:
             f"--dashboard-agent-listen-port={listen}",
             f"--dashboard-agent-grpc-port={grpc}",
             # In one folder each would unpack submitted code over that of the other, in use.
-            f"--temp-dir={self.folder}/ray{number}",
+            f"--temp-dir={self.folder}/ray{len(self.nodes)}",
         )
         environment = {k: v for k, v in self.environment.items() if k != "RAY_ADDRESS"}
         environment |= {"XDG_DATA_HOME": str(home)} if home else {}
-        with (self.folder / f"node {number}.log").open("w") as log:
-            self.nodes.append(
-                subprocess.Popen(
-                    command, env=environment, stdout=log, stderr=log, start_new_session=True
-                )
+        with log.open("w") as file:
+            return subprocess.Popen(
+                command, env=environment, stdout=file, stderr=file, start_new_session=True
             )
-        wait_for(lambda: self.alive_nodes() > before, f"node {number}", 300, 1)
 
     def lose_node(self) -> None:
         """The node that came last vanishes, with its raylet and agents."""

@@ -6,15 +6,19 @@ import sys
 import threading
 import time
 
+import psutil
 import pytest
 import torch
 from lab import ROOT, Lab, Undisturbed, assert_as_undisturbed, ended, wait_for
 from ray.util.state import list_actors, list_nodes
 
+from sweep.driver.room import TRIAL_BYTES
+
 # Nothing but the notice leads to a checkpoint before the end, and no failure is allowed.
 HEAD = "max_failures: 0"
 SETTINGS = ("runtime.checkpoint_every=100000", "runtime.log_every=1")
 RATE, STEPS = 1e-4, 150
+OF_THE_HEAD = ("ImplicitFunc", "TrainController", "SynchronizationActor", "_QueueActor")
 
 
 class Metadata(http.server.BaseHTTPRequestHandler):
@@ -49,7 +53,7 @@ def drain(cluster: Lab, node: str) -> None:
 
 @pytest.fixture(scope="module")
 def after_the_notice(cluster: Lab):
-    """The sweep, its trial, what ran on its second node, the step that was kept, and its end."""
+    """The sweep, what ran on both nodes, memory of the head, the step that was kept, its end."""
     api = {"address": cluster.environment["RAY_API_SERVER_ADDRESS"], "timeout": 30}
     sweep = cluster.sweep("drained", [RATE], HEAD, steps=STEPS)
     driver = sweep.start(*SETTINGS)
@@ -60,8 +64,14 @@ def after_the_notice(cluster: Lab):
         return [line for path in files for line in path.read_text().splitlines()]
 
     wait_for(lambda: len(steps()) > 10, "steps of the trial")
-    (node,) = (each.node_id for each in list_nodes(**api) if not each.is_head_node)
-    actors = [a.class_name for a in list_actors(**api, filters=[("node_id", "=", node)])]
+    nodes = list_nodes(**api, filters=[("state", "=", "ALIVE")])
+    (node,) = (each.node_id for each in nodes if not each.is_head_node)
+    there = [("node_id", "=", node), ("state", "=", "ALIVE")]
+    actors = {"worker": [each.class_name for each in list_actors(**api, filters=there)]}
+    there = [("node_id", "!=", node), ("state", "=", "ALIVE")]
+    actors["head"] = [each.class_name for each in list_actors(**api, filters=there)]
+    titles = tuple(f"ray::{name}" for name in OF_THE_HEAD)
+    own = [psutil.Process(pid).memory_full_info().uss for pid in cluster.processes(titles)]
     drain(cluster, node)
     (trial,) = (path.parent for path in sweep.trials.glob("*/metrics.jsonl"))
     last = trial / "checkpoints" / "last.pt"
@@ -69,14 +79,14 @@ def after_the_notice(cluster: Lab):
     kept = torch.load(last)["step"]
     cluster.lose_node()
     time.sleep(5)
-    cluster.start_node(f"--address={cluster.environment['RAY_ADDRESS']}")
-    return sweep, actors, kept, ended(driver)
+    cluster.add_node()
+    return sweep, actors, own, kept, ended(driver)
 
 
 def test_the_trial_goes_on_from_the_notice_on_another_machine(
     after_the_notice, undisturbed: Undisturbed
 ):
-    sweep, _, kept, (code, told) = after_the_notice
+    sweep, *_, kept, (code, told) = after_the_notice
     assert code == 0, told
     assert kept > 0
     assert "the cloud takes a machine of it away: its state is kept" in told
@@ -87,7 +97,16 @@ def test_the_trial_goes_on_from_the_notice_on_another_machine(
 
 def test_nothing_but_workers_runs_where_machines_come_and_go(after_the_notice):
     _, actors, *_ = after_the_notice
-    assert actors == ["RayTrainWorker"]
+    assert actors["worker"] == ["RayTrainWorker"]
+
+
+def test_a_trial_takes_the_part_of_the_head_that_is_reckoned(after_the_notice):
+    _, actors, own, *_ = after_the_notice
+    # One for all trials, one of Ray's for all sweeps; and the head of this cluster works, too.
+    others = {"Keeper", "_AutoscalingCoordinatorActor", "RayTrainWorker"}
+    assert sorted(each for each in actors["head"] if each not in others) == sorted(OF_THE_HEAD)
+    print(f"\n{sum(own) / 1e6:.0f} MB of the head for a trial")
+    assert 0.7 * TRIAL_BYTES <= sum(own) <= TRIAL_BYTES
 
 
 def test_a_trial_that_has_ended_keeps_no_checkpoint(after_the_notice):

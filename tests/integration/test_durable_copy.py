@@ -445,7 +445,7 @@ def test_a_first_try_whose_answer_got_lost_is_its_own(tmp_path, address):
 
 def test_without_boto3_one_line_names_what_to_install(tmp_path, address, monkeypatch):
     monkeypatch.setitem(sys.modules, "boto3", None)
-    with pytest.raises(LedgerError, match=r"needs boto3: install .* extra 'aws'"):
+    with pytest.raises(LedgerError, match=r"needs boto3: install .* extra 's3'"):
         keep_copy(tmp_path, address)
 
 

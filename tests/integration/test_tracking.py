@@ -297,6 +297,21 @@ def test_one_that_is_slow_and_then_fails_once_is_asked_again(sweep, uri, begin, 
     assert steps_of(runs_of(sweep, uri)[name], uri) == [2]
 
 
+def test_what_was_reported_since_the_last_look_is_one_call(sweep, uri, begin, monkeypatch):
+    sizes, log_batch = list[int](), MlflowClient.log_batch
+
+    def counted(client: MlflowClient, run_id: str, **given: Any) -> Any:
+        ours = threading.current_thread() is told._thread  # Not that of an earlier test.
+        sizes.extend([len(given["metrics"])] if ours and given.get("metrics") else [])
+        return log_batch(client, run_id, **given)
+
+    monkeypatch.setattr(MlflowClient, "log_batch", counted)
+    told, name = begin(), reports(sweep, 0.001, *range(1, 301))
+    told.started(name, {RATE: 0.001})
+    assert told.close(5.0, "FINISHED") == 0
+    assert sizes == [3 * 300]
+
+
 def test_an_older_driver_tells_nothing(sweep, uri, begin):
     (sweep.folder / "launch").write_text("8")
     told = begin(launch=7)

@@ -192,6 +192,23 @@ def test_nodes_get_what_they_install_and_nothing_that_grows():
         assert all((ROOT / path).exists() for path in here)
 
 
+@pytest.mark.parametrize("place", [*CLOUDS, "skypilot.yaml", "kuberay/Dockerfile"])
+def test_every_node_has_what_the_copy_of_the_ledger_needs(place):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    script = (CLUSTERS / ("setup.sh" if place in CLOUDS else place)).read_text()
+    (names,) = re.findall(r"""['"]\.\[(.*)\]['"]""", script)
+    wanted, extras = names.replace("$cloud", place).split(","), set[str]()
+    while wanted:  # An extra may take in another one.
+        extras.add(extra := wanted.pop())
+        for package in project["optional-dependencies"][extra]:
+            wanted += re.findall(rf"^{project['name']}\[(.*)\]$", package)
+    assert extras >= {"images", "sweep", "s3"}
+    imported = re.findall(
+        r"^ +import (\w+)$", (ROOT / "core/privacy/ledger/durable_copy.py").read_text(), re.M
+    )
+    assert imported == [each.partition(">")[0] for each in project["optional-dependencies"]["s3"]]
+
+
 @every_cloud
 def test_the_head_ends_itself_when_idle_and_workers_sooner(cloud):
     start, stop = FILES[cloud]["head_start_ray_commands"][-2:]

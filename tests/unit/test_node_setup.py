@@ -131,6 +131,7 @@ def test_setup_names_what_is_missing(tmp_path):
 
 SERVER = """#!/usr/bin/env python3
 import sqlite3, sys
+assert sys.argv[sys.argv.index("--workers") + 1] == "1"
 address = sys.argv[sys.argv.index("--backend-store-uri") + 1]
 store = sqlite3.connect(address.removeprefix("sqlite:///"))
 store.execute("create table if not exists runs (name text)")

@@ -19,6 +19,10 @@ class Clock:
 
     now = 0.0
     there = Launches(nodes=1)
+    freed = 0
+
+    def free(self) -> None:
+        self.freed += 1
 
     def time(self) -> float:
         return 1e9 + self.now
@@ -41,7 +45,7 @@ def clock(monkeypatch) -> Clock:
 def waiting(clock: Clock, **settings: object) -> tuple[Patience, list[str]]:
     told: list[str] = []
     sweep = load_sweep("tests/data/sweep.yaml", settings)
-    return Patience(sweep, told.append, lambda: clock.there), told
+    return Patience(sweep, told.append, lambda: clock.there, clock.free), told
 
 
 def minutes(clock: Clock, patience: Patience, count: float) -> bool:
@@ -95,10 +99,13 @@ def test_nothing_is_told_while_all_trials_run_nor_of_failures_before_the_sweep(c
     assert not minutes(clock, patience, 5)
     patience.started("a", {})
     patience.reported("a", TRAINS)
+    before = clock.freed
     assert not minutes(clock, patience, 60)
     assert not told
+    assert clock.freed == before, "who has its workers misses nothing"
     patience.reported("a", WAITS)
     assert minutes(clock, patience, 3)
+    assert clock.freed > before, "a supervisor that died may hold what it waits for"
     assert QUOTA not in patience.reason
 
 

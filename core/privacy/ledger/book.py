@@ -210,4 +210,6 @@ def dp_sgd_steps(events: Iterable[Event]) -> int:
 def _executed(events: Iterable[Event], steps: int) -> tuple[Event, ...]:
     """`events` with the DP-SGD count replaced; at 0 steps that event is left out."""
     kept = (event for event in events if steps or event.kind != "dp_sgd")
-    return tuple(replace(e, count=steps) if e.kind == "dp_sgd" else e for e in kept)
+    return tuple(
+        replace(e, count=steps) if e.kind == "dp_sgd" and e.count != steps else e for e in kept
+    )

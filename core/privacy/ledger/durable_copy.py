@@ -163,7 +163,7 @@ class DurableCopy:
             from botocore.exceptions import BotoCoreError, ClientError
         except ImportError:
             raise LedgerError(
-                "runtime.ledger_copy needs boto3: install this package with its extra 'aws'"
+                "runtime.ledger_copy needs boto3: install this package with its extra 's3'"
             ) from None
         try:
             yield _client(boto3.Session)
