@@ -17,8 +17,8 @@ from stand_in import stand_in
 
 from core.config import short_digest
 from core.privacy.keys import MasterSecret
-from core.privacy.ledger.file import Event, Key, Terms
 from core.privacy.ledger.ledger import Ledger
+from core.privacy.ledger.terms import Event, Key, Terms
 from sweep.config.sweep import load_sweep
 from sweep.costs.usage import Meter
 from sweep.driver.machines import Launches, Patience
