@@ -268,7 +268,6 @@ def train_worker(settings: dict[str, Any]) -> None:
     from core.privacy.ledger.account import Spending
     from sweep.trials.keeper import KeptAccount, asking
     from sweep.trials.machine import MachineUse
-    from sweep.trials.notice import Notice
     from sweep.trials.own_folder import own_folder_of
     from sweep.trials.ray_train import use_own_device
 
@@ -291,10 +290,7 @@ def train_worker(settings: dict[str, Any]) -> None:
             distributed.on_rank_0(own.keep)
         ray.train.report(metrics)
 
-    nodes = distributed.all_gather_object(ray.get_runtime_context().get_node_id())
-    note = "the cloud takes a machine of it away: its state is kept"
-    lost = partial(settings["tell"], {"stage": IN_DANGER, "step": 0, "note": note})
-    for_stop = partial(settings["tell"], {"stage": _KEPT_FOR_STOP, "step": 0})
+    notice = _notice(settings)
     kept = partial(settings["tell"], {"stage": KEPT, "step": 0})
     try:
         with own_folder_of(settings, ray.train.get_context().get_local_rank() == 0, kept) as own:
@@ -311,7 +307,7 @@ def train_worker(settings: dict[str, Any]) -> None:
                     charged=folder / "charged",
                     shared=folder / "shared" if settings["shares"] else None,
                     should_continue=should_continue,
-                    in_danger=Notice(settings["name"], launch, nodes, lost, for_stop),
+                    in_danger=notice,
                     measure=MachineUse(),
                     reading=settings["tell"],  # Ray's own reports wait for all ranks.
                     keep=own.keep,
@@ -320,6 +316,20 @@ def train_worker(settings: dict[str, Any]) -> None:
     except UserError as error:
         ray.train.report({"refused": str(error), "stage": "refused", "step": 0})
     distributed.leave()
+
+
+def _notice(settings: dict[str, Any]) -> Callable[[], bool]:
+    """Of the machines of all workers; to be called on each."""
+    import ray
+
+    from core import distributed
+    from sweep.trials.notice import Notice
+
+    nodes = distributed.all_gather_object(ray.get_runtime_context().get_node_id())
+    note = "the cloud takes a machine of it away: its state is kept"
+    lost = partial(settings["tell"], {"stage": IN_DANGER, "step": 0, "note": note})
+    kept = partial(settings["tell"], {"stage": _KEPT_FOR_STOP, "step": 0})
+    return Notice(settings["name"], settings["launch"], nodes, lost, kept)
 
 
 def _reason(error: BaseException, noticed: bool = False) -> str:

@@ -80,7 +80,9 @@ def test_the_generator_is_the_averaged_weights_and_public_settings_alone(run, re
     assert weights.keys() == ours.keys()
     assert all(torch.equal(weights[name], ours[name]) for name in ours)
     settings = json.loads((released / "generator" / "settings.json").read_text())
-    assert settings.keys() == {"seed", "model", "diffusion", "sampler", "dataset", "evaluation"}
+    sections = {"model", "diffusion", "sampler", "dataset", "central_images", "evaluation"}
+    assert settings.keys() == {"seed", *sections}
+    assert settings["central_images"].keys() == {"kind", "image_size", "num_components"}
     assert settings["evaluation"].keys() == {"batch_size"}
     assert settings["dataset"] == {"image_size": 8, "channels": 1, "num_classes": 10}
 

@@ -306,7 +306,7 @@ def test_what_nothing_can_be_made_of_is_refused_in_one_line_before_anything_is_r
 @pytest.mark.parametrize(
     "key",
     [
-        *("storage_path=3", "storage_path=s3://a/b", "name=my sweep", "num_trials=0"),
+        *("storage_path=3", "storage_path=ftp://a/b", "name=my sweep", "num_trials=0"),
         "search_spice.low=1",
     ],
 )
