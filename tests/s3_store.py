@@ -14,6 +14,7 @@ import pytest
 from core.privacy.ledger import durable_copy
 from sweep.results import folder_copy
 
+BUCKET = "bucket"
 SECRET = "kept-from-all-messages"
 
 

@@ -177,7 +177,7 @@ def _suits_moments(facts: DatasetConfig) -> bool:
 
 
 def _moments(facts: DatasetConfig, epsilon: float) -> dict[str, tuple[Any, str]]:
-    """The easy stage of `fashion_mnist_moments_small.yaml`, for as many images as there are."""
+    """An easy stage like that of the small presets of moments, for as many images as there are."""
     side, each = facts.image_size, facts.num_examples // facts.num_classes
     return {
         "stage_split": (0.0, "the start in closed form needs no steps on images drawn from it"),
@@ -205,7 +205,10 @@ def _moments(facts: DatasetConfig, epsilon: float) -> dict[str, tuple[Any, str]]
         "central_images.class_mean_share": (0.3, "of the noise's precision, for clusters' means"),
         "diffusion.p_mean": (-1.5, "trains where the closed form is not exact"),
         "diffusion.p_std": (1.0, "as in the small presets"),
-        "private_training.learning_rate": (4e-3, "as in the small presets that start so"),
+        "private_training.learning_rate": (
+            4e-3,
+            "as in the small presets of moments for epsilon 1",
+        ),
         "sampler.sigma_max": (0.8, "drawing starts from noisy draws of the moments"),
     }
 

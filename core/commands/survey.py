@@ -12,7 +12,7 @@ import torch
 from core.config import DatasetConfig, validate
 from core.config.schema import MOST_CLASSES
 from core.data import READERS
-from core.data.cache import checked_parts, told
+from core.data.cache import check_parts, told
 from core.data.folders import INDEX, num_class_folders
 from core.data.idx import found_files
 from core.data.images import SUFFIXES
@@ -90,7 +90,7 @@ def survey(path: Path, settings: Mapping[str, Any], report: Report) -> Survey:
     source, parts, channels = _readable(facts)
     facts |= {"channels": channels, "num_examples": len(parts.train.labels)}
     config = validate(DatasetConfig, facts)
-    parts = checked_parts(source, config)
+    check_parts(parts, source, config)
     sizes: Counter[tuple[int, int]] = Counter()
     samples: list[tuple[np.ndarray, int]] = []
     shown: Counter[int] = Counter()

@@ -59,7 +59,7 @@ class SamplerConfig(Section):
     """Classifier-free guidance weight; 1 is none."""
     closed_form_share: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of the images that are drawn from the moments alone, without the network, with
-    central_images.kind=moments: together they taught a classifier more than either alone."""
+    central_images.kind=moments. RESULTS.md has what it gave."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the network while images are drawn; the images themselves are always float32."""
 

@@ -45,7 +45,8 @@ def decoded(source: Source, config: DatasetConfig, report: Report) -> Dataset:
     Raises:
         DataError: a file is missing or damaged, or a split is empty.
     """
-    parts = checked_parts(source, config)
+    parts = source.read()
+    check_parts(parts, source, config)
     train, test = parts.train, parts.test
     digest = fingerprint_of_labels(train.labels)
     number, total = len(train.labels), len(train.labels) + len(test.labels)
@@ -107,13 +108,12 @@ def _key(source: Source, config: DatasetConfig, report: Report) -> str:
     return digest.hexdigest()[:32]
 
 
-def checked_parts(source: Source, config: DatasetConfig) -> Parts:
-    """The records, of which no image is opened.
+def check_parts(parts: Parts, source: Source, config: DatasetConfig) -> None:
+    """Checks what a source has read, before any image of it is opened.
 
     Raises:
         DataError: a split is empty, or the labels differ from the public facts.
     """
-    parts = source.read()
     for records, split in ((parts.train, "training"), (parts.test, "test")):
         if len(records.labels) == 0:
             raise DataError(
@@ -121,11 +121,11 @@ def checked_parts(source: Source, config: DatasetConfig) -> Parts:
                 "another data set"
             )
     check_counts(parts.train.labels, parts.class_names, source, config)
-    return parts
 
 
 def _write(source: Source, config: DatasetConfig, folder: Path, report: Report) -> None:
-    parts = checked_parts(source, config)
+    parts = source.read()
+    check_parts(parts, source, config)
     train, test = parts.train, parts.test
     shutil.rmtree(folder, ignore_errors=True)  # Of which something is damaged.
     with whole_folder(folder, private=True) as temporary:

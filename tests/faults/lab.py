@@ -271,6 +271,12 @@ class Sweep:
             text=True,
         )
 
+    def steps(self, driver: subprocess.Popen) -> list[str]:
+        """What the trials of a driver that runs have logged, by lines."""
+        assert driver.poll() is None, ended(driver)
+        files = self.trials.glob("*/metrics.jsonl")
+        return [line for path in files for line in path.read_text().splitlines()]
+
     def finish(self, *overrides: str, spoilt: str = "") -> tuple[int, str]:
         """Runs the driver to its end; returns its exit code and all that it printed."""
         return ended(self.start(*overrides, spoilt=spoilt))

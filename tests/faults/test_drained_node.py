@@ -57,13 +57,7 @@ def after_the_notice(cluster: Lab):
     api = {"address": cluster.environment["RAY_API_SERVER_ADDRESS"], "timeout": 30}
     sweep = cluster.sweep("drained", [RATE], HEAD, steps=STEPS)
     driver = sweep.start(*SETTINGS)
-
-    def steps() -> list[str]:
-        assert driver.poll() is None, ended(driver)
-        files = sweep.trials.glob("*/metrics.jsonl")
-        return [line for path in files for line in path.read_text().splitlines()]
-
-    wait_for(lambda: len(steps()) > 10, "steps of the trial")
+    wait_for(lambda: len(sweep.steps(driver)) > 10, "steps of the trial")
     nodes = list_nodes(**api, filters=[("state", "=", "ALIVE")])
     (node,) = (each.node_id for each in nodes if not each.is_head_node)
     there = [("node_id", "=", node), ("state", "=", "ALIVE")]

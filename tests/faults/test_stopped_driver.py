@@ -15,14 +15,8 @@ def stopped(cluster: Lab):
     """The sweep, what was kept, and how the stopped driver and the next one ended."""
     sweep = cluster.sweep("stopped", [RATE], HEAD, steps=STEPS)
     driver = sweep.start(*SETTINGS)
-
-    def steps() -> list[str]:
-        assert driver.poll() is None, ended(driver)
-        files = sweep.trials.glob("*/metrics.jsonl")
-        return [line for path in files for line in path.read_text().splitlines()]
-
     # Of DP-SGD: what begins it is kept anyway, at the end of the warm-up.
-    wait_for(lambda: len(steps()) > STEPS // 4 + 5, "steps of the trial")
+    wait_for(lambda: len(sweep.steps(driver)) > STEPS // 4 + 5, "steps of the trial")
     driver.terminate()
     first = ended(driver)
     (last,) = sweep.trials.glob("*/checkpoints/last.pt")

@@ -14,7 +14,7 @@ from itertools import count
 from pathlib import Path
 
 import pytest
-from s3_store import SECRET, s3, s3_store
+from s3_store import BUCKET, SECRET, s3
 from test_ledger_processes import ACTS, STEP, TERMS, begin, die_before_call, in_child, key, states
 from two_ranks import TINY
 
@@ -33,18 +33,8 @@ from core.privacy.plan.plan import make_plan
 from sweep.config.sweep import load_sweep
 from sweep.driver.cluster import check_places
 
-ROOT, BUCKET = Path(__file__).parents[2], "ledgers"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _store() -> Iterator[None]:
-    with s3_store(BUCKET):
-        yield
-
-
-@pytest.fixture
-def address(tmp_path) -> str:
-    return f"s3://{BUCKET}/{tmp_path.name}"
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.usefixtures("store")
 
 
 def objects(address: str, name: str) -> dict[str, bytes]:

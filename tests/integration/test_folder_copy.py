@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import count
@@ -19,7 +19,7 @@ import folder_writer
 import pytest
 import torch
 from folder_writer import fill, writer
-from s3_store import SECRET, forget_clients, s3, s3_store
+from s3_store import BUCKET, SECRET, forget_clients, s3, s3_store
 from two_ranks import TINY, StopRunError, stop_at
 
 from clusters.local.ports import free_ports
@@ -42,19 +42,9 @@ from sweep.results.claim import claim, driver_lock, newest_launch
 from sweep.results.folder_copy import FolderCopy
 from sweep.trials.own_folder import own_folder_of
 
-ROOT, BUCKET = Path(__file__).parents[2], "kept"
+ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "sweep" / "configs" / "quickstart.yaml"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _store() -> Iterator[None]:
-    with s3_store(BUCKET):
-        yield
-
-
-@pytest.fixture
-def address(tmp_path) -> str:
-    return f"s3://{BUCKET}/{tmp_path.name}"
+pytestmark = pytest.mark.usefixtures("store")
 
 
 def keys(address: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from core.config import PrivacyConfig
@@ -9,7 +10,7 @@ from core.config.scopes import Scope
 from core.errors import LedgerError
 from core.privacy.accounting.rounding import attack, odds, upward
 from core.privacy.ledger.book import UNBOUNDED
-from core.privacy.ledger.ledger import Ledger
+from core.privacy.ledger.ledger import Ledger, events_of
 from core.privacy.plan.plan import PrivacyPlan
 from core.privacy.plan.scopes import STAYS_INSIDE, members_found, share_of
 
@@ -187,10 +188,9 @@ def _entries_of(
             f"the ledger '{ledger.path}' holds no entry of trial {identity[:16]} of {run}: restore "
             "the ledger that it was charged to, as nothing can be stated without it"
         )
-    planned = [(each.kind, *each.mechanism) for each in plan.releases]
-    names = ("kind", "sample_rate", "noise_multiplier", "count")
-    for entry in of_trial:
-        if [tuple(event[name] for name in names) for event in entry["events"]] != planned:
+    planned = [asdict(event) for event in events_of(plan)]
+    for entry in of_trial:  # Of whose releases some may be shared with other trials.
+        if [event | {"release": ""} for event in entry["events"]] != planned:
             raise LedgerError(
                 f"the ledger '{ledger.path}' charged trial {identity[:16]} of {run} for other "
                 "releases than those of its privacy.json: restore the file that the run wrote"
